@@ -1,0 +1,42 @@
+"""Sizes of the causal video VAE."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Architecture of the VAE; the defaults are Wan2.1's (126.89 M parameters).
+
+    base: width of the first level; multipliers: width of each level in units of `base`;
+    blocks: residual blocks per encoder level (a decoder level has one more);
+    latent_channels: channels of the latents; temporal_down: whether each level but the last
+    also halves the frame rate.
+    """
+
+    base: int = 96
+    multipliers: tuple[int, ...] = (1, 2, 4, 4)
+    blocks: int = 2
+    latent_channels: int = 16
+    temporal_down: tuple[bool, ...] = (False, True, True)
+
+    def __post_init__(self):
+        if len(self.temporal_down) != len(self.multipliers) - 1:
+            raise ValueError(
+                f"temporal_down has {len(self.temporal_down)} entries, expected one per level but "
+                f"the last: {len(self.multipliers) - 1}"
+            )
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.base * m for m in self.multipliers)
+
+    @property
+    def stride(self) -> int:
+        """Pixels per latent in each spatial direction."""
+        return 2 ** len(self.temporal_down)
+
+    @property
+    def temporal_stride(self) -> int:
+        """Frames per latent after the first."""
+        return 2 ** sum(self.temporal_down)

@@ -1,0 +1,132 @@
+"""The Wan2.1 causal video VAE: encoder, decoder and the two together.
+
+Shapes: video (b, t, h, w, 3) in [-1, 1] with t = 1 + 4k and h, w multiples of 8; latents
+(b, 1 + k, h / 8, w / 8, z), not normalised. See `layers` for the meaning of ``first``.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from gnvc_jax.vae.config import VAEConfig
+from gnvc_jax.vae.layers import (
+    Attention,
+    CausalConv,
+    ResidualBlock,
+    RMSNorm,
+    SpatialDown,
+    SpatialUp,
+    TemporalDown,
+    TemporalUp,
+)
+
+Array = jax.Array
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, first: bool) -> Array:
+        block = residual(self.remat)
+        x = block(x.shape[-1], self.dtype, name="block_0")(x, first)
+        x = Attention(self.dtype, name="attention")(x)
+        return block(x.shape[-1], self.dtype, name="block_1")(x, first)
+
+
+class Head(nn.Module):
+    """Norm, SiLU and the last 3x3x3 convolution."""
+
+    features: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, first: bool) -> Array:
+        return CausalConv(self.features, self.dtype, name="conv")(
+            nn.silu(RMSNorm(name="norm")(x)), first
+        )
+
+
+def residual(remat: bool) -> type[nn.Module]:
+    """The residual block, rematerialised in the backward pass if asked."""
+    return nn.remat(ResidualBlock, static_argnums=(2,)) if remat else ResidualBlock
+
+
+class Encoder(nn.Module):
+    """Video (b, t, h, w, 3) -> features (b, t', h/8, w/8, 2z), before the quant convolution."""
+
+    config: VAEConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, first: bool) -> Array:
+        cfg, block = self.config, residual(self.remat)
+        x = CausalConv(cfg.widths[0], self.dtype, name="conv_in")(x, first)
+        for level, width in enumerate(cfg.widths):
+            for i in range(cfg.blocks):
+                x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
+            if level < len(cfg.widths) - 1:
+                x = SpatialDown(width, self.dtype, name=f"level{level}_down")(x)
+                if cfg.temporal_down[level]:
+                    x = TemporalDown(width, self.dtype, name=f"level{level}_time")(x, first)
+        x = Middle(self.remat, self.dtype, name="middle")(x, first)
+        return Head(2 * cfg.latent_channels, self.dtype, name="head")(x, first)
+
+
+class Decoder(nn.Module):
+    """Latents after the post-quant convolution -> video (b, t, h, w, 3), not clipped."""
+
+    config: VAEConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, first: bool) -> Array:
+        cfg, block = self.config, residual(self.remat)
+        widths, temporal_up = cfg.widths[::-1], cfg.temporal_down[::-1]
+        x = CausalConv(widths[0], self.dtype, name="conv_in")(x, first)
+        x = Middle(self.remat, self.dtype, name="middle")(x, first)
+        for level, width in enumerate(widths):
+            for i in range(cfg.blocks + 1):
+                x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
+            if level < len(widths) - 1:
+                if temporal_up[level]:
+                    x = TemporalUp(2 * width, self.dtype, name=f"level{level}_time")(x, first)
+                x = SpatialUp(width // 2, self.dtype, name=f"level{level}_up")(x)
+        return Head(3, self.dtype, name="head")(x, first)
+
+
+class VAE(nn.Module):
+    """Encoder and decoder with their 1x1x1 quant convolutions.
+
+    Methods (use with ``apply(..., method=)``):
+      encode(video, first)   -> mean, log-variance (b, t', h/8, w/8, z)
+      decode(latents, first) -> video (b, t, h, w, 3), not clipped
+    """
+
+    config: VAEConfig
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        z = self.config.latent_channels
+        self.encoder = Encoder(self.config, self.remat, self.dtype)
+        self.decoder = Decoder(self.config, self.remat, self.dtype)
+        self.quant = CausalConv(2 * z, self.dtype, window=(1, 1, 1))
+        self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
+
+    def encode(self, video: Array, first: bool = True) -> tuple[Array, Array]:
+        x = self.encoder(video.astype(self.dtype), first)
+        mean, logvar = jnp.split(self.quant(x, first).astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(logvar, -30.0, 20.0)
+
+    def decode(self, latents: Array, first: bool = True) -> Array:
+        x = self.post_quant(latents.astype(self.dtype), first)
+        return self.decoder(x, first).astype(jnp.float32)
+
+    def __call__(self, video: Array) -> Array:
+        return self.decode(self.encode(video)[0])

@@ -1,0 +1,117 @@
+"""The VAE: size, causality, and equality of the whole-clip and streaming drivers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnvc_jax.vae import (
+    VAE,
+    VAEConfig,
+    decode_clip,
+    decode_stream,
+    encode_clip,
+    encode_stream,
+    pad_video,
+)
+
+TINY = VAEConfig(base=4, multipliers=(1, 2, 2, 2), blocks=1, latent_channels=4)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny VAE in which every parameter, biases and last convolutions included, matters."""
+    vae = VAE(TINY)
+    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return vae, jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+def clip(frames: int, h: int = 16, w: int = 24) -> jax.Array:
+    return jax.random.uniform(jax.random.key(frames), (1, frames, h, w, 3), minval=-1, maxval=1)
+
+
+def test_full_size_has_the_parameters_of_wan():
+    params = jax.eval_shape(VAE(VAEConfig()).init, jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))
+    params = params["params"]
+
+    def count(tree):
+        return sum(x.size for x in jax.tree.leaves(tree))
+
+    assert count(params) == 126_892_531
+    assert count(params["encoder"]) == 53_595_872
+    assert count(params["decoder"]) == 73_295_331
+    assert (count(params["quant"]), count(params["post_quant"])) == (1_056, 272)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 5, 17])
+def test_streaming_equals_whole_clip(model, frames):
+    vae, params = model
+    video = clip(frames)
+    whole = jax.jit(lambda v: encode_clip(vae, params, v))(video)
+    stream = jax.jit(lambda v: encode_stream(vae, params, v))(video)
+    assert whole.shape == (1, 1 + -(-(frames - 1) // 4), 2, 3, 4)
+    np.testing.assert_allclose(stream, whole, atol=1e-5)
+    size = video.shape[2:4]
+    a = jax.jit(lambda z: decode_clip(vae, params, z, frames, size))(whole)
+    b = jax.jit(lambda z: decode_stream(vae, params, z, frames, size))(whole)
+    assert a.shape == video.shape
+    np.testing.assert_allclose(b, a, atol=1e-5)
+    assert np.std(a) > 0.01  # not trivially equal
+
+
+def test_odd_sizes_are_padded_and_cropped(model):
+    vae, params = model
+    video = clip(3, 13, 27)
+    latents = jax.jit(lambda v: encode_clip(vae, params, v))(video)
+    assert latents.shape == (1, 2, 2, 4, 4)
+    assert decode_clip(vae, params, latents, 3, (13, 27)).shape == video.shape
+    padded = pad_video(video)
+    assert padded.shape == (1, 5, 16, 32, 3)
+    np.testing.assert_array_equal(padded[:, 4, 15, 31], video[:, 2, 12, 26])
+
+
+def test_a_hundred_frames_stream(model):
+    vae, params = model
+    video = clip(100, 8, 8)
+    latents = jax.jit(lambda v: encode_stream(vae, params, v))(video)
+    assert latents.shape[1] == 26
+    out = jax.jit(lambda z: decode_stream(vae, params, z, 100, (8, 8)))(latents)
+    assert out.shape == video.shape
+
+
+def test_latents_never_see_the_future(model):
+    """d latent_k / d frame_t is zero for t > 4k and not zero for t = 4k (and back in decode)."""
+    vae, params = model
+    video = clip(9)
+
+    def influence(k):
+        return jax.grad(lambda v: jnp.sum(encode_clip(vae, params, v)[:, k] ** 2))(video)
+
+    for k in range(3):
+        reach = np.abs(influence(k)).max(axis=(0, 2, 3, 4))
+        assert np.all(reach[4 * k + 1 :] == 0) and reach[4 * k] > 0
+
+    latents = jax.jit(lambda v: encode_clip(vae, params, v))(video)
+
+    def seen(t):
+        return jax.grad(lambda z: jnp.sum(vae.apply({"params": params}, z, method="decode")[:, t]))(
+            latents
+        )
+
+    for t, last in ((0, 0), (1, 1), (4, 1), (5, 2)):
+        reach = np.abs(seen(t)).max(axis=(0, 2, 3, 4))
+        assert np.all(reach[last + 1 :] == 0) and reach[last] > 0
+
+
+def test_gradient_is_finite_where_all_channels_are_zero(model):
+    vae, params = model
+    grads = jax.grad(lambda p: jnp.sum(encode_clip(vae, p, jnp.zeros((1, 1, 8, 8, 3))) ** 2))(params)
+    assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+
+
+def test_config_rejects_a_wrong_number_of_temporal_flags():
+    with pytest.raises(ValueError, match="temporal_down has 2 entries"):
+        VAEConfig(temporal_down=(True, True))
