@@ -22,11 +22,14 @@ TINY = VAEConfig(base=4, multipliers=(1, 2, 2, 2), blocks=1, latent_channels=4)
 def model():
     """A tiny VAE in which every parameter, biases and last convolutions included, matters."""
     vae = VAE(TINY)
-    params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noise = [0.1 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
-    return vae, jax.tree.unflatten(tree, [x + n for x, n in zip(leaves, noise, strict=True)])
+    shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))["params"]
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        scale = 0.1 if leaf.ndim == 1 else leaf.size ** -0.5 * leaf.shape[-1] ** 0.5
+        return rng.normal(path[-1].key == "gamma", scale, leaf.shape).astype(np.float32)
+
+    return vae, jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def clip(frames: int, h: int = 16, w: int = 24) -> jax.Array:
@@ -87,6 +90,7 @@ def test_latents_never_see_the_future(model):
     vae, params = model
     video = clip(9)
 
+    @jax.jit
     def influence(k):
         return jax.grad(lambda v: jnp.sum(encode_clip(vae, params, v)[:, k] ** 2))(video)
 
@@ -96,6 +100,7 @@ def test_latents_never_see_the_future(model):
 
     latents = jax.jit(lambda v: encode_clip(vae, params, v))(video)
 
+    @jax.jit
     def seen(t):
         return jax.grad(lambda z: jnp.sum(vae.apply({"params": params}, z, method="decode")[:, t]))(
             latents
@@ -108,7 +113,8 @@ def test_latents_never_see_the_future(model):
 
 def test_gradient_is_finite_where_all_channels_are_zero(model):
     vae, params = model
-    grads = jax.grad(lambda p: jnp.sum(encode_clip(vae, p, jnp.zeros((1, 1, 8, 8, 3))) ** 2))(params)
+    black = jnp.zeros((1, 1, 8, 8, 3))
+    grads = jax.jit(jax.grad(lambda p: jnp.sum(encode_clip(vae, p, black) ** 2)))(params)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
 
 
