@@ -1,0 +1,1 @@
+"""Training: experiments, stages, the step, the loop, checkpoints and metrics."""

@@ -1,0 +1,112 @@
+"""Checkpoints of a run, by Orbax.
+
+A run folder holds config.json and checkpoints/STEP/{state,data,config}: the train state, the position
+of the data iterator and the configuration. A step is written under a temporary name and renamed
+when complete, in the background; nothing else knows Orbax.
+"""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from gnvc_jax.training.config import Experiment, flatten
+
+Tree = Any
+
+# What a resumed run may change.
+FREE_KEYS = ("run.", "mesh.", "optim.steps")
+
+
+class Checkpoints:
+    """The checkpoints of one run, the newest `experiment.run.keep` of them.
+
+    Raises ValueError if the folder belongs to a run with another configuration; `run.*`, `mesh.*`
+    and `optim.steps` may differ.
+    """
+
+    def __init__(self, experiment: Experiment):
+        out = Path(experiment.run.out).absolute()
+        self.config = json.loads(json.dumps(dataclasses.asdict(experiment)))
+        check_same_config(out / "config.json", self.config)
+        out.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            temporary = out / "config.json.tmp"
+            temporary.write_text(json.dumps(self.config, indent=2) + "\n")
+            os.replace(temporary, out / "config.json")
+        options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
+        self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
+
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self.manager.latest_step()
+
+    def save(self, step: int, state: Tree, data: dict) -> None:
+        """Copy the state to the host, then write it in the background; a saved step is left alone."""
+        if step == self.latest():
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            data=ocp.args.JsonSave(data),
+            config=ocp.args.JsonSave(self.config),
+        )
+        self.manager.save(step, args=items, force=True)
+
+    def restore(self, step: int, like: Tree) -> tuple[Tree, dict]:
+        """State and data position of a step; like: the state as shapes, types and shardings."""
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+        )
+        restored = self.manager.restore(step, args=items)
+        return restored["state"], restored["data"]
+
+    def preempted(self, step: int) -> bool:
+        """Whether the cluster has announced to all hosts that it will end this job."""
+        return self.manager.reached_preemption(step)
+
+    def close(self) -> None:
+        """Wait for the last write."""
+        self.manager.wait_until_finished()
+        self.manager.close()
+
+
+def check_same_config(path: Path, config: dict) -> None:
+    """ValueError if the saved configuration differs in a key that a resumed run may not change."""
+    if not path.exists():
+        return
+    # Keys that only the new configuration has came with a newer version of the program.
+    new, old = flatten(config), flatten(json.loads(path.read_text()))
+    differing = [
+        f"{key} was {value!r}, is {new.get(key)!r}"
+        for key, value in old.items()
+        if not key.startswith(FREE_KEYS) and value != new.get(key)
+    ]
+    if differing:
+        raise ValueError(f"{path}: belongs to another configuration: {'; '.join(differing)}")
+
+
+def load_params(run: str | Path, like: Tree) -> Tree:
+    """Averaged weights of the newest checkpoint of a run, placed as `like` (arrays or abstract).
+
+    Raises FileNotFoundError if there is no checkpoint, ValueError if a name or shape differs.
+    """
+    folder = Path(run).absolute() / "checkpoints"
+    step = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
+    if not step:
+        raise FileNotFoundError(f"{run}: no checkpoint")
+    item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+    restore = ocp.args.PyTreeRestore(
+        item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        params = checkpointer.restore(folder / str(max(step)) / "state", args=restore)["ema"]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not isinstance(leaf, jax.Array):
+            raise ValueError(f"{run}: has no parameter {jax.tree_util.keystr(path)}")
+    return params

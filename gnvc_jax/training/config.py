@@ -1,0 +1,131 @@
+"""What an experiment is: nested frozen dataclasses, config files and command-line overrides."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from gnvc_jax.vae.config import VAEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Training clips.
+
+    path: folder or index of videos; frames: frames per clip (1 + 4k); size: height and width of the
+    crop in pixels; batch: clips per step over all devices; workers: decoding processes (0: in this
+    one); decode_cache: folder for decoded frames; downscale_prob: share of clips that are reduced
+    before cropping.
+    """
+
+    path: str = "data"
+    frames: int = 5
+    size: tuple[int, int] = (256, 256)
+    batch: int = 8
+    workers: int = 0
+    decode_cache: str | None = None
+    downscale_prob: float = 0.5
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with a linear warm-up, a cosine decay to `final_lr_ratio * lr`, and an average of the weights.
+
+    Weight decay acts on arrays of two or more dimensions only. The gradient is clipped to the global
+    norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per step.
+    """
+
+    lr: float = 1e-4
+    warmup: int = 1000
+    steps: int = 100_000
+    final_lr_ratio: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.9995
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; data = -1 takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Where a run writes and how often.
+
+    out: run folder, a command repeated with the same one resumes; log_every: steps;
+    checkpoint_every_s: seconds; checkpoint_every: steps, replaces the seconds if given; keep: newest
+    checkpoints that stay.
+    """
+
+    out: str = "runs/unnamed"
+    log_every: int = 50
+    checkpoint_every_s: float = 600.0
+    checkpoint_every: int | None = None
+    keep: int = 2
+    seed: int = 0
+    tensorboard: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """Base of the loss settings; each stage defines its own beside its loss."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One training run. stage: a name of `gnvc_jax.training.stages`; init_from: run to start from."""
+
+    stage: str
+    vae: VAEConfig = VAEConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
+    run: RunConfig = RunConfig()
+    init_from: str | None = None
+
+
+def load(path: str | Path) -> Experiment:
+    """The `experiment` (a value, or a function without arguments) that a config file defines."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such config file")
+    spec = importlib.util.spec_from_file_location("experiment_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, "experiment", None)
+    found = found() if callable(found) else found
+    if not isinstance(found, Experiment):
+        raise ValueError(f"{path}: defines no `experiment` of type Experiment")
+    return found
+
+
+def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
+    """Apply `--group.key value` arguments; a wrong key or type ends the program with a message."""
+    return tyro.cli(
+        type(experiment),
+        prog="train.py --config FILE",
+        default=experiment,
+        args=list(args),
+        use_underscores=True,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat

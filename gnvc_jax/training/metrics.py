@@ -1,0 +1,104 @@
+"""Where training numbers go: the console, a file of JSON lines, TensorBoard.
+
+A writer has three methods: start(step) before the first write, write(step, values) with a flat dict
+of floats, and close().
+"""
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+
+class Writer(Protocol):
+    def start(self, step: int) -> None: ...
+    def write(self, step: int, values: Mapping[str, float]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Console:
+    """One line per write: step, values, time left."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def start(self, step: int) -> None:
+        pass
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        parts = [f"step {step}/{self.steps}", *(f"{k} {v:.4g}" for k, v in values.items())]
+        if rate := values.get("steps_per_s"):
+            left = int((self.steps - step) / rate)
+            parts.append(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
+        print("  ".join(parts), flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class JsonLines:
+    """The primary record: one JSON object per write, with step and Unix time.
+
+    Lines after the step that a run resumes from are dropped: they will be written again.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def start(self, step: int) -> None:
+        kept = []
+        if self.path.exists():
+            # A line cut short by a crash cannot be parsed and is last.
+            complete = [x for x in self.path.read_text().splitlines() if x.endswith("}")]
+            kept = [x for x in complete if json.loads(x)["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(x + "\n" for x in kept))
+        os.replace(temporary, self.path)
+        self.file = self.path.open("a")
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def start(self, step: int) -> None:
+        from tensorboardX import SummaryWriter  # slow to import, and off by default
+
+        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for key, value in values.items():
+            self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class Many:
+    """Several writers as one."""
+
+    def __init__(self, writers: Sequence[Writer]):
+        self.writers = writers
+
+    def start(self, step: int) -> None:
+        for writer in self.writers:
+            writer.start(step)
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for writer in self.writers:
+            writer.write(step, values)
+
+    def close(self) -> None:
+        for writer in self.writers:
+            writer.close()

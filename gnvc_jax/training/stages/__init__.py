@@ -1,0 +1,70 @@
+"""Training stages: what is trained, on what, against which loss."""
+
+import importlib
+from typing import Any
+
+import grain
+import jax
+
+from gnvc_jax.training.config import Experiment
+
+Tree = Any
+
+# Resolved on first use, so that one stage does not import the networks of the others.
+STAGES = {
+    "vae": "gnvc_jax.training.stages.vae:VAEStage",
+    "codec": "gnvc_jax.training.stages.codec:CodecStage",
+}
+
+
+class Stage:
+    """What the training loop asks of a stage; subclasses define `init` and `loss`."""
+
+    def __init__(self, experiment: Experiment):
+        self.experiment = experiment
+
+    def init(self, key: jax.Array) -> Tree:
+        """Trainable parameters, from a random key; traced, so nothing is read from disk here."""
+        raise NotImplementedError
+
+    def loss(
+        self, params: Tree, frozen: Tree, batch: Tree, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Scalar loss and a flat dict of scalar metrics. key: new in each step; step: int32."""
+        raise NotImplementedError
+
+    def warm_start(self, params: Tree) -> Tree:
+        """What a new run starts from: the averaged weights of run `init_from`, or `params` as is."""
+        from gnvc_jax.training.checkpoints import load_params
+
+        start = self.experiment.init_from
+        return params if start is None else load_params(start, like=params)
+
+    def frozen(self) -> Tree:
+        """Arrays that `loss` needs and that are not trained."""
+        return {}
+
+    def dataset(self) -> grain.IterDataset:
+        """Batches without end: uint8 video (b, t, h, w, 3) of this process, in a fixed order."""
+        from gnvc_jax.data.clips import ClipIndex, clip_dataset
+
+        data = self.experiment.data
+        return clip_dataset(
+            ClipIndex(data.path),
+            frames=data.frames,
+            size=data.size,
+            batch=data.batch // jax.process_count(),
+            seed=data.seed,
+            shuffle=True,
+            num_workers=data.workers,
+            decode_cache=data.decode_cache,
+            downscale_prob=data.downscale_prob,
+        )
+
+
+def make_stage(experiment: Experiment) -> Stage:
+    """The stage that the experiment names."""
+    if experiment.stage not in STAGES:
+        raise ValueError(f"unknown stage {experiment.stage!r}; there are: {', '.join(STAGES)}")
+    module, name = STAGES[experiment.stage].split(":")
+    return getattr(importlib.import_module(module), name)(experiment)
