@@ -20,7 +20,7 @@ Tree = dict
 
 
 def pad_video(video: Array, temporal_stride: int = 4, stride: int = 8) -> Array:
-    """Repeat the last frame up to 1 + 4k frames and the last row and column up to multiples of 8."""
+    """Repeat the last frame up to 1 + 4k frames, the last row and column up to multiples of 8."""
     _, t, h, w, _ = video.shape
     pads = ((0, 0), (0, -(t - 1) % temporal_stride), (0, -h % stride), (0, -w % stride), (0, 0))
     return jnp.pad(video, pads, mode="edge")
@@ -57,7 +57,9 @@ def encode_clip(vae: VAE, params: Tree, video: Array) -> Array:
     return vae.apply({"params": params}, video, method="encode")[0]
 
 
-def decode_clip(vae: VAE, params: Tree, latents: Array, frames: int, size: tuple[int, int]) -> Array:
+def decode_clip(
+    vae: VAE, params: Tree, latents: Array, frames: int, size: tuple[int, int]
+) -> Array:
     """The first `frames` frames, cropped to `size` (h, w), of a whole clip in one pass."""
     video = vae.apply({"params": params}, latents, method="decode")
     return jnp.clip(video[:, :frames, : size[0], : size[1]], -1.0, 1.0)

@@ -193,7 +193,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        b, t, h, w, c = x.shape
+        b, _, h, w, c = x.shape
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="to_qkv")(RMSNorm(name="norm")(x))
         q, k, v = jnp.split(rearrange(qkv, "b t h w c -> (b t) h w c"), 3, axis=-1)
         k, v = (rearrange(y, "n h w c -> n (h w) c") for y in (k, v))

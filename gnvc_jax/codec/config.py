@@ -1,0 +1,41 @@
+"""Sizes of the latent transform codec."""
+
+import dataclasses
+
+QUALITIES = 64  # quality levels in one model; a larger q_index is better quality
+SCALES = 64  # zero-mean Gaussian tables
+SCALE_MIN, SCALE_MAX = 0.11, 16.0
+SYMBOL_BOUND = 127  # residual symbols are -127..127
+Z_BOUND = 15  # hyperlatent symbols are -15..15
+
+
+@dataclasses.dataclass(frozen=True)
+class CodecConfig:
+    """Architecture of the latent codec; the defaults are the full size (about 20 M parameters).
+
+    latent_channels: channels of the VAE latents; intra_width, width: features of the intra and of
+    the predicted codec at latent resolution; intra_analysis, intra_synthesis: residual blocks of
+    the intra transform; y_channels: channels of y (half latent resolution); z_channels: channels
+    of the hyperlatent (1/8 latent resolution); scale_width: width of the integer scale network;
+    k_skip: scale indices below this one carry no symbol (4: sigma < 0.15).
+    """
+
+    latent_channels: int = 16
+    intra_width: int = 320
+    width: int = 256
+    intra_analysis: int = 4
+    intra_synthesis: int = 7
+    y_channels: int = 128
+    z_channels: int = 64
+    scale_width: int = 128
+    k_skip: int = 4
+
+    def __post_init__(self):
+        inputs = self.scale_width + 2 * self.y_channels
+        if inputs > 512:
+            raise ValueError(
+                f"scale_width + 2 * y_channels is {inputs}; at most 512 inputs keep the integer "
+                "scale network exact in float32"
+            )
+        if self.y_channels % 4:
+            raise ValueError(f"y_channels {self.y_channels} is not a multiple of 4")

@@ -1,0 +1,134 @@
+"""The conditional entropy model of one latent: y -> integers (z, q) -> y_hat.
+
+A residual q = round(y - mu) is coded with a zero-mean Gaussian whose table index comes from
+integers alone (see `scales`). The mean mu uses every float context, hyperlatent, temporal prior
+and the positions decoded in earlier spatial passes, so it may differ by a rounding error between
+devices and can never desynchronise a stream.
+
+Shapes: y, q, mu, index (b, h, w, cy) at half the latent resolution; z (b, h/4, w/4, cz).
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
+from gnvc_jax.codec.density import Density, gaussian_bits
+from gnvc_jax.codec.layers import Block, Blocks, Down2, Up2, dense
+from gnvc_jax.codec.quantise import bound, round_ste
+from gnvc_jax.codec.scales import ScaleNetwork, sigma_of
+
+Array = jax.Array
+
+# Which quadrant (TL, TR, BL, BR) of each 2x2 cell the four channel quarters take in each pass.
+QUADRANTS = ((0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2))
+
+
+class Integers(NamedTuple):
+    """What the entropy path knows of a latent: hyperlatent, symbols, table indices."""
+
+    z: Array
+    y: Array
+    index: Array
+
+
+def spatial_masks(passes: int, h: int, w: int, channels: int) -> np.ndarray:
+    """Which elements each pass codes: (passes, h, w, channels) of 0 and 1; they sum to 1.
+
+    2 passes: channel halves cross a checkerboard. 4 passes: channel quarters cross 2x2 quadrants.
+    """
+    row, col = np.arange(h)[:, None] % 2, np.arange(w)[None, :] % 2
+    if passes == 2:
+        slot, order = (row + col) % 2, ((0, 1), (1, 0))
+    else:
+        slot, order = 2 * row + col, QUADRANTS
+    group = np.arange(channels) * passes // channels
+    return np.stack([slot[..., None] == np.asarray(o)[group] for o in order]).astype(np.float32)
+
+
+class EntropyModel(nn.Module):
+    """Hyper transforms, mean and scale networks of one kind of latent (`passes`: intra 4, else 2).
+
+    `previous` are the Integers of the latent before (y and index used), zeros for intra.
+    `temporal` is the float temporal prior (b, h, w, 2 cy), or None for intra.
+    """
+
+    config: CodecConfig
+    passes: int
+
+    def setup(self):
+        cy, cz = self.config.y_channels, self.config.z_channels
+        self.hyper_in = Block(cz)
+        self.hyper_down = (Down2(cz), Down2(cz))
+        self.hyper_up = (Up2(cz), Up2(cz))
+        self.hyper_out = Block(cy)
+        self.fusion = Blocks(2 * cy, 3 if self.passes == 4 else 2)
+        self.first_mean = dense(cy)
+        self.prior = dense(cy)
+        self.adaptors = tuple(Block(2 * cy) for _ in range(self.passes - 1))
+        self.spatial = Blocks(2 * cy, 2)
+        self.later_mean = dense(cy)
+        self.scales = ScaleNetwork(self.config)
+        self.density = Density(cz)
+
+    def hyper(self, y: Array) -> Array:
+        """The hyperlatent of y, not rounded."""
+        y = self.hyper_in(y)
+        for down in self.hyper_down:
+            y = down(y)
+        return y
+
+    def index(self, q_index: Array, z: Array, previous: Integers) -> Array:
+        """Table indices, whole numbers in float32."""
+        return self.scales(q_index, z, previous.y, previous.index)
+
+    def passes_over(self, z: Array, temporal: Array | None, residual) -> tuple[Array, Array]:
+        """Run the spatial passes; residual(mu) gives the symbols. Returns (y_hat, mu)."""
+        for up in self.hyper_up:
+            z = up(z)
+        z = self.hyper_out(z)
+        x = self.fusion(z if temporal is None else jnp.concatenate([z, temporal], axis=-1))
+        masks = spatial_masks(self.passes, *z.shape[1:3], self.config.y_channels)
+        prior, mu = self.prior(x), self.first_mean(x)
+        y_hat, means = masks[0] * (mu + residual(mu)), masks[0] * mu
+        for adaptor, mask in zip(self.adaptors, masks[1:], strict=True):
+            x = adaptor(jnp.concatenate([prior, y_hat], axis=-1))
+            mu = self.later_mean(self.spatial(x))
+            y_hat, means = y_hat + mask * (mu + residual(mu)), means + mask * mu
+        return y_hat, means
+
+    def decode(self, symbols: Array, z: Array, temporal: Array | None) -> Array:
+        """y_hat from decoded symbols and hyperlatent."""
+        return self.passes_over(z, temporal, lambda mu: symbols)[0]
+
+    def encode(
+        self, y: Array, q_index: Array, temporal: Array | None, previous: Integers
+    ) -> tuple[Array, Array, Integers]:
+        """Quantise y: (y_hat, mu, Integers), with straight-through gradients."""
+        z = round_ste(bound(self.hyper(y), -Z_BOUND, Z_BOUND))
+        index = self.index(q_index, z, previous)
+        coded = jax.lax.stop_gradient(index >= self.config.k_skip).astype(y.dtype)
+
+        def residual(mu):
+            return coded * round_ste(bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND))
+
+        y_hat, mu = self.passes_over(z, temporal, residual)
+        return y_hat, mu, Integers(z, y_hat - mu, index)
+
+    def bits(
+        self, y: Array, mu: Array, integers: Integers, q_index: Array, key: Array
+    ) -> tuple[Array, Array]:
+        """Rates (b,) in bits of y and z, with additive uniform noise in place of rounding."""
+        key_y, key_z = jax.random.split(key)
+        noise = jax.random.uniform(key_y, y.shape, minval=-0.5, maxval=0.5)
+        y_bits = gaussian_bits(y - mu + noise, sigma_of(integers.index))
+        z = bound(self.hyper(y), -Z_BOUND, Z_BOUND)
+        noise = jax.random.uniform(key_z, z.shape, minval=-0.5, maxval=0.5)
+        return _total(y_bits), _total(self.density.bits(z + noise, q_index))
+
+
+def _total(x: Array) -> Array:
+    return jnp.sum(x, axis=(1, 2, 3))
