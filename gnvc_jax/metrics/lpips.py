@@ -188,22 +188,22 @@ def _from_safetensors(net: str, path: Path) -> dict:
         raise ValueError(f"{path}: no {kind} {index} of LPIPS {net}") from None
 
 
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Admits what rebuilding a NumPy array needs, and nothing else."""
 
-    _RECONSTRUCT = np.empty(0).__reduce__()[0]
-    _ADMITTED = {
-        ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-        ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-
     def find_class(self, module: str, name: str):
-        try:
-            return self._ADMITTED[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}") from None
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return _ADMITTED[module, name]
 
 
 def load_array_pickle(data: bytes):

@@ -103,14 +103,14 @@ def test_loads_safetensors(alex, tmp_path, prefix):
     path = tmp_path / "alex.safetensors"
     save_file(tensors, path)
     jax.tree.map(np.testing.assert_array_equal, load_lpips("alex", path), alex)
-    with pytest.raises(ValueError, match="alex.safetensors: no weight 2"):
+    with pytest.raises(ValueError, match=r"alex\.safetensors: no weight 2"):
         load_lpips("vgg", path)
 
 
 def test_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="unknown LPIPS network 'squeeze'"):
         load_lpips("squeeze")
-    with pytest.raises(FileNotFoundError, match="nothing.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
         load_lpips("alex", tmp_path / "nothing.safetensors")
 
 

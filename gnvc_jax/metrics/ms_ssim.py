@@ -1,0 +1,100 @@
+"""SSIM and multi-scale SSIM, batched and differentiable.
+
+Wang, Simoncelli and Bovik, "Multi-scale structural similarity for image quality assessment", 2003:
+five scales, an 11-tap Gaussian window of sigma 1.5 without border, K = (0.01, 0.03). Negative terms
+count as 0, odd sides are padded with a zero before halving, and colour planes are averaged last, as
+the package pytorch-msssim does.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+TAPS = 11
+MIN_SIDE = (TAPS - 1) * 2 ** (len(WEIGHTS) - 1) + 1  # leaves a full window at the last scale
+
+_WINDOW = np.exp(-((np.arange(TAPS) - TAPS // 2) ** 2) / (2 * 1.5**2))
+_WINDOW /= _WINDOW.sum()
+
+
+def ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
+    """Single-scale SSIM of each frame, mean of the colour planes.
+
+    Args:
+        x, y: (b, h, w, c), values 0..data_range, any real dtype, both sides at least 11.
+        data_range: difference between white and black.
+
+    Returns:
+        (b,) float32, 1 for identical frames.
+
+    Raises:
+        ValueError: different shapes, not four axes, or a side that is too short.
+    """
+    _check(x, y, TAPS)
+    return jnp.mean(_similarity(_planes(x), _planes(y), data_range)[0], axis=1)
+
+
+def ms_ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
+    """MS-SSIM of each frame; arguments and errors of `ssim`, but both sides at least 161."""
+    _check(x, y, MIN_SIDE)
+    x, y = _planes(x), _planes(y)
+    product = 1.0
+    for scale, weight in enumerate(WEIGHTS):
+        full, contrast = _similarity(x, y, data_range)
+        last = scale == len(WEIGHTS) - 1
+        product *= _power(full if last else contrast, weight)
+        if not last:
+            x, y = _halve(x), _halve(y)
+    return jnp.mean(product, axis=1)
+
+
+def _check(x, y, shortest: int) -> None:
+    if x.shape != y.shape or x.ndim != 4:
+        raise ValueError(f"expected two (b, h, w, c) arrays, got {x.shape} and {y.shape}")
+    if min(x.shape[1:3]) < shortest:
+        raise ValueError(f"sides must be at least {shortest}, got {x.shape[1]}x{x.shape[2]}")
+
+
+def _planes(x: jax.Array) -> jax.Array:
+    """(b, h, w, c) to float32 (b, c, h, w), where filtering along rows reads neighbours."""
+    return jnp.moveaxis(jnp.asarray(x, jnp.float32), -1, 1)
+
+
+def _similarity(x: jax.Array, y: jax.Array, data_range: float) -> tuple[jax.Array, jax.Array]:
+    """Spatial means (b, c) of the full SSIM and of its contrast-structure factor."""
+    c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    moments = _blur(jnp.stack([x, y, x * x, y * y, x * y]))
+    mx, my, xx, yy, xy = moments
+    contrast = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
+    full = contrast * (2 * mx * my + c1) / (mx * mx + my * my + c1)
+    return jnp.mean(full, axis=(2, 3)), jnp.mean(contrast, axis=(2, 3))
+
+
+def _blur(x: jax.Array) -> jax.Array:
+    """Separable Gaussian over the last two axes, valid part only.
+
+    Shifted sums instead of a convolution: float32 exactly on every backend, where convolutions
+    may round to fewer bits and so destroy the small differences that variances are.
+    """
+    for axis in (-2, -1):
+        size = x.shape[axis] - TAPS + 1
+        x = sum(
+            jax.lax.slice_in_dim(x, k, k + size, axis=axis) * np.float32(weight)
+            for k, weight in enumerate(_WINDOW)
+        )
+    return x
+
+
+def _halve(x: jax.Array) -> jax.Array:
+    """2x2 mean; an odd side gets a zero in front."""
+    x = jnp.pad(x, ((0, 0), (0, 0), (x.shape[2] % 2, 0), (x.shape[3] % 2, 0)))
+    return 0.25 * (
+        x[..., 0::2, 0::2] + x[..., 0::2, 1::2] + x[..., 1::2, 0::2] + x[..., 1::2, 1::2]
+    )
+
+
+def _power(x: jax.Array, exponent: float) -> jax.Array:
+    """max(x, 0) ** exponent with a gradient that stays finite at 0."""
+    positive = x > 0
+    return jnp.where(positive, jnp.where(positive, x, 1.0) ** exponent, 0.0)

@@ -1,0 +1,40 @@
+"""Peak signal-to-noise ratio on 8-bit values."""
+
+import jax
+import jax.numpy as jnp
+
+CAP = 100.0
+
+
+def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Mean squared difference of each frame.
+
+    Args:
+        x, y: (b, h, w, c) uint8.
+
+    Returns:
+        (b,) float32. Rows are summed as integers, so that size costs no precision.
+
+    Raises:
+        ValueError: different shapes, or not four axes.
+        TypeError: not uint8.
+    """
+    if x.shape != y.shape or x.ndim != 4:
+        raise ValueError(f"expected two (b, h, w, c) arrays, got {x.shape} and {y.shape}")
+    if x.dtype != jnp.uint8 or y.dtype != jnp.uint8:
+        raise TypeError(f"expected uint8 frames, got {x.dtype} and {y.dtype}")
+    difference = jnp.asarray(x, jnp.int32) - jnp.asarray(y, jnp.int32)
+    rows = jnp.sum(jnp.square(difference).astype(jnp.uint32), axis=(2, 3))
+    samples = x.shape[2] * x.shape[3]
+    return jnp.mean(rows.astype(jnp.float32) / samples, axis=1)
+
+
+def decibels(mse: jax.Array) -> jax.Array:
+    """10 log10(255² / mse), at most 100."""
+    floor = 255.0**2 * 10.0 ** (-CAP / 10)
+    return 10.0 * jnp.log10(255.0**2 / jnp.maximum(mse, floor))
+
+
+def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
+    """PSNR of each frame in dB, at most 100; arguments and errors of `mean_squared_error`."""
+    return decibels(mean_squared_error(x, y))
