@@ -1,8 +1,8 @@
 """Train one stage of the codec: python train.py --config configs/tiny/vae.py --optim.lr 1e-3
 
-Everything of the configuration can be changed on the command line; `--help` lists it. The run folder
-(`run.out`) receives the resolved configuration, metrics and checkpoints. The same command continues
-a run that was interrupted.
+Everything of the configuration can be changed on the command line; `--help` lists it. The run
+folder (`run.out`) receives the resolved configuration, metrics and checkpoints. The same command
+continues a run that was interrupted.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache folder."""
+    """Keep compiled programs: in JAX_COMPILATION_CACHE_DIR or in the user's cache folder."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gnvc_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))

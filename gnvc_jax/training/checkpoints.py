@@ -1,8 +1,8 @@
 """Checkpoints of a run, by Orbax.
 
-A run folder holds config.json and checkpoints/STEP/{state,data,config}: the train state, the position
-of the data iterator and the configuration. A step is written under a temporary name and renamed
-when complete, in the background; nothing else knows Orbax.
+A run folder holds config.json and checkpoints/STEP/{state,data,config}: the train state, the
+position of the data iterator and the configuration. A step is written in the background under a
+temporary name and renamed when complete; nothing else knows Orbax.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ class Checkpoints:
         return self.manager.latest_step()
 
     def save(self, step: int, state: Tree, data: dict) -> None:
-        """Copy the state to the host, then write it in the background; a saved step is left alone."""
+        """Copy the state to the host, then write in the background; a saved step is left alone."""
         if step == self.latest():
             return
         items = ocp.args.Composite(
@@ -54,7 +54,7 @@ class Checkpoints:
             data=ocp.args.JsonSave(data),
             config=ocp.args.JsonSave(self.config),
         )
-        self.manager.save(step, args=items, force=True)
+        self.manager.save(step, args=items)
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict]:
         """State and data position of a step; like: the state as shapes, types and shardings."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import tyro
 
+from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.vae.config import VAEConfig
 
 
@@ -33,10 +34,10 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with a linear warm-up, a cosine decay to `final_lr_ratio * lr`, and an average of the weights.
+    """AdamW, linear warm-up, cosine decay to `final_lr_ratio * lr`, and an average of the weights.
 
-    Weight decay acts on arrays of two or more dimensions only. The gradient is clipped to the global
-    norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per step.
+    Weight decay acts on arrays of two or more dimensions only. The gradient is clipped to the
+    global norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per step.
     """
 
     lr: float = 1e-4
@@ -64,8 +65,8 @@ class RunConfig:
     """Where a run writes and how often.
 
     out: run folder, a command repeated with the same one resumes; log_every: steps;
-    checkpoint_every_s: seconds; checkpoint_every: steps, replaces the seconds if given; keep: newest
-    checkpoints that stay.
+    checkpoint_every_s: seconds; checkpoint_every: steps, replaces the seconds if given; keep:
+    newest checkpoints that stay.
     """
 
     out: str = "runs/unnamed"
@@ -84,10 +85,15 @@ class LossConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """One training run. stage: a name of `gnvc_jax.training.stages`; init_from: run to start from."""
+    """One training run.
+
+    stage: a name of `gnvc_jax.training.stages`, or "module:Class"; codec: None for stages without
+    one; init_from: folder of the run whose averaged weights this one starts from.
+    """
 
     stage: str
-    vae: VAEConfig = VAEConfig()
+    vae: VAEConfig = VAEConfig()  # noqa: RUF009 - frozen
+    codec: CodecConfig | None = None
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

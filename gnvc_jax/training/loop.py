@@ -5,6 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.training import metrics
 from gnvc_jax.training.checkpoints import Checkpoints
-from gnvc_jax.training.config import Experiment, MeshConfig, OptimConfig
+from gnvc_jax.training.config import Experiment, MeshConfig, OptimConfig, RunConfig
 from gnvc_jax.training.stages import Stage
 
 Tree = Any
@@ -48,10 +49,10 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """
     sizes, devices = dataclasses.asdict(config), jax.devices()
     if sizes["data"] == -1:
-        others = math.prod(sizes.values()) * -1
-        sizes["data"] = max(1, len(devices) // others)
+        sizes["data"] = 1
+        sizes["data"] = len(devices) // math.prod(sizes.values())
     used = math.prod(sizes.values())
-    if used > len(devices) or (used < len(devices) and jax.process_count() > 1):
+    if not 0 < used <= len(devices) or (used < len(devices) and jax.process_count() > 1):
         raise ValueError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
     return jax.make_mesh(
         tuple(sizes.values()),
@@ -62,7 +63,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-    """Linear from 0 over `warmup` steps to `lr`, then a cosine to `final_lr_ratio * lr` at `steps`."""
+    """Linear from 0 to `lr` in `warmup` steps, cosine to `final_lr_ratio * lr` at `steps`."""
     return optax.warmup_cosine_decay_schedule(
         0.0, config.lr, config.warmup, config.steps, config.lr * config.final_lr_ratio
     )
@@ -151,21 +152,46 @@ class StopRequest:
 
 
 class Meter:
-    """Means of the metrics since the last report, and the speed."""
+    """Collects the metrics of each step and writes their means every `log_every` steps."""
 
-    def __init__(self):
-        self.reset()
+    def __init__(self, experiment: Experiment, writer: metrics.Writer):
+        self.steps, self.log_every = experiment.optim.steps, experiment.run.log_every
+        self.writer, self.skipped = writer, 0
+        self.restart()
 
-    def reset(self) -> None:
+    def restart(self) -> None:
         self.values, self.waited, self.since = [], 0.0, time.perf_counter()
 
-    def report(self) -> dict[str, float]:
-        """Mean of each metric, steps per second, share of the time spent waiting for data."""
-        seconds = time.perf_counter() - self.since
-        means = {k: float(np.mean([v[k] for v in self.values])) for k in self.values[0]}
-        speed = {"steps_per_s": len(self.values) / seconds, "data_wait": self.waited / seconds}
-        self.reset()
-        return means | speed
+    def add(self, step: int, values: dict[str, jax.Array]) -> None:
+        """FloatingPointError if all of the last updates had to be skipped."""
+        self.values.append(jax.device_get(values))
+        self.skipped = self.skipped + 1 if self.values[-1]["skipped"] else 0
+        if self.skipped == MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(f"step {step}: the last {self.skipped} gradients not finite")
+        if step % self.log_every == 0 or step == self.steps:
+            seconds = time.perf_counter() - self.since
+            keys = sorted(values, key=lambda k: k != "loss")
+            means = {k: float(np.mean([v[k] for v in self.values])) for k in keys}
+            rates = {"steps_per_s": len(self.values) / seconds, "data_wait": self.waited / seconds}
+            self.writer.write(step, means | rates)
+            self.restart()
+
+
+def start_state(
+    experiment: Experiment, stage: Stage, checkpoints: Checkpoints, sharding: NamedSharding
+) -> tuple[State, dict | None]:
+    """The newest state of the run and the data position that goes with it, or a new state.
+
+    Every leaf is placed explicitly: one that is not costs a second compilation at step 1.
+    """
+    optim, step = experiment.optim, checkpoints.latest()
+    init_key, run_key = jax.random.split(jax.random.key(experiment.run.seed))
+    if step is None:
+        params = stage.warm_start(jax.jit(stage.init, out_shardings=sharding)(init_key))
+        make = jax.jit(init_state, static_argnums=0, out_shardings=sharding)
+        return make(optim, params, run_key), None
+    like = jax.eval_shape(lambda key: init_state(optim, stage.init(key), run_key), init_key)
+    return checkpoints.restore(step, jax.tree.map(lambda x: x.update(sharding=sharding), like))
 
 
 def train(experiment: Experiment, stage: Stage) -> State | None:
@@ -175,81 +201,63 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
     Raises ValueError for sizes that do not fit the mesh and for a run folder of another experiment,
     FloatingPointError if 100 updates in a row had to be skipped.
     """
-    optim, run = experiment.optim, experiment.run
+    run, last = experiment.run, experiment.optim.steps
     mesh = make_mesh(experiment.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if experiment.data.batch % shards:
-        raise ValueError(
-            f"data.batch {experiment.data.batch} is not a multiple of {shards} devices"
-        )
+        raise ValueError(f"data.batch {experiment.data.batch} does not divide by {shards} devices")
+    if jax.process_count() > 1 and run.checkpoint_every is None:
+        raise ValueError("run.checkpoint_every: needed here, clocks of several processes differ")
     everywhere = NamedSharding(mesh, P())
     over_batch = NamedSharding(mesh, P(("data", "fsdp")))
 
-    def put(batch: Tree) -> Tree:
-        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(over_batch, x), batch)
-
-    with jax.set_mesh(mesh), StopRequest() as stop:
-        checkpoints = Checkpoints(experiment)
+    with (
+        jax.set_mesh(mesh),
+        closing(Checkpoints(experiment)) as checkpoints,
+        closing(make_writer(experiment)) as writer,
+        StopRequest() as stop,
+    ):
         data = iter(stage.dataset())
-
-        # Every leaf is placed explicitly: a leaf that is not costs a second compilation at step 1.
-        init_key, run_key = jax.random.split(jax.random.key(run.seed))
-        make_state = jax.jit(init_state, static_argnums=0, out_shardings=everywhere)
-        first = checkpoints.latest() or 0
-        if first:
-            like = jax.eval_shape(lambda k: init_state(optim, stage.init(k), run_key), init_key)
-            like = jax.tree.map(lambda x: x.update(sharding=everywhere), like)
-            state, position = checkpoints.restore(first, like)
+        state, position = start_state(experiment, stage, checkpoints, everywhere)
+        if position is not None:
             data.set_state(position)
-        else:
-            params = jax.jit(stage.init, out_shardings=everywhere)(init_key)
-            state = make_state(optim, stage.warm_start(params), run_key)
         frozen = jax.device_put(stage.frozen(), everywhere)
-        step_fn = jax.jit(make_step(optim, stage.loss), donate_argnums=0)
+        train_step = jax.jit(make_step(experiment.optim, stage.loss), donate_argnums=0)
 
-        writer = make_writer(experiment)
+        step = first = int(state.step)
         writer.start(first)
-        meter, pending, skipped, saved_at = Meter(), None, 0, time.monotonic()
-
-        def collect(step: int, values: dict[str, jax.Array]) -> None:
-            nonlocal skipped
-            meter.values.append(jax.device_get(values))
-            skipped = skipped + 1 if meter.values[-1]["skipped"] else 0
-            if skipped == MAX_SKIPPED_IN_A_ROW:
-                raise FloatingPointError(
-                    f"{skipped} gradients in a row were not finite: step {step}"
-                )
-            if step % run.log_every == 0 or step == optim.steps:
-                writer.write(step, meter.report())
-
-        step = first
-        while step < optim.steps and not stop.received:
+        meter, pending, saved_at = Meter(experiment, writer), None, time.monotonic()
+        while step < last and not stop.received and not checkpoints.preempted(step):
             waiting = time.perf_counter()
-            batch = put(next(data))
+            batch = put(next(data), over_batch)
             meter.waited += time.perf_counter() - waiting
-            state, values = step_fn(state, frozen, batch)
+            called = time.perf_counter()
+            state, values = train_step(state, frozen, batch)
             step += 1
-            # The values of the step before: the device works on this one meanwhile.
+            if step == first + 1:
+                print(f"compiled in {time.perf_counter() - called:.1f} s", flush=True)
+                meter.restart()  # the rates are those of the steps alone
             if pending:
-                collect(*pending)
-            pending = (step, values)
-            if checkpoints.preempted(step):
-                break
+                meter.add(*pending)  # of the step before, while the device works on this one
+            pending = step, values
             if due(run, step, saved_at):
                 checkpoints.save(step, state, data.get_state())
                 saved_at = time.monotonic()
         if pending:
-            collect(*pending)
+            meter.add(*pending)
             checkpoints.save(step, state, data.get_state())
-        checkpoints.close()
-        writer.close()
-    if step < optim.steps:
-        print(f"stopped at step {step}, saved in {run.out}; the same command continues", flush=True)
+    if step < last:
+        print(f"stopped after step {step} of {last}; the same command continues", flush=True)
         return None
     return state
 
 
-def due(run: Any, step: int, saved_at: float) -> bool:
+def put(batch: Tree, sharding: NamedSharding) -> Tree:
+    """This process's part of a batch (numpy) as global arrays."""
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def due(run: RunConfig, step: int, saved_at: float) -> bool:
     """Whether it is time for a checkpoint; saved_at: `time.monotonic()` of the last one."""
     if run.checkpoint_every is not None:
         return step % run.checkpoint_every == 0

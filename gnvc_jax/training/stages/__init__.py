@@ -34,7 +34,7 @@ class Stage:
         raise NotImplementedError
 
     def warm_start(self, params: Tree) -> Tree:
-        """What a new run starts from: the averaged weights of run `init_from`, or `params` as is."""
+        """What a new run starts from: the averaged weights of `init_from`, or `params` as is."""
         from gnvc_jax.training.checkpoints import load_params
 
         start = self.experiment.init_from
@@ -63,8 +63,8 @@ class Stage:
 
 
 def make_stage(experiment: Experiment) -> Stage:
-    """The stage that the experiment names."""
-    if experiment.stage not in STAGES:
+    """The stage that the experiment names; ValueError if there is none of that name."""
+    module, _, name = STAGES.get(experiment.stage, experiment.stage).partition(":")
+    if not name:
         raise ValueError(f"unknown stage {experiment.stage!r}; there are: {', '.join(STAGES)}")
-    module, name = STAGES[experiment.stage].split(":")
     return getattr(importlib.import_module(module), name)(experiment)

@@ -1,0 +1,11 @@
+"""Eight simulated devices for every test, and compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+# Both before JAX initialises its backends; subprocesses of tests inherit them.
+flag = "--xla_force_host_platform_device_count"
+if flag not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=8".strip()
+cache = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

@@ -1,0 +1,125 @@
+"""Checkpoint folders: retention, foreign configurations, weights for the next stage."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy_stage
+
+from gnvc_jax.training.checkpoints import Checkpoints, load_params
+from gnvc_jax.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+
+
+def toy(out, **changes):
+    base = toy_stage.experiment()
+    run = dataclasses.replace(base.run, out=str(out), keep=2)
+    return dataclasses.replace(base, run=run, **changes)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of the toy stage and its last state."""
+    out = tmp_path_factory.mktemp("runs") / "toy"
+    experiment = toy(out)
+    return out, train(experiment, toy_stage.ToyStage(experiment))
+
+
+def test_newest_are_kept(tmp_path):
+    checkpoints = Checkpoints(toy(tmp_path))
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {"next": step})
+    checkpoints.save(3, {"x": jnp.zeros(3)}, {"next": -1})  # saved already: left alone
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    again = Checkpoints(toy(tmp_path))
+    like = {"x": jax.ShapeDtypeStruct((3,), jnp.int32, sharding=jnp.zeros(3).sharding)}
+    state, data = again.restore(again.latest(), like)
+    assert state["x"].tolist() == [3, 3, 3] and data == {"next": 3}
+    again.close()
+
+
+def test_unfinished_checkpoint_is_ignored(tmp_path):
+    checkpoints = Checkpoints(toy(tmp_path))
+    checkpoints.save(1, {"x": jnp.zeros(3)}, {})
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-123" / "state").mkdir(parents=True)
+    assert Checkpoints(toy(tmp_path)).latest() == 1
+
+
+def test_foreign_run_folder_is_refused(tmp_path):
+    Checkpoints(toy(tmp_path)).close()
+    base = toy(tmp_path)
+    Checkpoints(
+        dataclasses.replace(
+            base,
+            optim=dataclasses.replace(base.optim, steps=9),
+            run=dataclasses.replace(base.run, log_every=7),
+        )
+    ).close()
+    other = dataclasses.replace(
+        base,
+        optim=dataclasses.replace(base.optim, lr=3.0),
+        data=dataclasses.replace(base.data, size=(8, 9)),
+    )
+    with pytest.raises(ValueError, match=r"data.size was .*; optim.lr was 0.1, is 3.0"):
+        Checkpoints(other)
+
+
+def test_new_stage_starts_from_averaged_weights(finished, tmp_path):
+    out, state = finished
+    following = toy(tmp_path, init_from=str(out))
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    start = toy_stage.ToyStage(following).warm_start(zeros)
+    jax.tree.map(np.testing.assert_array_equal, start, state.ema)
+
+
+def test_weights_that_do_not_fit_are_refused(finished, tmp_path):
+    out, state = finished
+    with pytest.raises(FileNotFoundError, match="nowhere: no checkpoint"):
+        load_params(tmp_path / "nowhere", like=state.params)
+    with pytest.raises(ValueError, match="has no parameter"):
+        load_params(out, like={**state.params, "extra": jnp.zeros(1)})
+    with pytest.raises(ValueError, match="shape"):
+        load_params(out, like={**state.params, "w": jnp.zeros((4, 3))})
+
+
+def test_terminated_run_saves_and_continues(tmp_path):
+    """SIGTERM to a real process: exit code 0, a checkpoint, and no step lost or done twice."""
+    command = [sys.executable, ROOT / "train.py", "--config", toy_stage.__file__]
+    command += ["--run.out", tmp_path, "--mesh.data", "1"]
+    paths = [str(ROOT), str(Path(toy_stage.__file__).parent)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+    def start(steps):
+        call = [str(x) for x in [*command, "--optim.steps", steps]]
+        return subprocess.Popen(call, env=environment, stdout=subprocess.PIPE, text=True)
+
+    def steps_done():
+        log = tmp_path / "metrics.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [int(line.split('"step": ')[1].split(",")[0]) for line in lines]
+
+    process = start(10**9)
+    while process.poll() is None and len(steps_done()) < 3:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    reached = max(steps_done())
+    assert f"stopped after step {reached} of" in output
+    assert "the same command continues" in output
+
+    process = start(reached + 2)
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert steps_done() == list(range(1, reached + 3))

@@ -1,0 +1,73 @@
+"""Config files and command-line overrides."""
+
+import dataclasses
+
+import pytest
+import toy_stage
+
+from gnvc_jax.training.config import Experiment, LossConfig, flatten, load, override
+from gnvc_jax.training.stages import make_stage
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedLoss(LossConfig):
+    weight: float = 1.0
+
+
+BASE = Experiment(stage="vae", loss=WeightedLoss())
+
+
+def test_overrides_change_what_they_name_and_nothing_else():
+    args = ["--optim.lr", "1e-3", "--data.batch", "4", "--data.size", "64", "96"]
+    args += ["--vae.temporal_down", "True", "False", "True", "--loss.weight", "0.5"]
+    args += ["--run.tensorboard", "--run.checkpoint-every", "7"]
+    before = flatten(dataclasses.asdict(BASE))
+    after = flatten(dataclasses.asdict(override(BASE, args)))
+    assert {k: v for k, v in after.items() if v != before[k]} == {
+        "optim.lr": 1e-3,
+        "data.batch": 4,
+        "data.size": (64, 96),
+        "vae.temporal_down": (True, False, True),
+        "loss.weight": 0.5,
+        "run.tensorboard": True,
+        "run.checkpoint_every": 7,
+    }
+    assert override(BASE, []) == BASE
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["--optim.lrr", "1"], "--optim.lr"),
+        (["--data.bach", "4"], "--data.batch"),
+        (["--optim.lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--data.size", "64"], "Expected 2 values"),
+        (["--loss.wait", "1"], "--loss.weight"),
+    ],
+)
+def test_wrong_overrides_end_with_a_hint(args, told, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stop:
+        override(BASE, args)
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_config_file_may_hold_a_value_or_a_function(tmp_path):
+    source = "from gnvc_jax.training.config import Experiment\n"
+    (tmp_path / "value.py").write_text(source + "experiment = Experiment(stage='a')\n")
+    (tmp_path / "function.py").write_text(source + "def experiment(): return Experiment('b')\n")
+    (tmp_path / "neither.py").write_text(source)
+    assert load(tmp_path / "value.py").stage == "a"
+    assert load(tmp_path / "function.py").stage == "b"
+    with pytest.raises(ValueError, match=r"neither.py: defines no `experiment`"):
+        load(tmp_path / "neither.py")
+    with pytest.raises(FileNotFoundError, match=r"absent.py: no such config file"):
+        load(tmp_path / "absent.py")
+
+
+def test_stage_is_found_by_name_or_path():
+    stage = make_stage(toy_stage.experiment())
+    assert isinstance(stage, toy_stage.ToyStage)
+    with pytest.raises(ValueError, match=r"unknown stage 'vea'; there are: vae, codec"):
+        make_stage(Experiment(stage="vea"))

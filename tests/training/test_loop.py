@@ -1,0 +1,215 @@
+"""The step against Optax and NumPy, and the loop on a toy stage."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.monitoring
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy_stage
+
+from gnvc_jax.training import loop
+from gnvc_jax.training.config import MeshConfig, OptimConfig
+
+
+def toy(out, *, steps=4, **run):
+    base = toy_stage.experiment()
+    return dataclasses.replace(
+        base,
+        optim=dataclasses.replace(base.optim, steps=steps),
+        run=dataclasses.replace(base.run, out=str(out), **run),
+    )
+
+
+def train(experiment):
+    return loop.train(experiment, toy_stage.ToyStage(experiment))
+
+
+def records(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def quadratic(params, frozen, batch, key, step):
+    return jnp.sum(params["w"] ** 2 * batch) + jnp.sum(params["b"] * batch), {}
+
+
+def run_steps(config, batches):
+    params = {"w": jnp.full((2, 3), 0.5), "b": jnp.full(3, -0.25)}
+    state = loop.init_state(config, params, jax.random.key(0))
+    step = jax.jit(loop.make_step(config, quadratic))
+    history = [(state, {})]
+    for batch in batches:
+        history.append(step(history[-1][0], {}, jnp.float32(batch)))
+    return history
+
+
+def test_learning_rate_is_a_warm_up_and_a_cosine():
+    config = OptimConfig(lr=2.0, warmup=10, steps=110, final_lr_ratio=0.25)
+    schedule = loop.learning_rate(config)
+    for step in (0, 3, 10, 35, 60, 110, 500):
+        if step < 10:
+            expected = 2.0 * step / 10
+        else:
+            phase = min(1.0, (step - 10) / 100)
+            expected = 0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi * phase))
+        assert schedule(step) == pytest.approx(expected, rel=1e-5)
+
+
+def test_step_is_optax_adamw_with_decay_on_matrices_only():
+    config = OptimConfig(lr=0.1, warmup=2, steps=6, weight_decay=0.3, clip=1.0, ema=0.9)
+    history = run_steps(config, [1.0, 2.0, 30.0, 0.1, 1.0])
+    reference = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            loop.learning_rate(config),
+            *config.betas,
+            weight_decay=0.3,
+            mask={"w": True, "b": False},
+        ),
+    )
+    params = history[0][0].params
+    state = reference.init(params)
+    for batch, (after, _) in zip([1.0, 2.0, 30.0, 0.1, 1.0], history[1:], strict=True):
+        grads = jax.grad(lambda p, x=batch: quadratic(p, None, x, None, None)[0])(params)
+        updates, state = reference.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), after.params, params)
+
+
+def test_ema_warms_up_to_its_decay():
+    history = run_steps(OptimConfig(lr=0.1, warmup=1, steps=40, ema=0.7), np.ones(40))
+    average = np.asarray(history[0][0].params["w"], np.float64)
+    for step, (state, _) in enumerate(history[1:]):
+        decay = min(0.7, (1 + step) / (10 + step))
+        average = decay * average + (1 - decay) * np.asarray(state.params["w"], np.float64)
+        np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+
+
+def test_non_finite_update_is_skipped_and_counted():
+    config = OptimConfig(lr=0.1, warmup=1, steps=8)
+    (before, _), (after, values), (recovered, later) = run_steps(config, [1, 1, np.nan, 1])[2:]
+    assert values["skipped"] == 1 and not np.isfinite(values["grad_norm"])
+    kept = [(s.params, s.ema, s.opt_state) for s in (before, after)]
+    jax.tree.map(np.testing.assert_array_equal, *kept)
+    assert after.step == before.step + 1
+    assert later["skipped"] == 0
+    assert np.all(np.isfinite(recovered.params["w"]))
+    assert not np.array_equal(recovered.params["w"], after.params["w"])
+
+
+def test_run_without_finite_gradients_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(toy_stage.ToyStage, "frozen", lambda self: {"scale": jnp.float32("nan")})
+    with pytest.raises(FloatingPointError, match=r"step 3: the last 3 gradients not finite"):
+        train(toy(tmp_path, steps=9))
+
+
+def test_loss_falls(tmp_path):
+    state = train(toy(tmp_path, steps=150, log_every=50))
+    written = records(tmp_path)
+    assert [r["step"] for r in written] == [50, 100, 150]
+    assert written[-1]["loss"] < 0.05 * written[0]["loss"]
+    np.testing.assert_allclose(state.params["w"], np.arange(8).reshape(4, 2), atol=0.3)
+
+
+def test_resumed_run_equals_uninterrupted_run(tmp_path):
+    """Same losses and bits with a stop half-way, on another mesh too."""
+    whole = train(toy(tmp_path / "whole"))
+
+    class StopsAfterTwo(toy_stage.ToyStage):
+        def dataset(self):
+            return Limited(super().dataset())
+
+    class Limited:
+        """Raises the signal that ends a run while the third batch is awaited."""
+
+        def __init__(self, dataset):
+            self.dataset = dataset
+
+        def __iter__(self):
+            inner, served = iter(self.dataset), 0
+
+            class Iterator:
+                get_state, set_state = inner.get_state, inner.set_state
+
+                def __next__(self):
+                    nonlocal served
+                    served += 1
+                    if served == 2:
+                        loop.signal.raise_signal(loop.signal.SIGTERM)
+                    return next(inner)
+
+            return Iterator()
+
+    experiment = toy(tmp_path / "parts")
+    assert loop.train(experiment, StopsAfterTwo(experiment)) is None
+    assert [r["step"] for r in records(tmp_path / "parts")] == [1, 2]
+    resumed = train(experiment)
+
+    def losses(name):
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in records(tmp_path / name)]
+
+    assert losses("whole") == losses("parts")
+    raw = [dataclasses.replace(s, key=jax.random.key_data(s.key)) for s in (whole, resumed)]
+    jax.tree.map(np.testing.assert_array_equal, *raw)
+
+
+def test_resuming_on_another_mesh(tmp_path):
+    whole = train(toy(tmp_path / "whole"))
+    experiment = toy(tmp_path / "parts", checkpoint_every=2)
+    train(experiment)
+    loop.Checkpoints(experiment).manager.delete(4)
+    moved = train(dataclasses.replace(experiment, mesh=MeshConfig(data=2, fsdp=2)))
+    assert moved.params["w"].sharding.mesh.shape["fsdp"] == 2
+    np.testing.assert_allclose(moved.params["w"], whole.params["w"], rtol=1e-5)
+
+
+def test_finished_run_is_left_alone(tmp_path):
+    state = train(toy(tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    again = train(toy(tmp_path))
+    assert again.step == 4
+    np.testing.assert_array_equal(state.params["w"], again.params["w"])
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_steps_after_the_first_compile_nothing(tmp_path):
+    compiled = []
+
+    def listen(event, seconds, **_):
+        if "backend_compile" in event:
+            compiled.append(event)
+
+    train(toy(tmp_path / "warm", steps=1))
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        counts = []
+        for steps in (1, 4):
+            compiled.clear()
+            train(toy(tmp_path / str(steps), steps=steps))
+            counts.append(len(compiled))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(
+    "mesh, message",
+    [
+        (MeshConfig(data=3, fsdp=3), "needs 9 devices, there are 8"),
+        (MeshConfig(fsdp=16), "there are 8"),
+        (MeshConfig(data=3), "data.batch 8 does not divide by 3 devices"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_mesh(tmp_path, mesh, message):
+    with pytest.raises(ValueError, match=message):
+        train(dataclasses.replace(toy(tmp_path), mesh=mesh))
+
+
+def test_mesh_takes_all_devices():
+    mesh = loop.make_mesh(MeshConfig(context=2))
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "context": 2, "tensor": 1}
