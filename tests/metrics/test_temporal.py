@@ -1,0 +1,80 @@
+"""Temporal measures against their formulas in float64 and against what they are meant to notice."""
+
+import jax
+import numpy as np
+import pytest
+
+from gnvc_jax.metrics.temporal import temporal
+
+measure = jax.jit(temporal)
+T, H, W = 6, 37, 50
+
+
+def moving_texture(seed=0):
+    texture = np.random.default_rng(seed).uniform(30, 220, (H, W + T, 3))
+    texture = (texture + np.roll(texture, 1, 0) + np.roll(texture, 1, 1)) / 3
+    return np.stack([texture[:, t : t + W] for t in range(T)])
+
+
+def as_bytes(video):
+    return np.clip(video, 0, 255).round().astype(np.uint8)
+
+
+def reference(x, y):
+    x, y = (v.astype(np.float64) @ [0.2126, 0.7152, 0.0722] for v in (x, y))
+    dx, dy = np.diff(x, axis=0), np.diff(y, axis=0)
+    error = (dy - dx)[:, : H // 16 * 16, : W // 16 * 16]
+    blocks = [
+        error[:, i : i + 16, j : j + 16].mean((1, 2))
+        for i in range(0, H - 15, 16)
+        for j in range(0, W - 15, 16)
+    ]
+    return {
+        "tpsnr": 10 * np.log10(255**2 / np.mean((dy - dx) ** 2)),
+        "ti_ratio": dy.std((1, 2)).mean() / dx.std((1, 2)).mean(),
+        "pulse": np.sqrt(np.mean(np.square(blocks))),
+    }
+
+
+def test_agrees_with_the_formulas():
+    x = moving_texture()
+    y = x * 0.9 + np.random.default_rng(1).normal(0, 12, x.shape)
+    x, y = as_bytes(x), as_bytes(y)
+    got = measure(x, y)
+    for name, value in reference(x, y).items():
+        assert got[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_perfect_copy():
+    x = as_bytes(moving_texture())
+    got = measure(x, x)
+    assert (got["tpsnr"], got["ti_ratio"], got["pulse"]) == (100, 1, 0)
+
+
+def test_what_each_measure_notices():
+    rng = np.random.default_rng(2)
+    x = moving_texture()
+    frozen = np.repeat(x[:1], T, axis=0)
+    noisy = x + rng.normal(0, 20, x.shape)
+    breathing = x + 10 * (-1.0) ** np.arange(T)[:, None, None, None]
+    frozen, noisy, breathing = (
+        measure(as_bytes(x), as_bytes(y)) for y in (frozen, noisy, breathing)
+    )
+    assert frozen["ti_ratio"] == 0
+    assert noisy["ti_ratio"] > 1.1
+    assert breathing["ti_ratio"] == pytest.approx(1, abs=0.05)
+    assert breathing["pulse"] > 5 * noisy["pulse"] > 0
+
+
+def test_still_source_has_no_ratio():
+    x = as_bytes(np.repeat(moving_texture()[:1], T, axis=0))
+    assert np.isnan(measure(x, x)["ti_ratio"])
+
+
+def test_rejects_clips_that_are_too_small():
+    x = as_bytes(moving_texture())
+    for bad in (x[:1], x[:, :15]):
+        with pytest.raises(ValueError, match="needs 2 frames"):
+            temporal(bad, bad)
+    with pytest.raises(ValueError, match="expected two"):
+        temporal(x, x[..., :1])
