@@ -90,7 +90,9 @@ def check_same_config(path: Path, config: dict) -> None:
 
 
 def load_params(run: str | Path, like: Tree) -> Tree:
-    """Averaged weights of the newest checkpoint of a run, placed as `like` (arrays or abstract).
+    """Averaged weights of the newest checkpoint of a run, placed as `like`.
+
+    like: a tree of arrays or of abstract arrays; those without a sharding come as NumPy arrays.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError if a name or shape differs.
     """
@@ -106,7 +108,14 @@ def load_params(run: str | Path, like: Tree) -> Tree:
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
         params = checkpointer.restore(folder / str(max(step)) / "state", args=restore)["ema"]
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not isinstance(leaf, jax.Array):
+    for (path, leaf), wanted in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(item), strict=True
+    ):
+        if isinstance(leaf, jax.ShapeDtypeStruct):  # Orbax leaves what it does not find as it is
             raise ValueError(f"{run}: has no parameter {jax.tree_util.keystr(path)}")
+        if leaf.shape != wanted.shape:
+            raise ValueError(
+                f"{run}: parameter {jax.tree_util.keystr(path)} has shape {leaf.shape}, "
+                f"expected {wanted.shape}"
+            )
     return params

@@ -5,7 +5,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,9 @@ def make_mesh(config: MeshConfig) -> Mesh:
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
     """Linear from 0 to `lr` in `warmup` steps, cosine to `final_lr_ratio * lr` at `steps`."""
+    end = max(config.steps, config.warmup + 1)  # a run may be shorter than its warm-up
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.lr, config.warmup, config.steps, config.lr * config.final_lr_ratio
+        0.0, config.lr, config.warmup, end, config.lr * config.final_lr_ratio
     )
 
 
@@ -106,7 +107,7 @@ def make_step(
         (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(
             state.params, frozen, batch, key, state.step
         )
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         lr = schedule(state.step)
         updates, opt_state = optimise.update(grads, state.opt_state, state.params)
         params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
@@ -214,7 +215,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
     with (
         jax.set_mesh(mesh),
         closing(Checkpoints(experiment)) as checkpoints,
-        closing(make_writer(experiment)) as writer,
+        ExitStack() as stack,
         StopRequest() as stop,
     ):
         data = iter(stage.dataset())
@@ -225,7 +226,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         train_step = jax.jit(make_step(experiment.optim, stage.loss), donate_argnums=0)
 
         step = first = int(state.step)
-        writer.start(first)
+        writer = stack.enter_context(closing(make_writer(experiment, first)))
         meter, pending, saved_at = Meter(experiment, writer), None, time.monotonic()
         while step < last and not stop.received and not checkpoints.preempted(step):
             waiting = time.perf_counter()
@@ -264,12 +265,18 @@ def due(run: RunConfig, step: int, saved_at: float) -> bool:
     return time.monotonic() - saved_at >= run.checkpoint_every_s
 
 
-def make_writer(experiment: Experiment) -> metrics.Writer:
-    """The writers that the experiment asks for; none on other processes than the first."""
+def make_writer(experiment: Experiment, step: int) -> metrics.Writer:
+    """The writers that the experiment asks for, none on other processes than the first.
+
+    step: the run starts after it.
+    """
     out = Path(experiment.run.out)
     if jax.process_index() != 0:
         return metrics.Many([])
-    writers = [metrics.Console(experiment.optim.steps), metrics.JsonLines(out / "metrics.jsonl")]
+    writers = [
+        metrics.Console(experiment.optim.steps),
+        metrics.JsonLines(out / "metrics.jsonl", step),
+    ]
     if experiment.run.tensorboard:
-        writers.append(metrics.TensorBoard(out / "tensorboard"))
+        writers.append(metrics.TensorBoard(out / "tensorboard", step))
     return metrics.Many(writers)

@@ -1,7 +1,8 @@
 """Where training numbers go: the console, a file of JSON lines, TensorBoard.
 
-A writer has three methods: start(step) before the first write, write(step, values) with a flat dict
-of floats, and close().
+A writer has two methods: write(step, values) with a flat dict of floats, and close(). One that
+keeps what earlier runs wrote is made with the step that the run starts after, and drops what comes
+later: it will be written again.
 """
 
 import json
@@ -13,7 +14,6 @@ from typing import Protocol
 
 
 class Writer(Protocol):
-    def start(self, step: int) -> None: ...
     def write(self, step: int, values: Mapping[str, float]) -> None: ...
     def close(self) -> None: ...
 
@@ -23,9 +23,6 @@ class Console:
 
     def __init__(self, steps: int):
         self.steps = steps
-
-    def start(self, step: int) -> None:
-        pass
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         parts = [f"step {step}/{self.steps}", *(f"{k} {v:.4g}" for k, v in values.items())]
@@ -39,24 +36,16 @@ class Console:
 
 
 class JsonLines:
-    """The primary record: one JSON object per write, with step and Unix time.
+    """The primary record: one JSON object per write, with step and Unix time."""
 
-    Lines after the step that a run resumes from are dropped: they will be written again.
-    """
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def start(self, step: int) -> None:
-        kept = []
-        if self.path.exists():
-            # A line cut short by a crash cannot be parsed and is last.
-            complete = [x for x in self.path.read_text().splitlines() if x.endswith("}")]
-            kept = [x for x in complete if json.loads(x)["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
+    def __init__(self, path: Path, step: int):
+        # A line that a crash has cut short does not end with a brace.
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
+        temporary = path.with_name(path.name + ".tmp")
         temporary.write_text("".join(x + "\n" for x in kept))
-        os.replace(temporary, self.path)
-        self.file = self.path.open("a")
+        os.replace(temporary, path)
+        self.file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self.file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
@@ -69,13 +58,10 @@ class JsonLines:
 class TensorBoard:
     """Scalars for TensorBoard."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def start(self, step: int) -> None:
+    def __init__(self, folder: Path, step: int):
         from tensorboardX import SummaryWriter  # slow to import, and off by default
 
-        self.writer = SummaryWriter(str(self.folder), purge_step=step + 1)
+        self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for key, value in values.items():
@@ -90,10 +76,6 @@ class Many:
 
     def __init__(self, writers: Sequence[Writer]):
         self.writers = writers
-
-    def start(self, step: int) -> None:
-        for writer in self.writers:
-            writer.start(step)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         for writer in self.writers:

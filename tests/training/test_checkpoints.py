@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -52,8 +53,10 @@ def test_unfinished_checkpoint_is_ignored(tmp_path):
     checkpoints = Checkpoints(toy(tmp_path))
     checkpoints.save(1, {"x": jnp.zeros(3)}, {})
     checkpoints.close()
+    assert checkpoints.latest() == 1
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-123" / "state").mkdir(parents=True)
-    assert Checkpoints(toy(tmp_path)).latest() == 1
+    with closing(Checkpoints(toy(tmp_path))) as again:
+        assert again.latest() == 1
 
 
 def test_foreign_run_folder_is_refused(tmp_path):
@@ -81,6 +84,10 @@ def test_new_stage_starts_from_averaged_weights(finished, tmp_path):
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     start = toy_stage.ToyStage(following).warm_start(zeros)
     jax.tree.map(np.testing.assert_array_equal, start, state.ema)
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.ema)
+    on_host = load_params(out, like=abstract)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(on_host))
+    jax.tree.map(np.testing.assert_array_equal, on_host, state.ema)
 
 
 def test_weights_that_do_not_fit_are_refused(finished, tmp_path):
@@ -89,8 +96,9 @@ def test_weights_that_do_not_fit_are_refused(finished, tmp_path):
         load_params(tmp_path / "nowhere", like=state.params)
     with pytest.raises(ValueError, match="has no parameter"):
         load_params(out, like={**state.params, "extra": jnp.zeros(1)})
-    with pytest.raises(ValueError, match="shape"):
-        load_params(out, like={**state.params, "w": jnp.zeros((4, 3))})
+    for w in (jnp.zeros((4, 3)), np.zeros((4, 3)), jax.ShapeDtypeStruct((4, 3), jnp.float32)):
+        with pytest.raises(ValueError, match="shape"):
+            load_params(out, like={**state.params, "w": w})
 
 
 def test_terminated_run_saves_and_continues(tmp_path):
