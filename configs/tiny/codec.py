@@ -1,0 +1,18 @@
+"""The latent codec of the small model, under the frozen small VAE.
+
+    python train.py --config configs/tiny/codec.py --data.path CLIPS --loss.vae runs/tiny/vae
+"""
+
+from configs.tiny.models import CODEC, VAE
+from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
+from gnvc_jax.training.stages.codec import CodecLoss
+
+experiment = Experiment(
+    stage="codec",
+    vae=VAE,
+    codec=CODEC,
+    loss=CodecLoss(lambda_low=0.5, lambda_high=64.0, vae="runs/tiny/vae"),
+    data=DataConfig(path="data/train", frames=17, size=(128, 128), batch=4, downscale_prob=0.5),
+    optim=OptimConfig(lr=1e-3, warmup=100, steps=6000, final_lr_ratio=0.02, ema=0.998),
+    run=RunConfig(out="runs/tiny/codec", log_every=20, checkpoint_every_s=300),
+)

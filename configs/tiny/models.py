@@ -1,0 +1,15 @@
+"""Sizes of the small model, shared by its training stages."""
+
+from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.vae.config import VAEConfig
+
+VAE = VAEConfig(base=8, multipliers=(1, 3, 6, 8), blocks=1)
+CODEC = CodecConfig(
+    intra_width=64,
+    width=64,
+    intra_analysis=2,
+    intra_synthesis=3,
+    y_channels=32,
+    z_channels=16,
+    scale_width=32,
+)

@@ -1,0 +1,1 @@
+"""Training data: Grain pipelines over videos."""
