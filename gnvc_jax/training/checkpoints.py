@@ -97,25 +97,27 @@ def load_params(run: str | Path, like: Tree) -> Tree:
     Raises FileNotFoundError if there is no checkpoint, ValueError if a name or shape differs.
     """
     folder = Path(run).absolute() / "checkpoints"
-    step = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
-    if not step:
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
+    if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint")
     item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-    restore = ocp.args.PyTreeRestore(
-        item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
+    args = ocp.args.PyTreeRestore(
+        item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
     )
     with ocp.PyTreeCheckpointer() as checkpointer:
-        params = checkpointer.restore(folder / str(max(step)) / "state", args=restore)["ema"]
-    for (path, leaf), wanted in zip(
-        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(item), strict=True
-    ):
-        if isinstance(leaf, jax.ShapeDtypeStruct):  # Orbax leaves what it does not find as it is
-            raise ValueError(f"{run}: has no parameter {jax.tree_util.keystr(path)}")
-        if leaf.shape != wanted.shape:
-            raise ValueError(
-                f"{run}: parameter {jax.tree_util.keystr(path)} has shape {leaf.shape}, "
-                f"expected {wanted.shape}"
-            )
-    return params
+        saved = folder / str(max(steps)) / "state"
+        found = shapes(checkpointer.metadata(saved).item_metadata.tree["ema"])
+        wanted = shapes(item["ema"])
+        for name in sorted(found | wanted):
+            if found.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{run}: parameter {name} has shape {found.get(name)}, "
+                    f"expected {wanted.get(name)}"
+                )
+        return checkpointer.restore(saved, args)["ema"]
+
+
+def shapes(tree: Tree) -> dict[str, tuple[int, ...]]:
+    """Shape of each leaf by its path."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(k, simple=True, separator="/"): tuple(x.shape) for k, x in leaves}

@@ -50,15 +50,14 @@ class Stage:
 
         data = self.experiment.data
         return clip_dataset(
-            ClipIndex(data.path),
+            ClipIndex(data.path, data.decode_cache),
             frames=data.frames,
             size=data.size,
             batch=data.batch // jax.process_count(),
             seed=data.seed,
-            shuffle=True,
             num_workers=data.workers,
-            decode_cache=data.decode_cache,
             downscale_prob=data.downscale_prob,
+            shard=(jax.process_index(), jax.process_count()),
         )
 
 
