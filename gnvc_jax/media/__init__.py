@@ -1,0 +1,1 @@
+"""Video in and out: files, raw frames and pipes to RGB frames, and back."""

@@ -1,0 +1,196 @@
+"""YUV to RGB and back, by one documented formula.
+
+With y, u, v the code values of n bits, s = 2^(n-8), and (kr, kg, kb) the luma weights of the matrix
+(ITU-R BT.709: 0.2126, 0.7152, 0.0722; BT.601: 0.299, 0.587, 0.114; BT.2020: 0.2627, 0.6780, 0.0593):
+
+    limited range   Y = (y - 16 s) / (219 s)      C = (c - 128 s) / (224 s)
+    full range      Y = y / (2^n - 1)             C = (c - 2^(n-1)) / (2^n - 1)
+
+    R = Y + 2 (1 - kr) V
+    B = Y + 2 (1 - kb) U
+    G = Y - 2 kr (1 - kr) / kg V - 2 kb (1 - kb) / kg U
+
+and an 8-bit value is floor(clip(255 X, 0, 255) + 1/2): round half up after clipping. This is
+ITU-T H.273 equations 8.3 onward with the gamma-coded values left as they are.
+
+Chroma is taken to sit in the middle of the luma samples that share it: going up is bilinear with
+half-pixel centres (weights 3/4, 1/4), going down is the mean of 2x2; edges replicate, so odd sizes work.
+Arithmetic is float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+LUMA_WEIGHTS = {  # matrix: (kr, kb)
+    "bt709": (0.2126, 0.0722),
+    "bt601": (0.299, 0.114),
+    "bt2020": (0.2627, 0.0593),
+}
+_MATRIX_CODE = {"rgb": 0, "bt709": 1, "bt601": 6, "bt2020": 9}
+_CODE_MATRIX = {0: "rgb", 1: "bt709", 5: "bt601", 6: "bt601", 9: "bt2020", 10: "bt2020"}
+_PRIMARIES = {"rgb": 1, "bt709": 1, "bt601": 6, "bt2020": 9}
+_TRANSFER = {"rgb": 13, "bt709": 1, "bt601": 6, "bt2020": 14}
+UNSPECIFIED = 2  # H.273: "unknown or determined by the application"
+
+
+@dataclasses.dataclass(frozen=True)
+class Colour:
+    """What the sample values of a video mean.
+
+    ``matrix`` is 'bt709', 'bt601', 'bt2020', or 'rgb' for sources that never were YUV. ``primaries`` and
+    ``transfer`` are H.273 code points, by default those that go with the matrix; they are carried along
+    and never used in a conversion.
+    """
+
+    matrix: str = "bt709"
+    full_range: bool = False
+    primaries: int | None = None
+    transfer: int | None = None
+
+    def __post_init__(self):
+        if self.matrix not in _MATRIX_CODE:
+            raise ValueError(f"colour matrix {self.matrix!r} is none of {', '.join(_MATRIX_CODE)}")
+        for field, default in (("primaries", _PRIMARIES), ("transfer", _TRANSFER)):
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, default[self.matrix])
+
+    @property
+    def code_points(self) -> tuple[int, int, int, int]:
+        """H.273 (colour primaries, transfer characteristics, matrix coefficients, full-range flag)."""
+        return self.primaries, self.transfer, _MATRIX_CODE[self.matrix], int(self.full_range)
+
+    @classmethod
+    def from_code_points(
+        cls, primaries: int, transfer: int, matrix: int, full_range: int
+    ) -> Colour:
+        """The inverse of ``code_points``; an unspecified or unknown matrix counts as BT.709."""
+        name = _CODE_MATRIX.get(matrix, "bt709")
+        return cls(
+            matrix=name,
+            full_range=bool(full_range),
+            primaries=None if primaries in (0, UNSPECIFIED) else primaries,
+            transfer=None if transfer in (0, UNSPECIFIED) else transfer,
+        )
+
+
+BT709 = Colour()
+RGB = Colour(matrix="rgb", full_range=True)
+
+
+def _scales(colour: Colour, bit_depth: int) -> tuple[float, float, float, float]:
+    """(luma offset, luma scale, chroma offset, chroma scale) from code values to 0..255."""
+    middle = float(1 << (bit_depth - 1))
+    if colour.full_range:
+        scale = 255.0 / ((1 << bit_depth) - 1)
+        return 0.0, scale, middle, scale
+    step = 2.0 ** (bit_depth - 8)
+    return 16.0 * step, 255.0 / (219.0 * step), middle, 255.0 / (224.0 * step)
+
+
+def _weights(colour: Colour) -> tuple[float, float, float]:
+    if colour.matrix not in LUMA_WEIGHTS:
+        raise ValueError("RGB samples have no YUV matrix; give a Colour with one")
+    kr, kb = LUMA_WEIGHTS[colour.matrix]
+    return kr, 1.0 - kr - kb, kb
+
+
+def _double(plane: np.ndarray, axis: int, size: int) -> np.ndarray:
+    """Bilinear doubling of a float32 plane (h, w) along ``axis``, cut to ``size``."""
+    plane = np.moveaxis(plane, axis, 0)
+    near, far = 0.75 * plane, 0.25 * plane
+    out = np.empty((2 * len(plane), *plane.shape[1:]), np.float32)
+    out[0] = plane[0]
+    np.add(near[1:], far[:-1], out=out[2::2])
+    np.add(near[:-1], far[1:], out=out[1:-1:2])
+    out[-1] = plane[-1]
+    return np.moveaxis(out[:size], 0, axis)
+
+
+def _upsample(plane: np.ndarray, height: int, width: int) -> np.ndarray:
+    for axis, size in ((0, height), (1, width)):
+        if plane.shape[axis] != size:
+            plane = _double(plane, axis, size)
+    return plane
+
+
+def _round_to_uint8(values: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+    np.clip(values, 0.0, 255.0, out=values)
+    values += 0.5
+    if out is None:
+        return values.astype(np.uint8)
+    out[...] = values
+    return out
+
+
+def yuv_to_rgb(
+    y: np.ndarray,
+    u: np.ndarray | None,
+    v: np.ndarray | None,
+    colour: Colour = BT709,
+    bit_depth: int = 8,
+) -> np.ndarray:
+    """Planes y (h, w) and u, v to uint8 RGB (h, w, 3).
+
+    The shape of u and v tells the subsampling: (h, w), (h, ceil(w/2)) or (ceil(h/2), ceil(w/2)). Both None
+    is grey. Samples are unsigned integers of ``bit_depth`` bits. Raises ValueError for other shapes.
+    """
+    height, width = y.shape
+    y_offset, y_scale, c_offset, c_scale = _scales(colour, bit_depth)
+    luma = y.astype(np.float32)
+    luma -= np.float32(y_offset)
+    luma *= np.float32(y_scale)
+    out = np.empty((height, width, 3), np.uint8)
+    if u is None or v is None:
+        out[...] = _round_to_uint8(luma)[..., None]
+        return out
+    if u.shape != v.shape or any(
+        c not in (n, -(-n // 2)) for c, n in zip(u.shape, y.shape, strict=True)
+    ):
+        raise ValueError(f"chroma planes {u.shape}, {v.shape} do not fit luma {y.shape}")
+    kr, kg, kb = _weights(colour)
+    # The colour differences are formed before upsampling: the same by linearity, and 4x less work.
+    u = (u.astype(np.float32) - np.float32(c_offset)) * np.float32(c_scale)
+    v = (v.astype(np.float32) - np.float32(c_offset)) * np.float32(c_scale)
+    differences = (
+        np.float32(2 * (1 - kr)) * v,
+        np.float32(-2 * kr * (1 - kr) / kg) * v + np.float32(-2 * kb * (1 - kb) / kg) * u,
+        np.float32(2 * (1 - kb)) * u,
+    )
+    for channel, difference in enumerate(differences):
+        _round_to_uint8(_upsample(difference, height, width) + luma, out[..., channel])
+    return out
+
+
+def _rgb_to_yuv(rgb: np.ndarray, colour: Colour, subsample: bool) -> tuple[np.ndarray, ...]:
+    kr, kg, kb = _weights(colour)
+    y_offset, y_scale, c_offset, c_scale = _scales(colour, 8)
+    r, g, b = (rgb[..., i].astype(np.float32) for i in range(3))
+    luma = np.float32(kr) * r + np.float32(kg) * g + np.float32(kb) * b
+    planes = [luma * np.float32(1 / y_scale) + np.float32(y_offset)]
+    for channel, weight in ((b, kb), (r, kr)):
+        difference = channel - luma
+        if subsample:
+            height, width = difference.shape
+            difference = np.pad(difference, ((0, height % 2), (0, width % 2)), mode="edge")
+            rows = difference[0::2] + difference[1::2]
+            difference = (rows[:, 0::2] + rows[:, 1::2]) * np.float32(0.25)
+        gain = 1 / (2 * (1 - weight) * c_scale)
+        planes.append(difference * np.float32(gain) + np.float32(c_offset))
+    return tuple(_round_to_uint8(plane) for plane in planes)
+
+
+def rgb_to_yuv420(
+    rgb: np.ndarray, colour: Colour = BT709
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 RGB (h, w, 3) to 8-bit planes y (h, w) and u, v (ceil(h/2), ceil(w/2))."""
+    return _rgb_to_yuv(rgb, colour, subsample=True)
+
+
+def rgb_to_yuv444(
+    rgb: np.ndarray, colour: Colour = BT709
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """uint8 RGB (h, w, 3) to three 8-bit planes (h, w)."""
+    return _rgb_to_yuv(rgb, colour, subsample=False)

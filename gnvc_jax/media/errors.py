@@ -1,0 +1,111 @@
+"""Named errors of the media room, each with the exit code a command line should end with.
+
+The codes follow sysexits.h:
+
+====  =========  ==================================================================
+code  name       raised as
+====  =========  ==================================================================
+65    DATAERR    EmptyInput, NoFrames, NotAVideo, AudioOnly, TruncatedVideo,
+                 UnsupportedFormat, BadRawSize
+66    NOINPUT    MissingInput
+73    CANTCREAT  OutputExists, UnwritableOutput
+74    IOERR      WriteFailed, DiskFull
+====  =========  ==================================================================
+
+Every message is one line, ``NAME: REASON``.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+
+class MediaError(Exception):
+    """A video that cannot be read or written; ``exit_code`` is the process status to end with."""
+
+    exit_code = 65
+
+    def __init__(self, name: str | os.PathLike, reason: str):
+        self.name = os.fspath(name)
+        self.reason = " ".join(str(reason).split())
+        super().__init__(f"{self.name}: {self.reason}")
+
+    def __reduce__(self):  # errors cross process boundaries in data workers
+        return type(self), (self.name, self.reason)
+
+
+class MissingInput(MediaError):
+    """The input does not exist or may not be read."""
+
+    exit_code = 66
+
+
+class EmptyInput(MediaError):
+    """The input has no bytes."""
+
+
+class NoFrames(MediaError):
+    """A folder without frames, or a video stream in which none could be decoded."""
+
+
+class NotAVideo(MediaError):
+    """The bytes are not a video in a format that can be read."""
+
+
+class AudioOnly(MediaError):
+    """The container has sound but no picture."""
+
+
+class TruncatedVideo(MediaError):
+    """The file promises more frames than can be read from it."""
+
+
+class UnsupportedFormat(MediaError):
+    """A video, but in a pixel format or a size that cannot be handled."""
+
+
+class BadRawSize(MediaError):
+    """A raw file whose size or format is unknown, or that is not a whole number of frames."""
+
+
+class OutputExists(MediaError):
+    """The output is there already and overwriting was not asked for."""
+
+    exit_code = 73
+
+
+class UnwritableOutput(MediaError):
+    """The output cannot be created."""
+
+    exit_code = 73
+
+
+class WriteFailed(MediaError):
+    """Writing began and could not be finished."""
+
+    exit_code = 74
+
+
+class DiskFull(WriteFailed):
+    """The file system, or the user's share of it, has no space left."""
+
+
+def read_error(name: str | os.PathLike, error: OSError) -> MediaError:
+    """The named error for an operating system error met while reading ``name``."""
+    if isinstance(error, FileNotFoundError):
+        return MissingInput(name, "no such file or folder")
+    return MissingInput(name, f"cannot be read ({error.strerror or error})")
+
+
+def write_error(name: str | os.PathLike, error: OSError) -> MediaError:
+    """The named error for an operating system error met while writing ``name``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DiskFull(name, "no space left on the device")
+    if isinstance(error, BrokenPipeError):
+        return WriteFailed(name, "the reading end of the pipe was closed")
+    if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        return UnwritableOutput(name, "the folder to write to does not exist")
+    if isinstance(error, (PermissionError, IsADirectoryError)) or error.errno == errno.EROFS:
+        return UnwritableOutput(name, f"cannot be written ({error.strerror or error})")
+    return WriteFailed(name, f"writing failed ({error.strerror or error})")
