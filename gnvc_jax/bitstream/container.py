@@ -1,0 +1,252 @@
+"""The file: header, one chunk per group, index, footer (docs/bitstream.md).
+
+The writer never seeks, so it can write to a pipe; the reader needs seeking only for random access.
+"""
+
+import dataclasses
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from gnvc_jax.bitstream.errors import (
+    BitstreamError,
+    ChecksumMismatch,
+    IndexRebuilt,
+    LimitExceeded,
+    MalformedChunk,
+    Truncated,
+)
+from gnvc_jax.bitstream.group import Group, parse_group
+from gnvc_jax.bitstream.header import Header, read_header
+
+MAX_CHUNK = 1 << 28
+END_MAGIC = b"\x89GNVEND\n"
+ENTRY = struct.Struct("<QQIHH")  # offset, first frame, chunk size, frames, mean q_index
+INDEX_HEAD = struct.Struct("<QI")  # frames in all, groups
+FOOTER = struct.Struct("<QII8s")  # index offset, index size, CRC32, magic
+CHUNK_OVERHEAD = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where a group lies: offset and size of its chunk in bytes, and its frames."""
+
+    offset: int
+    first_frame: int
+    size: int
+    n_frames: int
+    q_index: int
+
+
+class StreamWriter:
+    """Writes a header at once, groups as they come, index and footer on close."""
+
+    def __init__(self, file: BinaryIO, header: Header):
+        self.file, self.header = file, header
+        self.entries: list[Entry] = []
+        self.frames = 0
+        data = header.pack()
+        file.write(data)
+        self.offset = len(data)
+
+    def write_group(self, payload: bytes) -> None:
+        """Append a group (from `encode_group`). ValueError if it does not continue the stream."""
+        group = parse_group(payload)
+        if (group.number, group.first_frame) != (len(self.entries), self.frames):
+            raise ValueError(f"group {group.number} does not follow group {len(self.entries) - 1}")
+        mean = round(sum(group.q_indices) / len(group.q_indices))
+        size = len(payload) + CHUNK_OVERHEAD
+        self.entries.append(Entry(self.offset, self.frames, size, group.n_frames, mean))
+        self._chunk(b"GOPC", payload)
+        self.frames += group.n_frames
+
+    def close(self) -> None:
+        """Write index and footer; the file itself stays open."""
+        at = self.offset
+        rows = [ENTRY.pack(*dataclasses.astuple(entry)) for entry in self.entries]
+        self._chunk(b"INDX", INDEX_HEAD.pack(self.frames, len(rows)) + b"".join(rows))
+        head = struct.pack("<QI", at, self.offset - at)
+        self.file.write(FOOTER.pack(at, self.offset - at, zlib.crc32(head), END_MAGIC))
+
+    def _chunk(self, kind: bytes, payload: bytes) -> None:
+        data = kind + struct.pack("<I", len(payload)) + payload
+        self.file.write(data + struct.pack("<I", zlib.crc32(data)))
+        self.offset += len(data) + 4
+
+
+class StreamReader:
+    """Reads a stream from a path, bytes, or an open binary file.
+
+    Nothing is allocated from a field before the field has been checked. `groups()` reads forward
+    and needs no index; `group(n)` needs a file that can seek.
+    """
+
+    def __init__(self, source: str | Path | bytes | BinaryIO):
+        if isinstance(source, bytes):
+            source = io.BytesIO(source)
+        self.owned = isinstance(source, str | Path)
+        self.file = open(source, "rb") if self.owned else source
+        try:
+            self.header, self.start = read_header(self.file.read)
+        except BitstreamError:
+            self.close()
+            raise
+
+    def __enter__(self) -> "StreamReader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.owned:
+            self.file.close()
+
+    def groups(self, tolerant: bool = False) -> Iterator[Group | BitstreamError]:
+        """The groups in order, each checked. tolerant: a damaged group is given as its error.
+
+        Raises the kinds of BitstreamError; a file that ends early raises Truncated at the end.
+        """
+        at, number, frames = self.start, 0, 0
+        if self.file.seekable():
+            self.file.seek(at)
+        while True:
+            try:
+                kind, payload, size = self._read_chunk(at, number)
+            except ChecksumMismatch as error:
+                if not tolerant or error.size is None:
+                    raise
+                yield error
+                at, number, frames = at + error.size, number + 1, None
+                continue
+            if kind == b"GOPC":
+                try:
+                    group = self._check(parse_group(payload), number, frames)
+                    frames = group.first_frame + group.n_frames
+                except MalformedChunk as error:
+                    if not tolerant:
+                        raise
+                    group, frames = error, None
+                yield group
+                number += 1
+            elif kind == b"INDX":
+                self._check_end(payload, number, frames)
+                return
+            elif kind[:1].isupper() and kind != b"META":
+                raise MalformedChunk(f"unknown chunk {kind!r} at offset {at}")
+            at += size
+
+    def _check(self, group: Group, number: int, frames: int | None) -> Group:
+        if group.number != number:
+            raise MalformedChunk(f"group number {group.number} where {number} was expected")
+        if frames is not None and group.first_frame != frames:
+            raise MalformedChunk(
+                f"group {number} begins at frame {group.first_frame}, expected {frames}"
+            )
+        if len(group.kinds) > self.header.gop_latents or group.n_frames > self.header.gop_frames:
+            raise MalformedChunk(f"group {number} is longer than the header allows")
+        return group
+
+    def _check_end(self, payload: bytes, groups: int, frames: int | None) -> None:
+        total, count = self._parse_index(payload)[:2]
+        if count != groups:
+            raise MalformedChunk(f"index lists {count} groups, {groups} are there")
+        known = self.header.frame_count
+        if frames is not None and (total != frames or known not in (None, frames)):
+            raise MalformedChunk(f"index says {total} frames, header {known}, groups {frames}")
+
+    def _parse_index(self, payload: bytes) -> tuple[int, int, list[Entry]]:
+        if len(payload) < INDEX_HEAD.size:
+            raise MalformedChunk(f"index of {len(payload)} bytes")
+        total, count = INDEX_HEAD.unpack_from(payload)
+        if len(payload) != INDEX_HEAD.size + count * ENTRY.size:
+            raise MalformedChunk(f"index of {len(payload)} bytes for {count} groups")
+        rows = ENTRY.iter_unpack(payload[INDEX_HEAD.size :])
+        return total, count, [Entry(*row) for row in rows]
+
+    def _read_chunk(self, at: int, number: int) -> tuple[bytes, bytes, int]:
+        """Type, payload and size of the chunk at the current position."""
+
+        def truncated(missing: int) -> Truncated:
+            return Truncated(
+                f"ends at offset {at} + {missing} missing bytes; {number} complete groups"
+            )
+
+        head = self.file.read(8)
+        if len(head) < 8:
+            raise truncated(8 - len(head))
+        kind, length = head[:4], struct.unpack("<I", head[4:])[0]
+        if length > MAX_CHUNK:
+            raise LimitExceeded(f"chunk {kind!r} at offset {at}: {length} bytes > {MAX_CHUNK}")
+        left = self._left()
+        if left is not None and length + 4 > left:
+            raise truncated(length + 4 - left)
+        body = self.file.read(length + 4)
+        if len(body) < length + 4:
+            raise truncated(length + 4 - len(body))
+        found, expected = zlib.crc32(head + body[:-4]), struct.unpack("<I", body[-4:])[0]
+        if found != expected:
+            error = ChecksumMismatch(
+                f"chunk {kind!r} (group {number}) at offset {at}: CRC32 {found:08x}, expected "
+                f"{expected:08x}"
+            )
+            error.size = length + CHUNK_OVERHEAD if kind == b"GOPC" else None
+            raise error
+        return kind, body[:-4], length + CHUNK_OVERHEAD
+
+    def _left(self) -> int | None:
+        """Bytes after the current position, if the file can tell."""
+        if not self.file.seekable():
+            return None
+        here = self.file.tell()
+        end = self.file.seek(0, io.SEEK_END)
+        self.file.seek(here)
+        return end - here
+
+    def index(self) -> list[Entry]:
+        """Where the groups are; found by a scan, with a warning, if the index is damaged."""
+        try:
+            return self._stored_index()
+        except (BitstreamError, OSError, struct.error) as error:
+            warnings.warn(f"index unusable ({error}); scanning", IndexRebuilt, stacklevel=2)
+        entries, at = [], self.start
+        self.file.seek(at)
+        try:
+            while True:
+                kind, payload, size = self._read_chunk(at, len(entries))
+                if kind == b"GOPC":
+                    g = parse_group(payload)
+                    mean = round(sum(g.q_indices) / len(g.q_indices))
+                    entries.append(Entry(at, g.first_frame, size, g.n_frames, mean))
+                at += size
+        except BitstreamError:
+            return entries
+
+    def _stored_index(self) -> list[Entry]:
+        end = self.file.seek(0, io.SEEK_END)
+        if end < self.start + FOOTER.size:
+            raise Truncated("no footer")
+        self.file.seek(end - FOOTER.size)
+        at, size, crc, magic = FOOTER.unpack(self.file.read(FOOTER.size))
+        if magic != END_MAGIC or zlib.crc32(struct.pack("<QI", at, size)) != crc:
+            raise ChecksumMismatch("footer damaged")
+        if not self.start <= at <= end - FOOTER.size:
+            raise MalformedChunk(f"index offset {at} is outside the file")
+        self.file.seek(at)
+        kind, payload, _ = self._read_chunk(at, 0)
+        if kind != b"INDX":
+            raise MalformedChunk(f"chunk {kind!r} where the index should be")
+        return self._parse_index(payload)[2]
+
+    def group(self, number: int) -> Group:
+        """Random access to one group. IndexError if there is no such group."""
+        entry = self.index()[number]
+        self.file.seek(entry.offset)
+        kind, payload, _ = self._read_chunk(entry.offset, number)
+        if kind != b"GOPC":
+            raise MalformedChunk(f"chunk {kind!r} where group {number} should be")
+        return self._check(parse_group(payload), number, entry.first_frame)

@@ -1,0 +1,84 @@
+"""Everything that can be wrong with a stream, one class and one exit code each."""
+
+
+class BitstreamError(Exception):
+    """Base of all stream errors; `exit_code` is what the command line ends with."""
+
+    exit_code = 1
+
+
+class NotThisFormat(BitstreamError):
+    """The file does not begin with the magic bytes, or is shorter than any header."""
+
+    exit_code = 10
+
+
+class UnsupportedVersion(BitstreamError):
+    """A newer major version or an unknown required flag."""
+
+    exit_code = 11
+
+
+class HeaderCorrupt(BitstreamError):
+    """The header's CRC32 does not match."""
+
+    exit_code = 12
+
+
+class LimitExceeded(BitstreamError):
+    """A field is outside its documented range."""
+
+    exit_code = 13
+
+
+class WrongModel(BitstreamError):
+    """The stream was made with another model."""
+
+    exit_code = 14
+
+
+class ModelCorrupt(BitstreamError):
+    """The model's integer tables are damaged or not the ones the stream was made with."""
+
+    exit_code = 15
+
+
+class DeviceNotExact(BitstreamError):
+    """The integer self-test gives wrong results on this device."""
+
+    exit_code = 16
+
+
+class Truncated(BitstreamError):
+    """The file ends inside a header, chunk or segment."""
+
+    exit_code = 20
+
+
+class ChecksumMismatch(BitstreamError):
+    """A chunk's CRC32 does not match: the file is damaged. size: of the chunk, to skip it."""
+
+    exit_code = 21
+    size: int | None = None
+
+
+class MalformedChunk(BitstreamError):
+    """The fields of a chunk contradict each other."""
+
+    exit_code = 22
+
+
+class Desynchronised(BitstreamError):
+    """The table indices computed here are not the encoder's: arithmetic differs."""
+
+    exit_code = 23
+
+
+class EntropyError(BitstreamError):
+    """Decoded symbols are not the encoder's although all indices are."""
+
+    exit_code = 24
+
+
+class IndexRebuilt(UserWarning):
+    """The index at the end of the file was missing or damaged; the chunks were scanned instead."""

@@ -1,0 +1,167 @@
+"""The file header: every field, its range, and its bytes (docs/bitstream.md, section 1)."""
+
+import dataclasses
+import struct
+import zlib
+
+from gnvc_jax.bitstream.errors import (
+    HeaderCorrupt,
+    LimitExceeded,
+    ModelCorrupt,
+    NotThisFormat,
+    Truncated,
+    UnsupportedVersion,
+    WrongModel,
+)
+
+MAGIC = b"\x89GNV\r\n\x1a\n"
+VERSION = (1, 0)
+FIXED = struct.Struct("<8sHHIIIIIIIQHH4B4BHH32s16sI4BQ")
+UNKNOWN_COUNT = 2**64 - 1
+MAX_HEADER = 65536
+MAX_SIDE, MIN_SIDE, MAX_PIXELS = 16384, 16, 1 << 27
+assert FIXED.size == 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What a file says of itself.
+
+    width, height: display size in pixels; fps: numerator and denominator; frame_count: None if not
+    known when writing began; colour: H.273 code points (primaries, transfer, matrix, full range);
+    fingerprints and tables_crc identify the model; extra: type -> bytes, free for applications.
+    """
+
+    width: int
+    height: int
+    fps: tuple[int, int]
+    gop_latents: int
+    gop_frames: int
+    y_channels: int
+    z_channels: int
+    k_skip: int
+    codec_fingerprint: bytes
+    vae_fingerprint: bytes
+    tables_crc: int
+    frame_count: int | None = None
+    latent_stride: int = 8
+    latent_channels: int = 16
+    temporal_stride: int = 4
+    bit_depth: int = 8
+    colour: tuple[int, int, int, int] = (1, 1, 1, 0)
+    extra: dict[int, bytes] = dataclasses.field(default_factory=dict)
+
+    def check(self) -> None:
+        """LimitExceeded if a field is out of range."""
+
+        def limit(name: str, value, low, high):
+            if not low <= value <= high:
+                raise LimitExceeded(f"header field {name} is {value}, allowed {low}..{high}")
+
+        limit("width", self.width, MIN_SIDE, MAX_SIDE)
+        limit("height", self.height, MIN_SIDE, MAX_SIDE)
+        limit("width * height", self.width * self.height, 1, MAX_PIXELS)
+        limit("fps_num", self.fps[0], 1, 2**32 - 1)
+        limit("fps_den", self.fps[1], 1, 2**32 - 1)
+        limit("fps", self.fps[0] / self.fps[1], 1e-3, 1000)
+        limit("gop_latents", self.gop_latents, 1, 256)
+        limit("gop_frames", self.gop_frames, 1, 4 * (self.gop_latents - 1) + 1)
+        limit("latent_stride", self.latent_stride, 8, 8)
+        limit("temporal_stride", self.temporal_stride, 4, 4)
+        limit("latent_channels", self.latent_channels, 1, 255)
+        limit("y_channels", self.y_channels, 4, 512)
+        limit("z_channels", self.z_channels, 1, 512)
+        limit("k_skip", self.k_skip, 0, 64)
+        limit("colour range", self.colour[3], 0, 1)
+        if self.frame_count is not None:
+            limit("frame_count", self.frame_count, 1, 2**48)
+
+    def pack(self) -> bytes:
+        """Header bytes with their CRC32."""
+        self.check()
+        extra = b"".join(
+            struct.pack("<HH", kind, len(data)) + data for kind, data in sorted(self.extra.items())
+        )
+        extra += bytes(-len(extra) % 4)
+        size = FIXED.size + len(extra) + 4
+        if size > MAX_HEADER:
+            raise LimitExceeded(f"header of {size} bytes, allowed {MAX_HEADER}")
+        count = UNKNOWN_COUNT if self.frame_count is None else self.frame_count
+        data = FIXED.pack(
+            MAGIC, *VERSION, size, 0, 0, self.width, self.height, *self.fps, count,
+            self.gop_latents, self.gop_frames, self.latent_stride, self.latent_channels,
+            self.temporal_stride, self.bit_depth, *self.colour, self.y_channels, self.z_channels,
+            self.codec_fingerprint, self.vae_fingerprint, self.tables_crc,
+            self.k_skip, 64, 127, 1, 0,
+        ) + extra  # fmt: skip
+        return data + struct.pack("<I", zlib.crc32(data))
+
+    def check_model(self, codec: bytes, vae: bytes, tables_crc: int) -> None:
+        """WrongModel or ModelCorrupt unless the stream was made with this model."""
+        for name, ours, theirs in (
+            ("codec", codec, self.codec_fingerprint),
+            ("VAE", vae, self.vae_fingerprint),
+        ):
+            if ours != theirs:
+                raise WrongModel(
+                    f"made with {name} {theirs.hex()[:8]}, the loaded model is {ours.hex()[:8]}"
+                )
+        if tables_crc != self.tables_crc:
+            raise ModelCorrupt(
+                f"tables have CRC32 {tables_crc:08x}, the stream needs {self.tables_crc:08x}"
+            )
+
+
+def read_header(read) -> tuple[Header, int]:
+    """Parse a header; read(n) gives at most n bytes. Returns the header and its size in bytes."""
+    data = read(FIXED.size + 4)
+    if data[: len(MAGIC)] != MAGIC:
+        hint = " (line ends were converted)" if data[:4] == MAGIC[:4] else ""
+        raise NotThisFormat(f"begins with {data[:8].hex(' ') or 'nothing'}, not a gnvc file{hint}")
+    if len(data) < FIXED.size + 4:
+        raise NotThisFormat(f"only {len(data)} bytes, a header has {FIXED.size + 4}")
+    fields = FIXED.unpack_from(data)
+    major, minor, size, required = fields[1:5]
+    if major > VERSION[0]:
+        raise UnsupportedVersion(f"version {major}.{minor}, this reader knows {VERSION[0]}")
+    if not FIXED.size + 4 <= size <= MAX_HEADER or size % 4:
+        raise LimitExceeded(f"header field header_size is {size}, allowed 132..{MAX_HEADER}")
+    data += read(size - len(data))
+    if len(data) < size:
+        raise Truncated(f"ends inside the header: {size - len(data)} bytes missing")
+    found, expected = zlib.crc32(data[:-4]), struct.unpack("<I", data[-4:])[0]
+    if found != expected:
+        raise HeaderCorrupt(f"header has CRC32 {found:08x}, expected {expected:08x}")
+    if required:
+        raise UnsupportedVersion(f"unknown required flags {required:#x}")
+    scales, bound, entropy_format = fields[-4:-1]
+    if (scales, bound, entropy_format) != (64, 127, 1):
+        raise UnsupportedVersion(
+            f"entropy format {entropy_format} with {scales} scales and bound {bound}, expected 1, "
+            "64, 127"
+        )
+    header = Header(
+        width=fields[6], height=fields[7], fps=fields[8:10],
+        frame_count=None if fields[10] == UNKNOWN_COUNT else fields[10],
+        gop_latents=fields[11], gop_frames=fields[12], latent_stride=fields[13],
+        latent_channels=fields[14], temporal_stride=fields[15], bit_depth=fields[16],
+        colour=fields[17:21], y_channels=fields[21], z_channels=fields[22],
+        codec_fingerprint=fields[23], vae_fingerprint=fields[24], tables_crc=fields[25],
+        k_skip=fields[26], extra=_read_extra(data[FIXED.size : -4]),
+    )  # fmt: skip
+    header.check()
+    return header, size
+
+
+def _read_extra(data: bytes) -> dict[int, bytes]:
+    extra, at = {}, 0
+    while at + 4 <= len(data):
+        kind, length = struct.unpack_from("<HH", data, at)
+        if at + 4 + length > len(data):
+            raise LimitExceeded(
+                f"header entry {kind} has {length} bytes, {len(data) - at - 4} left"
+            )
+        if kind or length:
+            extra[kind] = data[at + 4 : at + 4 + length]
+        at += 4 + length
+    return extra

@@ -1,0 +1,64 @@
+"""The entropy coder in plain Python: the definition, and the way where constriction is missing.
+
+A segment is a stack of 32-bit words. The state is a number; pushing a symbol with frequency f and
+cumulative frequency c of 2**24 is the inverse of popping it:
+
+    slot = state % 2**24, in [c, c + f);  state = f * (state // 2**24) + slot - c
+
+The state stays in [2**32, 2**64) while words remain. After the last symbol the state is 0 and no
+word is left.
+"""
+
+from bisect import bisect_right
+from itertools import accumulate
+
+PRECISION = 24
+MASK = (1 << PRECISION) - 1
+WORD = 32
+
+
+class Coder:
+    """A stack of symbols as a list of words, the last word on top."""
+
+    def __init__(self, words: list[int] | None = None):
+        self.words = list(words or [])
+        self.state = 0
+        self._refill()
+
+    def _refill(self) -> None:
+        while self.words and self.state < 1 << WORD:
+            self.state = self.state << WORD | self.words.pop()
+
+    def push(self, symbols: list[int], frequencies: list[int]) -> None:
+        """Push symbols (indices into `frequencies`) so that they pop in the given order."""
+        start = [0, *accumulate(frequencies)]
+        for symbol in reversed(symbols):
+            f = frequencies[symbol]
+            if self.state >> (2 * WORD - PRECISION) >= f:
+                self.words.append(self.state & ((1 << WORD) - 1))
+                self.state >>= WORD
+            self.state = (self.state // f << PRECISION) + self.state % f + start[symbol]
+
+    def pop(self, count: int, frequencies: list[int]) -> list[int]:
+        """Pop `count` symbols."""
+        start = [0, *accumulate(frequencies)]
+        out = []
+        for _ in range(count):
+            slot = self.state & MASK
+            symbol = bisect_right(start, slot) - 1
+            self.state = frequencies[symbol] * (self.state >> PRECISION) + slot - start[symbol]
+            if self.words and self.state < 1 << WORD:
+                self.state = self.state << WORD | self.words.pop()
+            out.append(symbol)
+        return out
+
+    def get_words(self) -> list[int]:
+        """All words, the state included."""
+        words, state = list(self.words), self.state
+        while state:
+            words.append(state & ((1 << WORD) - 1))
+            state >>= WORD
+        return words
+
+    def is_empty(self) -> bool:
+        return self.state == 0 and not self.words

@@ -1,0 +1,86 @@
+"""Probability tables as integers. They are made once, stored with the model, and never recomputed.
+
+A table is a row of 24-bit frequencies: all at least 1, sum 2**24. Symbol s of -bound..bound has
+frequency row[s + bound].
+"""
+
+import dataclasses
+import zlib
+
+import numpy as np
+from scipy.special import ndtr
+
+from gnvc_jax.bitstream.errors import ModelCorrupt
+
+SYMBOL_BOUND = 127
+Z_BOUND = 15
+SCALES = 64
+QUALITIES = 64
+TOTAL = 1 << 24
+
+
+def frequencies_from_probabilities(p: np.ndarray) -> np.ndarray:
+    """Probabilities (..., n) float64 -> frequencies (..., n) uint32 with sum 2**24.
+
+    floor(p * (2**24 - n)) + 1, the remainder goes to the mode.
+    """
+    p = np.asarray(p, np.float64)
+    p = p / p.sum(axis=-1, keepdims=True)
+    freq = np.floor(p * (TOTAL - p.shape[-1])).astype(np.int64) + 1
+    rest = TOTAL - freq.sum(axis=-1, keepdims=True)
+    mode = p.argmax(axis=-1)[..., None]
+    np.put_along_axis(freq, mode, np.take_along_axis(freq, mode, -1) + rest, -1)
+    return freq.astype(np.uint32)
+
+
+def gaussian_frequencies(scales: np.ndarray) -> np.ndarray:
+    """Tables (len(scales), 255) of zero-mean Gaussians with these standard deviations.
+
+    Bin masses in float64, taken in the lower tail; the end symbols hold the whole tails.
+    """
+    edges = np.arange(-SYMBOL_BOUND, 1) - 0.5
+    low = ndtr(edges / np.asarray(scales, np.float64)[:, None])
+    low[:, 0] = 0.0
+    half = np.diff(low, axis=-1)  # symbols -127..-1
+    middle = 1.0 - 2.0 * low[:, -1:]
+    return frequencies_from_probabilities(np.concatenate([half, middle, half[:, ::-1]], axis=-1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """The tables of one model.
+
+    y: uint32 (64, 255), by scale index; z: uint32 (2, g, cz, 31), by kind of latent (0 intra, 1
+    predicted), quality group (g divides 64; row q_index * g // 64) and channel; k_skip: elements
+    with a smaller scale index carry no symbol.
+    """
+
+    y: np.ndarray
+    z: np.ndarray
+    k_skip: int
+
+    def __post_init__(self):
+        """ModelCorrupt if a shape, a sum or a frequency is impossible."""
+        y, z = self.y, self.z
+        if y.shape != (SCALES, 2 * SYMBOL_BOUND + 1) or y.dtype != np.uint32:
+            raise ModelCorrupt(f"symbol tables are {y.dtype} {y.shape}, expected uint32 (64, 255)")
+        good = z.ndim == 4 and z.shape[0] == 2 and z.shape[3] == 2 * Z_BOUND + 1
+        if not good or QUALITIES % z.shape[1] or z.dtype != np.uint32:
+            raise ModelCorrupt(
+                f"hyperlatent tables are {z.dtype} {z.shape}, expected (2, g, c, 31)"
+            )
+        for name, table in (("symbol", y), ("hyperlatent", z)):
+            if (table == 0).any() or (table.sum(axis=-1, dtype=np.uint64) != TOTAL).any():
+                raise ModelCorrupt(f"{name} tables: a row has a zero or does not sum to 2**24")
+        if not 0 <= self.k_skip <= SCALES:
+            raise ModelCorrupt(f"k_skip is {self.k_skip}, expected 0..{SCALES}")
+
+    def z_rows(self, kind: int, q_index: int) -> np.ndarray:
+        """Tables (cz, 31) of one latent."""
+        return self.z[kind, q_index * self.z.shape[1] // QUALITIES]
+
+    def crc32(self) -> int:
+        """CRC32 of all frequencies, little-endian, and k_skip."""
+        crc = zlib.crc32(self.y.astype("<u4").tobytes())
+        crc = zlib.crc32(self.z.astype("<u4").tobytes(), crc)
+        return zlib.crc32(bytes([self.k_skip]), crc)

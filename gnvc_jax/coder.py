@@ -1,0 +1,210 @@
+"""Video <-> stream, group by group. Memory does not depend on the length of the video.
+
+A group of pictures (GOP) of 1 + 4k frames is decodable alone: VAE and codec start anew. Inside it
+everything streams: four frames give one latent, one latent gives one segment.
+"""
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
+
+import jax.numpy as jnp
+import numpy as np
+
+from gnvc_jax.bitstream import (
+    EntropyCoder,
+    Group,
+    Header,
+    LatentSymbols,
+    StreamReader,
+    StreamWriter,
+    decode_group,
+    encode_group,
+)
+from gnvc_jax.codec.entropy import Integers
+from gnvc_jax.codec.model import LATENT_MULTIPLE
+from gnvc_jax.model import Functions, Model
+
+MAX_QP = 63
+DEFAULT_GOP = 97
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass
+class Timing:
+    """Seconds spent by part."""
+
+    vae: float = 0.0
+    codec: float = 0.0
+    entropy: float = 0.0
+
+
+class _Clock:
+    def __init__(self, timing: Timing, part: str):
+        self.timing, self.part = timing, part
+
+    def __enter__(self):
+        self.start = time.perf_counter()
+
+    def __exit__(self, *_):
+        spent = time.perf_counter() - self.start
+        setattr(self.timing, self.part, getattr(self.timing, self.part) + spent)
+
+
+class Coder:
+    """Encoder and decoder of one model; the compiled functions are kept between calls."""
+
+    def __init__(self, model: Model):
+        self.model, self.functions = model, Functions(model)
+        self.entropy = EntropyCoder(model.tables)
+        self.timing = Timing()
+
+    def header(
+        self,
+        width: int,
+        height: int,
+        fps: tuple[int, int],
+        *,
+        gop: int = DEFAULT_GOP,
+        frame_count: int | None = None,
+        **extra,
+    ) -> Header:
+        """Header of a new stream. ValueError if gop is not 1 + 4k with k < 256."""
+        if gop < 1 or (gop - 1) % 4 or gop > 1021:
+            raise ValueError(f"gop {gop}: expected 1 + 4k frames, 1..1021")
+        cfg = self.model.codec_config
+        codec, vae = self.model.fingerprints
+        return Header(
+            width=width,
+            height=height,
+            fps=fps,
+            gop_latents=1 + (gop - 1) // 4,
+            gop_frames=gop,
+            y_channels=cfg.y_channels,
+            z_channels=cfg.z_channels,
+            k_skip=cfg.k_skip,
+            codec_fingerprint=codec,
+            vae_fingerprint=vae,
+            tables_crc=self.model.tables.crc32(),
+            frame_count=frame_count,
+            latent_channels=cfg.latent_channels,
+            **extra,
+        )
+
+    def encode(
+        self,
+        frames: Iterable[np.ndarray],
+        out: BinaryIO,
+        header: Header,
+        qp: int,
+        progress: Progress = lambda n: None,
+    ) -> int:
+        """Encode uint8 RGB frames (h, w, 3) at qp 0..63 (lower is better); returns the frames.
+
+        progress(n) is called whenever n more frames are done. ValueError for a frame of another
+        size, a qp out of range, or no frame at all.
+        """
+        if not 0 <= qp <= MAX_QP:
+            raise ValueError(f"qp {qp}: expected 0..{MAX_QP}")
+        writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
+        while gop := self._encode_group(itertools.islice(frames, header.gop_frames),
+                                        header, qp, number, first, progress):  # fmt: skip
+            payload, count = gop
+            writer.write_group(payload)
+            number, first = number + 1, first + count
+        if not first:
+            raise ValueError("there is no frame to encode")
+        writer.close()
+        return first
+
+    def _encode_group(self, frames, header, qp, number, first, progress):
+        q_index = MAX_QP - qp
+        latents, cache, state, previous, count = [], None, None, (None, None), 0
+        while chunk := list(itertools.islice(frames, 4 if latents else 1)):
+            for frame in chunk:
+                if frame.shape != (header.height, header.width, 3):
+                    raise ValueError(
+                        f"frame {first + count} is {frame.shape}, expected "
+                        f"{(header.height, header.width, 3)}"
+                    )
+            kind, given = int(bool(latents)), len(chunk)
+            chunk += [chunk[-1]] * (4 - given if kind else 0)
+            with _Clock(self.timing, "vae"):
+                latent, cache = self.functions.encode_video(cache, to_float(np.stack(chunk)))
+                latent.block_until_ready()
+            with _Clock(self.timing, "codec"):
+                coded = self.functions.analyse(latent[:, 0], state, q_index)
+                z, y = (np.asarray(v, np.int8) for v in coded[:2])
+                index = self.functions.scale_index(kind, q_index, z, *previous)
+                y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
+                _, state = self.functions.reconstruct(Integers(z, y, index), state, q_index)
+            latents.append(LatentSymbols(kind, q_index, z, y, index))
+            previous, count = (y, index), count + given
+            progress(given)
+        if not latents:
+            return None
+        with _Clock(self.timing, "entropy"):
+            payload = encode_group(
+                latents,
+                self.entropy,
+                self.functions.scale_index,
+                number=number,
+                first_frame=first,
+                n_frames=count,
+            )
+        return payload, count
+
+    def check(self, header: Header) -> None:
+        """WrongModel or ModelCorrupt unless the stream was made with this model."""
+        header.check_model(*self.model.fingerprints, self.model.tables.crc32())
+
+    def symbols(self, header: Header, group: Group) -> list[LatentSymbols]:
+        """The integers of a group; raises BitstreamError kinds."""
+        unit = 8 * LATENT_MULTIPLE
+        h, w = -(-header.height // unit), -(-header.width // unit)
+        cfg = self.model.codec_config
+        z_shape, y_shape = (h, w, cfg.z_channels), (4 * h, 4 * w, cfg.y_channels)
+        with _Clock(self.timing, "entropy"):
+            return decode_group(group, self.entropy, self.functions.scale_index, z_shape, y_shape)
+
+    def decode_group(self, header: Header, group: Group) -> Iterator[np.ndarray]:
+        """Frames uint8 (h, w, 3) of one group."""
+        h, w = -(-header.height // 8), -(-header.width // 8)
+        cache, state, left = None, None, group.n_frames
+        for s in self.symbols(header, group):
+            with _Clock(self.timing, "codec"):
+                integers = Integers(s.z, s.y, s.index)
+                latent, state = self.functions.reconstruct(integers, state, s.q_index)
+                latent.block_until_ready()
+            with _Clock(self.timing, "vae"):
+                frames, cache = self.functions.decode_latents(cache, latent[:, None, :h, :w])
+                frames = np.asarray(frames[0, :left, : header.height, : header.width])
+            left -= len(frames)
+            yield from frames
+
+    def decode(self, reader: StreamReader) -> Iterator[np.ndarray]:
+        """All frames of a stream, in order."""
+        self.check(reader.header)
+        for group in reader.groups():
+            yield from self.decode_group(reader.header, group)
+
+    def reconstruct(self, video: np.ndarray) -> np.ndarray:
+        """Through the VAE only, without codec: uint8 (t, h, w, 3) -> the same."""
+        t, h, w, _ = video.shape
+        out, encoder, decoder = [], None, None
+        for start in (0, *range(1, t, 4)):
+            chunk = video[start : start + (4 if start else 1)]
+            chunk = np.concatenate([chunk] + [chunk[-1:]] * (4 - len(chunk) if start else 0))
+            latent, encoder = self.functions.encode_video(encoder, to_float(chunk))
+            frames, decoder = self.functions.decode_latents(decoder, latent)
+            out.append(np.asarray(frames[0, :, :h, :w]))
+        return np.concatenate(out)[:t]
+
+
+def to_float(frames: np.ndarray) -> np.ndarray:
+    """uint8 (t, h, w, 3) -> float32 (1, t, h', w', 3) in [-1, 1], h' and w' multiples of 8."""
+    _, h, w, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, -h % 8), (0, -w % 8), (0, 0)), mode="edge")
+    return frames[None].astype(np.float32) / np.float32(127.5) - np.float32(1.0)

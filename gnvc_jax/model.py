@@ -1,0 +1,279 @@
+"""VAE and latent codec together: what a model is, its file, and its pure functions.
+
+A model file is one safetensors file: float weights of VAE and codec, statistics of the latents, the
+exported integer scale networks and the integer probability tables. A fingerprint is the SHA-256 of
+tensors and sizes in sorted order, independent of any framework object.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gnvc_jax.bitstream import Tables, frequencies_from_probabilities, gaussian_frequencies
+from gnvc_jax.bitstream.errors import DeviceNotExact, ModelCorrupt
+from gnvc_jax.codec import density, scales
+from gnvc_jax.codec.config import SCALES, CodecConfig
+from gnvc_jax.codec.entropy import Integers
+from gnvc_jax.codec.model import LatentCodec, State, pad_latents
+from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
+
+Array = jax.Array
+Tree = dict
+KINDS = ("intra", "inter")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+    """Everything that coding needs.
+
+    vae, codec: float parameters; mean, std: (c,) of the VAE's latents; scale_networks: exported
+    integers by kind of latent (0 intra, 1 predicted); tables: probability tables.
+    """
+
+    name: str
+    vae_config: VAEConfig
+    codec_config: CodecConfig
+    vae: Tree
+    codec: Tree
+    mean: np.ndarray
+    std: np.ndarray
+    scale_networks: tuple[Tree, Tree]
+    tables: Tables
+
+    @functools.cached_property
+    def fingerprints(self) -> tuple[bytes, bytes]:
+        """SHA-256 of the codec (32 bytes) and of the VAE (its first 16 bytes)."""
+        arrays = to_arrays(self)
+        codec = {k: v for k, v in arrays.items() if not k.startswith("vae/")}
+        vae = {k: v for k, v in arrays.items() if k.startswith("vae/")}
+        return _digest(codec, self.codec_config), _digest(vae, self.vae_config)[:16]
+
+    @functools.cached_property
+    def self_test_crc(self) -> int:
+        """CRC32 of the index maps of fixed pseudo-random integers, by the NumPy reference."""
+        return self_test(self, scales.scale_index_numpy)
+
+
+def build(
+    name: str,
+    vae_config: VAEConfig,
+    codec_config: CodecConfig,
+    vae: Tree,
+    codec: Tree,
+    mean: np.ndarray,
+    std: np.ndarray,
+) -> Model:
+    """A model from trained parameters: exports the scale networks and makes the tables."""
+    z = np.stack([density.probabilities(codec[k]["entropy"]["density"]) for k in KINDS])
+    networks = tuple(
+        scales.export(codec_config, codec[kind]["entropy"]["scales"]) for kind in KINDS
+    )
+    sigmas = np.asarray(scales.sigma_of(np.arange(SCALES, dtype=np.float64)), np.float64)
+    tables = Tables(
+        gaussian_frequencies(sigmas), frequencies_from_probabilities(z), codec_config.k_skip
+    )
+    vae, codec = (jax.tree.map(np.asarray, tree) for tree in (vae, codec))
+    mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    return Model(name, vae_config, codec_config, vae, codec, mean, std, networks, tables)
+
+
+def to_arrays(model: Model) -> dict[str, np.ndarray]:
+    """All arrays of a model under flat names."""
+    flat = {"latents/mean": model.mean, "latents/std": model.std}
+    flat |= {"tables/y": model.tables.y, "tables/z": model.tables.z}
+    for kind, network in zip(KINDS, model.scale_networks, strict=True):
+        flat |= {f"scales/{kind}/{k}": v for k, v in network.items()}
+    for part in ("vae", "codec"):
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(model, part))
+        flat |= {f"{part}/" + "/".join(p.key for p in path): np.asarray(v) for path, v in leaves}
+    return flat
+
+
+def _digest(arrays: dict[str, np.ndarray], config) -> bytes:
+    sha = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    for name, value in sorted(arrays.items()):
+        sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
+        sha.update(np.ascontiguousarray(value).tobytes())
+    return sha.digest()
+
+
+def save_model(path: str | Path, model: Model) -> None:
+    """Write the model file, under a temporary name first."""
+    path = Path(path)
+    facts = {
+        "format": "gnvc-model/1",
+        "name": model.name,
+        "vae": dataclasses.asdict(model.vae_config),
+        "codec": dataclasses.asdict(model.codec_config),
+        "self_test": model.self_test_crc,
+        "fingerprints": [f.hex() for f in model.fingerprints],
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file(to_arrays(model), temporary, metadata={"gnvc": json.dumps(facts)})
+    os.replace(temporary, path)
+
+
+def load_model(path: str | Path) -> Model:
+    """Read a model file. FileNotFoundError, or ModelCorrupt if it is not a whole, intact model."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such model file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads(file.metadata()["gnvc"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["vae"].items()}
+        nested: dict = {}
+        for name, value in arrays.items():
+            *folders, leaf = name.split("/")
+            node = nested
+            for folder in folders:
+                node = node.setdefault(folder, {})
+            node[leaf] = value
+        config = CodecConfig(**facts["codec"])
+        model = Model(
+            facts["name"],
+            VAEConfig(**tuples),
+            config,
+            nested["vae"],
+            nested["codec"],
+            nested["latents"]["mean"],
+            nested["latents"]["std"],
+            tuple(nested["scales"][kind] for kind in KINDS),
+            Tables(nested["tables"]["y"], nested["tables"]["z"], config.k_skip),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error
+    if [f.hex() for f in model.fingerprints] != facts["fingerprints"]:
+        raise ModelCorrupt(f"{path}: contents do not match the fingerprint")
+    return model
+
+
+def self_test(model: Model, network) -> int:
+    """CRC32 of the index maps that `network` gives for fixed integers (a 32-bit LCG)."""
+    cz, cy = model.codec_config.z_channels, model.codec_config.y_channels
+    state, crc = np.uint64(1), 0
+
+    def draw(shape, low, high):
+        nonlocal state
+        out = np.empty(int(np.prod(shape)), np.int64)
+        for i in range(out.size):
+            state = (state * np.uint64(1664525) + np.uint64(1013904223)) & np.uint64(0xFFFFFFFF)
+            out[i] = low + int(state >> np.uint64(16)) % (high - low + 1)
+        return out.reshape(shape)
+
+    for kind, q_index in ((0, 0), (0, 63), (1, 7), (1, 40)):
+        z = draw((2, 2, cz), -15, 15)
+        prev_y, prev_index = (draw((8, 8, cy), *r) if kind else np.zeros((8, 8, cy), np.int64)
+                              for r in ((-127, 127), (0, 63)))  # fmt: skip
+        index = network(
+            model.codec_config, model.scale_networks[kind], q_index, z, prev_y, prev_index
+        )
+        crc = zlib.crc32(np.asarray(index, np.uint8).tobytes(), crc)
+    return crc
+
+
+class Functions:
+    """The jitted functions of a model; none keeps state. Latents here are normalised, unpadded.
+
+    encode_video(cache, frames) -> latents, cache       frames float (1, t, h, w, 3)
+    decode_latents(cache, latents) -> uint8 frames, cache
+    analyse(latent, state, q_index) -> Integers         state None: intra
+    reconstruct(integers, state, q_index) -> latent, State
+    scale_index(kind, q_index, z, prev_y, prev_index) -> uint8 indices
+    """
+
+    def __init__(self, model: Model):
+        self.model = model
+        vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
+        self.vae_params = jax.device_put(model.vae)
+        self.codec_params = jax.device_put(model.codec)
+        mean, std = model.mean, model.std
+
+        @jax.jit
+        def encode_video(params, cache, frames):
+            latents, cache = encode_chunk(vae, params, cache, frames)
+            return (latents - mean) / std, cache
+
+        @jax.jit
+        def decode_latents(params, cache, latents):
+            frames, cache = decode_chunk(vae, params, cache, latents * std + mean)
+            return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), cache
+
+        def call(params, method, *args):
+            return codec.apply({"params": params}, *args, method=method)
+
+        @jax.jit
+        def analyse(params, latent, state, q_index):
+            latent = pad_latents(latent[:, None])[:, 0]
+            if state is None:
+                out = call(params, "encode_intra", latent, q_index)
+            else:
+                out = call(params, "encode_inter", latent, state, q_index)
+            return jax.tree.map(lambda x: jnp.round(x[0]).astype(jnp.int32), out)
+
+        @jax.jit
+        def reconstruct(params, integers, state, q_index):
+            integers = jax.tree.map(lambda x: x.astype(jnp.float32)[None], integers)
+            if state is None:
+                return call(params, "decode_intra", integers, q_index)
+            return call(params, "decode_inter", integers, state, q_index)
+
+        self._encode_video, self._decode_latents = encode_video, decode_latents
+        self._analyse, self._reconstruct = analyse, reconstruct
+        self._scale_index = jax.jit(
+            functools.partial(scales.scale_index, model.codec_config), static_argnames="dtype"
+        )
+        self._network = self._exact_network()
+
+    def encode_video(self, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
+        return self._encode_video(self.vae_params, cache, frames)
+
+    def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
+        return self._decode_latents(self.vae_params, cache, latents)
+
+    def analyse(self, latent: Array, state: State | None, q_index: int) -> Integers:
+        return self._analyse(self.codec_params, latent, state, jnp.full((1,), q_index))
+
+    def reconstruct(
+        self, integers: Integers, state: State | None, q_index: int
+    ) -> tuple[Array, State]:
+        return self._reconstruct(self.codec_params, integers, state, jnp.full((1,), q_index))
+
+    def scale_index(self, kind, q_index, z, prev_y, prev_index) -> np.ndarray:
+        """Table indices (h, w, cy) uint8 of one latent; see `gnvc_jax.bitstream.ScaleIndex`."""
+        if prev_y is None:
+            h, w, _ = z.shape
+            prev_y = prev_index = np.zeros((4 * h, 4 * w, self.model.codec_config.y_channels))
+        return self._network(
+            self.model.scale_networks[kind], q_index, z, prev_y.astype(int), prev_index.astype(int)
+        )
+
+    def _exact_network(self):
+        """The first of float32, int32 and NumPy arithmetic that passes the self-test here."""
+        model = self.model
+
+        def jitted(dtype):
+            def network(tables, q_index, *integers):
+                integers = (np.asarray(v, np.int32) for v in integers)
+                return np.asarray(self._scale_index(tables, q_index, *integers, dtype=dtype))
+
+            return network
+
+        def reference(tables, q_index, *integers):
+            return scales.scale_index_numpy(model.codec_config, tables, q_index, *integers)
+
+        for network in (jitted(jnp.float32), jitted(jnp.int32), reference):
+            if self_test(model, lambda _, *args, f=network: f(*args)) == model.self_test_crc:
+                return network
+        raise DeviceNotExact(f"integer self-test fails on {jax.default_backend()}; use a CPU")
