@@ -6,12 +6,11 @@ continues a run that was interrupted.
 """
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
 import jax
 
+from gnvc_jax.runtime import use_compilation_cache
 from gnvc_jax.training import config
 from gnvc_jax.training.loop import train
 from gnvc_jax.training.stages import make_stage
@@ -32,13 +31,6 @@ def main() -> None:
         train(experiment, make_stage(experiment))
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"train.py: {error}")
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs: in JAX_COMPILATION_CACHE_DIR or in the user's cache folder."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gnvc_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.bitstream import (
@@ -93,7 +92,7 @@ class Coder:
             **extra,
         )
 
-    def encode(
+    def encode_frames(
         self,
         frames: Iterable[np.ndarray],
         out: BinaryIO,
@@ -184,7 +183,7 @@ class Coder:
             left -= len(frames)
             yield from frames
 
-    def decode(self, reader: StreamReader) -> Iterator[np.ndarray]:
+    def decode_frames(self, reader: StreamReader) -> Iterator[np.ndarray]:
         """All frames of a stream, in order."""
         self.check(reader.header)
         for group in reader.groups():

@@ -131,7 +131,7 @@ def load_model(path: str | Path) -> Model:
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["gnvc"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["vae"].items()}
         nested: dict = {}
         for name, value in arrays.items():

@@ -16,14 +16,10 @@ import numpy as np
 from tqdm import tqdm
 
 from gnvc_jax.media.colour import Colour, yuv_to_rgb
+from gnvc_jax.runtime import cache_folder
 
 log = logging.getLogger(__name__)
 SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
-
-
-def default_cache() -> Path:
-    """The user's cache folder for decoded frames."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gnvc_jax" / "frames"
 
 
 class ClipIndex:
@@ -39,7 +35,7 @@ class ClipIndex:
             raise FileNotFoundError(f"{path}: no such file or folder of training videos")
         files = [root] if root.is_file() else sorted(root.rglob("*"))
         files = [f for f in files if f.suffix.lower() in SUFFIXES]
-        folder = Path(cache or default_cache())
+        folder = Path(cache or cache_folder() / "frames")
         folder.mkdir(parents=True, exist_ok=True)
         self.arrays: list[Path] = []
         self.shapes: list[tuple[int, ...]] = []

@@ -1,0 +1,282 @@
+"""The command line: gnvc encode | decode | info | demo.
+
+Exit codes: 0 good; 2 wrong use; 3 decoded with damaged groups replaced; 10-24 a stream or model is
+wrong (gnvc_jax.bitstream.errors); 66-74 a video cannot be read or written (gnvc_jax.media.errors);
+130 interrupted. Errors are one line on stderr; a failed command leaves no output behind.
+"""
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gnvc_jax.bitstream import BitstreamError, Group, StreamReader
+from gnvc_jax.media.colour import Colour
+from gnvc_jax.media.errors import DiskFull, MediaError, OutputExists, UnwritableOutput
+
+EXIT_USAGE, EXIT_DAMAGED, EXIT_INTERRUPTED = 2, 3, 130
+AUDIO_NOTE = "audio is not carried"
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(
+        prog="gnvc",
+        description="Generative neural video codec.",
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run, text: str, example: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
+        sub.set_defaults(run=run)
+        return sub
+
+    def output_options(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--model", default="tiny", help="name or file (default: tiny)")
+        sub.add_argument("--force", "-y", action="store_true", help="overwrite the output")
+        sub.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+    enc = command("encode", encode, "Video to stream.", "gnvc encode clip.mp4 clip.gnvc --qp 24")
+    enc.add_argument("input", help="video, .y4m, raw .yuv, folder of PNG, or - for y4m on stdin")
+    enc.add_argument("output", nargs="?", help="default: INPUT.gnvc")
+    enc.add_argument("--qp", type=int, default=24, help="0..63, lower is better (default: 24)")
+    enc.add_argument("--gop", type=int, default=97, help="frames per group, 1 + 4k (default: 97)")
+    enc.add_argument("--frames", type=int, help="only the first so many frames")
+    enc.add_argument("--size", help="WxH of raw .yuv")
+    enc.add_argument("--fps", type=Fraction, help="frame rate of raw .yuv and of PNG folders")
+    enc.add_argument("--pix-fmt", help="pixel format of raw .yuv (default: yuv420p)")
+    output_options(enc)
+
+    dec = command("decode", decode, "Stream to video.", "gnvc decode clip.gnvc clip.mp4")
+    dec.add_argument("input", help="stream, or - for stdin")
+    dec.add_argument("output", help=".mp4, .mkv (lossless), .y4m, folder of PNG, or - for stdout")
+    dec.add_argument("--tolerant", action="store_true", help="repeat a frame for damaged groups")
+    output_options(dec)
+
+    inf = command("info", info, "What a stream says of itself.", "gnvc info clip.gnvc")
+    inf.add_argument("input")
+
+    dem = command("demo", demo, "Code a clip, decode it in a new process, compare.", "gnvc demo")
+    dem.add_argument("--clip", help="video to use (default: a camera move over a photograph)")
+    dem.add_argument("--qp", type=int, default=24)
+    dem.add_argument("--frames", type=int, default=33)
+    dem.add_argument("--model", default="tiny")
+    dem.add_argument("--out", default="demo_out", help="folder for the results")
+    return top
+
+
+def encode(args: argparse.Namespace) -> int:
+    from gnvc_jax.media.reader import open_video
+    from gnvc_jax.pretrained import load_pretrained
+
+    if args.output is None and args.input == "-":
+        raise ValueError("name an output when the input is stdin")
+    output = args.output or f"{args.input.rstrip('/')}.gnvc"
+    size = _size(args.size)
+    with (
+        open_video(args.input, size=size, fps=args.fps, pix_fmt=args.pix_fmt) as video,
+        binary_output(output, args.force) as file,
+    ):
+        coder = load_pretrained(args.model)
+        fps = (video.fps.numerator, video.fps.denominator)
+        header = coder.header(
+            video.width, video.height, fps, gop=args.gop, colour=video.colour.code_points
+        )
+        total = min(filter(None, (video.frame_count, args.frames)), default=None)
+        start = time.perf_counter()
+        with bar(total, args, "encoding") as progress:
+            frames = (f for f, _ in zip(video, range(args.frames))) if args.frames else video
+            count = coder.encode_frames(frames, file, header, args.qp, progress.update)
+        written, seconds = file.tell(), time.perf_counter() - start
+        if video.has_audio:
+            print(f"gnvc: {args.input}: {AUDIO_NOTE}", file=sys.stderr)
+    report(output, written, count, header, seconds)
+    return 0
+
+
+def decode(args: argparse.Namespace) -> int:
+    from gnvc_jax.media.writer import open_writer
+    from gnvc_jax.pretrained import load_pretrained
+
+    source = sys.stdin.buffer if args.input == "-" else args.input
+    damaged = []
+    with StreamReader(source) as reader:
+        header, coder = reader.header, load_pretrained(args.model)
+        coder.check(header)
+        fps = Fraction(*header.fps)
+        colour = Colour.from_code_points(*header.colour)
+        colour = Colour() if colour.matrix == "rgb" else colour
+        with open_writer(
+            args.output, header.width, header.height, fps, colour=colour, force=args.force
+        ) as out:
+            start, count, last = time.perf_counter(), 0, None
+            with bar(header.frame_count, args, "decoding") as progress:
+                for group in reader.groups(tolerant=args.tolerant):
+                    for frame in group_frames(coder, header, group, last, damaged, args.tolerant):
+                        out.write(frame)
+                        last, count = frame, count + 1
+                        progress.update(1)
+            seconds = time.perf_counter() - start
+    print(f"{args.output}: {count} frames, {count / seconds:.2f} frames/s", file=sys.stderr)
+    for line in damaged:
+        print(f"gnvc: {args.input}: replaced: {line}", file=sys.stderr)
+    return EXIT_DAMAGED if damaged else 0
+
+
+def group_frames(coder, header, group, last, damaged, tolerant) -> Iterator[np.ndarray]:
+    """Frames of a group; of a damaged one, if tolerated, repeats of the last good frame."""
+    error = group
+    if isinstance(group, Group):
+        try:
+            yield from (
+                list(coder.decode_group(header, group))
+                if tolerant
+                else (coder.decode_group(header, group))
+            )
+            return
+        except BitstreamError as caught:
+            if not tolerant:
+                raise
+            error = caught
+    damaged.append(str(error))
+    grey = np.full((header.height, header.width, 3), 128, np.uint8)
+    count = group.n_frames if isinstance(group, Group) else header.gop_frames
+    yield from [grey if last is None else last] * count
+
+
+def info(args: argparse.Namespace) -> int:
+    with StreamReader(args.input) as reader:
+        h = reader.header
+        size = Path(args.input).stat().st_size
+        groups = list(reader.groups())
+    frames = sum(g.n_frames for g in groups)
+    segments = [s for g in groups for s in g.segments]
+    intra = sum(len(g.segments[0]) for g in groups)
+    coded = sum(map(len, segments))
+    print(f"{args.input}: gnvc stream, {size} bytes")
+    print(f"  video     {h.width}x{h.height}, {frames} frames, {h.fps[0] / h.fps[1]:.3f} frames/s")
+    print(f"  rate      {rate_text(size, frames, h)}")
+    print(f"  model     codec {h.codec_fingerprint.hex()[:8]}, VAE {h.vae_fingerprint.hex()[:8]}")
+    print(f"  bytes     intra {intra}, predicted {coded - intra}, container {size - coded}")
+    print(f"  audio     {AUDIO_NOTE}")
+    for g in groups:
+        latents = f"{len(g.segments)} latents, {sum(map(len, g.segments))} bytes"
+        qps = sorted({63 - q for q in g.q_indices})
+        print(f"  group {g.number}: frames {g.first_frame}+{g.n_frames}, {latents}, qp {qps}")
+    return 0
+
+
+def demo(args: argparse.Namespace) -> int:
+    from gnvc_jax.demo import run
+
+    run(args.clip, args.qp, args.frames, args.model, Path(args.out))
+    return 0
+
+
+def rate_text(size: int, frames: int, header) -> str:
+    bpp = 8 * size / (frames * header.width * header.height)
+    kbps = 8 * size * header.fps[0] / header.fps[1] / frames / 1000
+    return f"{bpp:.5f} bpp, {kbps:.2f} kb/s"
+
+
+def report(output: str, size: int, frames: int, header, seconds: float) -> None:
+    print(
+        f"{output}: {frames} frames, {size} bytes, {rate_text(size, frames, header)}, "
+        f"{frames / seconds:.2f} frames/s",
+        file=sys.stderr,
+    )
+
+
+def bar(total: int | None, args: argparse.Namespace, text: str) -> tqdm:
+    return tqdm(total=total, desc=text, unit="frame", disable=args.no_progress or None)
+
+
+class Counting:
+    """A binary file that knows how much was written to it, pipes included."""
+
+    def __init__(self, file):
+        self.file, self.count = file, 0
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.count += len(data)
+
+    def tell(self) -> int:
+        return self.count
+
+
+@contextlib.contextmanager
+def binary_output(path: str, force: bool) -> Iterator[Counting]:
+    """The output file under a temporary name; renamed at the end, removed if anything fails."""
+    if path == "-":
+        yield Counting(sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return
+    target = Path(path)
+    if target.exists() and not force:
+        raise OutputExists(path, "exists; use --force to overwrite")
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        file = open(temporary, "xb")
+    except OSError as error:
+        raise UnwritableOutput(path, error.strerror or str(error)) from error
+    try:
+        with file:
+            yield Counting(file)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    """'WxH' -> (width, height)."""
+    if text is None:
+        return None
+    try:
+        width, height = map(int, text.lower().split("x"))
+    except ValueError:
+        raise ValueError(f"--size {text}: expected WxH, as 1920x1080") from None
+    return width, height
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    if args.command != "info":
+        from gnvc_jax.runtime import use_compilation_cache
+
+        use_compilation_cache()
+    name = getattr(args, "input", "demo")
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        return _fail("interrupted", EXIT_INTERRUPTED)
+    except MediaError as error:
+        return _fail(str(error), error.exit_code)
+    except BitstreamError as error:
+        return _fail(f"{name}: {error}", error.exit_code)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        code = DiskFull.exit_code if error.errno == errno.ENOSPC else 66
+        return _fail(f"{error.filename or name}: {error.strerror or error}", code)
+    except ValueError as error:
+        return _fail(f"{name}: {error}", EXIT_USAGE)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"gnvc: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""The demonstration: a clip through the real codec, with a decoder in a process of its own."""
+
+import subprocess
+import sys
+import time
+from fractions import Fraction
+from pathlib import Path
+
+import imageio.v3 as imageio
+import jax
+import numpy as np
+
+from gnvc_jax.media.reader import open_video
+from gnvc_jax.media.writer import open_writer
+from gnvc_jax.metrics.lpips import load_lpips, lpips
+from gnvc_jax.metrics.ms_ssim import ms_ssim
+from gnvc_jax.metrics.psnr import psnr
+
+SIDE, FPS = 256, Fraction(25)
+
+
+def camera_move(frames: int) -> np.ndarray:
+    """A slow pan and zoom over a photograph that matplotlib ships: uint8 (frames, 256, 256, 3)."""
+    from matplotlib import cbook
+    from scipy.ndimage import map_coordinates
+
+    photo = imageio.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
+    h, w, _ = photo.shape
+    out = []
+    for t in np.linspace(0.0, 1.0, frames):
+        scale = 1.5 - 0.3 * t
+        top, left = (h - scale * SIDE) * (0.2 + 0.3 * t), (w - scale * SIDE) * (0.3 + 0.4 * t)
+        rows = top + scale * np.arange(SIDE)[:, None] + np.zeros((1, SIDE))
+        columns = left + scale * np.arange(SIDE)[None, :] + np.zeros((SIDE, 1))
+        planes = [
+            map_coordinates(photo[..., c].astype(np.float32), [rows, columns], order=1)
+            for c in range(3)
+        ]
+        out.append(np.clip(np.round(np.stack(planes, -1)), 0, 255).astype(np.uint8))
+    return np.stack(out)
+
+
+def read_all(path: Path | str, frames: int | None = None) -> tuple[np.ndarray, Fraction]:
+    """The (first) frames of a video, uint8 (t, h, w, 3), and its frame rate."""
+    with open_video(str(path)) as video:
+        pairs = zip(video, range(frames)) if frames else ((f, 0) for f in video)
+        return np.stack([frame for frame, _ in pairs]), video.fps
+
+
+def write_all(path: Path, video: np.ndarray, fps: Fraction) -> None:
+    with open_writer(str(path), video.shape[2], video.shape[1], fps, force=True) as out:
+        for frame in video:
+            out.write(frame)
+
+
+def quality(source: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
+    """Mean over frames of PSNR, MS-SSIM (None below 161 px) and LPIPS (alex)."""
+    params, values = load_lpips("alex"), {"psnr": [], "ms_ssim": [], "lpips": []}
+    distance = jax.jit(lpips)
+    for a, b in zip(source, decoded, strict=True):
+        a, b = (x[None].astype(np.float32) for x in (a, b))
+        values["psnr"].append(float(psnr(a, b)[0]))
+        if min(a.shape[1:3]) > 160:
+            values["ms_ssim"].append(float(ms_ssim(a, b)[0]))
+        values["lpips"].append(float(distance(params, a / 127.5 - 1, b / 127.5 - 1)[0]))
+    return {k: float(np.mean(v)) if v else float("nan") for k, v in values.items()}
+
+
+def gnvc(*args: object) -> float:
+    """Run `gnvc` in a process of its own; seconds. SystemExit with its code if it fails."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", "gnvc_jax.cli", *map(str, args)], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return time.perf_counter() - start
+
+
+def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
+    """Encode, decode, compare; writes stream, videos and a contact sheet to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    source, fps = (camera_move(frames), FPS) if clip is None else read_all(clip, frames)
+    write_all(out / "source.mkv", source, fps)
+    stream, lossless = out / "clip.gnvc", out / "decoded.mkv"
+    seconds = [
+        gnvc("encode", out / "source.mkv", stream, "--qp", qp, "--model", model, "--force"),
+        gnvc("decode", stream, lossless, "--model", model, "--force"),
+    ]
+    decoded, _ = read_all(lossless)
+    write_all(out / "decoded.mp4", decoded, fps)
+    gap = np.full((*source.shape[:2], 8, 3), 255, np.uint8)
+    pair = np.concatenate([source, gap, decoded], axis=2)
+    write_all(out / "side_by_side.mp4", pair, fps)
+    picks = np.linspace(0, len(source) - 1, 4).round().astype(int)
+    rows = [np.concatenate(list(video[picks]), axis=1) for video in (source, decoded)]
+    imageio.imwrite(out / "contact_sheet.png", np.concatenate(rows, axis=0))
+
+    size = stream.stat().st_size
+    values = quality(source, decoded)
+    t, h, w, _ = source.shape
+    print(f"\n{t} frames of {w}x{h}, qp {qp}: {size} bytes, {8 * size / (t * h * w):.4f} bpp")
+    print("  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    print("  ".join(f"{k} {t / s:.2f} frames/s" for k, s in zip(("encode", "decode"), seconds)))
+    print(f"(whole processes, start and compilation included)\nSee {out}/contact_sheet.png,")
+    print(f"{out}/side_by_side.mp4 (source left), {out}/decoded.mp4 and {stream}")

@@ -1,0 +1,49 @@
+"""Make the model file of a trained codec:
+
+python -m gnvc_jax.training.release --config configs/tiny/codec.py --name tiny --out tiny.safetensors
+
+The averaged weights of the run `run.out`, and of the VAE that it was trained under, go in; other
+arguments override the configuration as for train.py.
+"""
+
+import argparse
+import sys
+
+import jax
+
+from gnvc_jax import model
+from gnvc_jax.training import config
+from gnvc_jax.training.checkpoints import load_params
+from gnvc_jax.training.stages import make_stage
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--out", required=True)
+    args, overrides = parser.parse_known_args()
+    try:
+        experiment = config.override(config.load(args.config), overrides)
+        stage = make_stage(experiment)
+        params = load_params(experiment.run.out, jax.eval_shape(stage.init, jax.random.key(0)))
+        frozen = stage.frozen()
+        made = model.build(
+            args.name,
+            experiment.vae,
+            experiment.codec,
+            frozen["vae"],
+            params,
+            frozen["mean"],
+            frozen["std"],
+        )
+        model.save_model(args.out, made)
+    except (FileNotFoundError, ValueError) as error:
+        sys.exit(f"release: {error}")
+    print(
+        f"{args.out}: codec {made.fingerprints[0].hex()[:8]}, VAE {made.fingerprints[1].hex()[:8]}"
+    )
+
+
+if __name__ == "__main__":
+    main()
