@@ -1,7 +1,8 @@
 """YUV to RGB and back, by one documented formula.
 
 With y, u, v the code values of n bits, s = 2^(n-8), and (kr, kg, kb) the luma weights of the matrix
-(ITU-R BT.709: 0.2126, 0.7152, 0.0722; BT.601: 0.299, 0.587, 0.114; BT.2020: 0.2627, 0.6780, 0.0593):
+(ITU-R BT.709: 0.2126, 0.7152, 0.0722; BT.601: 0.299, 0.587, 0.114; BT.2020: 0.2627, 0.6780,
+0.0593):
 
     limited range   Y = (y - 16 s) / (219 s)      C = (c - 128 s) / (224 s)
     full range      Y = y / (2^n - 1)             C = (c - 2^(n-1)) / (2^n - 1)
@@ -14,8 +15,8 @@ and an 8-bit value is floor(clip(255 X, 0, 255) + 1/2): round half up after clip
 ITU-T H.273 equations 8.3 onward with the gamma-coded values left as they are.
 
 Chroma is taken to sit in the middle of the luma samples that share it: going up is bilinear with
-half-pixel centres (weights 3/4, 1/4), going down is the mean of 2x2; edges replicate, so odd sizes work.
-Arithmetic is float32.
+half-pixel centres (weights 3/4, 1/4), going down is the mean of 2x2; edges replicate, so odd sizes
+work. Arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _MATRIX_CODE = {"rgb": 0, "bt709": 1, "bt601": 6, "bt2020": 9}
 _CODE_MATRIX = {0: "rgb", 1: "bt709", 5: "bt601", 6: "bt601", 9: "bt2020", 10: "bt2020"}
 _PRIMARIES = {"rgb": 1, "bt709": 1, "bt601": 6, "bt2020": 9}
 _TRANSFER = {"rgb": 13, "bt709": 1, "bt601": 6, "bt2020": 14}
+_STRIP = 1 << 17  # luma samples converted at a time
 UNSPECIFIED = 2  # H.273: "unknown or determined by the application"
 
 
@@ -40,9 +42,9 @@ UNSPECIFIED = 2  # H.273: "unknown or determined by the application"
 class Colour:
     """What the sample values of a video mean.
 
-    ``matrix`` is 'bt709', 'bt601', 'bt2020', or 'rgb' for sources that never were YUV. ``primaries`` and
-    ``transfer`` are H.273 code points, by default those that go with the matrix; they are carried along
-    and never used in a conversion.
+    `matrix` is 'bt709', 'bt601', 'bt2020', or 'rgb' for sources that never were YUV. `primaries`
+    and `transfer` are H.273 code points, by default those that go with the matrix; they are carried
+    along and never used in a conversion.
     """
 
     matrix: str = "bt709"
@@ -59,14 +61,14 @@ class Colour:
 
     @property
     def code_points(self) -> tuple[int, int, int, int]:
-        """H.273 (colour primaries, transfer characteristics, matrix coefficients, full-range flag)."""
+        """H.273 (primaries, transfer characteristics, matrix coefficients, full-range flag)."""
         return self.primaries, self.transfer, _MATRIX_CODE[self.matrix], int(self.full_range)
 
     @classmethod
     def from_code_points(
         cls, primaries: int, transfer: int, matrix: int, full_range: int
     ) -> Colour:
-        """The inverse of ``code_points``; an unspecified or unknown matrix counts as BT.709."""
+        """The inverse of `code_points`; an unspecified or unknown matrix counts as BT.709."""
         name = _CODE_MATRIX.get(matrix, "bt709")
         return cls(
             matrix=name,
@@ -116,40 +118,22 @@ def _upsample(plane: np.ndarray, height: int, width: int) -> np.ndarray:
     return plane
 
 
-def _round_to_uint8(values: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+def _round_to_uint8(values: np.ndarray) -> np.ndarray:
     np.clip(values, 0.0, 255.0, out=values)
     values += 0.5
-    if out is None:
-        return values.astype(np.uint8)
-    out[...] = values
-    return out
+    return values.astype(np.uint8)
 
 
-def yuv_to_rgb(
-    y: np.ndarray,
-    u: np.ndarray | None,
-    v: np.ndarray | None,
-    colour: Colour = BT709,
-    bit_depth: int = 8,
-) -> np.ndarray:
-    """Planes y (h, w) and u, v to uint8 RGB (h, w, 3).
-
-    The shape of u and v tells the subsampling: (h, w), (h, ceil(w/2)) or (ceil(h/2), ceil(w/2)). Both None
-    is grey. Samples are unsigned integers of ``bit_depth`` bits. Raises ValueError for other shapes.
-    """
+def _convert(y, u, v, colour: Colour, bit_depth: int, out: np.ndarray) -> None:
+    """The formula, on planes small enough to stay in the processor's cache."""
     height, width = y.shape
     y_offset, y_scale, c_offset, c_scale = _scales(colour, bit_depth)
     luma = y.astype(np.float32)
     luma -= np.float32(y_offset)
     luma *= np.float32(y_scale)
-    out = np.empty((height, width, 3), np.uint8)
-    if u is None or v is None:
+    if u is None:
         out[...] = _round_to_uint8(luma)[..., None]
-        return out
-    if u.shape != v.shape or any(
-        c not in (n, -(-n // 2)) for c, n in zip(u.shape, y.shape, strict=True)
-    ):
-        raise ValueError(f"chroma planes {u.shape}, {v.shape} do not fit luma {y.shape}")
+        return
     kr, kg, kb = _weights(colour)
     # The colour differences are formed before upsampling: the same by linearity, and 4x less work.
     u = (u.astype(np.float32) - np.float32(c_offset)) * np.float32(c_scale)
@@ -160,7 +144,53 @@ def yuv_to_rgb(
         np.float32(2 * (1 - kb)) * u,
     )
     for channel, difference in enumerate(differences):
-        _round_to_uint8(_upsample(difference, height, width) + luma, out[..., channel])
+        out[..., channel] = _round_to_uint8(_upsample(difference, height, width) + luma)
+
+
+def _window(start: int, length: int, size: int) -> tuple[int, int]:
+    """The even-aligned range of luma samples that fixes `length` samples from `start`."""
+    return 2 * max(0, start // 2 - 1), min(size, 2 * ((start + length - 1) // 2 + 2))
+
+
+def yuv_to_rgb(
+    y: np.ndarray,
+    u: np.ndarray | None,
+    v: np.ndarray | None,
+    colour: Colour = BT709,
+    bit_depth: int = 8,
+    crop: tuple[int, int, int, int] | None = None,
+) -> np.ndarray:
+    """Planes y (h, w) and u, v to uint8 RGB (h, w, 3).
+
+    The shape of u and v tells the subsampling: each side is that of y or half of it, rounded up.
+    Both None is grey. Samples are unsigned integers of `bit_depth` bits. crop: (top, left, height,
+    width); the result is that part of the whole, made without the rest. Raises ValueError for
+    planes that do not fit together and for a crop outside the picture.
+    """
+    if u is not None and (
+        u.shape != v.shape or any(c not in (n, -(-n // 2)) for c, n in zip(u.shape, y.shape))
+    ):
+        raise ValueError(f"chroma planes {u.shape}, {v.shape} do not fit luma {y.shape}")
+    top, left, height, width = (0, 0, *y.shape) if crop is None else crop
+    if min(top, left) < 0 or top + height > y.shape[0] or left + width > y.shape[1]:
+        raise ValueError(f"crop {crop} reaches outside of {y.shape}")
+    out = np.empty((height, width, 3), np.uint8)
+    if not out.size:
+        return out
+    halved = (False, False) if u is None else tuple(c != n for c, n in zip(u.shape, y.shape))
+    x0, x1 = _window(left, width, y.shape[1])
+    rows = max(2, _STRIP // (x1 - x0))
+    for row in range(0, height, rows):
+        part = out[row : row + rows]
+        y0, y1 = _window(top + row, len(part), y.shape[0])
+        luma = (slice(y0, y1), slice(x0, x1))
+        chroma = tuple(
+            slice(s.start // 2, -(-s.stop // 2)) if half else s for s, half in zip(luma, halved)
+        )
+        strip = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
+        planes = (None, None) if u is None else (u[chroma], v[chroma])
+        _convert(y[luma], *planes, colour, bit_depth, strip)
+        part[...] = strip[top + row - y0 :, left - x0 :][: len(part), :width]
     return out
 
 

@@ -1,0 +1,80 @@
+"""What every kind of video source gives: a description and an iterator of RGB frames."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+
+import numpy as np
+
+from gnvc_jax.media.colour import Colour
+
+DEFAULT_FPS = Fraction(25)  # for sources that do not say
+
+Crop = tuple[int, int, int, int]  # top, left, height, width
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """A video as it is shown, after rotation. `frames` is None where it is not known beforehand.
+
+    `fps` is the mean rate, in frames a second; `bit_depth` that of the coded samples.
+    """
+
+    name: str
+    width: int
+    height: int
+    fps: Fraction
+    frames: int | None
+    colour: Colour
+    bit_depth: int
+    has_audio: bool
+
+
+class VideoReader:
+    """A context manager and one-shot iterator of uint8 RGB frames (h, w, 3).
+
+    Attributes are those of VideoInfo, with `frame_count` for `frames`. Memory does not grow with
+    the length of the video. Iterating raises TruncatedVideo, after the last frame that could be
+    read, if the source promised more.
+    """
+
+    def __init__(self, info: VideoInfo, frames: Iterator[np.ndarray], close: Callable[[], None]):
+        self.info = info
+        self.name = info.name
+        self.width = info.width
+        self.height = info.height
+        self.fps = info.fps
+        self.frame_count = info.frames
+        self.colour = info.colour
+        self.bit_depth = info.bit_depth
+        self.has_audio = info.has_audio
+        self._frames = frames
+        self._close = close
+
+    def __iter__(self) -> VideoReader:
+        return self
+
+    def __next__(self) -> np.ndarray:
+        return next(self._frames)
+
+    def __enter__(self) -> VideoReader:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Release the file; iterating afterwards is an error."""
+        self._close()
+
+
+def crop_frame(frame: np.ndarray, crop: Crop | None) -> np.ndarray:
+    """The part (top, left, height, width) of (h, w, c); ValueError if it reaches outside."""
+    if crop is None:
+        return frame
+    top, left, height, width = crop
+    if min(top, left) < 0 or top + height > frame.shape[0] or left + width > frame.shape[1]:
+        raise ValueError(f"crop {crop} reaches outside of {frame.shape[:2]}")
+    return frame[top : top + height, left : left + width]
