@@ -1,0 +1,283 @@
+"""Writing videos: one function, `open_writer`, for files, folders of pictures and pipes.
+
+========  ====================================================================================
+.mp4      H.264 4:2:0, constant rate factor 12: plays everywhere, nearly lossless. Odd sides
+          are padded by one replicated row or column, because such a stream has no odd sizes.
+.mkv      FFV1 in RGB: lossless.
+.y4m      8-bit 4:2:0 (or 4:4:4), uncompressed; BT.709, for the format cannot name a matrix.
+``-``     the same on standard output.
+a folder  000001.png, 000002.png, ...: lossless. A folder is a name that ends with a slash or
+          has no suffix, or a folder that exists.
+========  ====================================================================================
+
+The output is made under a temporary name beside its place and renamed when it is complete. A
+failure leaves nothing behind, and an output that was there before as it was. Sound is not written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import av
+import numpy as np
+from PIL import Image
+
+from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420, rgb_to_yuv444
+from gnvc_jax.media.errors import OutputExists, UnwritableOutput, WriteFailed, write_error
+
+SUFFIXES = (".mp4", ".mkv", ".y4m")
+_FRAME_NAME = re.compile(r"\d{6,}\.png")
+_MP4 = {"crf": "12", "preset": "medium", "x264-params": "chromaloc=1"}  # chroma in the middle
+_FFV1 = {"level": "3", "slicecrc": "1"}
+
+
+class _Sink(Protocol):
+    def write(self, frame: np.ndarray) -> None: ...
+    def close(self) -> None: ...
+
+
+class VideoWriter:
+    """Takes uint8 RGB frames (h, w, 3), all of one size; `count` is their number so far."""
+
+    def __init__(self, name: str, shape: tuple[int, int, int], sink: _Sink):
+        self.name = name
+        self.count = 0
+        self._shape = shape
+        self._sink = sink
+
+    def write(self, frame: np.ndarray) -> None:
+        """Append a frame. ValueError for another shape or type, WriteFailed or DiskFull."""
+        if frame.shape != self._shape or frame.dtype != np.uint8:
+            raise ValueError(
+                f"{self.name}: a frame is {frame.dtype}{frame.shape}, not uint8{self._shape}"
+            )
+        with _named_errors(self.name):
+            self._sink.write(frame)
+        self.count += 1
+
+
+# Formats
+
+
+class _Container:
+    """An mp4 or mkv file through PyAV."""
+
+    def __init__(self, path: Path, kind: str, width: int, height: int, fps: Fraction, colour):
+        self._colour = colour
+        self._rgb = kind == ".mkv"
+        self._pad = (0, 0) if self._rgb else (height % 2, width % 2)
+        options = {} if self._rgb else {"movflags": "+faststart"}
+        muxer = "matroska" if self._rgb else "mp4"
+        self._container = av.open(f"file:{path}", "w", format=muxer, container_options=options)
+        slices = {"slices": "4"} if min(width, height) >= 16 else {}
+        codec, codec_options = ("ffv1", _FFV1 | slices) if self._rgb else ("libx264", _MP4)
+        stream = self._container.add_stream(codec, rate=fps, options=codec_options)
+        stream.width, stream.height = width + self._pad[1], height + self._pad[0]
+        stream.pix_fmt = "bgr0" if self._rgb else "yuv420p"
+        if not self._rgb:
+            context = stream.codec_context
+            context.color_primaries, context.color_trc, context.colorspace, full = (
+                colour.code_points
+            )
+            context.color_range = 1 + full
+        self._stream, self._time_base, self._count = stream, 1 / fps, 0
+
+    def _frame(self, rgb: np.ndarray) -> av.VideoFrame:
+        height, width = rgb.shape[:2]
+        if self._rgb:
+            samples = np.zeros((height, width, 4), np.uint8)
+            samples[..., :3] = rgb[..., ::-1]
+            frame = av.VideoFrame(width, height, "bgr0")
+            _fill(frame.planes[0], samples.reshape(height, -1))
+            return frame
+        rows, columns = self._pad
+        padded = (
+            np.pad(rgb, ((0, rows), (0, columns), (0, 0)), mode="edge") if any(self._pad) else rgb
+        )
+        frame = av.VideoFrame(width + columns, height + rows, "yuv420p")
+        for plane, samples in zip(frame.planes, rgb_to_yuv420(padded, self._colour)):
+            _fill(plane, samples)
+        return frame
+
+    def write(self, rgb: np.ndarray) -> None:
+        frame = self._frame(rgb)
+        frame.pts, frame.time_base = self._count, self._time_base
+        self._count += 1
+        self._container.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        try:
+            if self._count:
+                self._container.mux(self._stream.encode())
+        finally:
+            self._container.close()
+
+
+def _fill(plane: av.video.plane.VideoPlane, samples: np.ndarray) -> None:
+    """Copy (rows, bytes) into a plane, whose lines may be longer."""
+    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+    rows[: len(samples), : samples.shape[1]] = samples
+
+
+class _Y4m:
+    """Frames behind a YUV4MPEG2 header."""
+
+    def __init__(self, file: BinaryIO, width: int, height: int, fps: Fraction, colour, chroma: str):
+        self._file = file
+        self._colour = Colour(full_range=colour.full_range)
+        self._convert = {"420": rgb_to_yuv420, "444": rgb_to_yuv444}[chroma]
+        tag = (
+            "420jpeg" if chroma == "420" else chroma
+        )  # "jpeg": chroma in the middle, not its range
+        span = "FULL" if colour.full_range else "LIMITED"
+        rate = f"{fps.numerator}:{fps.denominator}"
+        header = f"YUV4MPEG2 W{width} H{height} F{rate} Ip A1:1 C{tag} XCOLORRANGE={span}\n"
+        file.write(header.encode())
+
+    def write(self, rgb: np.ndarray) -> None:
+        planes = self._convert(rgb, self._colour)
+        self._file.write(b"".join([b"FRAME\n", *(plane.tobytes() for plane in planes)]))
+
+    def close(self) -> None:
+        self._file.flush()
+        if self._file is not sys.stdout.buffer:
+            self._file.close()
+
+
+class _Pictures:
+    """Numbered PNG files."""
+
+    def __init__(self, folder: Path):
+        folder.mkdir()
+        self._folder, self._count = folder, 0
+
+    def write(self, rgb: np.ndarray) -> None:
+        self._count += 1
+        Image.fromarray(rgb).save(self._folder / f"{self._count:06d}.png", compress_level=1)
+
+    def close(self) -> None:
+        pass
+
+
+# Places
+
+
+def _is_folder(path: str | os.PathLike) -> bool:
+    name = os.fspath(path)
+    return name.endswith(("/", os.sep)) or os.path.isdir(name) or not Path(name).suffix
+
+
+def _check_target(target: Path, name: str, folder: bool, force: bool) -> None:
+    if not folder and target.suffix.lower() not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        raise UnwritableOutput(
+            name, f"{target.suffix} is none of the known outputs: {known}, a folder"
+        )
+    if not target.parent.is_dir():
+        raise UnwritableOutput(name, "the folder to write to does not exist")
+    if folder and target.is_dir():
+        pictures = [f.name for f in target.iterdir() if f.suffix.lower() == ".png"]
+        if pictures and not force:
+            raise OutputExists(name, "the folder has pictures in it; not overwritten")
+        if not all(map(_FRAME_NAME.fullmatch, pictures)):
+            raise OutputExists(name, "the folder has pictures that are no numbered frames")
+    elif folder and target.exists():
+        raise UnwritableOutput(name, "exists and is not a folder")
+    elif target.exists() and not force:
+        raise OutputExists(name, "exists already; not overwritten")
+
+
+def _finish(temporary: Path, target: Path) -> None:
+    """Put the complete output in its place; in a folder, only frames are replaced."""
+    if not target.is_dir():
+        os.replace(temporary, target)
+        return
+    for old in target.iterdir():
+        if _FRAME_NAME.fullmatch(old.name):
+            old.unlink()
+    for new in sorted(temporary.iterdir()):
+        os.replace(new, target / new.name)
+    temporary.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _named_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except av.FFmpegError as error:
+        raise write_error(name, OSError(error.errno, error.strerror)) from None
+    except OSError as error:
+        raise write_error(name, error) from None
+
+
+@contextlib.contextmanager
+def open_writer(
+    path: str | os.PathLike,
+    width: int,
+    height: int,
+    fps: Fraction | float,
+    colour: Colour | None = None,
+    force: bool = False,
+    chroma: str = "420",
+) -> Iterator[VideoWriter]:
+    """A VideoWriter whose output appears when the `with` block ends without an error.
+
+    colour: YUV form of .mp4 (matrix, range and tags) and .y4m (range only); BT.709 limited range by
+    default and for RGB sources. chroma: '420' or '444', for .y4m. force: overwrite; in a folder,
+    only numbered frames. Raises OutputExists, UnwritableOutput, WriteFailed (also without any
+    frame) or DiskFull.
+    """
+    name = os.fspath(path)
+    fps = Fraction(fps).limit_denominator(100_000)
+    colour = BT709 if colour is None or colour.matrix == "rgb" else colour
+    shape = (height, width, 3)
+    if name == "-":
+        with _named_errors(name):
+            sink: _Sink = _Y4m(sys.stdout.buffer, width, height, fps, colour, chroma)
+        yield VideoWriter(name, shape, sink)
+        with _named_errors(name):
+            sink.close()
+        return
+
+    folder, target = _is_folder(path), Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    sink = None
+    with _named_errors(name):
+        _check_target(target, name, folder, force)
+    try:
+        with _named_errors(name):
+            if folder:
+                sink = _Pictures(temporary)
+            elif target.suffix.lower() == ".y4m":
+                sink = _Y4m(open(temporary, "wb"), width, height, fps, colour, chroma)
+            else:
+                kind = target.suffix.lower()
+                sink = _Container(temporary, kind, width, height, fps, colour)
+        writer = VideoWriter(name, shape, sink)
+        yield writer
+        if writer.count == 0:
+            raise WriteFailed(name, "there were no frames to write")
+        with _named_errors(name):
+            sink.close()
+            _finish(temporary, target)
+    except BaseException:
+        if sink is not None:
+            with contextlib.suppress(Exception):
+                sink.close()
+        _remove(temporary)
+        raise
