@@ -1,112 +1,62 @@
-"""Random clips from a folder of videos, as a Grain pipeline.
+"""Random clips from videos, as a Grain pipeline.
 
-Every video is decoded once into a memory-mapped array of RGB frames in a cache folder, so that a
-random crop in space and time costs a copy. An element is a pure function of (seed, index): the
-number of workers, resuming, and the number of processes change nothing but who computes it.
+An element is a pure function of (seed, number of the element): workers, resuming and the number
+of processes change who computes it and nothing else. Nothing here uses JAX, so decoding
+processes stay light.
 """
 
-import hashlib
-import logging
-import os
-from pathlib import Path
+from __future__ import annotations
 
-import av
+import dataclasses
+import logging
+
 import grain
 import numpy as np
-from tqdm import tqdm
+from absl import flags
 
-from gnvc_jax.media.colour import Colour, yuv_to_rgb
-from gnvc_jax.runtime import cache_folder
+from gnvc_jax.data.index import ClipIndex, Video
+
+__all__ = ["ClipIndex", "RandomClip", "clip_dataset"]
 
 log = logging.getLogger(__name__)
-SUFFIXES = {".mp4", ".mkv", ".webm", ".avi", ".mov", ".gif"}
 
 
-class ClipIndex:
-    """The videos below a folder (or one file), each as a decoded array on disk.
+@dataclasses.dataclass(frozen=True)
+class RandomClip(grain.transforms.RandomMap):
+    """Number of a frame, counted through all videos -> uint8 (frames, h, w, 3) from its video.
 
-    Raises FileNotFoundError if nothing is there, ValueError if no video can be read. A video that
-    cannot be read is logged and left out.
+    The frames are consecutive; start, crop, halving and mirroring are drawn.
     """
 
-    def __init__(self, path: str | Path, cache: str | Path | None = None):
-        root = Path(path)
-        if not root.exists():
-            raise FileNotFoundError(f"{path}: no such file or folder of training videos")
-        files = [root] if root.is_file() else sorted(root.rglob("*"))
-        files = [f for f in files if f.suffix.lower() in SUFFIXES]
-        folder = Path(cache or cache_folder() / "frames")
-        folder.mkdir(parents=True, exist_ok=True)
-        self.arrays: list[Path] = []
-        self.shapes: list[tuple[int, ...]] = []
-        for file in tqdm(files, desc="decoding", unit="video", delay=2):
-            try:
-                array = cached_frames(file, folder)
-            except (av.FFmpegError, ValueError) as error:
-                log.warning("%s: left out (%s)", file, error)
-                continue
-            self.arrays.append(array)
-            self.shapes.append(np.load(array, mmap_mode="r").shape)
-        if not self.arrays:
-            raise ValueError(f"{path}: no readable video")
+    videos: tuple[Video, ...]
+    frames: int
+    size: tuple[int, int]
+    downscale_prob: float
 
-
-def cached_frames(file: Path, folder: Path) -> Path:
-    """The .npy of a video's RGB frames uint8 (t, h, w, 3), decoded on first use."""
-    stat = file.stat()
-    key = f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
-    target = folder / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npy"
-    if not target.exists():
-        with av.open(str(file)) as container:
-            frames = [_rgb(frame) for frame in container.decode(video=0)]
-        if not frames:
-            raise ValueError("no frames")
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        with open(temporary, "wb") as out:
-            np.save(out, np.stack(frames))
-        os.replace(temporary, target)
-    return target
-
-
-def _rgb(frame: av.VideoFrame) -> np.ndarray:
-    if frame.format.name not in ("yuv420p", "yuvj420p"):
-        return frame.to_ndarray(format="rgb24")
-    h, w = frame.height, frame.width
-    sizes = ((h, w), ((h + 1) // 2, (w + 1) // 2), ((h + 1) // 2, (w + 1) // 2))
-    planes = [
-        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:rows, :columns]
-        for plane, (rows, columns) in zip(frame.planes, sizes, strict=True)
-    ]
-    full = frame.format.name == "yuvj420p" or frame.color_range == 2
-    matrix = "bt601" if frame.colorspace in (5, 6) else "bt709"
-    return yuv_to_rgb(*planes, Colour(matrix, full), 8)
-
-
-class RandomClip(grain.transforms.RandomMap):
-    """Video number -> random crop uint8 (frames, h, w, 3)."""
-
-    def __init__(self, index: ClipIndex, frames: int, size: tuple[int, int], downscale_prob: float):
-        self.arrays, self.frames, self.size = index.arrays, frames, size
-        self.downscale_prob = downscale_prob
+    def __post_init__(self):
+        object.__setattr__(self, "_ends", np.cumsum([video.frames for video in self.videos]))
 
     def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
-        video = np.load(self.arrays[element], mmap_mode="r")
-        scale = 2 if rng.random() < self.downscale_prob else 1
-        if min(video.shape[1] // self.size[0], video.shape[2] // self.size[1]) < scale:
-            scale = 1
-        h, w = (min(scale * s, full) for s, full in zip(self.size, video.shape[1:3], strict=True))
-        t0, y0, x0 = (
-            int(rng.integers(0, full - part + 1))
-            for full, part in zip(video.shape[:3], (self.frames, h, w), strict=True)
-        )
-        clip = np.asarray(video[t0 : t0 + self.frames, y0 : y0 + h, x0 : x0 + w])
+        video = self.videos[int(np.searchsorted(self._ends, element, side="right"))]
+        halve, mirror = rng.random() < self.downscale_prob, rng.random() < 0.5
+        full = (video.height, video.width)
+        scale = 2 if halve and all(2 * s <= f for s, f in zip(self.size, full)) else 1
+        height, width = (min(scale * s, f) for s, f in zip(self.size, full))
+        start = int(rng.integers(video.frames - self.frames + 1))
+        top, left = (int(rng.integers(f - s + 1)) for f, s in zip(full, (height, width)))
+        clip = video.read(start, self.frames, (top, left, height, width))
         if scale == 2:
-            pairs = clip.reshape(self.frames, h // 2, 2, w // 2, 2, 3).astype(np.uint16)
-            clip = ((pairs.sum(axis=(2, 4)) + 2) // 4).astype(np.uint8)
-        if rng.random() < 0.5:
+            clip = _halve(clip)
+        if mirror:
             clip = clip[:, :, ::-1]
-        pad = [(0, max(0, s - n)) for s, n in zip(self.size, clip.shape[1:3], strict=True)]
+        pad = [(0, size - part) for size, part in zip(self.size, clip.shape[1:3])]
         return np.ascontiguousarray(np.pad(clip, ((0, 0), *pad, (0, 0)), mode="edge"))
+
+
+def _halve(clip: np.ndarray) -> np.ndarray:
+    """Means of 2x2 pixels, rounded half up; (t, 2h, 2w, 3) -> (t, h, w, 3)."""
+    rows = clip[:, 0::2].astype(np.uint16) + clip[:, 1::2]
+    return ((rows[:, :, 0::2] + rows[:, :, 1::2] + 2) // 4).astype(np.uint8)
 
 
 def clip_dataset(
@@ -116,30 +66,51 @@ def clip_dataset(
     size: tuple[int, int],
     batch: int,
     seed: int,
+    shuffle: bool = True,
     num_workers: int = 0,
+    worker_buffer: int = 2,
     downscale_prob: float = 0.5,
     shard: tuple[int, int] = (0, 1),
-) -> grain.IterDataset:
+) -> grain.experimental.ElasticIterator:
     """Endless batches uint8 (batch, frames, h, w, 3) of random clips.
 
-    A video is drawn in proportion to its number of frames; with `downscale_prob` the crop is taken
-    twice as large and halved by a 2x2 mean; half of the crops are mirrored; a video smaller than
-    the crop is padded by its edge. shard: (number of this process, number of processes).
-    The iterator's get_state / set_state resume with exactly the next batch.
+    size: (h, w) in pixels. A video is drawn in proportion to its number of frames; those with fewer
+    than `frames` are left out. With probability `downscale_prob` the crop is taken twice as large,
+    where the video allows it, and reduced by 2x2 means. Half of the clips are mirrored. A video
+    smaller than the crop is continued by its edge, below and to the right.
+
+    batch is that of one process; shard: (number of this process, number of processes), which
+    together read the global batch `batch * count`. num_workers: decoding processes, each holding
+    `worker_buffer` batches ready; with 0 one thread of this process decodes.
+
+    The iterator's state is the number of the next clip, {"global_next_index": n}: get_state and
+    set_state resume with exactly the next batch, whatever the workers, and also on another number
+    of processes. Raises ValueError if no video has `frames` frames.
     """
-    long_enough = [i for i, shape in enumerate(index.shapes) if shape[0] >= frames]
-    if not long_enough:
-        raise ValueError(f"no training video has {frames} frames")
-    numbers = [i for i in long_enough for _ in range(max(1, index.shapes[i][0] // 16))]
-    data = (
-        grain.MapDataset.source(numbers)
-        .seed(seed)
-        .shuffle()
-        .repeat()[shard[0] :: shard[1]]
-        .random_map(RandomClip(index, frames, size, downscale_prob))
-        .batch(batch)
-        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
+    videos = tuple(video for video in index if video.frames >= frames)
+    if not videos:
+        raise ValueError(f"none of the {len(index)} training videos has {frames} frames")
+    if len(videos) < len(index):
+        log.warning(
+            "left out: %d of %d videos with fewer than %d frames",
+            len(index) - len(videos),
+            len(index),
+            frames,
+        )
+    order = grain.MapDataset.range(sum(video.frames for video in videos)).seed(seed)
+    if shuffle:
+        order = order.shuffle()
+    clips = order.repeat().random_map(RandomClip(videos, frames, tuple(size), downscale_prob))
+    if num_workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have no others
+    number, count = shard
+    workers = grain.multiprocessing.MultiprocessingOptions(
+        num_workers=num_workers, per_worker_buffer_size=worker_buffer
     )
-    if num_workers:
-        data = data.mp_prefetch(grain.multiprocessing.MultiprocessingOptions(num_workers))
-    return data
+    return grain.experimental.ElasticIterator(
+        clips,
+        batch * count,
+        grain.sharding.ShardOptions(number, count),
+        read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=worker_buffer),
+        multiprocessing_options=workers if num_workers else None,
+    )

@@ -1,0 +1,188 @@
+"""Which videos there are to train on, and their decoded frames on disk.
+
+A cache folder holds `index.json`, what probing said of each file, and one array of RGB frames per
+video, memory-mapped later, so that a random crop in space and time costs a copy of its bytes.
+An uncompressed frame is about a hundred times the size of a coded one: 10,000 frames of 480x270
+take 3.9 GB. Both are keyed by path, size and time of modification.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from gnvc_jax.media.errors import MediaError, MissingInput, NoFrames, TruncatedVideo
+from gnvc_jax.media.reader import open_video, probe, read_clip
+from gnvc_jax.media.video import Crop
+
+log = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".gif", ".y4m", ".yuv"}
+LIST_SUFFIXES = {".txt", ".list"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Video:
+    """A video file or folder of pictures; `decoded` is the array of its frames, if there is one."""
+
+    path: str
+    frames: int
+    width: int
+    height: int
+    fps: Fraction
+    decoded: str | None = None
+
+    def read(self, start: int, count: int, crop: Crop) -> np.ndarray:
+        """uint8 RGB (count, height, width, 3) of crop (top, left, height, width)."""
+        if self.decoded is None:
+            return read_clip(self.path, start, count, crop)
+        top, left, height, width = crop
+        array = _mapped(self.decoded)
+        return array[start : start + count, top : top + height, left : left + width]
+
+
+@functools.lru_cache(maxsize=1024)
+def _mapped(path: str) -> np.ndarray:
+    return np.load(path, mmap_mode="r")
+
+
+class ClipIndex:
+    """The videos at `path`: a sequence of Video, sorted by path.
+
+    path: a folder, searched with its subfolders for video files and for folders of PNG pictures;
+    a list (.txt) with one path a line, relative to the list; or one video. decode_cache: folder
+    that keeps what was learnt and all decoded frames; without it every clip is decoded when it is
+    drawn. A video that cannot be read is logged and left out. Raises MissingInput, or NoFrames if
+    nothing is left.
+    """
+
+    def __init__(self, path: str | os.PathLike, decode_cache: str | os.PathLike | None = None):
+        files = sorted(set(find_videos(Path(path))))
+        cache = None if decode_cache is None else Path(decode_cache)
+        known = {} if cache is None else _load_known(cache)
+        videos = _in_parallel("looking at videos", functools.partial(_probe, known=known), files)
+        if cache is not None:
+            cache.mkdir(parents=True, exist_ok=True)
+            _save_known(cache, known | {_key(Path(v.path)): _record(v) for v in videos})
+            videos = _in_parallel("decoding", functools.partial(_decode, cache=cache), videos)
+        if not videos:
+            raise NoFrames(path, "no readable video among the training data")
+        self.videos: tuple[Video, ...] = tuple(videos)
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, number: int) -> Video:
+        return self.videos[number]
+
+    def __iter__(self) -> Iterator[Video]:
+        return iter(self.videos)
+
+
+def find_videos(path: Path) -> list[Path]:
+    """Video files and picture folders at, in or named by `path`."""
+    if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
+        lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
+        return [path.parent / line for line in lines if line and not line.startswith("#")]
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise MissingInput(path, "no such file or folder of training videos")
+    found = []
+    for folder, _, names in os.walk(path, followlinks=True):
+        suffixes = {name: Path(name).suffix.lower() for name in names if name[0] != "."}
+        found += [
+            Path(folder, name) for name, suffix in suffixes.items() if suffix in VIDEO_SUFFIXES
+        ]
+        if ".png" in suffixes.values():
+            found.append(Path(folder))
+    return found
+
+
+def _in_parallel(title: str, function: Callable, items: list) -> list:
+    """function(item) of all items in order; those that raise MediaError are logged and left out."""
+
+    def attempt(item):
+        try:
+            return function(item)
+        except MediaError as error:
+            log.warning("left out: %s", error)
+            return None
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        results = tqdm(
+            pool.map(attempt, items), desc=title, total=len(items), unit="video", delay=2
+        )
+        return [result for result in results if result is not None]
+
+
+def _key(file: Path) -> str:
+    stat = file.stat()
+    return f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+
+
+def _record(video: Video) -> list:
+    return [video.frames, video.width, video.height, str(video.fps)]
+
+
+def _probe(file: Path, known: dict[str, list]) -> Video:
+    try:
+        record = known.get(_key(file))
+    except OSError:
+        record = None  # probe says what is wrong
+    if record is None:
+        info = probe(file)
+        return Video(str(file), info.frames, info.width, info.height, info.fps)
+    frames, width, height, fps = record
+    return Video(str(file), frames, width, height, Fraction(fps))
+
+
+def _load_known(cache: Path) -> dict[str, list]:
+    try:
+        return json.loads((cache / "index.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        log.warning("%s: not readable, made anew", cache / "index.json")
+        return {}
+
+
+def _save_known(cache: Path, known: dict[str, list]) -> None:
+    temporary = cache / f"index.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(known, indent=0), encoding="utf-8")
+    os.replace(temporary, cache / "index.json")
+
+
+def _decode(video: Video, cache: Path) -> Video:
+    """The video with its array in the cache, which is made on first use."""
+    file = Path(video.path)
+    target = cache / f"{file.stem}-{hashlib.sha256(_key(file).encode()).hexdigest()[:16]}.npy"
+    if not target.exists():
+        temporary = target.with_suffix(f".{os.getpid()}.tmp")
+        shape = (video.frames, video.height, video.width, 3)
+        try:
+            array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+            count = 0
+            with open_video(file) as frames:
+                for count, frame in enumerate(frames, 1):
+                    if count > len(array):
+                        break
+                    array[count - 1] = frame
+            if count != len(array):
+                raise TruncatedVideo(file, f"has {len(array)} frames listed, {count} were read")
+            array.flush()
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return dataclasses.replace(video, decoded=str(target))
