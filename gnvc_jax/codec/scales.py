@@ -49,11 +49,21 @@ class Layer:
         return (3, 3, self.outputs) if self.depthwise else (self.inputs, self.outputs)
 
     @property
+    def limit(self) -> int:
+        """Largest output."""
+        return INDEX_LIMIT if self.last else 255
+
+    @property
     def shift(self) -> int:
         """Keeps the output in range for random weights of a quarter of the full scale."""
         fan_in = 9 if self.depthwise else self.inputs
         spread = fan_in**0.5 * 32 * 96 * (4.0 if self.last else 1.0)
         return int(np.ceil(np.log2(spread)))
+
+    @property
+    def start(self) -> float:
+        """First value of the bias parameter: outputs start around a quarter of their range."""
+        return 0.25 * self.limit * 2.0**self.shift / 96 / BIAS_UNIT
 
 
 def layers_of(config: CodecConfig) -> tuple[Layer, ...]:
@@ -101,13 +111,12 @@ class ScaleNetwork(nn.Module):
     def _integers(self, layer: Layer) -> tuple[Array, Array, Array]:
         """Weights, bias and multiplier as integers in float32, with straight-through gradients."""
         bias_shape = ((QUALITIES,) if layer.per_quality else ()) + (layer.outputs,)
-        start = 0.25 * 2.0**layer.shift / 96 / BIAS_UNIT * (64 if layer.last else 255)
 
         def param(name, init, shape):
             return self.param(f"{layer.name}_{name}", init, shape)
 
         kernel = param("kernel", nn.initializers.normal(0.25), layer.window)
-        bias = param("bias", nn.initializers.constant(start), bias_shape)
+        bias = param("bias", nn.initializers.constant(layer.start), bias_shape)
         mult = param("mult", nn.initializers.zeros, (layer.outputs,))
         return (
             round_ste(bound(128.0 * kernel, -127.0, 127.0)),
@@ -129,7 +138,6 @@ class ScaleNetwork(nn.Module):
                 x = jnp.concatenate([x, *previous], axis=-1)
             if layer.per_quality:
                 bias = bias[q_index][:, None, None, :]
-            limit = INDEX_LIMIT if layer.last else 255
             if layer.depthwise:
                 acc = depthwise3x3(x, kernel)
             else:
@@ -137,9 +145,9 @@ class ScaleNetwork(nn.Module):
             exact = requantise(
                 *(lax.stop_gradient(v).astype(jnp.int32) for v in (acc, bias, mult)),
                 layer.shift,
-                limit,
+                layer.limit,
             )
-            soft = bound((acc + bias) * mult * 2.0**-layer.shift, 0.0, float(limit))
+            soft = bound((acc + bias) * mult * 2.0**-layer.shift, 0.0, float(layer.limit))
             x = straight_through(exact, soft)
             if layer.upsample:
                 x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
@@ -194,8 +202,9 @@ def scale_index(
                 precision="highest" if dtype == jnp.float32 else None,
                 preferred_element_type=sums,
             ).astype(jnp.int32)
-        limit = INDEX_LIMIT if layer.last else 255
-        x = requantise(acc, jnp.asarray(bias), jnp.asarray(mult, jnp.int32), layer.shift, limit)
+        x = requantise(
+            acc, jnp.asarray(bias), jnp.asarray(mult, jnp.int32), layer.shift, layer.limit
+        )
         if layer.upsample:
             x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
     return x[0].astype(jnp.uint8)
@@ -219,8 +228,7 @@ def scale_index_numpy(config, tables, q_index, z, prev_y, prev_index) -> np.ndar
         else:
             acc = x @ kernel
         total = np.clip(acc + bias, -ACC_LIMIT, ACC_LIMIT)
-        limit = INDEX_LIMIT if layer.last else 255
-        x = np.clip((total * mult + (1 << (layer.shift - 1))) >> layer.shift, 0, limit)
+        x = np.clip((total * mult + (1 << (layer.shift - 1))) >> layer.shift, 0, layer.limit)
         if layer.upsample:
             x = rearrange(x, "h w (i j c) -> (h i) (w j) c", i=2, j=2)
     return x.astype(np.uint8)

@@ -26,7 +26,7 @@ def model():
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        scale = 0.1 if leaf.ndim == 1 else leaf.size ** -0.5 * leaf.shape[-1] ** 0.5
+        scale = 0.1 if leaf.ndim == 1 else leaf.size**-0.5 * leaf.shape[-1] ** 0.5
         return rng.normal(path[-1].key == "gamma", scale, leaf.shape).astype(np.float32)
 
     return vae, jax.tree_util.tree_map_with_path(draw, shapes)

@@ -1,0 +1,152 @@
+"""The latent codec: sizes, masks, and the training form against the coding form."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.stats import norm
+
+from gnvc_jax.codec import density
+from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.codec.entropy import spatial_masks
+from gnvc_jax.codec.model import LatentCodec, pad_latents
+from gnvc_jax.codec.quantise import bound, round_ste
+from gnvc_jax.codec.scales import layers_of
+
+TINY = CodecConfig(
+    latent_channels=4,
+    intra_width=8,
+    width=8,
+    intra_analysis=1,
+    intra_synthesis=1,
+    y_channels=8,
+    z_channels=4,
+    scale_width=8,
+)
+
+
+def shapes(config):
+    latents = jnp.zeros((1, 2, 8, 8, config.latent_channels))
+    q_index = jnp.zeros((1,), jnp.int32)
+    return jax.eval_shape(LatentCodec(config).init, jax.random.key(0), latents, q_index,
+                          jax.random.key(1))["params"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def params():
+    rng = np.random.default_rng(3)
+    starts = {layer.name: layer.start for layer in layers_of(TINY)}
+
+    def draw(path, leaf):
+        name, fan_in = path[-1].key, max(1, int(np.prod(leaf.shape[:-1])))
+        scale = {"kernel": fan_in**-0.5, "log_gain": 0.2}.get(name, 0.1)
+        if any(p.key == "scales" for p in path):
+            scale = 0.3 if name.endswith("kernel") else 0.01
+            if name.endswith("bias"):
+                return np.full(leaf.shape, starts[name[:2]], np.float32)
+        return rng.normal(0, scale, leaf.shape).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes(TINY))
+
+
+def test_full_size_is_about_twenty_million():
+    count = sum(x.size for x in jax.tree.leaves(shapes(CodecConfig())))
+    assert 15e6 < count < 25e6
+
+
+@pytest.mark.parametrize("passes", [2, 4])
+def test_masks_visit_everything_once(passes):
+    masks = spatial_masks(passes, 6, 4, 8)
+    np.testing.assert_array_equal(masks.sum(axis=0), 1)
+    # After the first pass every position knows a share 1 / passes of its channels.
+    np.testing.assert_allclose(masks[0].mean(axis=-1), 1 / passes)
+    # Every channel is coded at a share 1 / passes of the positions of each pass.
+    np.testing.assert_allclose(masks.mean(axis=(1, 2)), 1 / passes)
+
+
+def test_training_and_coding_forms_agree(params):
+    """The same integers and reconstructions from the scan with gradients and step by step."""
+    codec = LatentCodec(TINY)
+    latents = jax.random.normal(jax.random.key(0), (1, 3, 8, 16, 4))
+    q_index = jnp.asarray([40])
+    trained = jax.jit(lambda p: codec.apply({"params": p}, latents, q_index, jax.random.key(1)))(
+        params
+    )
+
+    def call(method, *args):
+        return jax.jit(lambda p: codec.apply({"params": p}, *args, method=method))(params)
+
+    state = None
+    for t in range(3):
+        if state is None:
+            integers = call("encode_intra", latents[:, t], q_index)
+            latent, state = call("decode_intra", integers, q_index)
+        else:
+            integers = call("encode_inter", latents[:, t], state, q_index)
+            latent, state = call("decode_inter", integers, state, q_index)
+        for ours, theirs in zip(integers, trained.integers, strict=True):
+            np.testing.assert_allclose(ours, theirs[:, t], atol=1e-3)  # y_hat - mu is a float sum
+            np.testing.assert_array_equal(np.round(ours), np.round(theirs[:, t]))
+        np.testing.assert_allclose(latent, trained.latent[:, t], atol=1e-4)
+    assert np.abs(np.round(trained.integers.y)).max() >= 1  # there is something to code
+    assert len(np.unique(trained.integers.index)) > 4
+
+
+@pytest.mark.slow
+def test_every_parameter_learns(params):
+    codec = LatentCodec(TINY)
+    latents = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 4))
+
+    def loss(p):
+        out = codec.apply({"params": p}, latents, jnp.asarray([0, 63]), jax.random.key(1))
+        return jnp.mean((out.latent - latents) ** 2) + 1e-3 * jnp.mean(out.y_bits + out.z_bits)
+
+    grads = jax.jit(jax.grad(loss))(params)
+    still = []
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        assert np.isfinite(grad).all(), path
+        if np.abs(grad).max() == 0:
+            still.append(jax.tree_util.keystr(path))
+    assert not still
+
+
+def test_gaussian_bits_against_scipy():
+    x = np.linspace(-30, 30, 241)
+    for sigma in (0.11, 0.5, 3.0, 16.0):
+        exact = -np.log2(np.maximum(norm.cdf(x + 0.5, scale=sigma) - norm.cdf(x - 0.5, scale=sigma),
+                                    density.LIKELIHOOD_MIN))  # fmt: skip
+        got = density.gaussian_bits(jnp.asarray(x, jnp.float32), sigma)
+        keep = exact < 20  # beyond it float32 differences of the two tails lose digits
+        np.testing.assert_allclose(got[keep], exact[keep], rtol=1e-3, atol=1e-4)
+
+
+def test_hyperlatent_table_agrees_with_the_trained_density():
+    model = density.Density(3)
+    params = model.init(jax.random.key(0), jnp.zeros((1, 1, 1, 3)), jnp.zeros(1, int),
+                        method="bits")["params"]  # fmt: skip
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
+    table = density.probabilities(params)
+    assert table.shape == (64, 3, 31)
+    np.testing.assert_allclose(table.sum(axis=-1), 1.0)
+    x = jnp.arange(-14, 15, dtype=jnp.float32)[None, None, :, None] * jnp.ones((1, 1, 29, 3))
+    bits = model.apply({"params": params}, x, jnp.asarray([17]), method="bits")
+    np.testing.assert_allclose(2.0 ** -bits[0, 0].T, table[17, :, 1:-1], rtol=1e-3, atol=1e-6)
+
+
+def test_bounds_lead_back_inside():
+    def grad(x, direction):
+        return float(jax.grad(lambda v: direction * bound(v, 0.0, 1.0))(x))
+
+    assert grad(0.5, 1.0) == 1.0
+    assert grad(-1.0, 1.0) == 0.0  # a descent step would lead further out
+    assert grad(-1.0, -1.0) == -1.0
+    assert grad(2.0, 1.0) == 1.0
+    assert float(round_ste(jnp.float32(1.6))) == 2.0
+    assert float(jax.grad(round_ste)(1.6)) == 1.0
+
+
+def test_latents_are_padded_by_their_edge():
+    latents = jnp.arange(5 * 9.0).reshape(1, 1, 5, 9, 1)
+    padded = pad_latents(latents)
+    assert padded.shape == (1, 1, 8, 16, 1)
+    assert padded[0, 0, 7, 15, 0] == latents[0, 0, 4, 8, 0]
