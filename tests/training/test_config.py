@@ -1,12 +1,13 @@
 """Config files and command-line overrides."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import toy_stage
 
 from gnvc_jax.training.config import Experiment, LossConfig, flatten, load, override
-from gnvc_jax.training.stages import make_stage
+from gnvc_jax.training.stages import STAGES, make_stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,6 +15,7 @@ class WeightedLoss(LossConfig):
     weight: float = 1.0
 
 
+ROOT = Path(__file__).parents[2]
 BASE = Experiment(stage="vae", loss=WeightedLoss())
 
 
@@ -64,6 +66,17 @@ def test_config_file_may_hold_a_value_or_a_function(tmp_path):
         load(tmp_path / "neither.py")
     with pytest.raises(FileNotFoundError, match=r"absent.py: no such config file"):
         load(tmp_path / "absent.py")
+
+
+SHIPPED = [p for p in (ROOT / "configs").rglob("*.py") if "Experiment(" in p.read_text()]
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: str(p.relative_to(ROOT)))
+def test_shipped_configs_load(path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)  # where train.py lies, so that they may share parts
+    experiment = load(path)
+    assert experiment.stage in STAGES
+    assert override(experiment, []) == experiment
 
 
 def test_stage_is_found_by_name_or_path():
