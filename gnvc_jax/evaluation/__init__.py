@@ -1,0 +1,1 @@
+"""Rate-distortion evaluation: real files, decoded by new processes, beside standard codecs."""

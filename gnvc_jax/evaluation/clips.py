@@ -1,0 +1,74 @@
+"""The clips that a sweep is measured on."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from gnvc_jax.media.reader import open_video
+from gnvc_jax.media.writer import open_writer
+
+SUFFIXES = (".mkv", ".mp4", ".mov", ".webm", ".avi", ".y4m", ".yuv")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Clip:
+    """name: of files and tables; frames: (t, h, w, 3) uint8 RGB; fps: frames per second."""
+
+    name: str
+    frames: np.ndarray
+    fps: Fraction
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of shape, rate and samples: what is coded, whatever file it came from."""
+        digest = hashlib.sha256(f"{self.frames.shape} {self.fps}".encode())
+        digest.update(np.ascontiguousarray(self.frames))
+        return digest.hexdigest()
+
+
+def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
+    """Clip names and paths: the files given, and the videos anywhere below the folders given.
+
+    A folder that holds PNG frames is one clip. Clips of the same name are told apart by the names
+    of their folders. Raises FileNotFoundError where nothing is found.
+    """
+    found = []
+    for path in paths:
+        if path.is_dir() and not any(path.glob("*.png")):
+            inside = sorted(path.rglob("*"))
+            found += [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
+            found += sorted({p.parent for p in inside if p.suffix.lower() == ".png"})
+        elif path.exists():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"{path}: no such file or folder")
+    if not found:
+        raise FileNotFoundError(f"{', '.join(map(str, paths))}: no videos in it")
+    clips: dict[str, Path] = {}
+    for path in dict.fromkeys(p.resolve() for p in found):
+        name = path.name if path.is_dir() else path.stem
+        parents = iter(path.parents)
+        while name in clips and (parent := next(parents, None)):
+            name = f"{parent.name}_{name}"
+        clips[name] = path
+    return clips
+
+
+def read_clip(path: Path, name: str = "", frames: int | None = None) -> Clip:
+    """The video at `path`, or its first `frames` frames; raises MediaError."""
+    with open_video(path) as video:
+        return Clip(name or path.stem, np.stack(list(itertools.islice(video, frames))), video.fps)
+
+
+def write_clip(clip: Clip, path: Path) -> None:
+    """Writes a lossless .mkv, from which `read_clip` gets the same frames; raises MediaError."""
+    height, width = clip.frames.shape[1:3]
+    with open_writer(path, width, height, clip.fps) as writer:
+        for frame in clip.frames:
+            writer.write(frame)

@@ -1,0 +1,177 @@
+"""What a sweep measures: a clip, and the ways of coding it.
+
+A point is one way of coding a clip at one quality. Anything with the attributes of `Point` will do.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gnvc_jax.evaluation.anchors import ENCODERS, Anchor, ffmpeg_version
+from gnvc_jax.evaluation.clips import Clip, read_clip, write_clip
+from gnvc_jax.pretrained import FOLDER, load_pretrained
+
+TOOL = (sys.executable, "-m", "gnvc_jax.cli")
+
+
+class CodingError(RuntimeError):
+    """A codec that failed, or that did not return the frames that went in."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Coded:
+    """A clip after coding.
+
+    frames: (t, h, w, 3) uint8, as decoded; bitstream: the whole file, or None where there is none;
+    encode_seconds, decode_seconds: wall clock or None; details: JSON-ready, for the record.
+    """
+
+    frames: np.ndarray
+    bitstream: bytes | None
+    encode_seconds: float | None = None
+    decode_seconds: float | None = None
+    details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Point(Protocol):
+    """label: names the point in tables and files; suffix: of its bitstreams."""
+
+    @property
+    def label(self) -> str: ...
+
+    @property
+    def suffix(self) -> str: ...
+
+    def identity(self) -> dict[str, Any]:
+        """All that decides the result for a given clip, JSON-ready."""
+
+    def code(self, clip: Clip) -> Coded:
+        """Encodes and decodes; any exception means that the point failed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FilePoint:
+    """A .gnvc file, written and read by separate processes of the command line tool.
+
+    model: a name or a path; qp: 0 (best) to 63 (smallest).
+    """
+
+    model: str
+    qp: int
+    suffix = ".gnvc"
+
+    @property
+    def label(self) -> str:
+        return f"gnvc-qp{self.qp}"
+
+    def identity(self) -> dict[str, Any]:
+        return {"codec": "gnvc", "qp": self.qp, **model_identity(self.model)}
+
+    def code(self, clip: Clip) -> Coded:
+        with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
+            source, coded, decoded = (
+                Path(folder) / name for name in ("source.mkv", "coded.gnvc", "decoded.mkv")
+            )
+            write_clip(clip, source)
+            encode = ["encode", source, coded, "--qp", str(self.qp), "--model", self.model]
+            encode_seconds = _run_tool(encode)
+            bitstream = coded.read_bytes()
+            decode_seconds = _run_tool(["decode", coded, decoded, "--model", self.model])
+            frames = read_clip(decoded).frames
+        return Coded(frames, bitstream, encode_seconds, decode_seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderPoint:
+    """The autoencoder alone, without codec, refiner and file: a ceiling of the quality."""
+
+    model: str
+    label = "vae"
+    suffix = ""
+
+    def identity(self) -> dict[str, Any]:
+        return {"codec": "vae", **model_identity(self.model)}
+
+    def code(self, clip: Clip) -> Coded:
+        return Coded(np.asarray(_load_model(self.model).reconstruct(clip.frames)), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class AnchorPoint:
+    """A standard codec at the rate of another point.
+
+    codec: 'x264' or 'x265'; like: label of the other point; target_bytes: its size.
+    """
+
+    codec: str
+    like: str
+    target_bytes: int
+
+    @property
+    def suffix(self) -> str:
+        return f".{ENCODERS[self.codec].format}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.codec}-at-{self.like}"
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "codec": self.codec,
+            "mode": "ld",
+            "tune": "visual",
+            "like": self.like,
+            "target_bytes": self.target_bytes,
+            "ffmpeg": ffmpeg_version(),
+        }
+
+    def code(self, clip: Clip) -> Coded:
+        match = _anchor(self.codec, clip).match(self.target_bytes)
+        result = match.result
+        details = {"crf": result.crf, "command": result.command, "at_floor": match.at_floor}
+        return Coded(
+            result.frames, result.bitstream, result.encode_seconds, result.decode_seconds, details
+        )
+
+
+def model_identity(model: str) -> dict[str, str]:
+    """Name of a shipped model or model file, and its SHA-256; FileNotFoundError."""
+    shipped = FOLDER / f"{model}.safetensors"
+    path = shipped if shipped.is_file() else Path(model)
+    if not path.is_file():
+        raise FileNotFoundError(f"{model}: neither a model file nor a shipped model")
+    return {"model": path.stem, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+@functools.lru_cache(maxsize=1)
+def _load_model(model: str):
+    return load_pretrained(model)
+
+
+@functools.lru_cache(maxsize=2)
+def _anchor(codec: str, clip: Clip) -> Anchor:
+    return Anchor(codec, clip.frames, clip.fps)
+
+
+def _run_tool(arguments: list) -> float:
+    """Runs the command line tool in a new process; the seconds it took."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [*TOOL, *map(str, arguments)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CodingError(f"gnvc {arguments[0]}: exit status {done.returncode}, {reason}")
+    return time.perf_counter() - start

@@ -1,0 +1,139 @@
+"""All metrics of a decoded clip at once, compiled for one batch shape and timed."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gnvc_jax.metrics.lpips import load_lpips, lpips
+from gnvc_jax.metrics.ms_ssim import ms_ssim
+from gnvc_jax.metrics.psnr import decibels, mean_squared_error
+from gnvc_jax.metrics.temporal import temporal
+
+FIELDS = {  # metric: what it adds to a record
+    "psnr": ("psnr_rgb", "apsnr_rgb"),
+    "ms_ssim": ("ms_ssim_rgb", "ms_ssim_rgb_db"),
+    "lpips_alex": ("lpips_alex",),
+    "lpips_vgg": ("lpips_vgg",),
+    "temporal": ("tpsnr", "ti_ratio", "pulse"),
+}
+METRICS = tuple(FIELDS)
+DEFAULT = ("psnr", "ms_ssim", "lpips_alex", "temporal")
+BATCH = 8
+_BATCH_PIXELS = 2**21  # bounds the activations of VGG to about half a gigabyte a layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Quality:
+    """What was measured on one clip; JSON-ready.
+
+    quality, temporal: numbers for the whole clip, None where not measured; frames: the same for
+    every frame; seconds, compile_seconds: by metric, compilation apart; missing: why a metric was
+    not measured.
+    """
+
+    quality: dict[str, float | None]
+    temporal: dict[str, float | None]
+    frames: dict[str, list[float]]
+    seconds: dict[str, float]
+    compile_seconds: dict[str, float]
+    missing: dict[str, str]
+
+
+class Meter:
+    """Measures clips; weights are loaded once, programs are compiled once for each frame size."""
+
+    def __init__(self, metrics: Sequence[str] = DEFAULT):
+        """metrics: names from METRICS; raises ValueError for another one."""
+        if unknown := [name for name in metrics if name not in METRICS]:
+            raise ValueError(f"unknown metric '{unknown[0]}', expected {', '.join(METRICS)}")
+        self.metrics = tuple(name for name in METRICS if name in metrics)
+        self._programs: dict[tuple, Callable] = {}
+
+    def __call__(self, source: np.ndarray, output: np.ndarray) -> Quality:
+        """Measures `output` against `source`, both (t, h, w, 3) uint8.
+
+        A metric that this frame size or this installation does not allow is listed in `missing`.
+        Raises ValueError where the clips differ in shape or are not uint8.
+        """
+        if source.shape != output.shape or source.dtype != np.uint8 or output.dtype != np.uint8:
+            raise ValueError(
+                f"cannot compare {source.shape} {source.dtype} with {output.shape} {output.dtype}"
+            )
+        result = Quality({}, {}, {}, {}, {}, {})
+        for name in self.metrics:
+            try:
+                if name == "temporal":
+                    values = self._timed(result, name, (source, output))
+                    result.temporal.update({k: _finite(v) for k, v in values.items()})
+                else:
+                    _summarise(result, name, self._by_batch(result, name, source, output))
+            except (ValueError, FileNotFoundError) as error:
+                result.missing[name] = str(error)
+                section = result.temporal if name == "temporal" else result.quality
+                section.update(dict.fromkeys(FIELDS[name]))
+        return result
+
+    def _by_batch(self, result: Quality, name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """(t,) values; the last batch is filled up with its last frame."""
+        batch = max(1, min(BATCH, _BATCH_PIXELS // math.prod(x.shape[1:3])))
+        values = []
+        for start in range(0, len(x), batch):
+            index = np.minimum(np.arange(start, start + batch), len(x) - 1)
+            values.append(self._timed(result, name, (x[index], y[index])))
+        return np.concatenate(values)[: len(x)].astype(np.float64)
+
+    def _timed(self, result: Quality, name: str, clips: tuple[np.ndarray, np.ndarray]):
+        arguments = (_weights(name), *clips)
+        key = (name, clips[0].shape)
+        if key not in self._programs:
+            start = time.perf_counter()
+            self._programs[key] = jax.jit(_FUNCTIONS[name]).lower(*arguments).compile()
+            result.compile_seconds[name] = time.perf_counter() - start
+        start = time.perf_counter()
+        values = jax.device_get(self._programs[key](*arguments))
+        result.seconds[name] = result.seconds.get(name, 0.0) + time.perf_counter() - start
+        return values
+
+
+def _lpips(params, x, y):
+    return lpips(params, x.astype(jnp.float32) / 127.5 - 1, y.astype(jnp.float32) / 127.5 - 1)
+
+
+_FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict for the clip
+    "psnr": lambda _, x, y: mean_squared_error(x, y),
+    "ms_ssim": lambda _, x, y: ms_ssim(x, y),
+    "lpips_alex": _lpips,
+    "lpips_vgg": _lpips,
+    "temporal": lambda _, x, y: temporal(x, y),
+}
+
+
+@functools.cache
+def _weights(name: str):
+    return load_lpips(name.removeprefix("lpips_")) if name.startswith("lpips_") else None
+
+
+def _summarise(result: Quality, name: str, values: np.ndarray) -> None:
+    """Means over frames. The decibel forms of means stand beside the means of decibels."""
+    if name == "psnr":
+        decibel_values = np.asarray(decibels(values), np.float64)
+        result.frames["psnr_rgb"] = decibel_values.tolist()
+        result.quality["psnr_rgb"] = float(decibel_values.mean())
+        result.quality["apsnr_rgb"] = float(decibels(values.mean()))
+    elif name == "ms_ssim":
+        result.frames["ms_ssim_rgb"] = values.tolist()
+        result.quality["ms_ssim_rgb"] = mean = float(values.mean())
+        result.quality["ms_ssim_rgb_db"] = -10 * math.log10(max(1 - mean, 1e-10))
+    else:
+        result.frames[name] = values.tolist()
+        result.quality[name] = float(values.mean())
+
+
+def _finite(value) -> float | None:
+    return float(value) if np.isfinite(value) else None

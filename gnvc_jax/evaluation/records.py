@@ -1,0 +1,126 @@
+"""The records of a sweep on disk, one JSON file for each clip and point.
+
+OUT/records/CLIP__POINT.json     the record: source, codec, rate, quality, temporal, speed, status
+OUT/frames/CLIP__POINT.json      the metrics of every frame
+OUT/bitstreams/CLIP__POINT.*     the file that was measured
+"""
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gnvc_jax.evaluation.clips import Clip
+from gnvc_jax.evaluation.points import Coded, Point
+from gnvc_jax.evaluation.quality import Quality
+
+SCHEMA = "gnvc-eval/1"
+
+
+def write_whole(path: Path, data: bytes | str) -> None:
+    """Writes a file under a temporary name in its folder, then renames it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+class Records:
+    """Reads and writes the records below one folder."""
+
+    def __init__(self, out: Path):
+        self.out = out
+
+    def path(self, kind: str, clip: Clip, point: Point, suffix: str) -> Path:
+        return self.out / kind / f"{clip.name}__{point.label}{suffix}"
+
+    def load(self, clip: Clip, point: Point, key: dict) -> dict | None:
+        """The finished record with this key, or None."""
+        try:
+            record = json.loads(self.path("records", clip, point, ".json").read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        # Through JSON, as the stored key went.
+        same = record.get("key") == json.loads(json.dumps(key))
+        return record if same and record.get("status") == "ok" else None
+
+    def save(self, clip: Clip, point: Point, record: dict) -> None:
+        write_json(self.path("records", clip, point, ".json"), record)
+
+    def save_bitstream(self, clip: Clip, point: Point, bitstream: bytes) -> Path:
+        path = self.path("bitstreams", clip, point, point.suffix)
+        write_whole(path, bitstream)
+        return path
+
+    def save_frames(self, clip: Clip, point: Point, frames: dict[str, list[float]]) -> None:
+        write_json(self.path("frames", clip, point, ".json"), frames)
+
+
+def finished(key: dict, clip: Clip, point: Point, coded: Coded, size: int | None, q: Quality):
+    """The record of a point that was coded and measured; size: bytes on disk, None without file."""
+    return {
+        **_head(key, clip, point),
+        "status": "ok",
+        "codec": {"label": point.label, **point.identity(), **coded.details},
+        "rate": rate(size, clip),
+        "quality": q.quality,
+        "temporal": q.temporal,
+        "not_measured": q.missing,
+        "speed": {
+            "encode_seconds": coded.encode_seconds,
+            "decode_seconds": coded.decode_seconds,
+            "metric_seconds": q.seconds,
+            "metric_compile_seconds": q.compile_seconds,
+        },
+    }
+
+
+def failed(key: dict, clip: Clip, point: Point, error: Exception) -> dict:
+    """The record of a point that could not be coded or measured."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return {
+        **_head(key, clip, point),
+        "status": "failed",
+        "error": f"{type(error).__name__}: {reason}",
+        "codec": {"label": point.label},
+    }
+
+
+def rate(size: int | None, clip: Clip) -> dict[str, float | None]:
+    """bytes, bpp (bits per pixel of the source) and kbps of a file of `size` bytes."""
+    if size is None:
+        return {"bytes": None, "bpp": None, "kbps": None}
+    count, height, width = clip.frames.shape[:3]
+    return {
+        "bytes": size,
+        "bpp": 8 * size / (count * height * width),
+        "kbps": float(8 * size * clip.fps / count / 1000),
+    }
+
+
+def _head(key: dict, clip: Clip, point: Point) -> dict:
+    count, height, width = clip.frames.shape[:3]
+    return {
+        "schema": SCHEMA,
+        "created": now(),
+        "key": key,
+        "clip": clip.name,
+        "point": point.label,
+        "source": {
+            "width": width,
+            "height": height,
+            "frames": count,
+            "fps": str(clip.fps),
+            "track": "rgb",
+            "sha256": clip.sha256,
+        },
+    }

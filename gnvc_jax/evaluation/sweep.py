@@ -1,0 +1,91 @@
+"""Rate-distortion sweeps: code real files, decode them, measure, remember."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from gnvc_jax.evaluation import records as rec
+from gnvc_jax.evaluation.clips import Clip
+from gnvc_jax.evaluation.points import AnchorPoint, CodingError, Point
+from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.records import Records
+
+
+class Sweep:
+    """Measures points on clips, one record each; what is on record already is not done again."""
+
+    def __init__(
+        self,
+        out: Path,
+        meter: Meter,
+        force: bool = False,
+        progress: Callable[[str, str], None] = lambda label, status: None,
+    ):
+        """out: folder for records; force: measure again what is on record; progress: is called
+        with a label and 'kept', 'ok' or 'failed' after every point."""
+        self.records, self.meter, self.force, self.progress = Records(out), meter, force, progress
+
+    def run(
+        self,
+        clips: Mapping[str, Callable[[], Clip]],
+        points: Sequence[Point],
+        anchors: Sequence[str] = (),
+        anchor_point: Callable[[str, str, int], Point] = AnchorPoint,
+    ) -> list[dict]:
+        """Measures every point on every clip, then each anchor at the rate of each point.
+
+        Args:
+            clips: names, and functions that read the clips.
+            points: ways of coding; those without a file get no anchors.
+            anchors: names of standard codecs.
+            anchor_point: makes a point from (codec, label of the point to match, its bytes).
+
+        Returns:
+            All records, also of failures; a clip that cannot be read is one failure.
+        """
+        result = []
+        for name, read in clips.items():
+            try:
+                clip = read()
+            except Exception as error:
+                result.append({"clip": name, "point": "", "status": "failed", "error": str(error)})
+                self.progress(name, "failed")
+                continue
+            own = [self.measure(clip, point) for point in points]
+            result += own
+            for record in own:
+                size = (record.get("rate") or {}).get("bytes")
+                if size is None:
+                    continue
+                result += [
+                    self.measure(clip, anchor_point(codec, record["point"], size))
+                    for codec in anchors
+                ]
+        return result
+
+    def measure(self, clip: Clip, point: Point) -> dict:
+        """The record of one point on one clip, from disk where it is there."""
+        label = f"{clip.name} {point.label}"
+        key = {"source": clip.sha256, "codec": {}, "metrics": list(self.meter.metrics)}
+        try:
+            key["codec"] = point.identity()
+            if not self.force and (record := self.records.load(clip, point, key)):
+                self.progress(label, "kept")
+                return record
+            record = self._measure(clip, point, key)
+        except Exception as error:  # one bad point must not end the run
+            record = rec.failed(key, clip, point, error)
+        self.records.save(clip, point, record)
+        self.progress(label, record["status"])
+        return record
+
+    def _measure(self, clip: Clip, point: Point, key: dict) -> dict:
+        coded = point.code(clip)
+        if coded.frames.shape != clip.frames.shape:
+            raise CodingError(f"{clip.frames.shape} went in, {coded.frames.shape} came out")
+        size = None
+        if coded.bitstream is not None:
+            path = self.records.save_bitstream(clip, point, coded.bitstream)
+            size = path.stat().st_size
+        quality = self.meter(clip.frames, coded.frames)
+        self.records.save_frames(clip, point, quality.frames)
+        return rec.finished(key, clip, point, coded, size, quality)

@@ -1,0 +1,135 @@
+"""Records as results.json, results.csv and a Markdown table."""
+
+import csv
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+from gnvc_jax.evaluation.records import SCHEMA, now, write_json, write_whole
+
+_COLUMNS = {  # heading: (section of the record, field, format)
+    "bytes": ("rate", "bytes", "d"),
+    "bpp": ("rate", "bpp", ".5f"),
+    "kbps": ("rate", "kbps", ".1f"),
+    "PSNR": ("quality", "psnr_rgb", ".2f"),
+    "MS-SSIM": ("quality", "ms_ssim_rgb", ".4f"),
+    "LPIPS alex": ("quality", "lpips_alex", ".4f"),
+    "LPIPS vgg": ("quality", "lpips_vgg", ".4f"),
+    "tPSNR": ("temporal", "tpsnr", ".2f"),
+    "TI ratio": ("temporal", "ti_ratio", ".3f"),
+    "pulse": ("temporal", "pulse", ".3f"),
+}
+_SCALARS = ("source", "codec", "rate", "quality", "temporal", "speed")
+
+
+def write_results(out: Path, records: Sequence[dict], command: Sequence[str], env: dict) -> str:
+    """Writes results.json, results.csv and results.md below `out`; returns the Markdown."""
+    table = markdown(records)
+    write_json(
+        out / "results.json",
+        {
+            "schema": SCHEMA,
+            "created": now(),
+            "command": list(command),
+            "env": env,
+            "means": means(records),
+            "records": list(records),
+        },
+    )
+    write_whole(out / "results.csv", as_csv(records))
+    write_whole(out / "results.md", table)
+    return table
+
+
+def means(records: Sequence[dict]) -> dict[str, dict]:
+    """Plain means over clips for every point: {point: {clips, section: {field: mean}}}.
+
+    A field is averaged over the clips that have it; `clips` is how many finished.
+    """
+    result = {}
+    for label in dict.fromkeys(r["point"] for r in records if r["status"] == "ok"):
+        group = [r for r in records if r["point"] == label and r["status"] == "ok"]
+        result[label] = {"clips": len(group)}
+        for section in ("rate", "quality", "temporal"):
+            values = {
+                field: [v for r in group if (v := r[section].get(field)) is not None]
+                for field in group[0][section]
+            }
+            result[label][section] = {f: sum(v) / len(v) if v else None for f, v in values.items()}
+    return result
+
+
+def as_csv(records: Sequence[dict]) -> str:
+    """One line a record with all its scalars, columns named section.field."""
+    rows = []
+    for record in records:
+        row = {name: record.get(name) for name in ("clip", "point", "status", "error")}
+        for section in _SCALARS:
+            for field, value in (record.get(section) or {}).items():
+                if not isinstance(value, dict):
+                    row[f"{section}.{field}"] = value
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def markdown(records: Sequence[dict]) -> str:
+    """The means over clips, every clip, and what failed."""
+    columns = {
+        heading: column
+        for heading, column in _COLUMNS.items()
+        if any(_value(r, *column[:2]) is not None for r in records)
+    }
+    mean_rows = [
+        [label, str(mean["clips"]), *(_cell(mean, *column) for column in columns.values())]
+        for label, mean in means(records).items()
+    ]
+    rows = [
+        [
+            record["clip"],
+            record["point"] + ("*" if record["codec"].get("at_floor") else ""),
+            *(_cell(record, *column) for column in columns.values()),
+        ]
+        for record in records
+        if record["status"] == "ok"
+    ]
+    parts = []
+    if mean_rows:
+        parts += [
+            "Means over clips, 8-bit RGB, rates from files:",
+            _table(["point", "clips", *columns], mean_rows),
+            "Every clip:",
+            _table(["clip", "point", *columns], rows),
+        ]
+    if any("*" in row[1] for row in rows):
+        parts.append("\\* The coarsest setting of this codec still takes more than the target.")
+    reasons = dict.fromkeys(
+        f"- {name}: {reason}"
+        for record in records
+        for name, reason in record.get("not_measured", {}).items()
+    )
+    if reasons:
+        parts.append("Not measured:\n\n" + "\n".join(reasons))
+    failures = [f"- {r['clip']} {r['point']}: {r['error']}" for r in records if r["status"] != "ok"]
+    if failures:
+        parts.append("Failed:\n\n" + "\n".join(failures))
+    return "\n\n".join(parts) + "\n"
+
+
+def _value(record: dict, section: str, field: str):
+    return (record.get(section) or {}).get(field)
+
+
+def _cell(record: dict, section: str, field: str, spec: str) -> str:
+    value = _value(record, section, field)
+    if value is None:
+        return "–"
+    return format(round(value) if spec == "d" else value, spec)
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [headings, ["---", "---", *("---:" for _ in headings[2:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
