@@ -1,0 +1,106 @@
+"""Measures a model on videos: quality against the size of real files, beside standard codecs."""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from gnvc_jax.evaluation.anchors import ANCHORS
+from gnvc_jax.evaluation.clips import find_clips, read_clip
+from gnvc_jax.evaluation.environment import environment
+from gnvc_jax.evaluation.points import AutoencoderPoint, FilePoint
+from gnvc_jax.evaluation.quality import DEFAULT, METRICS, Meter
+from gnvc_jax.evaluation.sweep import Sweep
+from gnvc_jax.evaluation.tables import write_results
+from gnvc_jax.runtime import use_compilation_cache
+
+EXAMPLE = """example:
+  python eval.py --model tiny --data clips/ --qp 8,24,40,56 --vae --anchors x264,x265 --out results
+
+Records are kept in OUT/records; the same command again goes on where it stopped. The table is
+printed and written to OUT/results.md, beside results.json and results.csv.
+Exit status: 0 good, 1 something failed, 2 wrong use."""
+
+
+def names(choices):
+    """Reader of a comma-separated list of names, or 'all'."""
+
+    def read(text: str) -> tuple[str, ...]:
+        values = choices if text == "all" else tuple(filter(None, text.split(",")))
+        if unknown := [value for value in values if value not in choices]:
+            raise argparse.ArgumentTypeError(f"'{unknown[0]}' is none of {', '.join(choices)}")
+        return tuple(values)
+
+    return read
+
+
+def levels(text: str) -> tuple[int, ...]:
+    """Reader of quality levels: a comma-separated list of 0..63."""
+    try:
+        values = tuple(map(int, filter(None, text.split(","))))
+    except ValueError:
+        values = (-1,)
+    if not all(0 <= value <= 63 for value in values):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of levels 0 to 63")
+    return values
+
+
+def parse(arguments=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default="tiny", help="name or path of a model (default: %(default)s)")
+    add("--data", nargs="+", type=Path, required=True, help="videos, or folders with videos")
+    add("--qp", type=levels, default=(8, 24, 40, 56), help="levels (default: 8,24,40,56)")
+    add("--vae", action="store_true", help="also the autoencoder alone")
+    add("--anchors", type=names(ANCHORS), default=(), help=f"of {','.join(ANCHORS)}, or all")
+    add(
+        "--metrics",
+        type=names(METRICS),
+        default=DEFAULT,
+        help=f"of {','.join(METRICS)}, or all (default: {','.join(DEFAULT)}; "
+        "lpips_vgg takes seconds a frame without an accelerator)",
+    )
+    add("--frames", type=int, help="first frames of each video (default: all)")
+    add("--out", type=Path, required=True, help="folder for records and results")
+    add("--force", action="store_true", help="measure again what is on record")
+    options = parser.parse_args(arguments)
+    if options.frames is not None and options.frames < 1:
+        parser.error("--frames must be positive")
+    return options
+
+
+def main(arguments=None) -> int:
+    options = parse(arguments)
+    use_compilation_cache()
+    try:
+        paths = find_clips(options.data)
+    except FileNotFoundError as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    clips = {
+        name: functools.partial(read_clip, path, name, options.frames)
+        for name, path in paths.items()
+    }
+    points = [FilePoint(options.model, qp) for qp in options.qp]
+    points += [AutoencoderPoint(options.model)] * options.vae
+    total = len(clips) * (len(options.qp) * (1 + len(options.anchors)) + options.vae)
+    with tqdm(total=total, unit="point", file=sys.stderr) as bar:
+
+        def progress(label: str, status: str) -> None:
+            bar.set_postfix_str(f"{label} {status}")
+            if status == "failed":
+                bar.write(f"failed: {label}", file=sys.stderr)
+            bar.update()
+
+        sweep = Sweep(options.out, Meter(options.metrics), options.force, progress)
+        records = sweep.run(clips, points, options.anchors)
+    print(write_results(options.out, records, sys.argv, environment()), end="")
+    return int(any(record["status"] != "ok" for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

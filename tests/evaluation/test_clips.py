@@ -1,0 +1,64 @@
+"""Finding, identifying, reading and writing clips."""
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from gnvc_jax.evaluation.clips import Clip, find_clips, read_clip, write_clip
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def test_finds_videos_and_frame_folders(tmp_path):
+    touch(tmp_path, "a.mkv", "deep/b.MP4", "deep/notes.txt", "c/im1.png", "c/im2.png", "d.y4m")
+    assert find_clips([tmp_path]) == {
+        "a": tmp_path / "a.mkv",
+        "d": tmp_path / "d.y4m",
+        "b": tmp_path / "deep/b.MP4",
+        "c": tmp_path / "c",
+    }
+    one = {"a": tmp_path / "a.mkv"}
+    assert find_clips([tmp_path / "a.mkv", tmp_path / "a.mkv"]) == one
+    assert find_clips([tmp_path / "c"]) == {"c": tmp_path / "c"}
+
+
+def test_equal_names_are_told_apart(tmp_path):
+    touch(tmp_path, "x/a.mkv", "y/a.mkv", "y/a.mp4")
+    clips = find_clips([tmp_path])
+    assert len(clips) == 3
+    assert list(clips)[:2] == ["a", "y_a"]
+
+
+def test_nothing_to_find(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no videos"):
+        find_clips([tmp_path])
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        find_clips([tmp_path / "missing"])
+
+
+def test_identity_follows_the_content():
+    frames = np.zeros((2, 4, 6, 3), np.uint8)
+    same = Clip("other", frames.copy(), Fraction(25))
+    assert Clip("a", frames, Fraction(25)).sha256 == same.sha256
+    other = {
+        Clip("a", frames, Fraction(24)).sha256,
+        Clip("a", frames + 1, Fraction(25)).sha256,
+        Clip("a", frames.reshape(2, 6, 4, 3), Fraction(25)).sha256,
+    }
+    assert len(other | {same.sha256}) == 4
+
+
+def test_what_is_written_is_read_again(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (5, 18, 35, 3), dtype=np.uint8)
+    clip = Clip("a", frames, Fraction(30000, 1001))
+    write_clip(clip, tmp_path / "a.mkv")
+    back = read_clip(tmp_path / "a.mkv")
+    assert back.name == "a"
+    assert float(back.fps) == pytest.approx(float(clip.fps), rel=1e-3)
+    np.testing.assert_array_equal(back.frames, frames)
+    np.testing.assert_array_equal(read_clip(tmp_path / "a.mkv", frames=2).frames, frames[:2])

@@ -1,0 +1,90 @@
+"""Coding through the command line tool, with a tool that only copies files."""
+
+import hashlib
+import sys
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from gnvc_jax.evaluation import points
+from gnvc_jax.evaluation.clips import Clip
+from gnvc_jax.evaluation.points import AnchorPoint, AutoencoderPoint, CodingError, FilePoint
+
+TOOL = """
+import pathlib, shutil, sys
+print(*map(pathlib.Path, sys.argv), file=open(LOG, "a"))
+command, source, target = sys.argv[1:4]
+if "63" in sys.argv:
+    sys.exit("tool: note\\ntool: it broke")
+shutil.copy(source, target)
+"""
+
+
+@pytest.fixture
+def clip():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), dtype=np.uint8)
+    return Clip("a", frames, Fraction(25))
+
+
+@pytest.fixture
+def log(tmp_path, monkeypatch):
+    log, tool = tmp_path / "log", tmp_path / "tool.py"
+    tool.write_text(f"LOG = {str(log)!r}\n{TOOL}")
+    monkeypatch.setattr(points, "TOOL", (sys.executable, str(tool)))
+    return log
+
+
+def test_file_point_codes_in_two_processes(clip, log):
+    coded = FilePoint("some-model", 24).code(clip)
+    np.testing.assert_array_equal(coded.frames, clip.frames)
+    assert coded.bitstream[:4] == b"\x1aE\xdf\xa3"  # the copy is still a Matroska file
+    assert min(coded.encode_seconds, coded.decode_seconds) > 0
+    encode, decode = (line.split()[1:] for line in log.read_text().splitlines())
+    assert encode[0] == "encode"
+    assert encode[3:] == ["--qp", "24", "--model", "some-model"]
+    assert decode[0] == "decode"
+    assert decode[1] == encode[2]
+    assert decode[3:] == ["--model", "some-model"]
+
+
+def test_failing_tool_is_quoted(clip, log):
+    with pytest.raises(CodingError, match="gnvc encode: exit status 1, tool: it broke"):
+        FilePoint("some-model", 63).code(clip)
+
+
+def test_identity_follows_the_model_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"weights")
+    identity = FilePoint(str(path), 8).identity()
+    assert identity["model"] == "m"
+    assert identity["model_sha256"] == hashlib.sha256(b"weights").hexdigest()
+    assert identity["qp"] == 8
+    path.write_bytes(b"other weights")
+    assert FilePoint(str(path), 8).identity() != identity
+    with pytest.raises(FileNotFoundError, match="nowhere: neither"):
+        FilePoint("nowhere", 8).identity()
+
+
+def test_autoencoder_point_has_no_file(clip, monkeypatch):
+    class Model:
+        def reconstruct(self, video):
+            return 255 - video
+
+    monkeypatch.setattr(points, "_load_model", lambda name: Model())
+    coded = AutoencoderPoint("m").code(clip)
+    assert coded.bitstream is None
+    np.testing.assert_array_equal(coded.frames, 255 - clip.frames)
+
+
+def test_labels_name_files_of_their_own():
+    made = [FilePoint("m", 8), FilePoint("m", 40), AutoencoderPoint("m")]
+    made += [AnchorPoint(codec, "gnvc-qp8", 100) for codec in ("x264", "x265")]
+    names = [point.label + point.suffix for point in made]
+    assert names == [
+        "gnvc-qp8.gnvc",
+        "gnvc-qp40.gnvc",
+        "vae",
+        "x264-at-gnvc-qp8.h264",
+        "x265-at-gnvc-qp8.hevc",
+    ]

@@ -1,0 +1,60 @@
+"""All metrics together: caps of identical clips, batches, missing ones."""
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio
+
+from gnvc_jax.evaluation import quality
+from gnvc_jax.evaluation.quality import Meter
+
+
+def clip(t=3, h=32, w=48, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (t, h, w, 3), dtype=np.uint8)
+
+
+def test_identical_clips_reach_every_cap():
+    x = clip(2, 164, 170)
+    q = Meter(("psnr", "ms_ssim", "lpips_alex", "temporal"))(x, x)
+    assert q.quality["psnr_rgb"] == q.quality["apsnr_rgb"] == 100
+    assert q.quality["ms_ssim_rgb"] == pytest.approx(1, abs=1e-6)
+    assert q.quality["lpips_alex"] == pytest.approx(0, abs=1e-9)
+    assert q.temporal == pytest.approx({"tpsnr": 100, "ti_ratio": 1, "pulse": 0}, abs=1e-6)
+    assert q.missing == {}
+
+
+@pytest.mark.parametrize("count", [3, 8, 11])
+def test_batches_do_not_show(count):
+    x, y = clip(count), clip(count, seed=1)
+    q = Meter(("psnr",))(x, y)
+    expected = [peak_signal_noise_ratio(a, b) for a, b in zip(x, y, strict=True)]
+    np.testing.assert_allclose(q.frames["psnr_rgb"], expected, atol=1e-5)
+    assert q.quality["psnr_rgb"] == pytest.approx(np.mean(expected), abs=1e-5)
+    assert q.quality["apsnr_rgb"] == pytest.approx(peak_signal_noise_ratio(x, y), abs=1e-5)
+
+
+def test_what_cannot_be_measured_is_null_with_a_reason(monkeypatch):
+    def no_weights(net):
+        raise FileNotFoundError(f"no LPIPS weights for {net}")
+
+    monkeypatch.setattr(quality, "load_lpips", no_weights)
+    quality._weights.cache_clear()
+    x = clip(1)
+    q = Meter(("psnr", "ms_ssim", "lpips_vgg", "temporal"))(x, x)
+    assert q.quality == {
+        "psnr_rgb": 100,
+        "apsnr_rgb": 100,
+        "ms_ssim_rgb": None,
+        "ms_ssim_rgb_db": None,
+        "lpips_vgg": None,
+    }
+    assert set(q.temporal.values()) == {None}
+    assert "161" in q.missing["ms_ssim"]
+    assert "no LPIPS weights for vgg" in q.missing["lpips_vgg"]
+    assert set(q.missing) == {"ms_ssim", "lpips_vgg", "temporal"}
+
+
+def test_rejects_clips_that_do_not_fit():
+    with pytest.raises(ValueError, match="cannot compare"):
+        Meter(("psnr",))(clip(3), clip(2))
+    with pytest.raises(ValueError, match="unknown metric 'vmaf'"):
+        Meter(("vmaf",))
