@@ -158,14 +158,15 @@ def _count(name: str, container, stream) -> int | None:
 
 def _decode(name: str, container, stream, promised: int | None) -> Iterator[av.VideoFrame]:
     """All frames in order of display; TruncatedVideo where they end too early."""
-    done, end = 0, 0.0
+    done, end, longest = 0, 0.0, 1 / float(_fps(stream))
     reason = ""
     try:
         for frame in container.decode(stream):
             yield frame
             done += 1
             if frame.time is not None:
-                end = max(end, frame.time + 1 / float(_fps(stream)))
+                longest = max(longest, frame.time - end) if done > 1 else longest
+                end = max(end, frame.time)
     except av.FFmpegError as error:
         reason = f" ({error.strerror})"
     if promised is not None and done < promised:
@@ -175,10 +176,10 @@ def _decode(name: str, container, stream, promised: int | None) -> Iterator[av.V
     if reason:
         raise TruncatedVideo(name, f"damaged: decoding stopped after {done} frames{reason}")
     length = _stream_seconds(container, stream)
-    # Containers round times and count a last frame's duration differently: half a second is slack.
-    if promised is None and length - end > 0.5:
+    # The last frame may be shown as long as any other, and times are rounded.
+    if promised is None and length - end > 1.5 * longest + 0.01:
         raise TruncatedVideo(
-            name, f"truncated: promises {length:.2f} s, {end:.2f} s ({done} frames) could be read"
+            name, f"truncated: promises {length:.2f} s, {done} frames could be read, to {end:.2f} s"
         )
 
 
