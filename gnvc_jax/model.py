@@ -220,7 +220,7 @@ class Functions:
                 out = call(params, "encode_intra", latent, q_index)
             else:
                 out = call(params, "encode_inter", latent, state, q_index)
-            return jax.tree.map(lambda x: jnp.round(x[0]).astype(jnp.int32), out)
+            return jax.tree.map(lambda x: x[0].astype(jnp.int32), out)
 
         @jax.jit
         def reconstruct(params, integers, state, q_index):

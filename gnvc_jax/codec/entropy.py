@@ -85,20 +85,21 @@ class EntropyModel(nn.Module):
         """Table indices, whole numbers in float32."""
         return self.scales(q_index, z, previous.y, previous.index)
 
-    def passes_over(self, z: Array, temporal: Array | None, residual) -> tuple[Array, Array]:
-        """Run the spatial passes; residual(mu) gives the symbols. Returns (y_hat, mu)."""
+    def passes_over(self, z: Array, temporal: Array | None, residual) -> tuple[Array, Array, Array]:
+        """Run the spatial passes; residual(mu) gives the symbols. Returns (y_hat, mu, symbols)."""
         for up in self.hyper_up:
             z = up(z)
         z = self.hyper_out(z)
         x = self.fusion(z if temporal is None else jnp.concatenate([z, temporal], axis=-1))
         masks = spatial_masks(self.passes, *z.shape[1:3], self.config.y_channels)
-        prior, mu = self.prior(x), self.first_mean(x)
-        y_hat, means = masks[0] * (mu + residual(mu)), masks[0] * mu
-        for adaptor, mask in zip(self.adaptors, masks[1:], strict=True):
-            x = adaptor(jnp.concatenate([prior, y_hat], axis=-1))
-            mu = self.later_mean(self.spatial(x))
-            y_hat, means = y_hat + mask * (mu + residual(mu)), means + mask * mu
-        return y_hat, means
+        prior, mu, y_hat, means, symbols = self.prior(x), self.first_mean(x), 0.0, 0.0, 0.0
+        for k, mask in enumerate(masks):
+            if k:
+                x = self.adaptors[k - 1](jnp.concatenate([prior, y_hat], axis=-1))
+                mu = self.later_mean(self.spatial(x))
+            q = residual(mu)
+            y_hat, means, symbols = y_hat + mask * (mu + q), means + mask * mu, symbols + mask * q
+        return y_hat, means, symbols
 
     def decode(self, symbols: Array, z: Array, temporal: Array | None) -> Array:
         """y_hat from decoded symbols and hyperlatent."""
@@ -115,8 +116,8 @@ class EntropyModel(nn.Module):
         def residual(mu):
             return coded * round_ste(bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND))
 
-        y_hat, mu = self.passes_over(z, temporal, residual)
-        return y_hat, mu, Integers(z, y_hat - mu, index)
+        y_hat, mu, symbols = self.passes_over(z, temporal, residual)
+        return y_hat, mu, Integers(z, symbols, index)
 
     def bits(
         self, y: Array, mu: Array, integers: Integers, q_index: Array, key: Array

@@ -8,8 +8,8 @@ Array = jax.Array
 
 
 def straight_through(exact: Array, soft: Array) -> Array:
-    """The value of `exact` with the gradient of `soft`."""
-    return soft + lax.stop_gradient(exact.astype(soft.dtype) - soft)
+    """The value of `exact`, to the bit, with the gradient of `soft`."""
+    return lax.stop_gradient(exact.astype(soft.dtype)) + (soft - lax.stop_gradient(soft))
 
 
 def round_ste(x: Array) -> Array:

@@ -39,7 +39,7 @@ def params():
 
     def draw(path, leaf):
         name, fan_in = path[-1].key, max(1, int(np.prod(leaf.shape[:-1])))
-        scale = {"kernel": fan_in**-0.5, "log_gain": 0.2}.get(name, 0.1)
+        scale = {"kernel": 0.7 * fan_in**-0.5, "log_gain": 0.2}.get(name, 0.1)
         if any(p.key == "scales" for p in path):
             scale = 0.3 if name.endswith("kernel") else 0.01
             if name.endswith("bias"):
@@ -85,10 +85,9 @@ def test_training_and_coding_forms_agree(params):
             integers = call("encode_inter", latents[:, t], state, q_index)
             latent, state = call("decode_inter", integers, state, q_index)
         for ours, theirs in zip(integers, trained.integers, strict=True):
-            np.testing.assert_allclose(ours, theirs[:, t], atol=1e-3)  # y_hat - mu is a float sum
-            np.testing.assert_array_equal(np.round(ours), np.round(theirs[:, t]))
+            np.testing.assert_array_equal(ours, theirs[:, t])
         np.testing.assert_allclose(latent, trained.latent[:, t], atol=1e-4)
-    assert np.abs(np.round(trained.integers.y)).max() >= 1  # there is something to code
+    assert np.abs(trained.integers.y).max() >= 1  # there is something to code
     assert len(np.unique(trained.integers.index)) > 4
 
 

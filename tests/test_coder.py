@@ -1,0 +1,195 @@
+"""Video to bytes and back with a tiny model: the whole chain, on every kind of arithmetic."""
+
+import io
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnvc_jax import model as models
+from gnvc_jax.bitstream import EntropyCoder, PlainCoder, StreamReader
+from gnvc_jax.bitstream.errors import DeviceNotExact, ModelCorrupt, WrongModel
+from gnvc_jax.codec import scales
+from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.coder import Coder
+from gnvc_jax.vae import VAE, VAEConfig
+
+VAE_CONFIG = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
+CODEC_CONFIG = CodecConfig(
+    latent_channels=4,
+    intra_width=8,
+    width=8,
+    intra_analysis=1,
+    intra_synthesis=1,
+    y_channels=8,
+    z_channels=4,
+    scale_width=8,
+)
+
+
+def tiny_model(seed: int = 0) -> models.Model:
+    """A model with random weights in a range that gives symbols worth coding."""
+    rng = np.random.default_rng(seed)
+    starts = {layer.name: layer.start for layer in scales.layers_of(CODEC_CONFIG)}
+
+    def draw(path, leaf):
+        name, fan_in = path[-1].key, max(1, int(np.prod(leaf.shape[:-1])))
+        if any(p.key == "scales" for p in path):
+            if name.endswith("bias"):
+                return np.full(leaf.shape, starts[name[:2]], np.float32)
+            scale = 0.25 if name.endswith("kernel") else 0.01
+        else:
+            scale = {"kernel": 0.7 * fan_in**-0.5, "log_gain": 0.2, "gamma": 0.2}.get(name, 0.1)
+        return rng.normal(name == "gamma", scale, leaf.shape).astype(np.float32)
+
+    def init(k):
+        q_index, latents = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 8, 8, 4))
+        return {
+            "vae": VAE(VAE_CONFIG).init(k, jnp.zeros((1, 5, 16, 16, 3)))["params"],
+            "codec": LatentCodec(CODEC_CONFIG).init(k, latents, q_index, k)["params"],
+        }
+
+    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
+    return models.build(
+        "test", VAE_CONFIG, CODEC_CONFIG, **params, mean=np.zeros(4), std=np.full(4, 0.3)
+    )
+
+
+@pytest.fixture(scope="module")
+def coder():
+    return Coder(tiny_model())
+
+
+@pytest.fixture(scope="module")
+def video():
+    return np.random.default_rng(1).integers(0, 256, (7, 40, 70, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def stream(coder, video):
+    out = io.BytesIO()
+    header = coder.header(70, 40, (30000, 1001), gop=5)
+    assert coder.encode_frames(video, out, header, qp=20) == 7
+    return out.getvalue()
+
+
+def symbols(coder, stream):
+    with StreamReader(stream) as reader:
+        return [coder.symbols(reader.header, g) for g in reader.groups()]
+
+
+def same(a, b):
+    return all(
+        np.array_equal(x.y, y.y) and np.array_equal(x.z, y.z) and np.array_equal(x.index, y.index)
+        for group_a, group_b in zip(a, b, strict=True)
+        for x, y in zip(group_a, group_b, strict=True)
+    )
+
+
+def test_frames_come_back_whole(coder, stream, video):
+    with StreamReader(stream) as reader:
+        assert reader.header.fps == (30000, 1001) and reader.header.gop_latents == 2
+        frames = np.stack(list(coder.decode_frames(reader)))
+    assert frames.shape == video.shape and frames.dtype == np.uint8 and frames.std() > 1
+    groups = symbols(coder, stream)
+    assert [len(g) for g in groups] == [2, 2]
+    assert any(np.abs(s.y).max() > 0 for g in groups for s in g)
+
+
+def test_a_group_decodes_alone(coder, stream):
+    with StreamReader(stream) as reader:
+        whole = list(coder.decode_frames(reader))
+        alone = list(coder.decode_group(reader.header, reader.group(1)))
+    np.testing.assert_array_equal(alone, whole[5:])
+
+
+def test_plain_python_reads_the_same_symbols(coder, stream):
+    """The conformance reader: plain arithmetic coder, NumPy int64 scale network."""
+    plain = Coder(coder.model)
+    plain.entropy = EntropyCoder(coder.model.tables, PlainCoder)
+    plain.functions._network = lambda tables, q_index, *v: scales.scale_index_numpy(
+        CODEC_CONFIG, tables, q_index, *v
+    )
+    assert same(symbols(coder, stream), symbols(plain, stream))
+
+
+def test_estimated_bits_are_the_bytes_of_the_file(coder, stream):
+    with StreamReader(stream) as reader:
+        for group in reader.groups():
+            for s, segment in zip(coder.symbols(reader.header, group), group.segments, strict=True):
+                bits = coder.entropy.ideal_bits(s.kind, s.q_index, s.z, s.y, s.index)
+                # A segment is whole words, and the coder's state is one or two of them.
+                assert bits <= 8 * len(segment) <= 1.001 * bits + 64
+
+
+def test_another_model_is_refused(coder, stream):
+    other = Coder(tiny_model(seed=1))
+    with StreamReader(stream) as reader, pytest.raises(WrongModel, match="codec"):
+        list(other.decode_frames(reader))
+
+
+def test_model_file_keeps_everything(tmp_path, coder, stream):
+    path = tmp_path / "m.safetensors"
+    models.save_model(path, coder.model)
+    loaded = models.load_model(path)
+    assert loaded.fingerprints == coder.model.fingerprints
+    assert loaded.vae_config == VAE_CONFIG and loaded.codec_config == CODEC_CONFIG
+    assert list(tmp_path.iterdir()) == [path]
+
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ModelCorrupt, match="fingerprint"):
+        models.load_model(path)
+    path.write_bytes(b"not a model")
+    with pytest.raises(ModelCorrupt, match="not a model file"):
+        models.load_model(path)
+    with pytest.raises(FileNotFoundError, match="no such model file"):
+        models.load_model(tmp_path / "absent")
+
+
+def test_a_device_that_is_not_exact_is_refused(coder, monkeypatch):
+    monkeypatch.setitem(vars(coder.model), "self_test_crc", 1)
+    with pytest.raises(DeviceNotExact, match="self-test fails"):
+        Coder(coder.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"qp": 64}, "qp 64"),
+        ({"frames": []}, "no frame"),
+        ({"frames": [np.zeros((41, 70, 3), np.uint8)]}, r"frame 0 is \(41, 70, 3\)"),
+    ],
+)
+def test_wrong_use_is_said(coder, video, change, reason):
+    args = {"frames": video, "qp": 20} | change
+    header = coder.header(70, 40, (30, 1), gop=5)
+    with pytest.raises(ValueError, match=reason):
+        coder.encode_frames(args["frames"], io.BytesIO(), header, args["qp"])
+    with pytest.raises(ValueError, match="gop 6"):
+        coder.header(70, 40, (30, 1), gop=6)
+
+
+@pytest.mark.slow
+def test_symbols_from_one_device(coder, stream, tmp_path):
+    """A process with one device, not eight, parses the same symbols."""
+    models.save_model(tmp_path / "m.safetensors", coder.model)
+    (tmp_path / "s.gnvc").write_bytes(stream)
+    script = f"""
+import sys, numpy as np
+from gnvc_jax.bitstream import StreamReader
+from gnvc_jax.coder import Coder
+from gnvc_jax.model import load_model
+coder = Coder(load_model({str(tmp_path / "m.safetensors")!r}))
+reader = StreamReader({str(tmp_path / "s.gnvc")!r})
+ys = [s.y.ravel() for g in reader.groups() for s in coder.symbols(reader.header, g)]
+np.save({str(tmp_path / "y.npy")!r}, np.concatenate(ys))
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, env={"XLA_FLAGS": "", "PATH": ""})
+    ours = np.concatenate([s.y.ravel() for g in symbols(coder, stream) for s in g])
+    np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), ours)
