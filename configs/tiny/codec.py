@@ -1,6 +1,6 @@
 """The latent codec of the small model, under the frozen small VAE.
 
-    python train.py --config configs/tiny/codec.py --data.path CLIPS --loss.vae runs/tiny/vae
+python train.py --config configs/tiny/codec.py --data.path CLIPS --loss.vae runs/tiny/vae
 """
 
 from configs.tiny.models import CODEC, VAE

@@ -1,6 +1,6 @@
 """The small VAE, from scratch.
 
-    python train.py --config configs/tiny/vae.py --data.path CLIPS
+python train.py --config configs/tiny/vae.py --data.path CLIPS
 """
 
 from configs.tiny.models import VAE
