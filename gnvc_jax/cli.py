@@ -267,6 +267,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
+        if error.filename is None and error.errno is None:  # raised here, says everything
+            return _fail(str(error), 66)
         code = DiskFull.exit_code if error.errno == errno.ENOSPC else 66
         return _fail(f"{error.filename or name}: {error.strerror or error}", code)
     except ValueError as error:
