@@ -22,7 +22,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gnvc_jax.media.errors import MediaError, MissingInput, NoFrames, TruncatedVideo
+from gnvc_jax.media.errors import (
+    MediaError,
+    MissingInput,
+    NoFrames,
+    TruncatedVideo,
+    UnwritableOutput,
+    WriteFailed,
+    write_error,
+)
 from gnvc_jax.media.reader import open_video, probe, read_clip
 from gnvc_jax.media.video import Crop
 
@@ -63,8 +71,8 @@ class ClipIndex:
     path: a folder, searched with its subfolders for video files and for folders of PNG pictures;
     a list (.txt) with one path a line, relative to the list; or one video. decode_cache: folder
     that keeps what was learnt and all decoded frames; without it every clip is decoded when it is
-    drawn. A video that cannot be read is logged and left out. Raises MissingInput, or NoFrames if
-    nothing is left.
+    drawn. A video that cannot be read is logged and left out. Raises MissingInput, NoFrames if
+    nothing is left, and UnwritableOutput, WriteFailed or DiskFull for the cache.
     """
 
     def __init__(self, path: str | os.PathLike, decode_cache: str | os.PathLike | None = None):
@@ -73,7 +81,6 @@ class ClipIndex:
         known = {} if cache is None else _load_known(cache)
         videos = _in_parallel("looking at videos", functools.partial(_probe, known=known), files)
         if cache is not None:
-            cache.mkdir(parents=True, exist_ok=True)
             _save_known(cache, known | {_key(Path(v.path)): _record(v) for v in videos})
             videos = _in_parallel("decoding", functools.partial(_decode, cache=cache), videos)
         if not videos:
@@ -111,11 +118,13 @@ def find_videos(path: Path) -> list[Path]:
 
 
 def _in_parallel(title: str, function: Callable, items: list) -> list:
-    """function(item) of all items in order; those that raise MediaError are logged and left out."""
+    """function(item) of all items in order; those that cannot be read are logged and left out."""
 
     def attempt(item):
         try:
             return function(item)
+        except (UnwritableOutput, WriteFailed):
+            raise  # the cache's fault, not the video's
         except MediaError as error:
             log.warning("left out: %s", error)
             return None
@@ -153,6 +162,8 @@ def _load_known(cache: Path) -> dict[str, list]:
         return json.loads((cache / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise write_error(cache, error) from None
     except ValueError:
         log.warning("%s: not readable, made anew", cache / "index.json")
         return {}
@@ -160,8 +171,12 @@ def _load_known(cache: Path) -> dict[str, list]:
 
 def _save_known(cache: Path, known: dict[str, list]) -> None:
     temporary = cache / f"index.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(known, indent=0), encoding="utf-8")
-    os.replace(temporary, cache / "index.json")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known, indent=0), encoding="utf-8")
+        os.replace(temporary, cache / "index.json")
+    except OSError as error:
+        raise write_error(cache, error) from None
 
 
 def _decode(video: Video, cache: Path) -> Video:
@@ -170,19 +185,22 @@ def _decode(video: Video, cache: Path) -> Video:
     target = cache / f"{file.stem}-{hashlib.sha256(_key(file).encode()).hexdigest()[:16]}.npy"
     if not target.exists():
         temporary = target.with_suffix(f".{os.getpid()}.tmp")
-        shape = (video.frames, video.height, video.width, 3)
         try:
-            array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            count = 0
-            with open_video(file) as frames:
-                for count, frame in enumerate(frames, 1):
-                    if count > len(array):
-                        break
-                    array[count - 1] = frame
-            if count != len(array):
-                raise TruncatedVideo(file, f"has {len(array)} frames listed, {count} were read")
-            array.flush()
+            _write_array(video, temporary)
             os.replace(temporary, target)
+        except OSError as error:
+            raise write_error(target, error) from None
         finally:
             temporary.unlink(missing_ok=True)
     return dataclasses.replace(video, decoded=str(target))
+
+
+def _write_array(video: Video, target: Path) -> None:
+    """All frames as a .npy file, frame by frame; a memory map could not report a full disk."""
+    shape = (video.frames, video.height, video.width, 3)
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    with open_video(video.path) as frames, open(target, "wb") as out:
+        np.lib.format.write_array_header_1_0(out, header)
+        count = sum(bool(out.write(np.ascontiguousarray(frame))) for frame in frames)
+    if count != video.frames:
+        raise TruncatedVideo(video.path, f"{video.frames} frames were counted, {count} decoded")

@@ -143,17 +143,43 @@ def _complete_index(stream: av.video.VideoStream) -> bool:
     return stream.frames > 0 and len(stream.index_entries) == stream.frames
 
 
+def _packets(container, stream) -> Iterator[av.Packet]:
+    """Packets from the first key frame on; nothing before it can be decoded."""
+    return itertools.dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
+
+
+def _is_leading(packet: av.Packet, first: av.Packet) -> bool:
+    """Whether a picture is shown before the first key frame.
+
+    It then refers to pictures that were cut off, and decoders leave it out. Matroska has no times
+    below zero, which is where such pictures lie.
+    """
+    if packet.pts is None or first.pts is None:
+        return packet.pts is None and "matroska" in packet.stream.container.format.name
+    return packet.pts < first.pts
+
+
 def _count(name: str, container, stream) -> int | None:
     """Frames by the container's own list; None without one. TruncatedVideo if data is missing."""
     if not _complete_index(stream):
         return stream.frames or None
-    entries = [e for e in stream.index_entries if e.size and not e.is_discard]
+    entries = itertools.dropwhile(lambda e: not e.is_keyframe, stream.index_entries)
+    entries = [e for e in entries if e.size and not e.is_discard]
     present = sum(e.pos + e.size <= container.size for e in entries)
     if present < len(entries):
         raise TruncatedVideo(
             name, f"truncated: promises {len(entries)} frames, holds {present} of them"
         )
-    return len(entries)
+    return len(entries) - _count_leading(name)
+
+
+def _count_leading(name: str) -> int:
+    container, stream = _open(name)
+    with container, _named_errors(name):
+        packets = _packets(container, stream)
+        first = next(packets, None)  # leading pictures come right after it
+        leading = itertools.takewhile(lambda p: p.size and _is_leading(p, first), packets)
+        return sum(not packet.is_discard for packet in leading)
 
 
 def _decode(name: str, container, stream, promised: int | None) -> Iterator[av.VideoFrame]:
@@ -161,12 +187,13 @@ def _decode(name: str, container, stream, promised: int | None) -> Iterator[av.V
     done, end, longest = 0, 0.0, 1 / float(_fps(stream))
     reason = ""
     try:
-        for frame in container.decode(stream):
-            yield frame
-            done += 1
-            if frame.time is not None:
-                longest = max(longest, frame.time - end) if done > 1 else longest
-                end = max(end, frame.time)
+        for packet in _packets(container, stream):
+            for frame in packet.decode():
+                yield frame
+                done += 1
+                if frame.time is not None:
+                    longest = max(longest, frame.time - end) if done > 1 else longest
+                    end = max(end, frame.time)
     except av.FFmpegError as error:
         reason = f" ({error.strerror})"
     if promised is not None and done < promised:
@@ -237,8 +264,8 @@ def open_container(
     return VideoReader(info, rgb_frames(), container.close)
 
 
-def count_packets(path: str | os.PathLike) -> int:
-    """Frames of the video stream, by reading all of the file but decoding nothing."""
+def count_frames(path: str | os.PathLike) -> int:
+    """Frames of the video stream; if the container has no list, by reading all packets."""
     name = os.fspath(path)
     container, stream = _open(path)
     with container:
@@ -246,10 +273,21 @@ def count_packets(path: str | os.PathLike) -> int:
         if _complete_index(stream):
             return promised
         with _named_errors(name):
-            count = sum(bool(p.size) and not p.is_discard for p in container.demux(stream))
+            count = len(_shown_packets(container, stream))
     if promised is not None and count < promised:
         raise TruncatedVideo(name, f"truncated: promises {promised} frames, holds {count} of them")
     return count
+
+
+def _shown_packets(container, stream) -> list[tuple[int | None, bool]]:
+    """(time, is key frame) of every frame that will be shown, in order of decoding."""
+    packets = _packets(container, stream)
+    first = next(packets, None)
+    return [
+        (packet.pts, packet.is_keyframe)
+        for packet in itertools.chain([first] if first else [], packets)
+        if packet.size and not packet.is_discard and not _is_leading(packet, first)
+    ]
 
 
 # Random access
@@ -261,11 +299,11 @@ def _timeline(path: str, size: int, mtime_ns: int) -> tuple[np.ndarray, np.ndarr
     del size, mtime_ns  # part of the key: a file that changed is read again
     container, stream = _open(path)
     with container, _named_errors(path):
-        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
-        if any(p.pts is None for p in packets):
-            return None
-        times = np.sort(np.array([p.pts for p in packets], np.int64))
-        keys = np.sort(np.array([p.pts for p in packets if p.is_keyframe], np.int64))
+        packets = _shown_packets(container, stream)
+    if any(time is None for time, _ in packets):
+        return None
+    times = np.sort(np.array([time for time, _ in packets], np.int64))
+    keys = np.sort(np.array([time for time, is_key in packets if is_key], np.int64))
     if not len(keys) or len(np.unique(times)) < len(times):
         return None
     return times, keys

@@ -110,4 +110,4 @@ def probe(
         info = video.info
     if _kind(path) != "container":
         return info
-    return dataclasses.replace(info, frames=container.count_packets(path))
+    return dataclasses.replace(info, frames=container.count_frames(path))

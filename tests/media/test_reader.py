@@ -7,6 +7,7 @@ import tracemalloc
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import imageio_ffmpeg
 import numpy as np
 import pytest
@@ -91,6 +92,23 @@ def test_frames_cut_by_an_edit_list_are_not_counted(tmp_path, encode, ffmpeg):
     assert 0 < shown < 20
     assert len(frames_of(path)) == probe(path).frames == shown
     np.testing.assert_array_equal(read_clip(path, 1, 3), frames_of(path)[1:4])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_pictures_that_lost_their_references_are_not_counted(suffix, tmp_path, encode, ffmpeg):
+    # Cut without decoding, an open GOP begins with pictures that refer to the part cut off.
+    source = encode(tmp_path / "a.mp4", "mpeg2video", options={"bf": "2", "g": "6"})
+    path = tmp_path / f"cut.{suffix}"
+    ffmpeg(
+        *f"-ss 0.5 -i {source} -c copy -use_editlist 0".split()[: 8 if suffix == "mp4" else 6], path
+    )
+    shown = len(planes_by_ffmpeg(ffmpeg, path, "yuv420p"))
+    with av.open(str(path)) as container:
+        assert shown < sum(packet.size > 0 for packet in container.demux(video=0))
+    whole = frames_of(path)
+    assert len(whole) == probe(path).frames == shown
+    np.testing.assert_array_equal(read_clip(path, 0, 2), whole[:2])
+    np.testing.assert_array_equal(read_clip(path, shown - 3, 3), whole[-3:])
 
 
 @pytest.mark.parametrize("angle", [90, 180, -90])
