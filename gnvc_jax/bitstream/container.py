@@ -29,6 +29,7 @@ ENTRY = struct.Struct("<QQIHH")  # offset, first frame, chunk size, frames, mean
 INDEX_HEAD = struct.Struct("<QI")  # frames in all, groups
 FOOTER = struct.Struct("<QII8s")  # index offset, index size, CRC32, magic
 CHUNK_OVERHEAD = 12
+BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,10 +59,11 @@ class StreamWriter:
         group = parse_group(payload)
         if (group.number, group.first_frame) != (len(self.entries), self.frames):
             raise ValueError(f"group {group.number} does not follow group {len(self.entries) - 1}")
-        mean = round(sum(group.q_indices) / len(group.q_indices))
-        size = len(payload) + CHUNK_OVERHEAD
-        self.entries.append(Entry(self.offset, self.frames, size, group.n_frames, mean))
+        if not _fits(group, self.header):
+            raise ValueError(f"group {group.number} is longer than the header allows")
+        entry = _entry(group, self.offset, len(payload) + CHUNK_OVERHEAD)
         self._chunk(b"GOPC", payload)
+        self.entries.append(entry)
         self.frames += group.n_frames
 
     def close(self) -> None:
@@ -73,9 +75,20 @@ class StreamWriter:
         self.file.write(FOOTER.pack(at, self.offset - at, zlib.crc32(head), END_MAGIC))
 
     def _chunk(self, kind: bytes, payload: bytes) -> None:
+        if len(payload) > MAX_CHUNK:
+            raise LimitExceeded(f"chunk {kind!r}: {len(payload)} bytes > {MAX_CHUNK}")
         data = kind + struct.pack("<I", len(payload)) + payload
         self.file.write(data + struct.pack("<I", zlib.crc32(data)))
         self.offset += len(data) + 4
+
+
+def _entry(group: Group, offset: int, size: int) -> Entry:
+    mean = round(sum(group.q_indices) / len(group.q_indices))
+    return Entry(offset, group.first_frame, size, group.n_frames, mean)
+
+
+def _fits(group: Group, header: Header) -> bool:
+    return len(group.kinds) <= header.gop_latents and group.n_frames <= header.gop_frames
 
 
 class StreamReader:
@@ -90,8 +103,9 @@ class StreamReader:
             source = io.BytesIO(source)
         self.owned = isinstance(source, str | Path)
         self.file = open(source, "rb") if self.owned else source
+        self.entries: list[Entry] | None = None
         try:
-            self.header, self.start = read_header(self.file.read)
+            self.header, self.start = read_header(self._read)
         except BitstreamError:
             self.close()
             raise
@@ -110,18 +124,24 @@ class StreamReader:
         """The groups in order, each checked. tolerant: a damaged group is given as its error.
 
         Raises the kinds of BitstreamError; a file that ends early raises Truncated at the end.
+        Warns with IndexRebuilt if only the index is damaged.
         """
         at, number, frames = self.start, 0, 0
-        if self.file.seekable():
-            self.file.seek(at)
         while True:
+            if self.file.seekable():  # the caller may have read elsewhere in between
+                self.file.seek(at)
             try:
                 kind, payload, size = self._read_chunk(at, number)
-            except ChecksumMismatch as error:
-                if not tolerant or error.size is None:
+            except BitstreamError as error:
+                if isinstance(error, ChecksumMismatch) and error.kind == b"INDX":
+                    warnings.warn(f"index unusable ({error})", IndexRebuilt, stacklevel=2)
+                    self._check_total(frames, frames)
+                    return
+                after = self._after(at, number, error) if tolerant else None
+                if after is None:
                     raise
                 yield error
-                at, number, frames = at + error.size, number + 1, None
+                at, number, frames = after, number + 1, None
                 continue
             if kind == b"GOPC":
                 try:
@@ -147,7 +167,7 @@ class StreamReader:
             raise MalformedChunk(
                 f"group {number} begins at frame {group.first_frame}, expected {frames}"
             )
-        if len(group.kinds) > self.header.gop_latents or group.n_frames > self.header.gop_frames:
+        if not _fits(group, self.header):
             raise MalformedChunk(f"group {number} is longer than the header allows")
         return group
 
@@ -155,9 +175,24 @@ class StreamReader:
         total, count = self._parse_index(payload)[:2]
         if count != groups:
             raise MalformedChunk(f"index lists {count} groups, {groups} are there")
+        self._check_total(total, frames)
+
+    def _check_total(self, total: int | None, frames: int | None) -> None:
         known = self.header.frame_count
         if frames is not None and (total != frames or known not in (None, frames)):
             raise MalformedChunk(f"index says {total} frames, header {known}, groups {frames}")
+
+    def _after(self, at: int, number: int, error: BitstreamError) -> int | None:
+        """Where the chunk after a damaged group begins: by the index, else by its own length."""
+        if self.file.seekable():
+            try:
+                entry = self._stored_index()[number]
+            except (BitstreamError, IndexError):
+                pass
+            else:
+                return at + entry.size if entry.offset == at else None
+        whole = isinstance(error, ChecksumMismatch) and error.kind == b"GOPC"
+        return at + error.size if whole else None
 
     def _parse_index(self, payload: bytes) -> tuple[int, int, list[Entry]]:
         if len(payload) < INDEX_HEAD.size:
@@ -176,7 +211,7 @@ class StreamReader:
                 f"ends at offset {at} + {missing} missing bytes; {number} complete groups"
             )
 
-        head = self.file.read(8)
+        head = self._read(8)
         if len(head) < 8:
             raise truncated(8 - len(head))
         kind, length = head[:4], struct.unpack("<I", head[4:])[0]
@@ -185,7 +220,7 @@ class StreamReader:
         left = self._left()
         if left is not None and length + 4 > left:
             raise truncated(length + 4 - left)
-        body = self.file.read(length + 4)
+        body = self._read(length + 4)
         if len(body) < length + 4:
             raise truncated(length + 4 - len(body))
         found, expected = zlib.crc32(head + body[:-4]), struct.unpack("<I", body[-4:])[0]
@@ -194,9 +229,17 @@ class StreamReader:
                 f"chunk {kind!r} (group {number}) at offset {at}: CRC32 {found:08x}, expected "
                 f"{expected:08x}"
             )
-            error.size = length + CHUNK_OVERHEAD if kind == b"GOPC" else None
+            error.kind, error.size = kind, length + CHUNK_OVERHEAD
             raise error
         return kind, body[:-4], length + CHUNK_OVERHEAD
+
+    def _read(self, size: int) -> bytes:
+        """Size bytes, fewer only at the end; a pipe may give less at once, and a claimed length is
+        not worth an allocation."""
+        data = bytearray()
+        while len(data) < size and (block := self.file.read(min(size - len(data), BLOCK))):
+            data += block
+        return bytes(data)
 
     def _left(self) -> int | None:
         """Bytes after the current position, if the file can tell."""
@@ -209,19 +252,22 @@ class StreamReader:
 
     def index(self) -> list[Entry]:
         """Where the groups are; found by a scan, with a warning, if the index is damaged."""
-        try:
-            return self._stored_index()
-        except (BitstreamError, OSError, struct.error) as error:
-            warnings.warn(f"index unusable ({error}); scanning", IndexRebuilt, stacklevel=2)
+        if self.entries is None:
+            try:
+                self.entries = self._stored_index()
+            except BitstreamError as error:
+                warnings.warn(f"index unusable ({error}); scanning", IndexRebuilt, stacklevel=2)
+                self.entries = self._scan()
+        return self.entries
+
+    def _scan(self) -> list[Entry]:
         entries, at = [], self.start
-        self.file.seek(at)
         try:
             while True:
+                self.file.seek(at)
                 kind, payload, size = self._read_chunk(at, len(entries))
                 if kind == b"GOPC":
-                    g = parse_group(payload)
-                    mean = round(sum(g.q_indices) / len(g.q_indices))
-                    entries.append(Entry(at, g.first_frame, size, g.n_frames, mean))
+                    entries.append(_entry(parse_group(payload), at, size))
                 at += size
         except BitstreamError:
             return entries
@@ -240,10 +286,16 @@ class StreamReader:
         kind, payload, _ = self._read_chunk(at, 0)
         if kind != b"INDX":
             raise MalformedChunk(f"chunk {kind!r} where the index should be")
-        return self._parse_index(payload)[2]
+        entries = self._parse_index(payload)[2]
+        for n, entry in enumerate(entries):
+            if entry.offset < self.start or entry.offset + entry.size > at:
+                raise MalformedChunk(f"index puts group {n} outside the file")
+        return entries
 
     def group(self, number: int) -> Group:
         """Random access to one group. IndexError if there is no such group."""
+        if not 0 <= number < len(self.index()):
+            raise IndexError(f"group {number}: the stream has {len(self.index())}")
         entry = self.index()[number]
         self.file.seek(entry.offset)
         kind, payload, _ = self._read_chunk(entry.offset, number)

@@ -56,10 +56,11 @@ class Truncated(BitstreamError):
 
 
 class ChecksumMismatch(BitstreamError):
-    """A chunk's CRC32 does not match: the file is damaged. size: of the chunk, to skip it."""
+    """A chunk's CRC32 does not match. kind, size: what the damaged chunk claims to be."""
 
     exit_code = 21
-    size: int | None = None
+    kind: bytes = b""
+    size: int = 0
 
 
 class MalformedChunk(BitstreamError):

@@ -6,6 +6,7 @@ latent u8 kind (0 intra, 1 predicted), u8 q_index, LEB128 length; then the segme
 """
 
 import dataclasses
+import math
 import struct
 import zlib
 from collections.abc import Callable, Sequence
@@ -13,12 +14,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from gnvc_jax.bitstream.entropy import EntropyCoder, LatentDecoder
-from gnvc_jax.bitstream.errors import Desynchronised, EntropyError, MalformedChunk
+from gnvc_jax.bitstream.errors import (
+    Desynchronised,
+    EntropyError,
+    LimitExceeded,
+    MalformedChunk,
+)
 from gnvc_jax.bitstream.tables import QUALITIES
 
 FIXED = struct.Struct("<IQHHII16s")
 MAX_LATENTS = 256
-KINDS = 2
+MEMORY_LIMIT = 4 << 30
+SORT_BYTES = 40  # per y element while one latent is sorted and decoded
 
 # (kind, q_index, z, previous y or None, previous index or None) -> table indices, uint8
 ScaleIndex = Callable[[int, int, np.ndarray, np.ndarray | None, np.ndarray | None], np.ndarray]
@@ -134,45 +141,50 @@ def decode_group(
     scale_index: ScaleIndex,
     z_shape: tuple[int, int, int],
     y_shape: tuple[int, int, int],
+    memory_limit: int = MEMORY_LIMIT,
 ) -> list[LatentSymbols]:
     """All integers of a group.
+
+    LimitExceeded if they need more than memory_limit bytes; a few bytes of stream can claim any
+    picture size, so this is known before anything is allocated.
 
     The indices of a latent need the symbols of the one before, so both checksums can only be
     compared at the end. A wrong index map is reported first, as Desynchronised, because wrong
     symbols follow from it; EntropyError means that the indices were right and the symbols are not.
     """
-    values = int(np.prod(z_shape)) + int(np.prod(y_shape))
+    z_size, y_size = math.prod(z_shape), math.prod(y_shape)
+    need = len(group.kinds) * (z_size + 2 * y_size) + SORT_BYTES * y_size
+    if need > memory_limit:
+        raise LimitExceeded(
+            f"group {group.number} needs {need >> 20} MiB of memory, allowed {memory_limit >> 20}"
+        )
     crc_index = crc_symbols = 0
     latents: list[LatentSymbols] = []
-    problem: EntropyError | None = None
+    problem = ""
     for i, (kind, q_index, segment) in enumerate(
         zip(group.kinds, group.q_indices, group.segments, strict=True)
     ):
-        if len(segment) > 4 * values + 64:
+        if len(segment) > 4 * (z_size + y_size) + 64:
             raise MalformedChunk(f"group {group.number}, latent {i}: {len(segment)} bytes")
         before = latents[-1] if latents else None
+        decoder = LatentDecoder(coder, kind, q_index, segment)
+        z = decoder.z(z_shape)
+        index = scale_index(kind, q_index, z, before and before.y, before and before.index)
+        latents.append(LatentSymbols(kind, q_index, z, decoder.y(index), index))
+        crc_index, crc_symbols = _update(crc_index, crc_symbols, latents[-1])
         try:
-            decoder = LatentDecoder(coder, kind, q_index, segment)
-            z = decoder.z(z_shape)
-            index = scale_index(kind, q_index, z, before and before.y, before and before.index)
-            latents.append(LatentSymbols(kind, q_index, z, decoder.y(index), index))
-            crc_index, crc_symbols = _update(crc_index, crc_symbols, latents[-1])
             decoder.finish()
         except EntropyError as error:
-            problem = EntropyError(f"group {group.number}, latent {i}: {error}")
-            break
-    if problem is None and crc_index != group.crc_index:
+            problem = problem or f"latent {i}: {error}"
+    if crc_index != group.crc_index:
         raise Desynchronised(
             f"group {group.number}: index maps have CRC32 {crc_index:08x}, the encoder's had "
             f"{group.crc_index:08x}: arithmetic differs on this device, or the model does"
         )
-    if problem is None and crc_symbols != group.crc_symbols:
-        problem = EntropyError(
-            f"group {group.number}: symbols have CRC32 {crc_symbols:08x}, expected "
-            f"{group.crc_symbols:08x}"
-        )
+    if crc_symbols != group.crc_symbols and not problem:
+        problem = f"symbols have CRC32 {crc_symbols:08x}, expected {group.crc_symbols:08x}"
     if problem:
-        raise problem
+        raise EntropyError(f"group {group.number}: {problem}")
     return latents
 
 

@@ -79,13 +79,13 @@ class Header:
     def pack(self) -> bytes:
         """Header bytes with their CRC32."""
         self.check()
+        entries = sum(4 + len(data) for data in self.extra.values())
+        size = FIXED.size + entries + -entries % 4 + 4
+        if size > MAX_HEADER:
+            raise LimitExceeded(f"header of {size} bytes, allowed {MAX_HEADER}")
         extra = b"".join(
             struct.pack("<HH", kind, len(data)) + data for kind, data in sorted(self.extra.items())
         )
-        extra += bytes(-len(extra) % 4)
-        size = FIXED.size + len(extra) + 4
-        if size > MAX_HEADER:
-            raise LimitExceeded(f"header of {size} bytes, allowed {MAX_HEADER}")
         count = UNKNOWN_COUNT if self.frame_count is None else self.frame_count
         data = FIXED.pack(
             MAGIC, *VERSION, size, 0, 0, self.width, self.height, *self.fps, count,
@@ -93,7 +93,7 @@ class Header:
             self.temporal_stride, self.bit_depth, *self.colour, self.y_channels, self.z_channels,
             self.codec_fingerprint, self.vae_fingerprint, self.tables_crc,
             self.k_skip, 64, 127, 1, 0,
-        ) + extra  # fmt: skip
+        ) + extra + bytes(-entries % 4)  # fmt: skip
         return data + struct.pack("<I", zlib.crc32(data))
 
     def check_model(self, codec: bytes, vae: bytes, tables_crc: int) -> None:
@@ -122,7 +122,7 @@ def read_header(read) -> tuple[Header, int]:
         raise NotThisFormat(f"only {len(data)} bytes, a header has {FIXED.size + 4}")
     fields = FIXED.unpack_from(data)
     major, minor, size, required = fields[1:5]
-    if major > VERSION[0]:
+    if major != VERSION[0]:
         raise UnsupportedVersion(f"version {major}.{minor}, this reader knows {VERSION[0]}")
     if not FIXED.size + 4 <= size <= MAX_HEADER or size % 4:
         raise LimitExceeded(f"header field header_size is {size}, allowed 132..{MAX_HEADER}")
