@@ -1,0 +1,140 @@
+"""A toy codec without a network: small tables, an affine scale index, a short stream of groups."""
+
+import io
+import types
+import zlib
+
+import numpy as np
+import pytest
+
+from gnvc_jax.bitstream import (
+    EntropyCoder,
+    Header,
+    LatentSymbols,
+    StreamReader,
+    StreamWriter,
+    Tables,
+    decode_group,
+    encode_group,
+    frequencies_from_probabilities,
+    gaussian_frequencies,
+)
+
+Z_SHAPE, Y_SHAPE = (1, 2, 2), (4, 8, 4)
+CODEC, VAE = bytes(range(32)), bytes(range(100, 116))
+
+
+def tables(k_skip: int = 8, z_channels: int = 2) -> Tables:
+    """64 Gaussians of the usual scales; hyperlatents of two widths, by quality group."""
+    symbols = np.arange(-15, 16)
+    widths = np.linspace(1, 6, 2 * 4 * z_channels).reshape(2, 4, z_channels, 1)
+    z = frequencies_from_probabilities(np.exp(-np.abs(symbols) / widths))
+    y = gaussian_frequencies(0.11 * (16 / 0.11) ** (np.arange(64) / 63))
+    return Tables(y, z, k_skip)
+
+
+def scale_index(kind, q_index, z, prev_y, prev_index):
+    """Integers only, like the real one: affine in z, |previous symbols| and previous indices."""
+    index = 2 * np.abs(z.astype(int)).sum(-1).repeat(4, 0).repeat(4, 1)[..., None] + q_index // 8
+    index = index + 5 * np.arange(Y_SHAPE[2]) - 10
+    if prev_y is not None:
+        index = (index + 4 * np.abs(prev_y.astype(int)) + prev_index) // 2
+    return np.clip(index, 0, 63).astype(np.uint8)
+
+
+def draw_latents(rng, count: int, coder: EntropyCoder) -> list[LatentSymbols]:
+    """Random integers that the toy codec could have made."""
+    latents = []
+    for i in range(count):
+        q_index = int(rng.integers(64))
+        z = np.clip(np.round(rng.normal(0, 3, Z_SHAPE)), -15, 15).astype(np.int8)
+        before = latents[-1] if latents else None
+        index = scale_index(int(i > 0), q_index, z, before and before.y, before and before.index)
+        sigma = 0.11 * (16 / 0.11) ** (index / 63)
+        y = np.clip(np.round(rng.normal(0, sigma)), -127, 127)
+        y = np.where(index >= coder.tables.k_skip, y, 0).astype(np.int8)
+        latents.append(LatentSymbols(int(i > 0), q_index, z, y, index))
+    return latents
+
+
+def make_header(**changes) -> Header:
+    fields = dict(
+        width=128, height=64, fps=(25, 1), gop_latents=3, gop_frames=9, y_channels=4, z_channels=2,
+        k_skip=8, codec_fingerprint=CODEC, vae_fingerprint=VAE, tables_crc=tables().crc32(),
+        frame_count=19, extra={1: b"toy"},
+    )  # fmt: skip
+    return Header(**fields | changes)
+
+
+def decode(stream, coder: EntropyCoder) -> list[list[LatentSymbols]]:
+    """All symbols of a stream, as a decoder of video reads it."""
+    reader = StreamReader(stream)
+    reader.header.check_model(CODEC, VAE, coder.tables.crc32())
+    return [decode_group(g, coder, scale_index, Z_SHAPE, Y_SHAPE) for g in reader.groups()]
+
+
+def fingerprint(groups: list[list[LatentSymbols]]) -> list:
+    """Symbols in a form that can be compared."""
+    return [[(s.z.tobytes(), s.y.tobytes(), s.index.tobytes()) for s in g] for g in groups]
+
+
+def chunks(data: bytes) -> list[tuple[int, int]]:
+    """(offset, size) of every chunk, as long as the lengths can be followed."""
+    at, found = int.from_bytes(data[12:16], "little"), []
+    while at + 12 <= len(data) - 24:
+        size = int.from_bytes(data[at + 4 : at + 8], "little") + 12
+        if at + size > len(data):
+            break
+        found.append((at, size))
+        at += size
+    return found
+
+
+def mend(data: bytes) -> bytes:
+    """The same file with the CRC32 of header, chunks and footer made right, so far as they are."""
+    data = bytearray(data)
+
+    def seal(start: int, end: int) -> None:
+        data[end : end + 4] = zlib.crc32(data[start:end]).to_bytes(4, "little")
+
+    header = int.from_bytes(data[12:16], "little")
+    if 132 <= header <= len(data):
+        seal(0, header - 4)
+        for at, size in chunks(bytes(data)):
+            seal(at, at + size - 4)
+    if len(data) >= 24:
+        seal(len(data) - 24, len(data) - 12)
+    return bytes(data)
+
+
+@pytest.fixture(scope="session")
+def toy():
+    """A stream of three groups (9 + 9 + 1 frames), its bytes, coder and symbols."""
+    rng, coder = np.random.default_rng(7), EntropyCoder(tables())
+    groups = [draw_latents(rng, n, coder) for n in (3, 3, 1)]
+    frames = [9, 9, 1]
+    payloads = [
+        encode_group(g, coder, scale_index, number=i, first_frame=9 * i, n_frames=n)
+        for i, (g, n) in enumerate(zip(groups, frames))
+    ]
+    file = io.BytesIO()
+    writer = StreamWriter(file, make_header())
+    for payload in payloads:
+        writer.write_group(payload)
+    writer.close()
+    return types.SimpleNamespace(
+        coder=coder,
+        groups=groups,
+        payloads=payloads,
+        data=file.getvalue(),
+        symbols=fingerprint(groups),
+        scale_index=scale_index,
+        z_shape=Z_SHAPE,
+        y_shape=Y_SHAPE,
+        fingerprints=(CODEC, VAE),
+        header=make_header,
+        tables=tables,
+        decode=lambda stream: fingerprint(decode(stream, coder)),
+        chunks=chunks,
+        mend=mend,
+    )

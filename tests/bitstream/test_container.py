@@ -1,0 +1,451 @@
+"""Header, chunks, index and footer: layout, limits, random access, and every way to be damaged."""
+
+import io
+import os
+import struct
+import threading
+import tracemalloc
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+
+from gnvc_jax.bitstream import BitstreamError, Group, StreamReader, StreamWriter
+from gnvc_jax.bitstream import errors as kinds
+from gnvc_jax.bitstream.errors import (
+    ChecksumMismatch,
+    HeaderCorrupt,
+    IndexRebuilt,
+    LimitExceeded,
+    MalformedChunk,
+    ModelCorrupt,
+    NotThisFormat,
+    Truncated,
+    UnsupportedVersion,
+    WrongModel,
+)
+
+
+class Pipe(io.RawIOBase):
+    """Cannot seek and gives a few bytes at a time."""
+
+    def __init__(self, data: bytes):
+        self.data = io.BytesIO(data)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        return self.data.readinto(memoryview(buffer)[:7])
+
+
+def edit(data: bytes, at: int, value: bytes) -> bytes:
+    return data[:at] + value + data[at + len(value) :]
+
+
+def write(toy, order=(0, 1, 2), **changes) -> bytes:
+    """Header, groups in any order, and an index of the right size: a careless writer's file."""
+    file = io.BytesIO()
+    writer = StreamWriter(file, toy.header(**changes))
+    for number in order:
+        writer._chunk(b"GOPC", toy.payloads[number])
+    writer._chunk(b"INDX", struct.pack("<QI", 19, len(order)) + bytes(24 * len(order)))
+    return file.getvalue()
+
+
+def test_layout(toy):
+    """The whole file, field by field, with struct and zlib only."""
+    data = toy.data
+    size = struct.unpack_from("<I", data, 12)[0]
+    assert data[:8] == b"\x89GNV\r\n\x1a\n" and struct.unpack_from("<HH", data, 8) == (1, 0)
+    assert size == 128 + 8 + 4
+    assert struct.unpack_from("<IIIIII", data, 16) == (0, 0, 128, 64, 25, 1)
+    assert struct.unpack_from("<QHH", data, 40) == (19, 3, 9)
+    assert tuple(data[52:60]) == (8, 16, 4, 8, 1, 1, 1, 0)
+    assert struct.unpack_from("<HH", data, 60) == (4, 2)
+    assert (data[64:96], data[96:112]) == toy.fingerprints
+    assert struct.unpack_from("<I4BQ", data, 112) == (
+        toy.coder.tables.crc32(), 8, 64, 127, 1, 0
+    )  # fmt: skip
+    assert data[128:136] == b"\1\0\3\0toy\0"
+    assert zlib.crc32(data[:136]) == struct.unpack_from("<I", data, 136)[0]
+    at, places = size, []
+    for payload in toy.payloads:
+        assert data[at : at + 8] == b"GOPC" + struct.pack("<I", len(payload))
+        assert data[at + 8 : at + 8 + len(payload)] == payload
+        end = at + 8 + len(payload)
+        assert zlib.crc32(data[at:end]) == struct.unpack_from("<I", data, end)[0]
+        places.append((at, end + 4 - at))
+        at = end + 4
+    length = 12 + 24 * 3
+    assert data[at : at + 8] == b"INDX" + struct.pack("<I", length)
+    assert struct.unpack_from("<QI", data, at + 8) == (19, 3)
+    for i, (offset, chunk) in enumerate(places):
+        mean = round(np.mean([s.q_index for s in toy.groups[i]]))
+        row = struct.unpack_from("<QQIHH", data, at + 20 + 24 * i)
+        assert row == (offset, 9 * i, chunk, (9, 9, 1)[i], mean)
+    footer = data[at + 12 + length :]
+    assert footer[:12] == struct.pack("<QI", at, length + 12)
+    assert footer[12:] == struct.pack("<I", zlib.crc32(footer[:12])) + b"\x89GNVEND\n"
+
+
+def test_header_comes_back(toy):
+    reader = StreamReader(toy.data)
+    assert reader.header == toy.header() and reader.start == 140
+    plain = toy.header(frame_count=None, extra={})
+    file = io.BytesIO(plain.pack())
+    assert StreamReader(file).header == plain
+
+
+def test_sequential_reading(toy, tmp_path):
+    path = tmp_path / "toy.gnvc"
+    path.write_bytes(toy.data)
+    assert toy.decode(toy.data) == toy.symbols
+    assert toy.decode(path) == toy.symbols
+    assert toy.decode(str(path)) == toy.symbols
+    assert toy.decode(Pipe(toy.data)) == toy.symbols
+
+
+def test_reading_from_a_real_pipe(toy):
+    read, write = os.pipe()
+    thread = threading.Thread(target=lambda: [os.write(write, toy.data), os.close(write)])
+    thread.start()
+    with open(read, "rb", buffering=0) as file:
+        assert toy.decode(file) == toy.symbols
+    thread.join()
+
+
+def test_random_access(toy):
+    """Any order, also in the middle of reading forward."""
+    reader = StreamReader(toy.data)
+    forward = list(StreamReader(toy.data).groups())
+    for number in (2, 0, 1, 1):
+        assert reader.group(number) == forward[number]
+    for number, group in enumerate(reader.groups()):
+        assert group == forward[number]
+        assert reader.group(2 - number) == forward[2 - number]
+    for number in (-1, 3):
+        with pytest.raises(IndexError):
+            reader.group(number)
+
+
+def test_unknown_frame_count(toy):
+    """A writer to a pipe does not know it; the index says it at the end."""
+    file = io.BytesIO()
+    file.seek = file.tell = None  # the writer never needs them
+    writer = StreamWriter(file, toy.header(frame_count=None))
+    for payload in toy.payloads:
+        writer.write_group(payload)
+    writer.close()
+    assert toy.decode(file.getvalue()) == toy.symbols
+    assert struct.unpack_from("<Q", file.getvalue(), 40)[0] == 2**64 - 1
+
+
+def test_wrong_frame_count(toy):
+    for count in (18, 20):
+        with pytest.raises(MalformedChunk, match="frames"):
+            list(StreamReader(toy.mend(edit(toy.data, 40, struct.pack("<Q", count)))).groups())
+
+
+def test_no_groups_at_all(toy):
+    file = io.BytesIO()
+    StreamWriter(file, toy.header(frame_count=None)).close()
+    reader = StreamReader(file.getvalue())
+    assert list(reader.groups()) == [] == reader.index()
+
+
+def test_writer_refuses_what_does_not_fit(toy):
+    writer = StreamWriter(io.BytesIO(), toy.header())
+    with pytest.raises(ValueError, match="does not follow"):
+        writer.write_group(toy.payloads[1])
+    writer.write_group(toy.payloads[0])
+    with pytest.raises(ValueError, match="does not follow"):
+        writer.write_group(toy.payloads[0])
+    with pytest.raises(ValueError, match="longer"):
+        StreamWriter(io.BytesIO(), toy.header(gop_latents=2, gop_frames=5)).write_group(
+            toy.payloads[0]
+        )
+    with pytest.raises(MalformedChunk):
+        writer.write_group(toy.payloads[1][:-1])
+
+
+def test_not_this_format(toy):
+    for data in (b"", b"\x89GNV", b"RIFF" + bytes(200), toy.data[:131]):
+        with pytest.raises(NotThisFormat):
+            StreamReader(data)
+    for damaged in (toy.data.replace(b"\r\n", b"\n"), toy.data.replace(b"\n", b"\r\n")):
+        with pytest.raises(NotThisFormat, match="line ends"):
+            StreamReader(damaged)
+
+
+def test_unsupported_version(toy):
+    for at, value in ((8, b"\2"), (8, b"\0"), (16, b"\1"), (19, b"\x80"), (117, b"\x3f"),
+                      (118, b"\x7e"), (119, b"\2")):  # fmt: skip
+        with pytest.raises(UnsupportedVersion):
+            StreamReader(toy.mend(edit(toy.data, at, value)))
+    for at, value in ((10, b"\7"), (20, b"\xff" * 4), (120, b"\xff" * 8)):  # minor, optional
+        assert toy.decode(toy.mend(edit(toy.data, at, value))) == toy.symbols
+
+
+def test_header_corrupt(toy):
+    with pytest.raises(HeaderCorrupt):
+        StreamReader(edit(toy.data, 24, b"\x81"))
+
+
+U16, U32 = "<H", "<I"
+
+
+@pytest.mark.parametrize(
+    "at, form, good, bad",
+    [
+        (12, U32, [140], [0, 128, 131, 141, 65537, 65540, 2**32 - 1]),
+        (24, U32, [16, 16384], [0, 15, 16385, 2**32 - 1]),
+        (28, U32, [16, 16384], [0, 15, 16385, 2**32 - 1]),
+        (32, U32, [1, 1000], [0, 1001, 2**32 - 1]),
+        (36, U32, [1, 25000], [0, 25001, 2**32 - 1]),
+        (40, "<Q", [1, 2**48, 2**64 - 1], [0, 2**48 + 1, 2**64 - 2]),
+        (48, U16, [3, 256], [0, 2, 257, 2**16 - 1]),
+        (50, U16, [1, 9], [0, 10, 2**16 - 1]),
+        (52, "B", [8], [0, 7, 9, 255]),
+        (53, "B", [1, 255], [0]),
+        (54, "B", [4], [0, 3, 5, 255]),
+        (59, "B", [0, 1], [2, 255]),
+        (60, U16, [4, 512], [0, 3, 513, 2**16 - 1]),
+        (62, U16, [1, 512], [0, 513, 2**16 - 1]),
+        (116, "B", [0, 64], [65, 255]),
+        (130, U16, [3], [5, 2**16 - 1]),
+    ],
+)
+def test_limits_of_header_fields(toy, at, form, good, bad):
+    for value in good:
+        StreamReader(toy.mend(edit(toy.data, at, struct.pack(form, value))))
+    for value in bad:
+        with pytest.raises(LimitExceeded, match=r"\d"):
+            StreamReader(toy.mend(edit(toy.data, at, struct.pack(form, value))))
+
+
+def test_limits_that_join_fields(toy):
+    for width, height, good in ((16384, 8192, True), (16384, 8208, False)):
+        data = toy.mend(edit(toy.data, 24, struct.pack("<II", width, height)))
+        if good:
+            StreamReader(data)
+        else:
+            with pytest.raises(LimitExceeded, match="width"):
+                StreamReader(data)
+    for changes in ({"width": 15}, {"fps": (1, 0)}, {"extra": {1: bytes(65530)}},
+                    {"extra": {1: bytes(70000)}}, {"gop_frames": 10}):  # fmt: skip
+        with pytest.raises(LimitExceeded):
+            toy.header(**changes).pack()
+
+
+def test_largest_header(toy):
+    header = toy.header(extra={1: bytes(range(256)) * 255, 65535: b""})
+    assert StreamReader(header.pack()).header == header
+
+
+def test_models_are_told_apart(toy):
+    header, crc = StreamReader(toy.data).header, toy.coder.tables.crc32()
+    codec, vae = toy.fingerprints
+    header.check_model(codec, vae, crc)
+    with pytest.raises(WrongModel, match=r"codec 00010203.* ffffffff"):
+        header.check_model(b"\xff" * 32, vae, crc)
+    with pytest.raises(WrongModel, match="VAE"):
+        header.check_model(codec, b"\xff" * 16, crc)
+    with pytest.raises(ModelCorrupt):
+        header.check_model(codec, vae, crc ^ 1)
+
+
+def test_chunk_limits(toy):
+    at = toy.chunks(toy.data)[1][0]
+    for source in (lambda d: d, Pipe):
+        for length, error in ((2**28 + 1, LimitExceeded), (2**32 - 1, LimitExceeded),
+                              (2**28, Truncated)):  # fmt: skip
+            data = edit(toy.data, at + 4, struct.pack("<I", length))
+            tracemalloc.start()
+            try:
+                with pytest.raises(error):
+                    list(StreamReader(source(data)).groups())
+                assert tracemalloc.get_traced_memory()[1] < 4 << 20
+            finally:
+                tracemalloc.stop()
+
+
+def test_checksum(toy):
+    at = toy.chunks(toy.data)[1][0]
+    with pytest.raises(ChecksumMismatch, match=rf"GOPC.*group 1.*offset {at}"):
+        list(StreamReader(edit(toy.data, at + 60, b"\0\0\0\0")).groups())
+
+
+@pytest.mark.parametrize("kind, known", [(b"META", True), (b"xtra", True), (b"XTRA", False)])
+def test_unknown_chunks(toy, kind, known):
+    at, data = toy.chunks(toy.data)[1][0], kind + struct.pack("<I", 5) + b"hello"
+    data = toy.data[:at] + data + struct.pack("<I", zlib.crc32(data)) + toy.data[at:]
+    if known:
+        assert toy.decode(data) == toy.symbols
+    else:
+        with pytest.raises(MalformedChunk, match="unknown chunk"):
+            toy.decode(data)
+
+
+@pytest.mark.parametrize(
+    "order, message",
+    [((1, 0, 2), "group number 1"), ((0, 0, 1), "group number 0"), ((0, 2), "group number 2")],
+)
+def test_groups_out_of_order(toy, order, message):
+    with pytest.raises(MalformedChunk, match=message):
+        list(StreamReader(write(toy, order)).groups())
+
+
+def test_group_against_header_and_neighbours(toy):
+    small = write(toy, gop_latents=2, gop_frames=5)
+    with pytest.raises(MalformedChunk, match="longer"):
+        list(StreamReader(small).groups())
+    at = toy.chunks(toy.data)[1][0] + 8
+    with pytest.raises(MalformedChunk, match="begins at frame 10, expected 9"):
+        list(StreamReader(toy.mend(edit(toy.data, at + 4, b"\x0a"))).groups())
+
+
+def test_index_that_disagrees(toy):
+    at = toy.chunks(toy.data)[-1][0]
+    for where, value, message in ((8, 18, "18 frames"), (16, 2, "index of 84 bytes for 2")):
+        with pytest.raises(MalformedChunk, match=message):
+            list(StreamReader(toy.mend(edit(toy.data, at + where, bytes([value])))).groups())
+    with pytest.raises(MalformedChunk, match="lists 3 groups, 2"):
+        list(StreamReader(toy.data[: toy.chunks(toy.data)[2][0]] + toy.data[at:]).groups())
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda toy: toy.data[:-1],
+        lambda toy: toy.data[: toy.chunks(toy.data)[-1][0]],
+        lambda toy: edit(toy.data, len(toy.data) - 1, b"\r"),
+        lambda toy: edit(toy.data, len(toy.data) - 24, b"\xff"),
+        lambda toy: toy.mend(edit(toy.data, len(toy.data) - 24, b"\xff" * 8)),
+        lambda toy: toy.mend(edit(toy.data, len(toy.data) - 24, struct.pack("<Q", 140))),
+        lambda toy: edit(toy.data, toy.chunks(toy.data)[-1][0] + 30, b"\x55"),
+        lambda toy: toy.mend(edit(toy.data, toy.chunks(toy.data)[-1][0] + 20, b"\xff" * 8)),
+        lambda toy: toy.mend(edit(toy.data, toy.chunks(toy.data)[-1][0] + 36, b"\xff" * 4)),
+    ],
+)
+def test_index_is_rebuilt(toy, damage):
+    reader = StreamReader(damage(toy))
+    with pytest.warns(IndexRebuilt):
+        assert reader.index() == StreamReader(toy.data).index()
+    for number, group in enumerate(StreamReader(toy.data).groups()):
+        assert reader.group(number) == group
+
+
+def test_forward_reading_needs_no_index(toy):
+    data = edit(toy.data, toy.chunks(toy.data)[-1][0] + 30, b"\x55")
+    with pytest.warns(IndexRebuilt):
+        assert toy.decode(data) == toy.symbols
+    with pytest.warns(IndexRebuilt), pytest.raises(MalformedChunk, match="header 20"):
+        toy.decode(toy.mend(data[:40] + b"\x14" + data[41:])[:140] + data[140:])
+
+
+def test_index_that_points_elsewhere(toy):
+    """A well-formed index with wrong contents never gives the wrong group."""
+    at = toy.chunks(toy.data)[-1][0] + 20
+    rows = [toy.data[at + 24 * i : at + 24 * i + 24] for i in range(3)]
+    swapped = toy.mend(edit(toy.data, at, rows[1] + rows[0] + rows[2]))
+    with pytest.raises(MalformedChunk, match="group number 1"):
+        StreamReader(swapped).group(0)
+    late = toy.mend(edit(toy.data, at + 8, b"\1"))
+    with pytest.raises(MalformedChunk, match="begins at frame"):
+        StreamReader(late).group(0)
+    inside = toy.mend(edit(toy.data, at, struct.pack("<Q", 150)))
+    with pytest.raises(BitstreamError):
+        StreamReader(inside).group(0)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("where", [0, 4, 7, 30])
+def test_tolerant_reading_loses_one_group(toy, number, where):
+    """Damage in type, length or payload of a chunk costs that group; the index shows the way."""
+    at = toy.chunks(toy.data)[number][0] + where
+    data = edit(toy.data, at, bytes([toy.data[at] ^ 0x21]))
+    with pytest.raises(BitstreamError):
+        list(StreamReader(data).groups())
+    got = list(StreamReader(data).groups(tolerant=True))
+    want = list(StreamReader(toy.data).groups())
+    assert [isinstance(g, Group) for g in got] == [i != number for i in range(3)]
+    assert [g for i, g in enumerate(got) if i != number] == want[:number] + want[number + 1 :]
+
+
+def test_tolerant_reading_without_seeking(toy):
+    at = toy.chunks(toy.data)[1][0] + 30
+    got = list(StreamReader(Pipe(edit(toy.data, at, b"\x55"))).groups(tolerant=True))
+    assert [type(g) for g in got] == [Group, ChecksumMismatch, Group]
+    with pytest.raises(BitstreamError):
+        list(StreamReader(Pipe(edit(toy.data, at - 26, b"\1"))).groups(tolerant=True))
+
+
+def test_tolerant_reading_of_a_contradiction(toy):
+    at = toy.chunks(toy.data)[1][0] + 8
+    got = list(StreamReader(toy.mend(edit(toy.data, at, b"\5"))).groups(tolerant=True))
+    assert [type(g) for g in got] == [Group, MalformedChunk, Group]
+
+
+def test_truncated_at_every_length(toy):
+    """Whole groups come out, then Truncated; before the first chunk, a header's errors."""
+    ends = [at + size for at, size in toy.chunks(toy.data)]
+    for length in range(len(toy.data)):
+        data, groups = toy.data[:length], []
+        for source in (data, Pipe(data)):
+            groups.clear()
+            try:
+                groups.extend(StreamReader(source).groups())
+                assert length >= ends[-1]  # only the footer is gone
+            except NotThisFormat:
+                assert length < 132
+            except Truncated as error:
+                assert 132 <= length < ends[-1]
+                assert length < 140 or f"{sum(e <= length for e in ends)} complete" in str(error)
+        # Truncated ends the iteration, so read them one by one
+        if length >= 140:
+            reader, count = StreamReader(data).groups(), 0
+            try:
+                for _ in reader:
+                    count += 1
+            except Truncated:
+                pass
+            assert count == sum(e <= length for e in ends[:-1])
+
+
+def test_every_byte_flipped_once(toy):
+    """An error, or the very symbols (in the footer, or with a warning in the index)."""
+    index = toy.chunks(toy.data)[-1][0]
+    for at in range(len(toy.data)):
+        data = edit(toy.data, at, bytes([toy.data[at] ^ 0xFF]))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", IndexRebuilt)
+            try:
+                symbols = toy.decode(data)
+            except BitstreamError:
+                assert at < index + 8
+            else:
+                assert at >= index + 8 and symbols == toy.symbols
+
+
+def test_exit_codes_are_distinct():
+    found = [c for c in vars(kinds).values() if isinstance(c, type) and c.__name__[0] != "_"]
+    codes = [c.exit_code for c in found if issubclass(c, BitstreamError)]
+    assert len(set(codes)) == len(codes) == 13
+    assert sorted(codes) == [1, *range(10, 17), *range(20, 25)]
+
+
+def test_files_are_closed(toy, tmp_path):
+    path = tmp_path / "bad.gnvc"
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(NotThisFormat):
+        StreamReader(path)
+    path.write_bytes(toy.data)
+    with StreamReader(path) as reader:
+        pass
+    assert reader.file.closed
+    mine = io.BytesIO(toy.data)
+    with StreamReader(mine):
+        pass
+    assert not mine.closed

@@ -1,0 +1,164 @@
+"""Payload of a group: its bytes, its limits, and what tells damage from wrong arithmetic."""
+
+import dataclasses
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+
+from gnvc_jax.bitstream import decode_group, encode_group, parse_group
+from gnvc_jax.bitstream.errors import (
+    Desynchronised,
+    EntropyError,
+    LimitExceeded,
+    MalformedChunk,
+)
+
+
+def decode(toy, group, network=None):
+    return decode_group(group, toy.coder, network or toy.scale_index, toy.z_shape, toy.y_shape)
+
+
+def test_layout_of_the_payload(toy):
+    """Field by field with struct, from the description of the format."""
+    payload, latents = toy.payloads[1], toy.groups[1]
+    number, first, frames, count = struct.unpack_from("<IQHH", payload)
+    assert (number, first, frames, count) == (1, 9, 9, 3)
+    crc_index, crc_symbols = struct.unpack_from("<II", payload, 16)
+    assert crc_index == zlib.crc32(b"".join(s.index.tobytes() for s in latents))
+    assert crc_symbols == zlib.crc32(b"".join(s.z.tobytes() + s.y.tobytes() for s in latents))
+    assert payload[24:40] == bytes(16)
+    at, segments = 40, []
+    for i, s in enumerate(latents):
+        assert payload[at : at + 2] == bytes([int(i > 0), s.q_index])
+        low = payload[at + 2]
+        length = low if low < 128 else (low & 127) + 128 * payload[at + 3]
+        segments.append(toy.coder.encode(s.kind, s.q_index, s.z, s.y, s.index))
+        assert length == len(segments[-1])
+        at += 3 if low < 128 else 4
+    assert payload[at:] == b"".join(segments)
+
+
+def test_symbols_come_back(toy):
+    for payload, latents in zip(toy.payloads, toy.groups):
+        for got, want in zip(decode(toy, parse_group(payload)), latents, strict=True):
+            assert (got.kind, got.q_index) == (want.kind, want.q_index)
+            for name in ("z", "y", "index"):
+                np.testing.assert_array_equal(getattr(got, name), getattr(want, name))
+
+
+def edit(payload: bytes, at: int, value: bytes) -> bytes:
+    return payload[:at] + value + payload[at + len(value) :]
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p[:39], "payload of 39 bytes"),
+        (lambda p: p[:41], "entry of latent 0"),
+        (lambda p: p[:42], "five bytes"),
+        (lambda p: edit(p, 14, b"\0\0"), "0 latents"),
+        (lambda p: edit(p, 14, b"\1\1"), "257 latents"),
+        (lambda p: edit(p, 12, b"\0\0"), "0 frames"),
+        (lambda p: edit(p, 12, b"\x0a\0"), "10 frames in 3"),
+        (lambda p: edit(p, 40, b"\1"), "kind bits 0x1"),
+        (lambda p: edit(p, 40, b"\2"), "kind bits 0x2"),
+        (lambda p: edit(p, 41, b"\x40"), "q_index 64"),
+        (lambda p: edit(p, 42, b"\xff" * 5), "five bytes"),
+        (lambda p: edit(p, 42, bytes([p[42] ^ 4])), "segments of"),
+        (lambda p: p + bytes(4), "segments of"),
+        (lambda p: p[:-1], "segments of"),
+    ],
+)
+def test_contradictions(toy, damage, message):
+    with pytest.raises(MalformedChunk, match=message):
+        parse_group(damage(toy.payloads[0]))
+
+
+def test_segment_of_half_words():
+    fixed = struct.pack("<IQHHII16s", 0, 0, 1, 1, 0, 0, bytes(16))
+    with pytest.raises(MalformedChunk, match="whole words"):
+        parse_group(fixed + b"\0\0\2ab")
+
+
+def test_segment_longer_than_its_symbols_can_be(toy):
+    group = parse_group(toy.payloads[2])
+    most = 4 * (np.prod(toy.z_shape) + np.prod(toy.y_shape)) + 64
+    for length, error in ((most, (EntropyError, Desynchronised)), (most + 4, MalformedChunk)):
+        with pytest.raises(error):
+            decode(toy, dataclasses.replace(group, segments=(b"\1" * int(length),)))
+
+
+def test_other_arithmetic_is_desynchronisation(toy):
+    """One index off by one, in any latent, is told apart from damaged symbols."""
+
+    def other(where):
+        def network(kind, q_index, z, prev_y, prev_index):
+            index = toy.scale_index(kind, q_index, z, prev_y, prev_index)
+            if calls.pop():
+                index[0, 0, 3] ^= 1
+            return index
+
+        calls = [i == where for i in reversed(range(3))]
+        return network
+
+    for where in range(3):
+        with pytest.raises(Desynchronised, match="arithmetic differs"):
+            decode(toy, parse_group(toy.payloads[0]), other(where))
+
+
+def test_wrong_symbols_under_right_indices(toy):
+    group = parse_group(toy.payloads[2])
+    with pytest.raises(EntropyError, match="symbols have CRC32"):
+        decode(toy, dataclasses.replace(group, crc_symbols=group.crc_symbols ^ 1))
+    longer = (b"\1\0\0\0" + group.segments[0],)
+    with pytest.raises(EntropyError, match=r"latent 0: .*more than its symbols"):
+        decode(toy, dataclasses.replace(group, segments=longer))
+    zero = (group.segments[0] + bytes(4),)
+    with pytest.raises(EntropyError, match="zero word"):
+        decode(toy, dataclasses.replace(group, segments=zero))
+
+
+def test_encoder_verifies_itself(toy):
+    """Symbols where nothing is coded cannot come back, so they are never written."""
+    s = toy.groups[2][0]
+    y = np.where(s.index < toy.coder.tables.k_skip, 1, s.y).astype(np.int8)
+    assert (y != s.y).any()
+    with pytest.raises((RuntimeError, EntropyError)):
+        encode_group(
+            [dataclasses.replace(s, y=y)], toy.coder, toy.scale_index,
+            number=0, first_frame=0, n_frames=1,
+        )  # fmt: skip
+
+
+def test_memory_is_known_before_it_is_taken(toy):
+    """A few bytes can claim the largest picture; the limit is met without allocating it."""
+    group = parse_group(toy.payloads[0])
+    tracemalloc.start()
+    try:
+        with pytest.raises(LimitExceeded, match="MiB of memory"):
+            decode_group(group, toy.coder, toy.scale_index, (256, 128, 512), (1024, 512, 512))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_memory_estimate_is_an_upper_bound(toy):
+    z_shape, y_shape = (16, 16, 2), (64, 64, 64)
+
+    def network(kind, q_index, z, prev_y, prev_index):
+        return np.full(y_shape, 40, np.uint8)
+
+    group = dataclasses.replace(parse_group(toy.payloads[0]), segments=(b"", b"", b""))
+    need = 3 * (z_shape[0] * z_shape[1] * 2 + 2 * 64**3) + 40 * 64**3
+    tracemalloc.start()
+    try:
+        with pytest.raises(Desynchronised):
+            decode_group(group, toy.coder, network, z_shape, y_shape, memory_limit=need)
+        assert need / 3 < tracemalloc.get_traced_memory()[1] < need
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(LimitExceeded):
+        decode_group(group, toy.coder, network, z_shape, y_shape, memory_limit=need - 1)
