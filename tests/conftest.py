@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+import numpy as np
+import pytest
+
 # Before JAX initialises; processes that tests start inherit them.
 flag = "--xla_force_host_platform_device_count"
 if flag not in os.environ.get("XLA_FLAGS", ""):
@@ -11,3 +14,58 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 cache = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+@pytest.fixture(scope="session")
+def tiny_model():
+    """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code."""
+    import jax
+    import jax.numpy as jnp
+
+    from gnvc_jax import model as models
+    from gnvc_jax.codec import scales
+    from gnvc_jax.codec.config import CodecConfig
+    from gnvc_jax.codec.model import LatentCodec
+    from gnvc_jax.vae import VAE, VAEConfig
+
+    vae_config = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
+    codec_config = CodecConfig(
+        latent_channels=4,
+        intra_width=8,
+        width=8,
+        intra_analysis=1,
+        intra_synthesis=1,
+        y_channels=8,
+        z_channels=4,
+        scale_width=8,
+    )
+    starts = {layer.name: layer.start for layer in scales.layers_of(codec_config)}
+
+    def init(k):
+        q_index, latents = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 8, 8, 4))
+        return {
+            "vae": VAE(vae_config).init(k, jnp.zeros((1, 5, 16, 16, 3)))["params"],
+            "codec": LatentCodec(codec_config).init(k, latents, q_index, k)["params"],
+        }
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+
+    def make(seed: int = 0) -> models.Model:
+        rng = np.random.default_rng(seed)
+
+        def draw(path, leaf):
+            name, fan_in = path[-1].key, max(1, int(np.prod(leaf.shape[:-1])))
+            if any(p.key == "scales" for p in path):
+                if name.endswith("bias"):
+                    return np.full(leaf.shape, starts[name[:2]], np.float32)
+                scale = 0.25 if name.endswith("kernel") else 0.01
+            else:
+                scales_of = {"kernel": 0.7 * fan_in**-0.5, "log_gain": 0.2, "gamma": 0.2}
+                scale = scales_of.get(name, 0.1)
+            return rng.normal(name == "gamma", scale, leaf.shape).astype(np.float32)
+
+        params = jax.tree_util.tree_map_with_path(draw, shapes)
+        mean, std = np.zeros(4), np.full(4, 0.3)
+        return models.build("test", vae_config, codec_config, **params, mean=mean, std=std)
+
+    return make

@@ -4,8 +4,6 @@ import io
 import subprocess
 import sys
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,54 +11,11 @@ from gnvc_jax import model as models
 from gnvc_jax.bitstream import EntropyCoder, PlainCoder, StreamReader
 from gnvc_jax.bitstream.errors import DeviceNotExact, ModelCorrupt, WrongModel
 from gnvc_jax.codec import scales
-from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.coder import Coder
-from gnvc_jax.vae import VAE, VAEConfig
-
-VAE_CONFIG = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
-CODEC_CONFIG = CodecConfig(
-    latent_channels=4,
-    intra_width=8,
-    width=8,
-    intra_analysis=1,
-    intra_synthesis=1,
-    y_channels=8,
-    z_channels=4,
-    scale_width=8,
-)
-
-
-def tiny_model(seed: int = 0) -> models.Model:
-    """A model with random weights in a range that gives symbols worth coding."""
-    rng = np.random.default_rng(seed)
-    starts = {layer.name: layer.start for layer in scales.layers_of(CODEC_CONFIG)}
-
-    def draw(path, leaf):
-        name, fan_in = path[-1].key, max(1, int(np.prod(leaf.shape[:-1])))
-        if any(p.key == "scales" for p in path):
-            if name.endswith("bias"):
-                return np.full(leaf.shape, starts[name[:2]], np.float32)
-            scale = 0.25 if name.endswith("kernel") else 0.01
-        else:
-            scale = {"kernel": 0.7 * fan_in**-0.5, "log_gain": 0.2, "gamma": 0.2}.get(name, 0.1)
-        return rng.normal(name == "gamma", scale, leaf.shape).astype(np.float32)
-
-    def init(k):
-        q_index, latents = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 8, 8, 4))
-        return {
-            "vae": VAE(VAE_CONFIG).init(k, jnp.zeros((1, 5, 16, 16, 3)))["params"],
-            "codec": LatentCodec(CODEC_CONFIG).init(k, latents, q_index, k)["params"],
-        }
-
-    params = jax.tree_util.tree_map_with_path(draw, jax.eval_shape(init, jax.random.key(0)))
-    return models.build(
-        "test", VAE_CONFIG, CODEC_CONFIG, **params, mean=np.zeros(4), std=np.full(4, 0.3)
-    )
 
 
 @pytest.fixture(scope="module")
-def coder():
+def coder(tiny_model):
     return Coder(tiny_model())
 
 
@@ -112,7 +67,7 @@ def test_plain_python_reads_the_same_symbols(coder, stream):
     plain = Coder(coder.model)
     plain.entropy = EntropyCoder(coder.model.tables, PlainCoder)
     plain.functions._network = lambda tables, q_index, *v: scales.scale_index_numpy(
-        CODEC_CONFIG, tables, q_index, *v
+        coder.model.codec_config, tables, q_index, *v
     )
     assert same(symbols(coder, stream), symbols(plain, stream))
 
@@ -126,7 +81,7 @@ def test_estimated_bits_are_the_bytes_of_the_file(coder, stream):
                 assert bits <= 8 * len(segment) <= 1.001 * bits + 64
 
 
-def test_another_model_is_refused(coder, stream):
+def test_another_model_is_refused(coder, stream, tiny_model):
     other = Coder(tiny_model(seed=1))
     with StreamReader(stream) as reader, pytest.raises(WrongModel, match="codec"):
         list(other.decode_frames(reader))
@@ -137,7 +92,8 @@ def test_model_file_keeps_everything(tmp_path, coder, stream):
     models.save_model(path, coder.model)
     loaded = models.load_model(path)
     assert loaded.fingerprints == coder.model.fingerprints
-    assert loaded.vae_config == VAE_CONFIG and loaded.codec_config == CODEC_CONFIG
+    assert loaded.vae_config == coder.model.vae_config
+    assert loaded.codec_config == coder.model.codec_config
     assert list(tmp_path.iterdir()) == [path]
 
     data = bytearray(path.read_bytes())
