@@ -88,13 +88,13 @@ def main(arguments=None) -> int:
     points = [FilePoint(options.model, qp) for qp in options.qp]
     points += [AutoencoderPoint(options.model)] * options.vae
     total = len(clips) * (len(options.qp) * (1 + len(options.anchors)) + options.vae)
-    with tqdm(total=total, unit="point", file=sys.stderr) as bar:
+    with tqdm(total=total, unit="point", disable=None) as bar:
 
         def progress(label: str, status: str) -> None:
-            bar.set_postfix_str(f"{label} {status}")
-            if status == "failed":
-                bar.write(f"failed: {label}", file=sys.stderr)
+            bar.set_description(label)
             bar.update()
+            if bar.disable or status == "failed":  # not a terminal, or worth keeping in sight
+                bar.write(f"{label}: {status}", file=sys.stderr)
 
         sweep = Sweep(options.out, Meter(options.metrics), options.force, progress)
         records = sweep.run(clips, points, options.anchors)

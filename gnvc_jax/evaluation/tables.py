@@ -113,7 +113,11 @@ def markdown(records: Sequence[dict]) -> str:
     )
     if reasons:
         parts.append("Not measured:\n\n" + "\n".join(reasons))
-    failures = [f"- {r['clip']} {r['point']}: {r['error']}" for r in records if r["status"] != "ok"]
+    failures = [
+        "- " + f"{r['clip']} {r['point']}".strip() + f": {r['error']}"
+        for r in records
+        if r["status"] != "ok"
+    ]
     if failures:
         parts.append("Failed:\n\n" + "\n".join(failures))
     return "\n\n".join(parts) + "\n"

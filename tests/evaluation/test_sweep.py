@@ -126,7 +126,7 @@ def test_failures_are_listed_and_tried_again(tmp_path, meter):
     assert records[0]["error"] == "c.mkv: not a video"
     assert records[1]["error"] == "RuntimeError: out of luck"
     table = write_results(tmp_path, records, ["eval.py"], {})
-    assert "- c : c.mkv: not a video" in table
+    assert "- c: c.mkv: not a video" in table
     assert "- a q2: RuntimeError: out of luck" in table
 
 

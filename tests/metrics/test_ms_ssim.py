@@ -71,8 +71,8 @@ def test_ms_ssim_agrees_with_its_definition(h, w):
 
 @pytest.mark.parametrize(("h", "w"), [(256, 256), (177, 235)])
 def test_ms_ssim_agrees_with_pytorch_msssim(h, w):
-    torch = pytest.importorskip("torch")
-    package = pytest.importorskip("pytorch_msssim")
+    torch = pytest.importorskip("torch", exc_type=ImportError)
+    package = pytest.importorskip("pytorch_msssim", exc_type=ImportError)
     x, y = pair(h, w)
     planes = [torch.from_numpy(a.astype(np.float32)).permute(0, 3, 1, 2) for a in (x, y)]
     expected = package.ms_ssim(*planes, data_range=255, size_average=False).numpy()
