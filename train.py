@@ -10,6 +10,7 @@ import sys
 
 import jax
 
+from gnvc_jax.media.errors import MediaError
 from gnvc_jax.runtime import use_compilation_cache
 from gnvc_jax.training import config
 from gnvc_jax.training.loop import train
@@ -29,7 +30,7 @@ def main() -> None:
         device = jax.devices()[0]
         print(f"{experiment.stage} on {jax.device_count()} x {device.device_kind}", flush=True)
         train(experiment, make_stage(experiment))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, MediaError) as error:
         sys.exit(f"train.py: {error}")
 
 
