@@ -34,6 +34,13 @@ def test_gaussian_tables_are_bin_masses():
     np.testing.assert_array_equal(freq[:, :127], freq[:, :127:-1])
 
 
+def test_end_symbols_hold_the_tails():
+    freq = gaussian_frequencies(np.array([100.0]))
+    check(freq, 255)
+    tail = scipy.stats.norm.sf(126.5 / 100)
+    np.testing.assert_allclose(freq[0, [0, -1]] / 2**24, tail, atol=256 / 2**24)
+
+
 @pytest.mark.parametrize("n", [2, 31, 255])
 def test_frequencies_of_any_probabilities(n):
     p = np.random.default_rng(n).dirichlet(np.full(n, 0.05), 40)
