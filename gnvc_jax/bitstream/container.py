@@ -4,6 +4,7 @@ The writer never seeks, so it can write to a pipe; the reader needs seeking only
 """
 
 import dataclasses
+import functools
 import io
 import struct
 import warnings
@@ -67,7 +68,14 @@ class StreamWriter:
         self.frames += group.n_frames
 
     def close(self) -> None:
-        """Write index and footer; the file itself stays open."""
+        """Write index and footer; the file itself stays open.
+
+        ValueError if the header promised another number of frames.
+        """
+        if self.header.frame_count not in (None, self.frames):
+            raise ValueError(
+                f"{self.frames} frames were written, the header says {self.header.frame_count}"
+            )
         at = self.offset
         rows = [ENTRY.pack(*dataclasses.astuple(entry)) for entry in self.entries]
         self._chunk(b"INDX", INDEX_HEAD.pack(self.frames, len(rows)) + b"".join(rows))
@@ -103,12 +111,12 @@ class StreamReader:
             source = io.BytesIO(source)
         self.owned = isinstance(source, str | Path)
         self.file = open(source, "rb") if self.owned else source
-        self.entries: list[Entry] | None = None
         try:
             self.header, self.start = read_header(self._read)
         except BitstreamError:
             self.close()
             raise
+        self.total = self.header.frame_count  # None until the index, read forward, has said it
 
     def __enter__(self) -> "StreamReader":
         return self
@@ -121,11 +129,37 @@ class StreamReader:
             self.file.close()
 
     def groups(self, tolerant: bool = False) -> Iterator[Group | BitstreamError]:
-        """The groups in order, each checked. tolerant: a damaged group is given as its error.
+        """The groups in order, each checked.
 
         Raises the kinds of BitstreamError; a file that ends early raises Truncated at the end.
-        Warns with IndexRebuilt if only the index is damaged.
+        Warns with IndexRebuilt if only the index is damaged. tolerant: nothing is raised; an error
+        stands in the place of each lost group, the last one for all that cannot be found.
         """
+        if not tolerant:
+            yield from self._groups(None)
+            return
+        lost: list[BitstreamError] = []
+        frames = 0
+        try:
+            for group in self._groups(lost):
+                yield from self._share(lost, group.first_frame - frames)
+                frames = group.first_frame + group.n_frames
+                yield group
+        except BitstreamError as error:
+            lost.append(error)
+        yield from self._share(lost, None if self.total is None else self.total - frames)
+
+    def _share(self, lost: list[BitstreamError], missing: int | None) -> Iterator[BitstreamError]:
+        """Take the errors out of `lost`, each with its part of the missing frames."""
+        while lost:
+            error = lost.pop(0)
+            if missing is not None:
+                error.n_frames = max(0, min(missing, self.header.gop_frames))
+                missing -= error.n_frames
+            yield error
+
+    def _groups(self, lost: list[BitstreamError] | None) -> Iterator[Group]:
+        """As `groups`; if there is a list, errors that can be stepped over go there."""
         at, number, frames = self.start, 0, 0
         while True:
             if self.file.seekable():  # the caller may have read elsewhere in between
@@ -137,21 +171,23 @@ class StreamReader:
                     warnings.warn(f"index unusable ({error})", IndexRebuilt, stacklevel=2)
                     self._check_total(frames, frames)
                     return
-                after = self._after(at, number, error) if tolerant else None
+                after = None if lost is None else self._after(at, number, error)
                 if after is None:
                     raise
-                yield error
+                lost.append(error)
                 at, number, frames = after, number + 1, None
                 continue
             if kind == b"GOPC":
                 try:
                     group = self._check(parse_group(payload), number, frames)
-                    frames = group.first_frame + group.n_frames
                 except MalformedChunk as error:
-                    if not tolerant:
+                    if lost is None:
                         raise
-                    group, frames = error, None
-                yield group
+                    lost.append(error)
+                    frames = None
+                else:
+                    frames = group.first_frame + group.n_frames
+                    yield group
                 number += 1
             elif kind == b"INDX":
                 self._check_end(payload, number, frames)
@@ -172,10 +208,10 @@ class StreamReader:
         return group
 
     def _check_end(self, payload: bytes, groups: int, frames: int | None) -> None:
-        total, count = self._parse_index(payload)[:2]
+        self.total, count = self._parse_index(payload)[:2]
         if count != groups:
             raise MalformedChunk(f"index lists {count} groups, {groups} are there")
-        self._check_total(total, frames)
+        self._check_total(self.total, frames)
 
     def _check_total(self, total: int | None, frames: int | None) -> None:
         known = self.header.frame_count
@@ -184,13 +220,9 @@ class StreamReader:
 
     def _after(self, at: int, number: int, error: BitstreamError) -> int | None:
         """Where the chunk after a damaged group begins: by the index, else by its own length."""
-        if self.file.seekable():
-            try:
-                entry = self._stored_index()[number]
-            except (BitstreamError, IndexError):
-                pass
-            else:
-                return at + entry.size if entry.offset == at else None
+        entries = self._stored_index if self.file.seekable() else []
+        if isinstance(entries, list) and number < len(entries):
+            return at + entries[number].size if entries[number].offset == at else None
         whole = isinstance(error, ChecksumMismatch) and error.kind == b"GOPC"
         return at + error.size if whole else None
 
@@ -252,13 +284,22 @@ class StreamReader:
 
     def index(self) -> list[Entry]:
         """Where the groups are; found by a scan, with a warning, if the index is damaged."""
-        if self.entries is None:
-            try:
-                self.entries = self._stored_index()
-            except BitstreamError as error:
-                warnings.warn(f"index unusable ({error}); scanning", IndexRebuilt, stacklevel=2)
-                self.entries = self._scan()
-        return self.entries
+        return self._index
+
+    @functools.cached_property
+    def _index(self) -> list[Entry]:
+        stored = self._stored_index
+        if isinstance(stored, list):
+            return stored
+        warnings.warn(f"index unusable ({stored}); scanning", IndexRebuilt, stacklevel=3)
+        return self._scan()
+
+    @functools.cached_property
+    def _stored_index(self) -> list[Entry] | BitstreamError:
+        try:
+            return self._read_index()
+        except BitstreamError as error:
+            return error
 
     def _scan(self) -> list[Entry]:
         entries, at = [], self.start
@@ -272,7 +313,7 @@ class StreamReader:
         except BitstreamError:
             return entries
 
-    def _stored_index(self) -> list[Entry]:
+    def _read_index(self) -> list[Entry]:
         end = self.file.seek(0, io.SEEK_END)
         if end < self.start + FOOTER.size:
             raise Truncated("no footer")

@@ -7,6 +7,7 @@ pops z first, because the indices depend on it.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -23,9 +24,9 @@ except ImportError:  # no wheel for this platform: the plain coder reads and wri
 class FastCoder:
     """The coder of `plain` by constriction's AnsCoder."""
 
-    def __init__(self, words: list[int] | None = None):
+    def __init__(self, words: Sequence[int] = ()):
         ans = constriction.stream.stack.AnsCoder
-        self.ans = ans(np.asarray(words, np.uint32)) if words is not None and len(words) else ans()
+        self.ans = ans(np.asarray(words, np.uint32)) if len(words) else ans()
 
     @staticmethod
     def model(frequencies: np.ndarray):
@@ -48,6 +49,9 @@ class FastCoder:
 
 class PlainCoder(plain.Coder):
     """The plain coder under the interface of FastCoder."""
+
+    def __init__(self, words: Sequence[int] = ()):
+        super().__init__(np.asarray(words, np.uint32).tolist())
 
     @staticmethod
     def model(frequencies: np.ndarray) -> list[int]:
@@ -84,8 +88,11 @@ class EntropyCoder:
     ) -> bytes:
         """Segment of one latent: z (h, w, cz) in -15..15, y (H, W, cy) in -127..127, index uint8.
 
-        y must be 0 where index < k_skip.
+        y must be 0 where index < k_skip. ValueError if a symbol is out of range.
         """
+        for name, values, bound in (("z", z, Z_BOUND), ("y", y, SYMBOL_BOUND)):
+            if values.min(initial=0) < -bound or values.max(initial=0) > bound:
+                raise ValueError(f"a symbol of {name} is outside -{bound}..{bound}")
         order, counts = self._order(index)
         symbols = np.asarray(y).reshape(-1)[order].astype(np.int32) + SYMBOL_BOUND
         coder = self.backend()
@@ -129,7 +136,7 @@ class LatentDecoder:
         if len(words) and words[-1] == 0:
             raise EntropyError("a segment ends with a zero word")
         self.coder, self.models = coder, coder._z_rows(kind, q_index)
-        self.ans = coder.backend(words.tolist())
+        self.ans = coder.backend(words)
 
     def z(self, shape: tuple[int, int, int]) -> np.ndarray:
         """Hyperlatent (h, w, cz) int8."""

@@ -2,9 +2,13 @@
 
 
 class BitstreamError(Exception):
-    """Base of all stream errors; `exit_code` is what the command line ends with."""
+    """Base of all stream errors; `exit_code` is what the command line ends with.
+
+    n_frames: what a tolerant reader lost to this error, None if it cannot tell.
+    """
 
     exit_code = 1
+    n_frames: int | None = None
 
 
 class NotThisFormat(BitstreamError):

@@ -167,7 +167,10 @@ def decode_group(
         if len(segment) > 4 * (z_size + y_size) + 64:
             raise MalformedChunk(f"group {group.number}, latent {i}: {len(segment)} bytes")
         before = latents[-1] if latents else None
-        decoder = LatentDecoder(coder, kind, q_index, segment)
+        try:
+            decoder = LatentDecoder(coder, kind, q_index, segment)
+        except EntropyError as error:
+            raise EntropyError(f"group {group.number}, latent {i}: {error}") from error
         z = decoder.z(z_shape)
         index = scale_index(kind, q_index, z, before and before.y, before and before.index)
         latents.append(LatentSymbols(kind, q_index, z, decoder.y(index), index))

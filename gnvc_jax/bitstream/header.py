@@ -73,6 +73,8 @@ class Header:
         limit("z_channels", self.z_channels, 1, 512)
         limit("k_skip", self.k_skip, 0, 64)
         limit("colour range", self.colour[3], 0, 1)
+        limit("length of codec_fingerprint", len(self.codec_fingerprint), 32, 32)
+        limit("length of vae_fingerprint", len(self.vae_fingerprint), 16, 16)
         if self.frame_count is not None:
             limit("frame_count", self.frame_count, 1, 2**48)
 

@@ -168,6 +168,8 @@ def test_writer_refuses_what_does_not_fit(toy):
         )
     with pytest.raises(MalformedChunk):
         writer.write_group(toy.payloads[1][:-1])
+    with pytest.raises(ValueError, match="9 frames were written, the header says 19"):
+        writer.close()
 
 
 def test_not_this_format(toy):
@@ -233,6 +235,9 @@ def test_limits_that_join_fields(toy):
         else:
             with pytest.raises(LimitExceeded, match="width"):
                 StreamReader(data)
+    for changes in ({"codec_fingerprint": bytes(31)}, {"vae_fingerprint": bytes(17)}):
+        with pytest.raises(LimitExceeded, match="fingerprint"):
+            toy.header(**changes).pack()
     for changes in ({"width": 15}, {"fps": (1, 0)}, {"extra": {1: bytes(65530)}},
                     {"extra": {1: bytes(70000)}}, {"gop_frames": 10}):  # fmt: skip
         with pytest.raises(LimitExceeded):
@@ -378,14 +383,45 @@ def test_tolerant_reading_without_seeking(toy):
     at = toy.chunks(toy.data)[1][0] + 30
     got = list(StreamReader(Pipe(edit(toy.data, at, b"\x55"))).groups(tolerant=True))
     assert [type(g) for g in got] == [Group, ChecksumMismatch, Group]
-    with pytest.raises(BitstreamError):
-        list(StreamReader(Pipe(edit(toy.data, at - 26, b"\1"))).groups(tolerant=True))
+    # a wrong length hides all that follows
+    got = list(StreamReader(Pipe(edit(toy.data, at - 24, b"\xff"))).groups(tolerant=True))
+    assert [type(g) for g in got] == [Group, Truncated]
 
 
 def test_tolerant_reading_of_a_contradiction(toy):
     at = toy.chunks(toy.data)[1][0] + 8
     got = list(StreamReader(toy.mend(edit(toy.data, at, b"\5"))).groups(tolerant=True))
     assert [type(g) for g in got] == [Group, MalformedChunk, Group]
+
+
+def lost_frames(data, source=lambda d: d) -> list[int | None]:
+    """Frames of each item of tolerant reading; those of groups are negative."""
+    items = StreamReader(source(data)).groups(tolerant=True)
+    return [-g.n_frames if isinstance(g, Group) else g.n_frames for g in items]
+
+
+@pytest.mark.parametrize("source", [lambda d: d, Pipe])
+def test_tolerant_reading_knows_how_much_is_lost(toy, source):
+    """The frames of groups and errors are those of the header, whatever is lost."""
+    flipped = [edit(toy.data, at + 60, b"\0\0\0\0") for at, _ in toy.chunks(toy.data)[:3]]
+    for data, want in zip(flipped, ([9, -9, -1], [-9, 9, -1], [-9, -9, 1])):
+        assert lost_frames(data, source) == want
+    at = toy.chunks(toy.data)[2][0]
+    assert lost_frames(edit(flipped[1], at + 60, b"\0\0\0\0"), source) == [-9, 9, 1]
+    for length in (at, at + 5, at + 60):  # cut short
+        assert lost_frames(toy.data[:length], source) == [-9, -9, 1]
+    assert lost_frames(write(toy, (1, 0, 2)), source) == [9, 9, -1]
+    assert lost_frames(write(toy, (0, 1)), source) == [-9, -9, 1]
+    with pytest.warns(IndexRebuilt):
+        index = toy.chunks(toy.data)[3][0]
+        assert lost_frames(edit(flipped[2], index + 30, b"\x55"), source) == [-9, -9, 1]
+
+
+def test_tolerant_reading_of_a_stream_of_unknown_length(toy):
+    data = toy.mend(edit(toy.data, 40, b"\xff" * 8))
+    at = toy.chunks(data)[2][0]
+    assert lost_frames(edit(data, at + 60, b"\0\0\0\0")) == [-9, -9, 1]  # from the index
+    assert lost_frames(data[: at + 60]) == [-9, -9, None]
 
 
 def test_truncated_at_every_length(toy):

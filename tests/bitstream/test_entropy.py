@@ -136,6 +136,17 @@ def test_canonical_order(toy):
     assert reader.is_empty()
 
 
+@pytest.mark.parametrize("backend", [module.FastCoder, PlainCoder])
+def test_symbols_out_of_range(toy, backend):
+    coder = EntropyCoder(toy.tables(), backend)
+    z, y, index = draw(np.random.default_rng(6), coder.tables, (1, 2, 2))
+    for name, value in (("z", -16), ("z", 16), ("y", -128)):
+        changed = {"z": z.copy(), "y": y.copy()}
+        changed[name][0, 0, 0] = value
+        with pytest.raises(ValueError, match=f"symbol of {name}"):
+            coder.encode(1, 33, index=index, **changed)
+
+
 def test_segments_that_cannot_be(toy):
     z, y, index = draw(np.random.default_rng(5), toy.coder.tables, (1, 2, 2))
     segment = toy.coder.encode(1, 33, z, y, index)
