@@ -149,7 +149,7 @@ def group_frames(coder, header, group, last, damaged, tolerant) -> Iterator[np.n
             error = caught
     damaged.append(str(error))
     grey = np.full((header.height, header.width, 3), 128, np.uint8)
-    count = group.n_frames if isinstance(group, Group) else header.gop_frames
+    count = header.gop_frames if group.n_frames is None else group.n_frames
     yield from [grey if last is None else last] * count
 
 
