@@ -7,14 +7,11 @@ from fractions import Fraction
 from pathlib import Path
 
 import imageio.v3 as imageio
-import jax
 import numpy as np
 
+from gnvc_jax.evaluation.quality import Meter
 from gnvc_jax.media.reader import open_video
 from gnvc_jax.media.writer import open_writer
-from gnvc_jax.metrics.lpips import load_lpips, lpips
-from gnvc_jax.metrics.ms_ssim import ms_ssim
-from gnvc_jax.metrics.psnr import psnr
 
 SIDE, FPS = 256, Fraction(25)
 
@@ -53,19 +50,6 @@ def write_all(path: Path, video: np.ndarray, fps: Fraction) -> None:
             out.write(frame)
 
 
-def quality(source: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
-    """Mean over frames of PSNR, MS-SSIM (None below 161 px) and LPIPS (alex)."""
-    params, values = load_lpips("alex"), {"psnr": [], "ms_ssim": [], "lpips": []}
-    distance = jax.jit(lpips)
-    for a, b in zip(source, decoded, strict=True):
-        a, b = (x[None].astype(np.float32) for x in (a, b))
-        values["psnr"].append(float(psnr(a, b)[0]))
-        if min(a.shape[1:3]) > 160:
-            values["ms_ssim"].append(float(ms_ssim(a, b)[0]))
-        values["lpips"].append(float(distance(params, a / 127.5 - 1, b / 127.5 - 1)[0]))
-    return {k: float(np.mean(v)) if v else float("nan") for k, v in values.items()}
-
-
 def gnvc(*args: object) -> float:
     """Run `gnvc` in a process of its own; seconds. SystemExit with its code if it fails."""
     start = time.perf_counter()
@@ -95,10 +79,10 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     imageio.imwrite(out / "contact_sheet.png", np.concatenate(rows, axis=0))
 
     size = stream.stat().st_size
-    values = quality(source, decoded)
+    measured = Meter(("psnr", "ms_ssim", "lpips_alex"))(source, decoded)
     t, h, w, _ = source.shape
     print(f"\n{t} frames of {w}x{h}, qp {qp}: {size} bytes, {8 * size / (t * h * w):.4f} bpp")
-    print("  ".join(f"{k} {v:.4f}" for k, v in values.items()))
+    print("  ".join(f"{k} {v:.4f}" for k, v in measured.quality.items() if v is not None))
     print("  ".join(f"{k} {t / s:.2f} frames/s" for k, s in zip(("encode", "decode"), seconds)))
     print(f"(whole processes, start and compilation included)\nSee {out}/contact_sheet.png,")
     print(f"{out}/side_by_side.mp4 (source left), {out}/decoded.mp4 and {stream}")
