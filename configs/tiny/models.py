@@ -3,7 +3,14 @@
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.vae.config import VAEConfig
 
-VAE = VAEConfig(base=8, multipliers=(1, 3, 6, 8), blocks=1)
+VAE = VAEConfig(
+    base=24,
+    multipliers=(1, 2, 4),
+    blocks=1,
+    temporal_down=(True, True),
+    patch=2,
+    linear_encoder=True,
+)
 CODEC = CodecConfig(
     intra_width=64,
     width=64,

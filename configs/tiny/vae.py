@@ -1,4 +1,4 @@
-"""The small VAE, from scratch.
+"""The small VAE: principal components of training clips, and a decoder that improves on them.
 
 python train.py --config configs/tiny/vae.py --data.path CLIPS
 """
@@ -10,9 +10,16 @@ from gnvc_jax.training.stages.vae import VAELoss
 experiment = Experiment(
     stage="vae",
     vae=VAE,
-    loss=VAELoss(l1=1.0, mse=4.0, kl=1e-4, lpips=0.1, lpips_from=4000),
-    data=DataConfig(path="data/train", frames=5, size=(64, 64), batch=8, downscale_prob=0.5),
-    optim=OptimConfig(lr=2e-3, warmup=100, steps=6000, final_lr_ratio=0.02, ema=0.998),
-    init_from="runs/tiny/vae_image",
-    run=RunConfig(out="runs/tiny/vae", log_every=20, checkpoint_every_s=300),
+    loss=VAELoss(l1=1.0, mse=4.0, kl=0.0, lpips=0.0),
+    data=DataConfig(path="data/train", frames=9, size=(64, 64), batch=4, downscale_prob=0.5),
+    optim=OptimConfig(
+        lr=1e-3,
+        warmup=20,
+        steps=900,
+        final_lr_ratio=0.1,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+        ema=0.99,
+    ),
+    run=RunConfig(out="runs/tiny/vae", log_every=20, checkpoint_every_s=120),
 )

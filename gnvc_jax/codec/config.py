@@ -3,6 +3,7 @@
 import dataclasses
 
 QUALITIES = 64  # quality levels in one model; a larger q_index is better quality
+KNOTS = 9  # levels 0, 8, ..., 64 have parameters; those between are interpolated
 SCALES = 64  # zero-mean Gaussian tables
 SCALE_MIN, SCALE_MAX = 0.11, 16.0
 SYMBOL_BOUND = 127  # residual symbols are -127..127

@@ -114,25 +114,3 @@ class Halve(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         return nn.Conv(self.features, (3, 3), 2, padding=1, kernel_init=xavier, name="conv")(x)
-
-
-class Gain(nn.Module):
-    """One positive gain per quality level and channel, stored as its logarithm.
-
-    Starts at exp(slope * q_index / 63): lambda, and with it the best step size, is geometric in
-    the quality level.
-    """
-
-    levels: int
-    slope: float = 0.0
-
-    @nn.compact
-    def __call__(self, x: Array, q_index: Array) -> Array:
-        """x (b, h, w, c) times the gains of the levels q_index (b,) int32."""
-
-        def init(_, shape):
-            ramp = self.slope * jnp.arange(self.levels) / (self.levels - 1)
-            return jnp.broadcast_to(ramp[:, None], shape)
-
-        table = self.param("log_gain", init, (self.levels, x.shape[-1]))
-        return x * jnp.exp(table[q_index])[:, None, None, :]

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
 
-from gnvc_jax.codec.config import QUALITIES, CodecConfig
+from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.codec.entropy import EntropyModel, Integers
-from gnvc_jax.codec.layers import Block, Blocks, Down2, Gain, Halve, dense
+from gnvc_jax.codec.layers import Block, Blocks, Down2, Halve, dense
+from gnvc_jax.codec.quality import Gain
 from gnvc_jax.codec.quantise import round_ste
 
 Array = jax.Array
@@ -70,8 +71,8 @@ class Intra(nn.Module):
         self.up = dense(4 * cfg.intra_width)
         self.synthesis = Blocks(cfg.intra_width, cfg.intra_synthesis, 1)
         self.out = dense(cfg.latent_channels)
-        self.encoder_gain, self.decoder_gain = Gain(QUALITIES), Gain(QUALITIES)
-        self.y_gain, self.y_inverse = Gain(QUALITIES, GAIN_SLOPE), Gain(QUALITIES, -GAIN_SLOPE)
+        self.encoder_gain, self.decoder_gain = Gain(), Gain()
+        self.y_gain, self.y_inverse = Gain(GAIN_SLOPE), Gain(-GAIN_SLOPE)
 
     def analyse(self, latent: Array, q_index: Array) -> Array:
         x = self.encoder_gain(self.analysis_in(latent), q_index)
@@ -102,9 +103,9 @@ class Inter(nn.Module):
         self.feature = dense(c)
         self.head = Blocks(c, 2)
         self.out = dense(cfg.latent_channels)
-        self.encoder_gain, self.decoder_gain = Gain(QUALITIES), Gain(QUALITIES)
-        self.temporal_gain = Gain(QUALITIES)
-        self.y_gain, self.y_inverse = Gain(QUALITIES, GAIN_SLOPE), Gain(QUALITIES, -GAIN_SLOPE)
+        self.encoder_gain, self.decoder_gain = Gain(), Gain()
+        self.temporal_gain = Gain()
+        self.y_gain, self.y_inverse = Gain(GAIN_SLOPE), Gain(-GAIN_SLOPE)
 
     def context(self, memory: Array, q_index: Array) -> tuple[Array, Array]:
         """Features at latent resolution, and the temporal prior of the means."""

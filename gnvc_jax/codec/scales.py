@@ -22,8 +22,9 @@ from einops import rearrange
 from flax import linen as nn
 from jax import lax
 
-from gnvc_jax.codec.config import QUALITIES, SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
+from gnvc_jax.codec.config import KNOTS, SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
 from gnvc_jax.codec.layers import depthwise3x3
+from gnvc_jax.codec.quality import at_every_level
 from gnvc_jax.codec.quantise import bound, round_ste, straight_through
 
 Array = jax.Array
@@ -110,13 +111,14 @@ class ScaleNetwork(nn.Module):
 
     def _integers(self, layer: Layer) -> tuple[Array, Array, Array]:
         """Weights, bias and multiplier as integers in float32, with straight-through gradients."""
-        bias_shape = ((QUALITIES,) if layer.per_quality else ()) + (layer.outputs,)
+        bias_shape = ((KNOTS,) if layer.per_quality else ()) + (layer.outputs,)
 
         def param(name, init, shape):
             return self.param(f"{layer.name}_{name}", init, shape)
 
         kernel = param("kernel", nn.initializers.normal(0.25), layer.window)
         bias = param("bias", nn.initializers.constant(layer.start), bias_shape)
+        bias = at_every_level(bias) if layer.per_quality else bias
         mult = param("mult", nn.initializers.zeros, (layer.outputs,))
         return (
             round_ste(bound(128.0 * kernel, -127.0, 127.0)),

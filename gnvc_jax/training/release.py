@@ -28,15 +28,9 @@ def main() -> None:
         stage = make_stage(experiment)
         params = load_params(experiment.run.out, jax.eval_shape(stage.init, jax.random.key(0)))
         frozen = stage.frozen()
-        made = model.build(
-            args.name,
-            experiment.vae,
-            experiment.codec,
-            frozen["vae"],
-            params,
-            frozen["mean"],
-            frozen["std"],
-        )
+        statistics = frozen["mean"], frozen["std"]
+        parts = stage.model_parts(params, frozen)
+        made = model.build(args.name, experiment.vae, experiment.codec, *parts, *statistics)
         model.save_model(args.out, made)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"release: {error}")

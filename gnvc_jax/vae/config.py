@@ -10,7 +10,10 @@ class VAEConfig:
     base: width of the first level; multipliers: width of each level in units of `base`;
     blocks: residual blocks per encoder level (a decoder level has one more);
     latent_channels: channels of the latents; temporal_down: whether each level but the last
-    also halves the frame rate.
+    also halves the frame rate; patch: pixels, each way, that are folded into channels before the
+    first level (2 in Wan2.2's VAE); linear_encoder: the encoder is a fixed linear transform of
+    blocks, and the decoder improves on its inverse (see `gnvc_jax.vae.klt`). The last two make
+    small VAEs cheap and quick to train.
     """
 
     base: int = 96
@@ -18,6 +21,8 @@ class VAEConfig:
     blocks: int = 2
     latent_channels: int = 16
     temporal_down: tuple[bool, ...] = (False, True, True)
+    patch: int = 1
+    linear_encoder: bool = False
 
     def __post_init__(self):
         if len(self.temporal_down) != len(self.multipliers) - 1:
@@ -34,7 +39,7 @@ class VAEConfig:
     @property
     def stride(self) -> int:
         """Pixels per latent in each spatial direction."""
-        return 2 ** len(self.temporal_down)
+        return self.patch * 2 ** len(self.temporal_down)
 
     @property
     def temporal_stride(self) -> int:

@@ -35,7 +35,7 @@ def encode_chunk(vae: VAE, params: Tree, cache: Tree | None, video: Array) -> tu
     first = cache is None
     variables = {"params": params} | ({} if first else {"cache": cache})
     (mean, _), state = vae.apply(variables, video, first, method="encode", mutable=["cache"])
-    return mean, state["cache"]
+    return mean, state.get("cache", {})  # a linear encoder keeps nothing
 
 
 def decode_chunk(vae: VAE, params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:

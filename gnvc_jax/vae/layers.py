@@ -9,6 +9,8 @@ pass (one ``first=True`` call) carries no state at all.
 Reference: Wan2.1 ``wan/modules/vae.py`` and diffusers ``autoencoder_kl_wan.py`` (Apache-2.0).
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
@@ -24,14 +26,45 @@ SCORES_IN_MEMORY = 1 << 24
 def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=((1, 1), (1, 1))) -> Array:
     """2-D convolution of every frame: x (b, t, h, w, c), kernel (kh, kw, c, o)."""
     b = x.shape[0]
-    y = lax.conv_general_dilated(
-        rearrange(x, "b t h w c -> (b t) h w c"),
-        kernel,
-        (stride, stride),
-        padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
+    x = rearrange(x, "b t h w c -> (b t) h w c")
+    if stride == 1 and jax.default_backend() == "cpu":
+        y = _conv_of_frames(x, kernel, padding)
+    else:
+        y = _conv(x, kernel, stride, padding)
     return rearrange(y, "(b t) h w c -> b t h w c", b=b)
+
+
+def _conv(x: Array, kernel: Array, stride: int, padding) -> Array:
+    return lax.conv_general_dilated(
+        x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv_of_frames(x: Array, kernel: Array, padding) -> Array:
+    """`_conv` with stride 1 whose kernel gradient is one matrix product per tap.
+
+    XLA's own kernel gradient is two to three times slower on CPU for 32 to 64 channels.
+    """
+    return _conv(x, kernel, 1, padding)
+
+
+def _conv_forward(x, kernel, padding):
+    return _conv(x, kernel, 1, padding), (x, kernel)
+
+
+def _conv_backward(padding, saved, dy):
+    x, kernel = saved
+    dx = jax.vjp(lambda x: _conv(x, kernel, 1, padding), x)[1](dy)[0]
+    kh, kw, c, o = kernel.shape
+    _, h, w, _ = dy.shape
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    taps = (x[:, i : i + h, j : j + w].reshape(-1, c) for i in range(kh) for j in range(kw))
+    dkernel = jnp.stack([tap.T @ dy.reshape(-1, o) for tap in taps])
+    return dx, dkernel.reshape(kernel.shape)
+
+
+_conv_of_frames.defvjp(_conv_forward, _conv_backward)
 
 
 def conv3d(x: Array, kernel: Array, zeros: int = 0) -> Array:
@@ -88,9 +121,20 @@ class Kernel(nn.Module):
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
 
+def present(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+    """Initial kernel (kt, kh, kw, c, o) that only sees the present frame.
+
+    An untrained network thus treats frames one by one, and taps that short training clips never
+    reach stay silent in long ones.
+    """
+    newest = nn.initializers.lecun_normal()(key, shape[1:], dtype)
+    return jnp.zeros(shape, dtype).at[-1].set(newest)
+
+
 class CausalConv(Kernel):
     """3-D convolution that sees the present and the past: (b, t, h, w, c) -> (b, t, h, w, o)."""
 
+    kernel_init: nn.initializers.Initializer = present
     window: tuple[int, int, int] = (3, 3, 3)
 
     @nn.compact

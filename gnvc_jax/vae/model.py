@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gnvc_jax.vae.config import VAEConfig
+from gnvc_jax.vae.klt import BlockTransform, from_blocks, to_blocks
 from gnvc_jax.vae.layers import (
     Attention,
     CausalConv,
@@ -18,9 +19,14 @@ from gnvc_jax.vae.layers import (
     SpatialUp,
     TemporalDown,
     TemporalUp,
+    present,
 )
 
 Array = jax.Array
+
+# Log-variance round the latents of a linear encoder, whose mean square is 1: noise that a decoder
+# should bear, since quantisation adds as much at good quality.
+LINEAR_LOGVAR = -5.0
 
 
 class Middle(nn.Module):
@@ -42,10 +48,11 @@ class Head(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    kernel_init: nn.initializers.Initializer = present
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
-        return CausalConv(self.features, self.dtype, name="conv")(
+        return CausalConv(self.features, self.dtype, self.kernel_init, name="conv")(
             nn.silu(RMSNorm(name="norm")(x)), first
         )
 
@@ -65,6 +72,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
         cfg, block = self.config, residual(self.remat)
+        x = to_blocks(x, 1, cfg.patch)
         x = CausalConv(cfg.widths[0], self.dtype, name="conv_in")(x, first)
         for level, width in enumerate(cfg.widths):
             for i in range(cfg.blocks):
@@ -77,27 +85,43 @@ class Encoder(nn.Module):
         return Head(2 * cfg.latent_channels, self.dtype, name="head")(x, first)
 
 
+def alternating(_: Array, shape: tuple[int, ...]) -> Array:
+    """1, -1, 1, ...: added to features, it keeps RMSNorm from taking away their amplitude."""
+    return 1.0 - 2.0 * (jnp.arange(shape[-1]) % 2)
+
+
 class Decoder(nn.Module):
-    """Latents after the post-quant convolution -> video (b, t, h, w, 3), not clipped."""
+    """Latents after the post-quant convolution -> video (b, t, h, w, 3), not clipped.
+
+    linear: video of the same shape that the inverse of a linear encoder makes of the latents, which
+    the finest level then sees and improves on; None where the encoder is a network.
+    """
 
     config: VAEConfig
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, first: bool) -> Array:
+    def __call__(self, x: Array, first: bool, linear: Array | None = None) -> Array:
         cfg, block = self.config, residual(self.remat)
         widths, temporal_up = cfg.widths[::-1], cfg.temporal_down[::-1]
         x = CausalConv(widths[0], self.dtype, name="conv_in")(x, first)
         x = Middle(self.remat, self.dtype, name="middle")(x, first)
         for level, width in enumerate(widths):
+            if level == len(widths) - 1 and linear is not None:
+                seen = to_blocks(linear.astype(self.dtype), 1, cfg.patch)
+                x = x + CausalConv(x.shape[-1], self.dtype, name="linear_in")(seen, first)
+                x = x + self.param("offset", alternating, (x.shape[-1],))
             for i in range(cfg.blocks + 1):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
             if level < len(widths) - 1:
                 if temporal_up[level]:
                     x = TemporalUp(2 * width, self.dtype, name=f"level{level}_time")(x, first)
                 x = SpatialUp(width // 2, self.dtype, name=f"level{level}_up")(x)
-        return Head(3, self.dtype, name="head")(x, first)
+        init = present if linear is None else nn.initializers.zeros
+        x = Head(3 * cfg.patch**2, self.dtype, init, name="head")(x, first)
+        x = from_blocks(x, 1, cfg.patch).astype(jnp.float32)
+        return x if linear is None else x + linear
 
 
 class VAE(nn.Module):
@@ -113,20 +137,27 @@ class VAE(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self):
-        z = self.config.latent_channels
-        self.encoder = Encoder(self.config, self.remat, self.dtype)
-        self.decoder = Decoder(self.config, self.remat, self.dtype)
-        self.quant = CausalConv(2 * z, self.dtype, window=(1, 1, 1))
+        cfg, z = self.config, self.config.latent_channels
+        if cfg.linear_encoder:
+            self.klt = BlockTransform(z, cfg.stride, cfg.temporal_stride)
+        else:
+            self.encoder = Encoder(cfg, self.remat, self.dtype)
+            self.quant = CausalConv(2 * z, self.dtype, window=(1, 1, 1))
+        self.decoder = Decoder(cfg, self.remat, self.dtype)
         self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
 
     def encode(self, video: Array, first: bool = True) -> tuple[Array, Array]:
+        if self.config.linear_encoder:
+            mean = self.klt.forward(video, first)
+            return mean, jnp.full_like(mean, LINEAR_LOGVAR)
         x = self.encoder(video.astype(self.dtype), first)
         mean, logvar = jnp.split(self.quant(x, first).astype(jnp.float32), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: Array, first: bool = True) -> Array:
         x = self.post_quant(latents.astype(self.dtype), first)
-        return self.decoder(x, first).astype(jnp.float32)
+        linear = self.klt.inverse(latents, first) if self.config.linear_encoder else None
+        return self.decoder(x, first, linear)
 
     def __call__(self, video: Array) -> Array:
         return self.decode(self.encode(video)[0])

@@ -12,22 +12,34 @@ from gnvc_jax.vae import (
     decode_stream,
     encode_clip,
     encode_stream,
+    layers,
     pad_video,
 )
 
 TINY = VAEConfig(base=4, multipliers=(1, 2, 2, 2), blocks=1, latent_channels=4)
+# As the shipped model: pixels folded into channels, a linear transform beside the networks.
+PATCHED = VAEConfig(
+    base=4,
+    multipliers=(1, 2, 2),
+    blocks=1,
+    latent_channels=4,
+    temporal_down=(True, True),
+    patch=2,
+    linear_encoder=True,
+)
 
 
-@pytest.fixture(scope="module")
-def model():
+@pytest.fixture(scope="module", params=[TINY, PATCHED], ids=["wan", "patched"])
+def model(request):
     """A tiny VAE in which every parameter, biases and last convolutions included, matters."""
-    vae = VAE(TINY)
+    vae = VAE(request.param)
     shapes = jax.eval_shape(vae.init, jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))["params"]
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        scale = 0.1 if leaf.ndim == 1 else leaf.size**-0.5 * leaf.shape[-1] ** 0.5
-        return rng.normal(path[-1].key == "gamma", scale, leaf.shape).astype(np.float32)
+        scale = 0.1 if leaf.ndim <= 1 else leaf.size**-0.5 * leaf.shape[-1] ** 0.5
+        mean = path[-1].key == "gamma" or path[-1].key.endswith("scale")
+        return rng.normal(mean, scale, leaf.shape).astype(np.float32)
 
     return vae, jax.tree_util.tree_map_with_path(draw, shapes)
 
@@ -116,6 +128,28 @@ def test_gradient_is_finite_where_all_channels_are_zero(model):
     black = jnp.zeros((1, 1, 8, 8, 3))
     grads = jax.jit(jax.grad(lambda p: jnp.sum(encode_clip(vae, p, black) ** 2)))(params)
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
+
+
+def test_kernel_gradient_is_that_of_the_convolution():
+    """The CPU form of the kernel gradient against XLA's own."""
+    rng = np.random.default_rng(1)
+    x, kernel, dy = (
+        rng.normal(size=s).astype(np.float32) for s in ((2, 3, 6, 5, 4), (3, 3, 4, 7), (6, 6, 5, 7))
+    )
+
+    def own(x, kernel):
+        return jnp.sum(layers.conv2d(x, kernel).reshape(dy.shape) * dy)
+
+    def plain(x, kernel):
+        return jnp.sum(layers._conv(x.reshape(6, 6, 5, 4), kernel, 1, ((1, 1), (1, 1))) * dy)
+
+    for ours, theirs in zip(jax.grad(own, (0, 1))(x, kernel), jax.grad(plain, (0, 1))(x, kernel)):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_an_untrained_network_treats_frames_one_by_one():
+    kernel = layers.present(jax.random.key(0), (3, 3, 3, 4, 5))
+    assert np.all(kernel[:2] == 0) and np.std(kernel[2]) > 0.1
 
 
 def test_config_rejects_a_wrong_number_of_temporal_flags():

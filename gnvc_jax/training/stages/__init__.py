@@ -14,6 +14,7 @@ Tree = Any
 STAGES = {
     "vae": "gnvc_jax.training.stages.vae:VAEStage",
     "codec": "gnvc_jax.training.stages.codec:CodecStage",
+    "pixel": "gnvc_jax.training.stages.pixel:PixelStage",
 }
 
 

@@ -23,7 +23,7 @@ class CodecLoss(LossConfig):
 
     lambda_low, lambda_high: weight of the mean squared error of normalised latents at quality 0
     and 63, geometric between; vae: run of the stage `vae` whose averaged weights are frozen here;
-    statistics_batches: batches that the mean and deviation of each latent channel are taken from.
+    statistics_batches: batches that the mean and deviation of the latents are taken from.
     """
 
     lambda_low: float = 0.5
@@ -44,41 +44,68 @@ class CodecStage(Stage):
         latents = jnp.zeros((1, 2, 8, 8, self.experiment.codec.latent_channels))
         return self.codec.init(key, latents, jnp.zeros((1,), jnp.int32), key)["params"]
 
+    def load_vae(self) -> Tree:
+        """The averaged weights of the VAE's run, on the host."""
+        stride = self.experiment.vae.stride
+        video = jnp.zeros((1, 5, 2 * stride, 2 * stride, 3))
+        like = jax.eval_shape(lambda k: self.vae.init(k, video)["params"], jax.random.key(0))
+        return load_params(self.experiment.loss.vae, like)
+
     def frozen(self) -> Tree:
-        """The VAE's weights, and the mean and deviation of its latents over training clips."""
-        like = jax.eval_shape(
-            lambda k: self.vae.init(k, jnp.zeros((1, 5, 16, 16, 3)))["params"], jax.random.key(0)
-        )
-        params = load_params(self.experiment.loss.vae, like)
+        """The VAE's weights, and the statistics that normalise its latents.
+
+        Each channel has its mean, all have one deviation: the transform behind small VAEs keeps
+        distances, so that equal errors in any two channels are equal errors of pixels.
+        """
+        params = self.load_vae()
         encode = jax.jit(lambda batch: encode_clip(self.vae, params, pixels(batch)))
         batches = iter(self.dataset())
         count = self.experiment.loss.statistics_batches
         latents = np.concatenate([np.asarray(encode(next(batches))) for _ in range(count)])
         axes = tuple(range(latents.ndim - 1))
-        return {"vae": params, "mean": latents.mean(axes), "std": latents.std(axes)}
+        mean = latents.mean(axes)
+        return {"vae": params, "mean": mean, "std": np.full_like(mean, (latents - mean).std())}
+
+    def model_parts(self, params: Tree, frozen: Tree) -> tuple[Tree, Tree]:
+        """Parameters of the VAE and of the codec that go into a model file."""
+        return frozen["vae"], params
 
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
+        _, rate, distortion, multiplier, parts = self.code(params, frozen, batch, key)
+        return jnp.mean(multiplier[:, None] * distortion + rate), parts
+
+    def code(self, params: Tree, frozen: Tree, batch: Array, key: Array):
+        """Code a batch at random quality levels, in training form.
+
+        Returns Coded; rate (b, t') in bits and squared error (b, t'), both per latent value; lambda
+        (b,), rising along the batch; and a dict of metrics.
+        """
         key_q, key_noise = jax.random.split(key)
         latents = encode_clip(self.vae, frozen["vae"], pixels(batch))
         latents = jax.lax.stop_gradient((latents - frozen["mean"]) / frozen["std"])
-        q_index = jax.random.randint(key_q, (batch.shape[0],), 0, QUALITIES)
+        count = batch.shape[0]
+        # One level from each of `count` equal ranges: every batch sees the whole scale.
+        draws = (jnp.arange(count) + jax.random.uniform(key_q, (count,))) / count
+        q_index = jnp.minimum(draws * QUALITIES, QUALITIES - 1).astype(jnp.int32)
 
         coded = self.codec.apply({"params": params}, latents, q_index, key_noise)
-        values = latents[0, 0].size  # of one latent frame
-        rate = (coded.y_bits + coded.z_bits) / values
+        bits = coded.y_bits + coded.z_bits
+        rate = bits / latents[0, 0].size
         distortion = jnp.mean((coded.latent - latents) ** 2, axis=(2, 3, 4))
-        loss = jnp.mean(self.multiplier(q_index)[:, None] * distortion + rate)
-        bpp = (coded.y_bits + coded.z_bits).sum() / batch[..., 0].size
-        return loss, {
+        bpp = bits.sum(1) / batch[0, ..., 0].size
+        parts = {
             "distortion": jnp.mean(distortion),
-            "bpp": bpp,
+            "bpp": jnp.mean(bpp),
+            "bpp_lowest": bpp[0],
+            "bpp_highest": bpp[-1],
             "intra_rate": jnp.mean(rate[:, 0]),
             "inter_rate": jnp.mean(rate[:, 1:]),
-            "z_share": coded.z_bits.sum() / (coded.y_bits + coded.z_bits).sum(),
+            "z_share": coded.z_bits.sum() / bits.sum(),
         }
+        return coded, rate, distortion, self.multiplier(q_index), parts
 
     def multiplier(self, q_index: Array) -> Array:
         """lambda(q): geometric between the two ends."""

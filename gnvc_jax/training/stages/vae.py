@@ -4,15 +4,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 
 from gnvc_jax.metrics.lpips import load_lpips, lpips
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree
-from gnvc_jax.vae import VAE
+from gnvc_jax.vae import VAE, klt
 
 Array = jax.Array
+
+KLT_BLOCKS = 40_000  # that the linear transform of a VAE is fitted to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +23,8 @@ class VAELoss(LossConfig):
     """Weights of the loss terms; pixels are in [-1, 1].
 
     l1, mse: mean absolute and squared error; kl: divergence from N(0, 1), mean over latent
-    elements; lpips: LPIPS (alex), computed from step `lpips_from` on, before it costs nothing.
+    elements; lpips: LPIPS (alex), computed from step `lpips_from` on, before it costs nothing, on
+    `lpips_frames` random frames of each clip.
     """
 
     l1: float = 1.0
@@ -28,6 +32,7 @@ class VAELoss(LossConfig):
     kl: float = 1e-4
     lpips: float = 0.1
     lpips_from: int = 0
+    lpips_frames: int = 2
 
 
 class VAEStage(Stage):
@@ -42,6 +47,22 @@ class VAEStage(Stage):
         stride = self.experiment.vae.stride
         return self.vae.init(key, jnp.zeros((1, 5, 2 * stride, 2 * stride, 3)))["params"]
 
+    def warm_start(self, params: Tree) -> Tree:
+        """A linear transform is fitted to training clips, unless a run is named to start from."""
+        cfg = self.experiment.vae
+        if not cfg.linear_encoder or self.experiment.init_from is not None:
+            return super().warm_start(params)
+        batches, video, blocks = iter(self.dataset()), [], 0
+        while blocks < KLT_BLOCKS:
+            video.append(np.asarray(pixels(next(batches))))
+            blocks += video[-1].size // (3 * cfg.temporal_stride * cfg.stride**2)
+        strides = cfg.latent_channels, cfg.stride, cfg.temporal_stride
+        fitted = klt.fit(np.concatenate(video), *strides)
+        fitted = jax.tree.map(
+            lambda new, old: jax.device_put(new, old.sharding), fitted, params["klt"]
+        )
+        return params | {"klt": fitted}
+
     def frozen(self) -> Tree:
         return {"lpips": self.perceptual}
 
@@ -53,7 +74,8 @@ class VAEStage(Stage):
         video = pixels(batch)
         variables = {"params": params}
         mean, logvar = self.vae.apply(variables, video, method="encode")
-        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key, mean.shape)
+        key_noise, key_frames = jax.random.split(key)
+        latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key_noise, mean.shape)
         output = self.vae.apply(variables, latents, method="decode")
 
         mse = jnp.mean((output - video) ** 2)
@@ -64,13 +86,25 @@ class VAEStage(Stage):
         if weights.lpips:
 
             def perceptual(output):
-                a, b = (rearrange(v, "b t h w c -> (b t) h w c") for v in (output, video))
-                return jnp.mean(lpips(frozen["lpips"], a, b))
+                count = weights.lpips_frames
+                return lpips_of_frames(frozen["lpips"], output, video, key_frames, count).mean()
 
             on = step >= weights.lpips_from
-            parts["lpips"] = lax.cond(on, perceptual, lambda _: 0.0, jnp.clip(output, -1.0, 1.0))
+            parts["lpips"] = lax.cond(on, perceptual, lambda _: 0.0, output)
             loss = loss + weights.lpips * parts["lpips"]
         return loss, parts
+
+
+def lpips_of_frames(params: Tree, output: Array, video: Array, key: Array, count: int) -> Array:
+    """Mean LPIPS (b,) of `count` random frames of each clip, the same for all clips of a batch.
+
+    output, video: (b, t, h, w, 3), of which the output is clipped to [-1, 1].
+    """
+    b, t = video.shape[:2]
+    chosen = jax.random.choice(key, t, (min(t, count),), replace=False)
+    pair = (jnp.clip(output, -1.0, 1.0), video)
+    pair = (rearrange(v[:, chosen], "b t h w c -> (b t) h w c") for v in pair)
+    return lpips(params, *pair).reshape(b, -1).mean(1)
 
 
 def pixels(batch: Array) -> Array:

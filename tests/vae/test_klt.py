@@ -1,0 +1,78 @@
+"""The linear transform under a small VAE, against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnvc_jax.vae import VAE, VAEConfig, klt
+
+CONFIG = VAEConfig(
+    base=4, multipliers=(1, 1), blocks=1, latent_channels=6, temporal_down=(True,), patch=2,
+    linear_encoder=True,
+)  # fmt: skip
+STRIDES = (CONFIG.latent_channels, CONFIG.stride, CONFIG.temporal_stride)
+
+
+@pytest.fixture(scope="module")
+def video():
+    """Smooth pictures under noise, more blocks than values per block."""
+    rng = np.random.default_rng(0)
+    coarse = rng.normal(size=(6, 2, 8, 8, 3))
+    smooth = coarse.repeat(3, 1)[:, :5].repeat(6, 2).repeat(6, 3)[:, :, :48, :48]
+    return (0.3 * smooth + 0.05 * rng.normal(size=smooth.shape)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def fitted(video):
+    return klt.fit(video, *STRIDES)
+
+
+def transform(fitted, method, *args):
+    module = klt.BlockTransform(*STRIDES)
+    return jax.jit(lambda *a: module.apply({"params": fitted}, *a, True, method=method))(*args)
+
+
+def test_nothing_linear_of_this_size_is_better(video, fitted):
+    """Eckart and Young: the error is the sum of the singular values that were left out."""
+    back = transform(fitted, "inverse", transform(fitted, "forward", video))
+    for frames, part, got in ((1, video[:, ::2], None), (2, video[:, 1:], back[:, 1:])):
+        blocks = np.asarray(klt.to_blocks(part, frames, CONFIG.stride), np.float64)
+        blocks = blocks.reshape(-1, blocks.shape[-1])
+        values = np.linalg.svd(blocks - blocks.mean(0), compute_uv=False)
+        best = np.sum(values[6:] ** 2) / blocks.size
+        if got is None:
+            basis, offset = fitted["first_basis"], fitted["first_offset"]
+            rest = blocks - offset - (blocks - offset) @ basis @ basis.T
+            assert np.mean(rest**2) == pytest.approx(best, rel=1e-4)
+        else:
+            assert np.mean((got - part) ** 2) == pytest.approx(best, rel=1e-4)
+
+
+def test_later_latents_have_unit_power(video, fitted):
+    latents = transform(fitted, "forward", video)[:, 1:]
+    assert np.mean(np.square(latents)) == pytest.approx(1.0, rel=1e-3)
+
+
+def test_a_still_scene_has_the_same_latents_in_both_kinds(video, fitted):
+    still = np.repeat(video[:, :1], 3, 1)
+    first, later = np.moveaxis(np.asarray(transform(fitted, "forward", still)), 1, 0)
+    alike = np.sum(first * later) / np.sqrt(np.sum(first**2) * np.sum(later**2))
+    assert alike > 0.95
+
+
+def test_an_untrained_vae_is_the_transform(video, fitted):
+    vae = VAE(CONFIG)
+    params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
+    out = jax.jit(lambda p, v: vae.apply({"params": p}, v))(params, video)
+    back = transform(fitted, "inverse", transform(fitted, "forward", video))
+    np.testing.assert_allclose(out, back, atol=1e-5)
+
+
+def test_the_transform_does_not_learn(video, fitted):
+    vae = VAE(CONFIG)
+    params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
+    loss = jax.jit(jax.grad(lambda p: jnp.mean((vae.apply({"params": p}, video) - video) ** 2)))
+    grads = loss(params)
+    assert all(np.all(g == 0) for g in jax.tree.leaves(grads["klt"]))
+    assert any(np.any(g != 0) for g in jax.tree.leaves(grads["decoder"]))
