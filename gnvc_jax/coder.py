@@ -22,11 +22,13 @@ from gnvc_jax.bitstream import (
     decode_group,
     encode_group,
 )
+from gnvc_jax.bitstream.errors import LimitExceeded
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LATENT_MULTIPLE
 from gnvc_jax.model import Functions, Model
 
 MAX_QP = 63
+MAX_PIXELS = 1 << 25  # of a frame that is decoded unless told otherwise; 7680x4320 fits
 DEFAULT_GOP = 97
 Progress = Callable[[int], None]
 
@@ -155,9 +157,18 @@ class Coder:
             )
         return payload, count
 
-    def check(self, header: Header) -> None:
-        """WrongModel or ModelCorrupt unless the stream was made with this model."""
+    def check(self, header: Header, max_pixels: int = MAX_PIXELS) -> None:
+        """Before anything is decoded or allocated.
+
+        WrongModel or ModelCorrupt unless the stream was made with this model, LimitExceeded if a
+        frame has more than max_pixels: a few bytes can claim a picture that no memory holds.
+        """
         header.check_model(*self.model.fingerprints, self.model.tables.crc32())
+        pixels = header.width * header.height
+        if pixels > max_pixels:
+            raise LimitExceeded(
+                f"frames of {header.width}x{header.height}, {pixels} pixels, allowed {max_pixels}"
+            )
 
     def symbols(self, header: Header, group: Group) -> list[LatentSymbols]:
         """The integers of a group; raises BitstreamError kinds."""

@@ -1,12 +1,17 @@
 """The command line: a round trip, and one line and an exit code for everything that goes wrong."""
 
+import errno
 import io
+import struct
+import zlib
 
 import av
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 
 from gnvc_jax import cli
+from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.model import save_model
 
 
@@ -27,6 +32,7 @@ def place(tmp_path_factory, tiny_model):
                 out.mux(packet)
         for packet in stream.encode():
             out.mux(packet)
+    imageio.imwrite(folder / "dot.gif", rng.integers(0, 256, (2, 1, 1, 3), np.uint8))
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("not a video\n" * 100)
     args = ("encode", folder / "clip.mp4", folder / "clip.gnvc", "--gop", 5, "--qp", 20)
@@ -36,7 +42,23 @@ def place(tmp_path_factory, tiny_model):
     flipped = bytearray(stream)
     flipped[200] ^= 4
     (folder / "flipped.gnvc").write_bytes(flipped)
+    (folder / "wide.gnvc").write_bytes(resized(stream, 16384, 40))
+    (folder / "huge.gnvc").write_bytes(resized(stream, 16384, 8192))
+    with StreamReader(stream) as reader:
+        one, two = reader.index()
+    end = two.offset + two.size
+    swapped = stream[: one.offset] + stream[two.offset : end] + stream[one.offset : two.offset]
+    swapped += stream[end:]
+    (folder / "swapped.gnvc").write_bytes(swapped)
     return folder
+
+
+def resized(stream: bytes, width: int, height: int) -> bytes:
+    """A stream whose header claims another picture size and is otherwise right."""
+    header = bytearray(stream[: int.from_bytes(stream[12:16], "little")])
+    header[24:32] = struct.pack("<II", width, height)
+    header[-4:] = struct.pack("<I", zlib.crc32(header[:-4]))
+    return bytes(header) + stream[len(header) :]
 
 
 def run(*args) -> int:
@@ -61,6 +83,8 @@ WRONG = [
     ("encode absent.mp4 o.gnvc", 66, "absent.mp4"),
     ("encode empty.mp4 o.gnvc", None, "empty.mp4"),
     ("encode text.mp4 o.gnvc", 65, "text.mp4"),
+    ("encode dot.gif o.gnvc", 13, "dot.gif"),
+    ("encode . o.gnvc", None, "."),
     ("encode clip.mp4 clip.gnvc", 73, "clip.gnvc"),
     ("encode clip.mp4 nowhere/o.gnvc", 73, "nowhere/o.gnvc"),
     ("encode clip.mp4 o.gnvc --qp 64", 2, "qp 64"),
@@ -70,6 +94,10 @@ WRONG = [
     ("decode clip.mp4 o.mkv", 10, "not a gnvc file"),
     ("decode short.gnvc o.mkv", 20, "short.gnvc"),
     ("decode flipped.gnvc o.mkv", 21, "flipped.gnvc"),
+    ("decode swapped.gnvc o.mkv", 22, "swapped.gnvc"),
+    ("decode wide.gnvc o.mkv", None, "wide.gnvc"),
+    ("decode huge.gnvc o.mkv", 13, "16384x8192"),
+    ("decode clip.gnvc o.mkv --max-pixels 2000", 13, "70x40"),
     ("decode clip.gnvc o.mkv --model other.safetensors", 14, "made with codec"),
     ("decode clip.gnvc o.mkv --model absent", 66, "absent"),
     ("decode clip.gnvc o.mkv --model text.mp4", 15, "not a model file"),
@@ -90,6 +118,19 @@ def test_wrong_use_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, li
     assert got == code if code else got > 0
     assert error.startswith("gnvc: ") and text in error
     assert {p.name: p.stat().st_mtime_ns for p in place.iterdir()} == before
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    before = sorted(place.iterdir())
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli.Counting, "write", write)
+    assert run("encode", "clip.mp4", "o.gnvc", "--model", "m.safetensors") == 74
+    assert "No space left" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted(place.iterdir()) == before
 
 
 def test_tolerant_decoding_keeps_the_frame_count(place, monkeypatch, capsys):

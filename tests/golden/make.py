@@ -1,0 +1,24 @@
+"""Makes the golden model and stream anew: python -m pytest tests/golden/make.py
+
+Only for a new version of the format: what is here must stay readable.
+"""
+
+import io
+from pathlib import Path
+
+import numpy as np
+
+from gnvc_jax.coder import Coder
+from gnvc_jax.model import save_model
+
+FOLDER = Path(__file__).parent
+
+
+def test_make(tiny_model):
+    model = tiny_model(7)
+    coder, out = Coder(model), io.BytesIO()
+    rng = np.random.default_rng(7)
+    video = rng.integers(0, 256, (11, 4, 6, 3), np.uint8).repeat(20, 1).repeat(20, 2)
+    coder.encode_frames(video, out, coder.header(120, 80, (25, 1), gop=9), qp=12)
+    save_model(FOLDER / "model.safetensors", model)
+    (FOLDER / "stream.gnvc").write_bytes(out.getvalue())

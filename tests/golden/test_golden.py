@@ -1,0 +1,78 @@
+"""A stream and its model, made once: every arithmetic must read the same integers from it.
+
+`symbols.sha256` was written by the plain reader: Python integers and the NumPy int64 network.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnvc_jax.bitstream import EntropyCoder, PlainCoder, StreamReader
+from gnvc_jax.codec import scales
+from gnvc_jax.coder import Coder
+from gnvc_jax.model import load_model
+
+FOLDER = Path(__file__).parent
+EXPECTED = (FOLDER / "symbols.sha256").read_text().strip()
+
+
+def digest(coder: Coder) -> str:
+    """SHA-256 of all integers of the stream: z, y and index of each latent."""
+    sha = hashlib.sha256()
+    with StreamReader(str(FOLDER / "stream.gnvc")) as reader:
+        coder.check(reader.header)
+        for group in reader.groups():
+            for s in coder.symbols(reader.header, group):
+                for array in (s.z, s.y, s.index):
+                    sha.update(np.ascontiguousarray(array).tobytes())
+    return sha.hexdigest()
+
+
+@pytest.fixture
+def coder():
+    return Coder(load_model(FOLDER / "model.safetensors"))
+
+
+def test_the_golden_stream_holds_something(coder):
+    with StreamReader(str(FOLDER / "stream.gnvc")) as reader:
+        frames = list(coder.decode_frames(reader))
+        symbols = [s for g in reader.groups() for s in coder.symbols(reader.header, g)]
+    assert len(frames) == 11 and frames[0].shape == (80, 120, 3)
+    assert len(symbols) == 5 and all(np.any(s.y) and np.any(s.z) for s in symbols)
+    assert len(np.unique([s.index for s in symbols[:3]])) > 10
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
+@pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
+def test_every_arithmetic_reads_it(coder, dtype, jitted):
+    def network(tables, q_index, *integers):
+        integers = (jnp.asarray(v, jnp.int32) for v in integers)
+        return np.asarray(coder.functions._scale_index(tables, q_index, *integers, dtype=dtype))
+
+    coder.functions._network = network
+    with jax.disable_jit(not jitted):
+        assert digest(coder) == EXPECTED
+
+
+def test_plain_integers_read_it(coder):
+    coder.entropy = EntropyCoder(coder.model.tables, PlainCoder)
+    coder.functions._network = lambda tables, q_index, *v: scales.scale_index_numpy(
+        coder.model.codec_config, tables, q_index, *v
+    )
+    assert digest(coder) == EXPECTED
+
+
+def test_a_process_with_one_device_reads_it():
+    env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    script = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import test_golden as t, jax; "
+    script += "assert jax.device_count() == 1; "
+    script += "print(t.digest(t.Coder(t.load_model(t.FOLDER / 'model.safetensors'))))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=env)
+    assert done.stdout.strip() == EXPECTED, done.stderr
