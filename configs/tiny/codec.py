@@ -11,10 +11,10 @@ experiment = Experiment(
     stage="codec",
     vae=VAE,
     codec=CODEC,
-    loss=CodecLoss(lambda_low=1.0, lambda_high=128.0, vae="runs/tiny/vae"),
+    loss=CodecLoss(lambda_low=0.3, lambda_high=128.0, vae="runs/tiny/vae"),
     data=DataConfig(path="data/train", frames=17, size=(128, 128), batch=4, downscale_prob=0.5),
     optim=OptimConfig(
-        lr=1e-3, warmup=50, steps=2000, final_lr_ratio=0.02, betas=(0.9, 0.98), ema=0.995
+        lr=1.5e-3, warmup=50, steps=1500, final_lr_ratio=0.05, betas=(0.9, 0.98), ema=0.995
     ),
     run=RunConfig(out="runs/tiny/codec", log_every=20, checkpoint_every_s=150),
 )

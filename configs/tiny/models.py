@@ -16,7 +16,7 @@ CODEC = CodecConfig(
     width=64,
     intra_analysis=2,
     intra_synthesis=3,
-    y_channels=32,
+    y_channels=64,
     z_channels=16,
     scale_width=32,
 )
