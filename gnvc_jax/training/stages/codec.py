@@ -23,7 +23,7 @@ class CodecLoss(LossConfig):
 
     lambda_low, lambda_high: weight of the mean squared error of normalised latents at quality 0
     and 63, geometric between; vae: run of the stage `vae` whose averaged weights are frozen here;
-    statistics_batches: batches that the mean and deviation of the latents are taken from.
+    statistics_batches: batches that the mean and deviation of each latent channel are taken from.
     """
 
     lambda_low: float = 0.5
@@ -52,19 +52,25 @@ class CodecStage(Stage):
         return load_params(self.experiment.loss.vae, like)
 
     def frozen(self) -> Tree:
-        """The VAE's weights, and the statistics that normalise its latents.
+        """The VAE's weights, and mean and deviation of each channel of its latents.
 
-        Each channel has its mean, all have one deviation: the transform behind small VAEs keeps
-        distances, so that equal errors in any two channels are equal errors of pixels.
+        Those of a linear encoder are 0 and 1 as they are: the transform keeps distances, so that
+        equal errors in any two channels are equal errors of pixels.
         """
         params = self.load_vae()
+        if self.experiment.vae.linear_encoder:
+            channels = self.experiment.vae.latent_channels
+            return {
+                "vae": params,
+                "mean": np.zeros(channels, np.float32),
+                "std": np.ones(channels, np.float32),
+            }
         encode = jax.jit(lambda batch: encode_clip(self.vae, params, pixels(batch)))
         batches = iter(self.dataset())
         count = self.experiment.loss.statistics_batches
         latents = np.concatenate([np.asarray(encode(next(batches))) for _ in range(count)])
         axes = tuple(range(latents.ndim - 1))
-        mean = latents.mean(axes)
-        return {"vae": params, "mean": mean, "std": np.full_like(mean, (latents - mean).std())}
+        return {"vae": params, "mean": latents.mean(axes), "std": latents.std(axes)}
 
     def model_parts(self, params: Tree, frozen: Tree) -> tuple[Tree, Tree]:
         """Parameters of the VAE and of the codec that go into a model file."""
