@@ -19,7 +19,7 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class CodecLoss(LossConfig):
-    """lambda * distortion + rate, both per latent value.
+    """lambda * distortion + rate, both per latent value, over sqrt(lambda) (see `balanced`).
 
     lambda_low, lambda_high: weight of the mean squared error of normalised latents at quality 0
     and 63, geometric between; vae: run of the stage `vae` whose averaged weights are frozen here;
@@ -81,7 +81,7 @@ class CodecStage(Stage):
     ) -> tuple[Array, dict[str, Array]]:
         """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
         _, rate, distortion, multiplier, parts = self.code(params, frozen, batch, key)
-        return jnp.mean(multiplier[:, None] * distortion + rate), parts
+        return balanced(multiplier, distortion.mean(1), rate.mean(1)), parts
 
     def code(self, params: Tree, frozen: Tree, batch: Array, key: Array):
         """Code a batch at random quality levels, in training form.
@@ -117,3 +117,12 @@ class CodecStage(Stage):
         """lambda(q): geometric between the two ends."""
         low, high = self.experiment.loss.lambda_low, self.experiment.loss.lambda_high
         return low * (high / low) ** (q_index / (QUALITIES - 1))
+
+
+def balanced(multiplier: Array, distortion: Array, rate: Array) -> Array:
+    """Mean of (lambda * distortion + rate) / sqrt(lambda); all arguments (b,).
+
+    Without the root the best levels, whose loss is a hundred times that of the lowest, would be
+    all that shared weights learn for.
+    """
+    return jnp.mean(multiplier**-0.5 * (multiplier * distortion + rate))

@@ -13,7 +13,7 @@ from gnvc_jax.metrics.lpips import load_lpips
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import Tree
-from gnvc_jax.training.stages.codec import CodecLoss, CodecStage
+from gnvc_jax.training.stages.codec import CodecLoss, CodecStage, balanced
 from gnvc_jax.training.stages.vae import lpips_of_frames, pixels
 
 Array = jax.Array
@@ -89,4 +89,4 @@ class PixelStage(CodecStage):
             "lpips_lowest": perceptual[0],
             "lpips_highest": perceptual[-1],
         }
-        return jnp.mean(multiplier * distortion + rate.mean(1)), parts
+        return balanced(multiplier, distortion, rate.mean(1)), parts
