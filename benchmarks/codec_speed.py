@@ -5,8 +5,8 @@
 Each figure comes from a process of its own. Speed: frames per second over one group after a first
 group that is not counted; compilation is what the first group took longer. Parts are shares of the
 time. x265 runs with preset veryslow at the nearest rate, two threads, its process included, as in
-eval.py. Memory: the largest resident size of a process that codes clips of 33 and 330 frames, with
-groups of 33; source frames are made one by one, decoded ones are dropped.
+eval.py. Memory: the largest resident size of a process that codes clips of 34 and 340 frames, with
+groups of 17; source frames are made one by one, decoded ones are dropped.
 """
 
 import argparse
@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
-GOP = 33
+GOP = 17
 SIZES = ((256, 256), (832, 480))
-MEMORY_FRAMES = (33, 330)
+MEMORY_FRAMES = (34, 340)
 
 
 def scene(width: int, height: int, frames: int) -> Iterator[np.ndarray]:

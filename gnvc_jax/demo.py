@@ -19,20 +19,18 @@ SIDE, FPS = 256, Fraction(25)
 def camera_move(frames: int) -> np.ndarray:
     """A slow pan and zoom over a photograph that matplotlib ships: uint8 (frames, 256, 256, 3)."""
     from matplotlib import cbook
-    from scipy.ndimage import map_coordinates
+    from scipy.ndimage import gaussian_filter, map_coordinates
 
     photo = imageio.imread(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
     h, w, _ = photo.shape
+    photo = gaussian_filter(photo.astype(np.float32), (0.7, 0.7, 0))  # against aliasing
     out = []
     for t in np.linspace(0.0, 1.0, frames):
-        scale = 1.5 - 0.3 * t
-        top, left = (h - scale * SIDE) * (0.2 + 0.3 * t), (w - scale * SIDE) * (0.3 + 0.4 * t)
+        scale = 1.5 - 0.1 * t
+        top, left = (h - scale * SIDE) * (0.2 + 0.1 * t), (w - scale * SIDE) * (0.4 + 0.1 * t)
         rows = top + scale * np.arange(SIDE)[:, None] + np.zeros((1, SIDE))
         columns = left + scale * np.arange(SIDE)[None, :] + np.zeros((SIDE, 1))
-        planes = [
-            map_coordinates(photo[..., c].astype(np.float32), [rows, columns], order=1)
-            for c in range(3)
-        ]
+        planes = [map_coordinates(photo[..., c], [rows, columns], order=1) for c in range(3)]
         out.append(np.clip(np.round(np.stack(planes, -1)), 0, 255).astype(np.uint8))
     return np.stack(out)
 

@@ -73,7 +73,11 @@ def build(
     mean: np.ndarray,
     std: np.ndarray,
 ) -> Model:
-    """A model from trained parameters: exports the scale networks and makes the tables."""
+    """A model from trained parameters: exports the scale networks and makes the tables.
+
+    Weights of the VAE are rounded to float16, which halves them; the codec's stay in float32, since
+    rounding errors of a recurrence add up.
+    """
     z = np.stack([density.probabilities(codec[k]["entropy"]["density"]) for k in KINDS])
     networks = tuple(
         scales.export(codec_config, codec[kind]["entropy"]["scales"]) for kind in KINDS
@@ -82,7 +86,8 @@ def build(
     tables = Tables(
         gaussian_frequencies(sigmas), frequencies_from_probabilities(z), codec_config.k_skip
     )
-    vae, codec = (jax.tree.map(np.asarray, tree) for tree in (vae, codec))
+    vae = jax.tree.map(lambda x: np.asarray(x, np.float16), vae)
+    codec = jax.tree.map(np.asarray, codec)
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     return Model(name, vae_config, codec_config, vae, codec, mean, std, networks, tables)
 
@@ -196,7 +201,7 @@ class Functions:
     def __init__(self, model: Model):
         self.model = model
         vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
-        self.vae_params = jax.device_put(model.vae)
+        self.vae_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), model.vae)
         self.codec_params = jax.device_put(model.codec)
         mean, std = model.mean, model.std
 

@@ -1,0 +1,43 @@
+"""The model that ships with the package."""
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio
+
+import gnvc_jax
+from gnvc_jax.demo import camera_move
+from gnvc_jax.pretrained import FOLDER, names
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return gnvc_jax.load_pretrained("tiny")
+
+
+def test_what_ships_is_small_and_has_a_card():
+    assert names() == ["tiny"]
+    assert (FOLDER / "tiny.safetensors").stat().st_size < 16e6
+    assert (FOLDER / "tiny.md").read_text().startswith("# tiny")
+
+
+def test_rate_and_quality_follow_the_level(codec):
+    """A photograph in motion: fewer bytes and a worse picture from each level to the next."""
+    video = camera_move(9)[:, 64:192, 64:192]
+    sizes, psnrs = [], []
+    for qp in (0, 16, 32, 48, 63):
+        stream = codec.encode(video, qp=qp)
+        decoded = codec.decode(stream)
+        assert decoded.shape == video.shape
+        sizes.append(len(stream))
+        psnrs.append(peak_signal_noise_ratio(video, decoded))
+    assert np.all(np.diff(sizes) < 0), sizes
+    assert np.all(np.diff(psnrs) < 0), psnrs
+    assert psnrs[0] > 24 and psnrs[-1] > 16, psnrs
+
+
+def test_colours_stay(codec):
+    """Flat pictures come back with their mean colour."""
+    for colour in ((200, 60, 60), (60, 160, 60), (128, 128, 128), (40, 60, 180)):
+        video = np.full((5, 64, 64, 3), colour, np.uint8)
+        decoded = codec.decode(codec.encode(video, qp=24))
+        np.testing.assert_allclose(decoded.mean((0, 1, 2)), colour, atol=12)
