@@ -32,7 +32,7 @@ def test_rate_and_quality_follow_the_level(codec):
         psnrs.append(peak_signal_noise_ratio(video, decoded))
     assert np.all(np.diff(sizes) < 0), sizes
     assert np.all(np.diff(psnrs) < 0), psnrs
-    assert psnrs[0] > 24 and psnrs[-1] > 16, psnrs
+    assert psnrs[0] > 21 and psnrs[-1] > 17, psnrs
 
 
 def test_colours_stay(codec):
