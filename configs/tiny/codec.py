@@ -1,6 +1,8 @@
 """The latent codec of the small model, under the frozen small VAE.
 
-python train.py --config configs/tiny/codec.py --data.path CLIPS --loss.vae runs/tiny/vae
+python train.py --config configs/tiny/codec.py --data.path CLIPS
+
+Two CPU cores: 3 min of compilation, then 0.75 s per step.
 """
 
 from configs.tiny.models import CODEC, VAE

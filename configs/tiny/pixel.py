@@ -1,6 +1,9 @@
 """The small model as a whole: codec and VAE decoder, on decoded frames.
 
 python train.py --config configs/tiny/pixel.py --data.path CLIPS
+
+Two CPU cores: 5 min of compilation, then 2.5 s per step. The result is the shipped model
+(gnvc_jax/pretrained/tiny.md).
 """
 
 from configs.tiny.models import CODEC, VAE

@@ -1,6 +1,9 @@
 """The small VAE: principal components of training clips, and a decoder that improves on them.
 
 python train.py --config configs/tiny/vae.py --data.path CLIPS
+
+Two CPU cores: 1.1 s per step. The shipped model stopped at step 289, since the stage `pixel` goes
+on with the decoder: 30.0 and 30.7 dB on two 256-pixel clips, little above the components alone.
 """
 
 from configs.tiny.models import VAE
