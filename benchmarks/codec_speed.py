@@ -4,7 +4,7 @@
 
 Each figure comes from a process of its own. Speed: frames per second over one group after a first
 group that is not counted; compilation is what the first group took longer. Parts are shares of the
-time. x265 runs with preset veryslow at the nearest rate, two threads, its process included, as in
+time. x265 runs with preset veryslow at the nearest rate, its process included, as in
 eval.py. Memory: the largest resident size of a process that codes clips of 34 and 340 frames, with
 groups of 17; source frames are made one by one, decoded ones are dropped.
 """

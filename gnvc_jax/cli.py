@@ -63,7 +63,6 @@ def parser() -> argparse.ArgumentParser:
     dec.add_argument(
         "--max-pixels",
         type=int,
-        default=1 << 25,
         help="refuse frames of more pixels (default: 33554432, 8K)",
     )
     output_options(dec)
@@ -110,6 +109,7 @@ def encode(args: argparse.Namespace) -> int:
 
 
 def decode(args: argparse.Namespace) -> int:
+    from gnvc_jax.coder import MAX_PIXELS
     from gnvc_jax.media.writer import open_writer
     from gnvc_jax.pretrained import load_pretrained
 
@@ -117,7 +117,7 @@ def decode(args: argparse.Namespace) -> int:
     damaged = []
     with StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(args.model)
-        coder.check(header, args.max_pixels)
+        coder.check(header, MAX_PIXELS if args.max_pixels is None else args.max_pixels)
         fps = Fraction(*header.fps)
         colour = Colour.from_code_points(*header.colour)
         colour = Colour() if colour.matrix == "rgb" else colour

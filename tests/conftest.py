@@ -17,19 +17,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 @pytest.fixture(scope="session")
-def tiny_model():
-    """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code."""
-    import jax
-    import jax.numpy as jnp
-
-    from gnvc_jax import model as models
-    from gnvc_jax.codec import scales
+def tiny_codec():
+    """The smallest sensible latent codec."""
     from gnvc_jax.codec.config import CodecConfig
-    from gnvc_jax.codec.model import LatentCodec
-    from gnvc_jax.vae import VAE, VAEConfig
 
-    vae_config = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
-    codec_config = CodecConfig(
+    return CodecConfig(
         latent_channels=4,
         intra_width=8,
         width=8,
@@ -39,6 +31,21 @@ def tiny_model():
         z_channels=4,
         scale_width=8,
     )
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_codec):
+    """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code."""
+    import jax
+    import jax.numpy as jnp
+
+    from gnvc_jax import model as models
+    from gnvc_jax.codec import scales
+    from gnvc_jax.codec.model import LatentCodec
+    from gnvc_jax.vae import VAE, VAEConfig
+
+    vae_config = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
+    codec_config = tiny_codec
     starts = {layer.name: layer.start for layer in scales.layers_of(codec_config)}
 
     def init(k):

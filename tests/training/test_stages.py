@@ -7,7 +7,6 @@ import jax
 import numpy as np
 import pytest
 
-from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.pretrained import load_pretrained
 from gnvc_jax.training import release
@@ -27,16 +26,6 @@ VAE = VAEConfig(
     temporal_down=(True, True),
     patch=2,
     linear_encoder=True,
-)
-CODEC = CodecConfig(
-    latent_channels=4,
-    intra_width=8,
-    width=8,
-    intra_analysis=1,
-    intra_synthesis=1,
-    y_channels=8,
-    z_channels=4,
-    scale_width=8,
 )
 
 
@@ -85,13 +74,15 @@ def test_a_linear_encoder_is_fitted_to_the_clips(vae_experiment, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_clips_to_a_model_that_codes(vae_experiment, clips, tmp_path, monkeypatch, capsys):
+def test_from_clips_to_a_model_that_codes(
+    vae_experiment, tiny_codec, tmp_path, monkeypatch, capsys
+):
     """vae -> codec -> pixel -> release -> encode -> decode."""
     train(vae_experiment, make_stage(vae_experiment))
     codec = dataclasses.replace(
         vae_experiment,
         stage="codec",
-        codec=CODEC,
+        codec=tiny_codec,
         loss=CodecLoss(vae=vae_experiment.run.out, statistics_batches=1),
         run=dataclasses.replace(vae_experiment.run, out=str(tmp_path / "codec")),
     )

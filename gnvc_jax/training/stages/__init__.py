@@ -62,6 +62,11 @@ class Stage:
         )
 
 
+def placed_like(old: Tree, new: Tree) -> Tree:
+    """The arrays `new` on the devices, and in the shardings, of `old`."""
+    return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), old, new)
+
+
 def make_stage(experiment: Experiment) -> Stage:
     """The stage that the experiment names; ValueError if there is none of that name."""
     module, _, name = STAGES.get(experiment.stage, experiment.stage).partition(":")

@@ -11,7 +11,7 @@ from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree
-from gnvc_jax.training.stages.vae import pixels
+from gnvc_jax.training.stages.vae import init_vae, pixels
 from gnvc_jax.vae import VAE, encode_clip
 
 Array = jax.Array
@@ -46,9 +46,7 @@ class CodecStage(Stage):
 
     def load_vae(self) -> Tree:
         """The averaged weights of the VAE's run, on the host."""
-        stride = self.experiment.vae.stride
-        video = jnp.zeros((1, 5, 2 * stride, 2 * stride, 3))
-        like = jax.eval_shape(lambda k: self.vae.init(k, video)["params"], jax.random.key(0))
+        like = jax.eval_shape(lambda key: init_vae(self.vae, key), jax.random.key(0))
         return load_params(self.experiment.loss.vae, like)
 
     def frozen(self) -> Tree:

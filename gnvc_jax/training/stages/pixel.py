@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from gnvc_jax.metrics.lpips import load_lpips
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.stages import Tree
+from gnvc_jax.training.stages import Tree, placed_like
 from gnvc_jax.training.stages.codec import CodecLoss, CodecStage, balanced
-from gnvc_jax.training.stages.vae import lpips_of_frames, pixels
+from gnvc_jax.training.stages.vae import init_vae, lpips_of_frames, pixels
 
 Array = jax.Array
 
@@ -43,9 +43,7 @@ class PixelStage(CodecStage):
         self.perceptual = load_lpips("alex")
 
     def init(self, key: Array) -> Tree:
-        stride = self.experiment.vae.stride
-        video = jnp.zeros((1, 5, 2 * stride, 2 * stride, 3))
-        vae = self.vae.init(key, video)["params"]
+        vae = init_vae(self.vae, key)
         return {"codec": super().init(key), "vae": {part: vae[part] for part in DECODER}}
 
     def warm_start(self, params: Tree) -> Tree:
@@ -54,11 +52,7 @@ class PixelStage(CodecStage):
         vae = self.load_vae()
         return {
             "codec": load_params(self.experiment.init_from, like=params["codec"]),
-            "vae": jax.tree.map(
-                lambda old, new: jax.device_put(new, old.sharding),
-                params["vae"],
-                {part: vae[part] for part in DECODER},
-            ),
+            "vae": placed_like(params["vae"], {part: vae[part] for part in DECODER}),
         }
 
     def frozen(self) -> Tree:

@@ -10,7 +10,7 @@ from jax import lax
 
 from gnvc_jax.metrics.lpips import load_lpips, lpips
 from gnvc_jax.training.config import Experiment, LossConfig
-from gnvc_jax.training.stages import Stage, Tree
+from gnvc_jax.training.stages import Stage, Tree, placed_like
 from gnvc_jax.vae import VAE, klt
 
 Array = jax.Array
@@ -44,8 +44,7 @@ class VAEStage(Stage):
         self.perceptual = load_lpips("alex") if experiment.loss.lpips else None
 
     def init(self, key: Array) -> Tree:
-        stride = self.experiment.vae.stride
-        return self.vae.init(key, jnp.zeros((1, 5, 2 * stride, 2 * stride, 3)))["params"]
+        return init_vae(self.vae, key)
 
     def warm_start(self, params: Tree) -> Tree:
         """A linear transform is fitted to training clips, unless a run is named to start from."""
@@ -58,10 +57,7 @@ class VAEStage(Stage):
             blocks += video[-1].size // (3 * cfg.temporal_stride * cfg.stride**2)
         strides = cfg.latent_channels, cfg.stride, cfg.temporal_stride
         fitted = klt.fit(np.concatenate(video), *strides)
-        fitted = jax.tree.map(
-            lambda new, old: jax.device_put(new, old.sharding), fitted, params["klt"]
-        )
-        return params | {"klt": fitted}
+        return params | {"klt": placed_like(params["klt"], fitted)}
 
     def frozen(self) -> Tree:
         return {"lpips": self.perceptual}
@@ -93,6 +89,12 @@ class VAEStage(Stage):
             parts["lpips"] = lax.cond(on, perceptual, lambda _: 0.0, output)
             loss = loss + weights.lpips * parts["lpips"]
         return loss, parts
+
+
+def init_vae(vae: VAE, key: Array) -> Tree:
+    """Random parameters of a VAE."""
+    side = 2 * vae.config.stride
+    return vae.init(key, jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3)))["params"]
 
 
 def lpips_of_frames(params: Tree, output: Array, video: Array, key: Array, count: int) -> Array:
