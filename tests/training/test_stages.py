@@ -1,7 +1,10 @@
 """The stages on real files, with networks as small as they get."""
 
 import dataclasses
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -9,15 +12,20 @@ import pytest
 
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.pretrained import load_pretrained
-from gnvc_jax.training import release
-from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
-from gnvc_jax.training.loop import train
+from gnvc_jax.training.config import (
+    DataConfig,
+    Experiment,
+    MeshConfig,
+    OptimConfig,
+    RunConfig,
+)
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
 from gnvc_jax.training.stages.pixel import PixelLoss
 from gnvc_jax.training.stages.vae import VAELoss, pixels
 from gnvc_jax.vae import VAEConfig, klt
 
+ROOT = Path(__file__).parents[2]
 VAE = VAEConfig(
     base=4,
     multipliers=(1, 1, 1),
@@ -50,6 +58,7 @@ def vae_experiment(clips, tmp_path):
         vae=VAE,
         loss=VAELoss(kl=0.0, lpips=0.0),
         data=DataConfig(path=str(clips), frames=5, size=(64, 64), batch=8),
+        mesh=MeshConfig(data=1),
         optim=OptimConfig(lr=1e-3, warmup=1, steps=2),
         run=RunConfig(out=str(tmp_path / "vae"), log_every=1),
     )
@@ -74,40 +83,48 @@ def test_a_linear_encoder_is_fitted_to_the_clips(vae_experiment, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_clips_to_a_model_that_codes(
-    vae_experiment, tiny_codec, tmp_path, monkeypatch, capsys
-):
-    """vae -> codec -> pixel -> release -> encode -> decode."""
-    train(vae_experiment, make_stage(vae_experiment))
+def test_from_clips_to_a_model_that_codes(vae_experiment, tiny_codec, tmp_path):
+    """train.py vae -> codec -> pixel -> release -> encode -> decode, each in its own process."""
+    vae = dataclasses.replace(
+        vae_experiment, data=dataclasses.replace(vae_experiment.data, batch=2)
+    )
     codec = dataclasses.replace(
-        vae_experiment,
+        vae,
         stage="codec",
         codec=tiny_codec,
-        loss=CodecLoss(vae=vae_experiment.run.out, statistics_batches=1),
-        run=dataclasses.replace(vae_experiment.run, out=str(tmp_path / "codec")),
+        loss=CodecLoss(vae=vae.run.out),
+        run=dataclasses.replace(vae.run, out=str(tmp_path / "codec")),
     )
-    train(codec, make_stage(codec))
     pixel = dataclasses.replace(
         codec,
         stage="pixel",
-        loss=PixelLoss(vae=vae_experiment.run.out, statistics_batches=1),
+        loss=PixelLoss(vae=vae.run.out),
         init_from=codec.run.out,
         run=dataclasses.replace(codec.run, out=str(tmp_path / "pixel")),
     )
-    train(pixel, make_stage(pixel))
-    assert "psnr_highest" in capsys.readouterr().out
 
-    config = tmp_path / "config.py"
-    config.write_text(
-        "from gnvc_jax.training.config import *\n"
-        "from gnvc_jax.training.stages.pixel import PixelLoss\n"
-        "from gnvc_jax.vae import VAEConfig\n"
-        f"experiment = {pixel!r}\n"
-    )
+    def run(experiment: Experiment, *command: str) -> str:
+        config = tmp_path / f"{experiment.stage}.py"
+        config.write_text(
+            "from gnvc_jax.codec.config import CodecConfig\n"
+            "from gnvc_jax.training.config import *\n"
+            "from gnvc_jax.training.stages.codec import CodecLoss\n"
+            "from gnvc_jax.training.stages.pixel import PixelLoss\n"
+            "from gnvc_jax.training.stages.vae import VAELoss\n"
+            "from gnvc_jax.vae import VAEConfig\n"
+            f"experiment = {experiment!r}\n"
+        )
+        # One device, and no optimisation: two steps do not repay what compilation costs even so.
+        env = os.environ | {"XLA_FLAGS": "", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        command = [sys.executable, *command, "--config", str(config)]
+        done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for experiment, metric in ((vae, "psnr"), (codec, "bpp_highest"), (pixel, "lpips_lowest")):
+        assert metric in run(experiment, "train.py")
     model = tmp_path / "m.safetensors"
-    arguments = ["release", "--config", str(config), "--name", "mine", "--out", str(model)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    release.main()
+    run(pixel, "-m", "gnvc_jax.training.release", "--name", "mine", "--out", str(model))
     coder = load_pretrained(model)
     video = np.random.default_rng(2).integers(0, 256, (6, 64, 64, 3), np.uint8)
     assert coder.decode(coder.encode(video, qp=10)).shape == video.shape
