@@ -1,0 +1,1 @@
+"""Public Wan2.1 weights in, diffusers folders out."""

@@ -1,0 +1,217 @@
+"""From public configurations and tensor shapes to ours, and back."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gnvc_jax.porting.errors import PortError
+from gnvc_jax.porting.names import Tensor, dit_tensors, vae_tensors
+from gnvc_jax.porting.sources import Source
+from gnvc_jax.refiner import DiT, DiTConfig
+from gnvc_jax.refiner.config import PATCH
+from gnvc_jax.vae import VAE, VAEConfig
+
+Tree = Any
+
+# Statistics of Wan2.1's latents, per channel (diffusers' configuration of the VAE).
+WAN_MEAN = (
+    *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
+    *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
+)
+WAN_STD = (
+    *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
+    *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
+)
+
+# What a public configuration may say of things that are fixed here.
+FIXED = {
+    "dit": {
+        "patch_size": [1, PATCH, PATCH],
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "eps": 1e-6,
+        "image_dim": None,
+        "added_kv_proj_dim": None,
+        "pos_embed_seq_len": None,
+    },
+    "vae": {
+        "attn_scales": [],
+        "dropout": 0.0,
+        "in_channels": 3,
+        "out_channels": 3,
+        "is_residual": False,
+        "patch_size": None,
+        "decoder_base_dim": None,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What a component is. latents_mean, latents_std: per channel, of a VAE; None for a DiT."""
+
+    component: str
+    config: VAEConfig | DiTConfig
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The public tensors of such a component."""
+        return (vae_tensors if self.component == "vae" else dit_tensors)(self.config)
+
+    def by_parameter(self) -> dict[str, list[Tensor]]:
+        """The public tensors that make up each parameter, by its path."""
+        parts: dict[str, list[Tensor]] = {}
+        for tensor in self.tensors:
+            parts.setdefault(tensor.path, []).append(tensor)
+        return parts
+
+    def abstract(self) -> Tree:
+        """Its parameters as shapes (float32)."""
+        cfg, key = self.config, jax.random.key(0)
+        if self.component == "vae":
+            video = jnp.zeros((1, 1, cfg.stride, cfg.stride, 3))
+            return jax.eval_shape(VAE(cfg).init, key, video)["params"]
+        latents = jnp.zeros((1, 1, PATCH, PATCH, cfg.channels))
+        text = jnp.zeros((1, 1, cfg.text_width))
+        context = jnp.zeros((1, 1, PATCH, PATCH, cfg.context_channels))
+        inputs = latents, jnp.zeros((1,)), text, context if cfg.context_every else None
+        return jax.eval_shape(DiT(cfg).init, key, *inputs)["params"]
+
+    def to_json(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, facts: dict) -> "Architecture":
+        """Raises KeyError, TypeError or ValueError if `to_json` did not make it."""
+        kind = VAEConfig if facts["component"] == "vae" else DiTConfig
+
+        def tuples(values):
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+        return cls(**tuples(facts) | {"config": kind(**tuples(facts["config"]))})
+
+
+def recognise(source: Source, heads: int | None = None) -> Architecture:
+    """The architecture of a source: sizes from the shapes of its tensors, the rest from its facts.
+
+    heads: number of attention heads where no config.json tells; by default heads are 128 wide, as
+    in all Wan models. Raises PortError for a variant that is not Wan2.1's text-to-video or VACE.
+    """
+    strange = [
+        f"{key} = {source.facts[key]!r} (only {value!r})"
+        for key, value in FIXED[source.component].items()
+        if source.facts.get(key, value) != value
+    ]
+    if strange:
+        raise PortError(f"{source.path}: unknown variant: {', '.join(strange)}")
+    try:
+        return _vae(source) if source.component == "vae" else _dit(source, heads)
+    except (TypeError, ValueError) as error:
+        raise PortError(f"{source.path}: {error}") from error
+
+
+def _sizes(source: Source, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a tensor; the default where it is missing or of another rank (reported later)."""
+    shape = source.entries[name].shape if name in source.entries else default
+    return shape if len(shape) == len(default) else default
+
+
+def _count(source: Source, prefix: str) -> int:
+    """Number of blocks whose names begin with `prefix` and a number."""
+    numbers = {name.split(".")[1] for name in source.entries if name.startswith(prefix + ".")}
+    return 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
+
+
+def _dit(source: Source, heads: int | None) -> DiTConfig:
+    plain, facts = DiTConfig(), source.facts
+    names = {
+        "original": ("time_embedding.0.weight", "text_embedding.0.weight", "blocks.0.ffn.0.bias"),
+        "diffusers": (
+            "condition_embedder.time_embedder.linear_1.weight",
+            "condition_embedder.text_embedder.linear_1.weight",
+            "blocks.0.ffn.net.0.proj.bias",
+        ),
+    }
+    time, text, ffn = names[source.scheme]
+    patches = (plain.width, plain.channels, 1, PATCH, PATCH)
+    width, channels = _sizes(source, "patch_embedding.weight", patches)[:2]
+    context = (width, plain.context_channels, 1, PATCH, PATCH)
+    layers, context_blocks = _count(source, "blocks"), _count(source, "vace_blocks")
+    if context_blocks and layers % context_blocks:
+        raise ValueError(f"{context_blocks} context blocks for {layers} blocks")
+    every = layers // context_blocks if context_blocks else 0
+    places = list(range(0, layers, every)) if every else None
+    if facts.get("vace_layers") not in (None, places):
+        raise ValueError(f"vace_layers = {facts['vace_layers']}, only every {every}th is known")
+    known = facts.get("num_attention_heads", facts.get("num_heads", width // 128))
+    config = DiTConfig(
+        width=width,
+        ffn_width=_sizes(source, ffn, (plain.ffn_width,))[0],
+        heads=heads or known,
+        layers=layers,
+        frequencies=_sizes(source, time, (width, plain.frequencies))[1],
+        channels=channels,
+        text_width=_sizes(source, text, (width, plain.text_width))[1],
+        text_length=facts.get("text_len", plain.text_length),
+        context_every=every,
+        context_channels=_sizes(source, "vace_patch_embedding.weight", context)[1],
+    )
+    return Architecture("dit", config)
+
+
+def _vae(source: Source) -> Architecture:
+    plain, facts = VAEConfig(), source.facts
+    first = {"original": "encoder.conv1.weight", "diffusers": "encoder.conv_in.weight"}
+    last = {"original": "conv2.bias", "diffusers": "post_quant_conv.bias"}
+    base = _sizes(source, first[source.scheme], (plain.base, 3, 3, 3, 3))[0]
+    z = _sizes(source, last[source.scheme], (plain.latent_channels,))[0]
+    config = VAEConfig(
+        base=base,
+        multipliers=tuple(facts.get("dim_mult", plain.multipliers)),
+        blocks=facts.get("num_res_blocks", plain.blocks),
+        latent_channels=z,
+        temporal_down=tuple(facts.get("temperal_downsample", plain.temporal_down)),
+    )
+    mean, std = facts.get("latents_mean", WAN_MEAN), facts.get("latents_std", WAN_STD)
+    if not len(mean) == len(std) == z:
+        raise ValueError(f"{len(mean)} means and {len(std)} deviations for {z} latent channels")
+    return Architecture("vae", config, tuple(mean), tuple(std))
+
+
+def diffusers_config(architecture: Architecture) -> dict:
+    """config.json with which diffusers builds the same model."""
+    cfg = architecture.config
+    fixed = {k: v for k, v in FIXED[architecture.component].items() if v is not None}
+    if architecture.component == "vae":
+        return fixed | {
+            "_class_name": "AutoencoderKLWan",
+            "base_dim": cfg.base,
+            "z_dim": cfg.latent_channels,
+            "dim_mult": list(cfg.multipliers),
+            "num_res_blocks": cfg.blocks,
+            "temperal_downsample": list(cfg.temporal_down),
+            "latents_mean": list(architecture.latents_mean),
+            "latents_std": list(architecture.latents_std),
+        }
+    facts = fixed | {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": cfg.heads,
+        "attention_head_dim": cfg.head_width,
+        "in_channels": cfg.channels,
+        "out_channels": cfg.channels,
+        "text_dim": cfg.text_width,
+        "freq_dim": cfg.frequencies,
+        "ffn_dim": cfg.ffn_width,
+        "num_layers": cfg.layers,
+        "rope_max_seq_len": 1024,
+    }
+    if cfg.context_every:
+        facts["_class_name"] = "WanVACETransformer3DModel"
+        facts["vace_layers"] = np.arange(0, cfg.layers, cfg.context_every).tolist()
+        facts["vace_in_channels"] = cfg.context_channels
+    return facts

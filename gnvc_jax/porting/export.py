@@ -1,0 +1,97 @@
+"""Checkpoint folders back into the model folders of diffusers."""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import orbax.checkpoint.experimental.v1 as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from gnvc_jax.porting.architectures import Architecture, diffusers_config
+from gnvc_jax.porting.checkpoint import COMPONENTS, new_folder, open_weights, read_architecture
+
+FOLDERS = {"vae": "vae", "dit": "transformer"}
+WEIGHTS = "diffusion_pytorch_model"
+
+
+def export(
+    folder: str | Path, target: str | Path, shard_bytes: int = 5 << 30, progress: bool = True
+) -> list[Path]:
+    """Write a checkpoint folder as diffusers model folders (vae/, transformer/); what it wrote.
+
+    Weights keep their stored type, so that a port with dtype "stored" comes back bit for bit.
+    shard_bytes: largest file, and about the memory needed. Raises FileNotFoundError if the folder
+    holds no component, FileExistsError if the target exists.
+    """
+    components = [c for c in COMPONENTS if (Path(folder) / c / "architecture.json").is_file()]
+    if not components:
+        raise FileNotFoundError(f"{folder}: holds no ported weights")
+    with new_folder(target) as temporary:
+        for component in components:
+            architecture = read_architecture(folder, component)
+            opened = open_weights(folder, component, architecture)
+            place = temporary / FOLDERS[component]
+            place.mkdir()
+            export_one(architecture, *opened, place, shard_bytes, progress)
+    return [Path(target) / FOLDERS[c] for c in components]
+
+
+def export_one(
+    architecture: Architecture,
+    saved: Path,
+    found: dict,
+    folder: Path,
+    shard_bytes: int,
+    progress: bool,
+) -> None:
+    """Write one component: config.json, and its tensors in one file or several with an index."""
+    facts = json.dumps(diffusers_config(architecture), indent=2)
+    (folder / "config.json").write_text(facts + "\n")
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for path, parts in architecture.by_parameter().items():
+            like = {k: x if k == path else ocp.PLACEHOLDER for k, x in found.items()}
+            array = flatten_dict(ocp.load(saved, unflatten_dict(like, sep="/")), sep="/")[path]
+            for tensor in parts:
+                yield (
+                    tensor.diffusers,
+                    tensor.inverse(array[... if tensor.index is None else tensor.index]),
+                )
+                bar.update()
+
+    contents, total = [], 0
+    with tqdm(
+        total=len(architecture.tensors), unit="tensor", desc=folder.name, disable=not progress
+    ) as bar:
+        for shard in in_shards(tensors(), shard_bytes):
+            save_file(shard, folder / f"{len(contents)}.safetensors", metadata={"format": "pt"})
+            contents.append(list(shard))
+            total += sum(value.nbytes for value in shard.values())
+    if len(contents) == 1:
+        (folder / "0.safetensors").rename(folder / f"{WEIGHTS}.safetensors")
+        return
+    names = {}
+    for i, content in enumerate(contents):
+        name = f"{WEIGHTS}-{i + 1:05d}-of-{len(contents):05d}.safetensors"
+        (folder / f"{i}.safetensors").rename(folder / name)
+        names |= dict.fromkeys(content, name)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(names.items()))}
+    (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def in_shards(
+    tensors: Iterable[tuple[str, np.ndarray]], limit: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Tensors in dictionaries of at most `limit` bytes each, or of one larger tensor."""
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, value in tensors:
+        if shard and size + value.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = value
+        size += value.nbytes
+    yield shard

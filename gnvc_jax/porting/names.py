@@ -1,0 +1,227 @@
+"""Names and shapes of the public Wan2.1 tensors, in both schemes, and where each goes.
+
+"original" is the scheme of the Wan-AI files, "diffusers" that of the diffusers folders. Trap: the
+affine norm before cross-attention is `norm3` in the original and `norm2` in diffusers; the other
+two norms of a block have no parameters.
+
+Layouts: kernels (out, in, *window) become (*window, in, out), flattened to two dimensions where the
+layer is a matrix product here; everything else is only reshaped.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+
+from gnvc_jax.refiner import DiTConfig
+from gnvc_jax.refiner.config import PATCH
+from gnvc_jax.vae import VAEConfig
+
+SCHEMES = ("original", "diffusers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """One public tensor: its two names and shape; path of the parameter, row of a scanned one."""
+
+    original: str
+    diffusers: str
+    path: str
+    shape: tuple[int, ...]
+    index: int | None = None
+
+    def name(self, scheme: str) -> str:
+        """Raises AttributeError for an unknown scheme."""
+        return getattr(self, scheme)
+
+    def forward(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """The public array in the parameter's layout; shape: of the parameter, without rows."""
+        if self.path.endswith("kernel"):
+            array = np.moveaxis(array, (0, 1), (-1, -2))
+        return array.reshape(shape)
+
+    def inverse(self, array: np.ndarray) -> np.ndarray:
+        """Undoes `forward`, bit for bit."""
+        if not self.path.endswith("kernel"):
+            return array.reshape(self.shape)
+        out, inner, *window = self.shape
+        array = np.moveaxis(array.reshape(*window, inner, out), (-1, -2), (0, 1))
+        return np.ascontiguousarray(array)
+
+
+def layer(
+    original: str,
+    diffusers: str,
+    path: str,
+    shape: tuple[int, ...],
+    index: int | None = None,
+) -> Iterator[Tensor]:
+    """Kernel and bias of a layer; shape: of the kernel, (out, in, *window)."""
+    for theirs, ours, size in (("weight", "kernel", shape), ("bias", "bias", shape[:1])):
+        names = f"{original}.{theirs}", f"{diffusers}.{theirs}", f"{path}/{ours}"
+        yield Tensor(*names, size, index)
+
+
+def dit_tensors(cfg: DiTConfig) -> list[Tensor]:
+    """All tensors of the DiT, with those of VACE's adapter if it has one."""
+    d, patch = cfg.width, (1, PATCH, PATCH)
+    condition = "condition_embedder."
+
+    def top(original, diffusers, path, *shape):
+        return layer(original, diffusers, path, shape)
+
+    tensors = [
+        *top("patch_embedding", "patch_embedding", "patch_embedding", d, cfg.channels, *patch),
+        *top(
+            "text_embedding.0",
+            condition + "text_embedder.linear_1",
+            "text_in",
+            d,
+            cfg.text_width,
+        ),
+        *top("text_embedding.2", condition + "text_embedder.linear_2", "text_out", d, d),
+        *top(
+            "time_embedding.0",
+            condition + "time_embedder.linear_1",
+            "time_in",
+            d,
+            cfg.frequencies,
+        ),
+        *top("time_embedding.2", condition + "time_embedder.linear_2", "time_out", d, d),
+        *top("time_projection.1", condition + "time_proj", "time_modulation", 6 * d, d),
+        Tensor("head.modulation", "scale_shift_table", "head_modulation", (1, 2, d)),
+        *top("head.head", "proj_out", "head", PATCH**2 * cfg.channels, d),
+    ]
+    for i in range(cfg.layers):
+        group, k = divmod(i, cfg.group_size)
+        tensors += block(cfg, f"blocks.{i}", f"groups/block_{k}", group)
+    if cfg.context_every:
+        name = "vace_patch_embedding"
+        tensors += top(name, name, "context_embedding", d, cfg.context_channels, *patch)
+        first = "vace_blocks.0."
+        tensors += top(first + "before_proj", first + "proj_in", "context_in", d, d)
+        for i in range(cfg.groups):
+            name = f"vace_blocks.{i}"
+            tensors += block(cfg, name, "groups/context", i)
+            out = f"{name}.after_proj", f"{name}.proj_out", "groups/context_out"
+            tensors += layer(*out, (d, d), i)
+    return tensors
+
+
+def block(cfg: DiTConfig, name: str, path: str, index: int) -> Iterator[Tensor]:
+    """Tensors of one transformer block."""
+    d = cfg.width
+    table = f"{name}.modulation", f"{name}.scale_shift_table", f"{path}/modulation"
+    yield Tensor(*table, (1, 6, d), index)
+    for theirs, public, ours in (
+        ("self_attn", "attn1", "self_attention"),
+        ("cross_attn", "attn2", "cross_attention"),
+    ):
+        for old, new in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
+            names = f"{name}.{theirs}.{old}", f"{name}.{public}.{new}", f"{path}/{ours}/{old}"
+            yield from layer(*names, (d, d), index)
+        for norm in ("norm_q", "norm_k"):
+            names = f"{name}.{theirs}.{norm}.weight", f"{name}.{public}.{norm}.weight"
+            yield Tensor(*names, f"{path}/{ours}/{norm}/scale", (d,), index)
+    for theirs, ours in (("weight", "cross_scale"), ("bias", "cross_bias")):
+        names = f"{name}.norm3.{theirs}", f"{name}.norm2.{theirs}", f"{path}/{ours}"
+        yield Tensor(*names, (d,), index)
+    f = cfg.ffn_width
+    yield from layer(f"{name}.ffn.0", f"{name}.ffn.net.0.proj", f"{path}/ffn_in", (f, d), index)
+    yield from layer(f"{name}.ffn.2", f"{name}.ffn.net.2", f"{path}/ffn_out", (d, f), index)
+
+
+def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
+    """All tensors of the VAE. Raises ValueError for a VAE that has no public form."""
+    if cfg.linear_encoder or cfg.patch != 1:
+        raise ValueError("only a VAE of Wan2.1's architecture has public names")
+    z, widths, window = cfg.latent_channels, cfg.widths, (3, 3, 3)
+    tensors = [
+        *layer("conv1", "quant_conv", "quant", (2 * z, 2 * z, 1, 1, 1)),
+        *layer("conv2", "post_quant_conv", "post_quant", (z, z, 1, 1, 1)),
+    ]
+
+    part = "encoder"
+    tensors += layer("encoder.conv1", "encoder.conv_in", "encoder/conv_in", (widths[0], 3, *window))
+    place, width = 0, widths[0]
+    for level, (inner, outer) in enumerate(zip((widths[0], *widths), widths)):
+        for i in range(cfg.blocks):
+            names = f"{part}.downsamples.{place}", f"{part}.down_blocks.{place}"
+            path = f"{part}/level{level}_block{i}"
+            tensors += residual(*names, path, inner if i == 0 else outer, outer)
+            place, width = place + 1, outer
+        if level < len(widths) - 1:
+            names = f"{part}.downsamples.{place}", f"{part}.down_blocks.{place}"
+            path = f"{part}/level{level}"
+            tensors += resample(*names, path, "down", width, width)
+            if cfg.temporal_down[level]:
+                tensors += time_conv(*names, path, width, width)
+            place += 1
+    tensors += middle_and_head(part, widths[-1], 2 * z)
+
+    part, widths, temporal = "decoder", widths[::-1], cfg.temporal_down[::-1]
+    tensors += layer("decoder.conv1", "decoder.conv_in", "decoder/conv_in", (widths[0], z, *window))
+    place, inner = 0, widths[0]
+    for level, width in enumerate(widths):
+        for i in range(cfg.blocks + 1):
+            names = f"{part}.upsamples.{place}", f"{part}.up_blocks.{level}.resnets.{i}"
+            tensors += residual(*names, f"{part}/level{level}_block{i}", inner, width)
+            place, inner = place + 1, width
+        if level < len(widths) - 1:
+            names = f"{part}.upsamples.{place}", f"{part}.up_blocks.{level}.upsamplers.0"
+            path = f"{part}/level{level}"
+            if temporal[level]:
+                tensors += time_conv(*names, path, width, 2 * width)
+            tensors += resample(*names, path, "up", width, width // 2)
+            place, inner = place + 1, width // 2
+    return tensors + list(middle_and_head(part, widths[0], 3, widths[-1]))
+
+
+def residual(original: str, diffusers: str, path: str, inner: int, outer: int) -> Iterator[Tensor]:
+    """Tensors of a residual block from `inner` to `outer` channels."""
+    for place, norm, width in ((0, "norm1", inner), (3, "norm2", outer)):
+        names = f"{original}.residual.{place}.gamma", f"{diffusers}.{norm}.gamma"
+        yield Tensor(*names, f"{path}/{norm}/gamma", (width, 1, 1, 1))
+    for place, conv, width in ((2, "conv1", inner), (6, "conv2", outer)):
+        names = f"{original}.residual.{place}", f"{diffusers}.{conv}", f"{path}/{conv}"
+        yield from layer(*names, (outer, width, 3, 3, 3))
+    if inner != outer:
+        names = f"{original}.shortcut", f"{diffusers}.conv_shortcut", f"{path}/shortcut"
+        yield from layer(*names, (outer, inner, 1, 1, 1))
+
+
+def resample(
+    original: str, diffusers: str, path: str, kind: str, inner: int, outer: int
+) -> Iterator[Tensor]:
+    names = f"{original}.resample.1", f"{diffusers}.resample.1", f"{path}_{kind}"
+    return layer(*names, (outer, inner, 3, 3))
+
+
+def time_conv(original: str, diffusers: str, path: str, inner: int, outer: int) -> Iterator[Tensor]:
+    names = f"{original}.time_conv", f"{diffusers}.time_conv", f"{path}_time"
+    return layer(*names, (outer, inner, 3, 1, 1))
+
+
+def middle_and_head(
+    part: str, width: int, outputs: int, head_width: int | None = None
+) -> Iterator[Tensor]:
+    """Tensors of the middle blocks and of the head; head_width: where it is not `width`."""
+    middle, blocks = f"{part}.middle", f"{part}.mid_block"
+    yield from residual(
+        f"{middle}.0", f"{blocks}.resnets.0", f"{part}/middle/block_0", width, width
+    )
+    theirs, public, path = f"{middle}.1", f"{blocks}.attentions.0", f"{part}/middle/attention"
+    yield Tensor(
+        f"{theirs}.norm.gamma", f"{public}.norm.gamma", f"{path}/norm/gamma", (width, 1, 1)
+    )
+    for name, size in (("to_qkv", 3 * width), ("proj", width)):
+        names = f"{theirs}.{name}", f"{public}.{name}", f"{path}/{name}"
+        yield from layer(*names, (size, width, 1, 1))
+    yield from residual(
+        f"{middle}.2", f"{blocks}.resnets.1", f"{part}/middle/block_1", width, width
+    )
+    width = head_width or width
+    names = f"{part}.head.0.gamma", f"{part}.norm_out.gamma", f"{part}/head/norm/gamma"
+    yield Tensor(*names, (width, 1, 1, 1))
+    names = f"{part}.head.2", f"{part}.conv_out", f"{part}/head/conv"
+    yield from layer(*names, (outputs, width, 3, 3, 3))

@@ -1,0 +1,117 @@
+"""Public weights into checkpoint folders, tensor by tensor."""
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from tqdm import tqdm
+
+from gnvc_jax.porting.architectures import Architecture, recognise
+from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, new_folder, write_component
+from gnvc_jax.porting.errors import PortError
+from gnvc_jax.porting.sources import Source, open_sources
+
+DTYPES = ("stored", "float32", "bfloat16")
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+COLUMNS = "file tensor dtype shape parameter row stored_dtype stored_shape".split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ported:
+    """Summary of one component: what it is, its source, tensors, parameters, bytes written."""
+
+    architecture: Architecture
+    source: Source
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+def port(
+    path: str | Path,
+    target: str | Path,
+    dtype: str = "stored",
+    heads: int | None = None,
+    prompt: str | Path | None = None,
+    progress: bool = True,
+) -> list[Ported]:
+    """Write the public weights in `path` as a checkpoint folder; one tensor in memory at a time.
+
+    dtype: "stored" keeps each tensor's own, so that `export` gives the same bytes; "float32" and
+    "bfloat16" convert. heads: see `recognise`. prompt: file of a text condition (`load_prompt`).
+    Memory: about twice the largest parameter, all layers of one kernel together.
+
+    Raises FileNotFoundError, FileExistsError if the target exists, and PortError with every tensor
+    that is missing, unexpected or of a wrong shape; nothing is written then.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+    sources = open_sources(path)
+    found = [(source, recognise(source, heads)) for source in sources]
+    for source, architecture in found:
+        check(source, architecture)
+    dits = [a.config for _, a in found if a.component == "dit"]
+    text = load_prompt(prompt, *dits) if prompt else None
+    with new_folder(target) as folder:
+        if text is not None:
+            np.save(folder / PROMPT, text)
+        return [port_one(s, a, folder / s.component, dtype, progress) for s, a in found]
+
+
+def check(source: Source, architecture: Architecture) -> None:
+    """PortError that lists all tensors that are missing, unexpected or do not fit."""
+    wanted = {t.name(source.scheme): t for t in architecture.tensors}
+    problems = [f"missing: {name}" for name in sorted(wanted.keys() - source.entries.keys())]
+    problems += [f"unexpected: {name}" for name in sorted(source.entries.keys() - wanted.keys())]
+    for name in sorted(wanted.keys() & source.entries.keys()):
+        entry = source.entries[name]
+        if entry.shape != wanted[name].shape:
+            problems.append(f"shape: {name} is {entry.shape}, expected {wanted[name].shape}")
+        if entry.dtype not in FLOATS:
+            problems.append(f"type: {name} is {entry.dtype}, expected one of {', '.join(FLOATS)}")
+    if problems:
+        text = "\n  ".join(problems)
+        raise PortError(
+            f"{source.path}: {len(problems)} tensors do not fit a {architecture.component} with "
+            f"{architecture.config}:\n  {text}"
+        )
+
+
+def port_one(
+    source: Source, architecture: Architecture, folder: Path, dtype: str, progress: bool
+) -> Ported:
+    """Write one component whose tensors have been checked."""
+    shapes = {k: x.shape for k, x in flatten_dict(architecture.abstract(), sep="/").items()}
+    report, size = [], 0
+
+    def arrays() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal size
+        for path, tensors in architecture.by_parameter().items():
+            entries = [source.entries[t.name(source.scheme)] for t in tensors]
+            stored = np.result_type(*(np.dtype(e.dtype) for e in entries))
+            array = np.empty(shapes[path], stored if dtype == "stored" else dtype)
+            for tensor, entry in zip(tensors, entries):
+                place = array[... if tensor.index is None else tensor.index]
+                place[...] = tensor.forward(entry.read(), place.shape)
+                origin = entry.file, tensor.name(source.scheme), entry.dtype, size_text(entry.shape)
+                goal = path, tensor.index, array.dtype, size_text(place.shape)
+                report.append((*origin, *goal))
+                bar.update()
+            size += array.nbytes
+            yield path, array
+
+    with tqdm(
+        total=len(source.entries), unit="tensor", desc=source.component, disable=not progress
+    ) as bar:
+        write_component(folder, architecture, arrays())
+    with open(folder / "report.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *report])
+    parameters = sum(int(np.prod(shape)) for shape in shapes.values())
+    return Ported(architecture, source, len(report), parameters, size)
+
+
+def size_text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

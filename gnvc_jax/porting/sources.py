@@ -1,0 +1,172 @@
+"""Files and folders with public Wan2.1 weights, opened without reading the weights.
+
+Known are safetensors (one file, or several with an index), PyTorch files, and folders of either:
+the component folders of diffusers (vae/, transformer/) and the repositories of Wan-AI.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from gnvc_jax.porting import torch_file
+from gnvc_jax.porting.errors import PortError
+
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+COMFY_PREFIX = "model.diffusion_model."
+INDEX = ".safetensors.index.json"
+
+# (component, scheme) by how some of the names begin.
+MARKS = {
+    "condition_embedder.": ("dit", "diffusers"),
+    "time_embedding.": ("dit", "original"),
+    "decoder.up_blocks.": ("vae", "diffusers"),
+    "decoder.upsamples.": ("vae", "original"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: shape, name of its dtype, and how to read it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """The tensors of one component by their public names.
+
+    component: "vae" or "dit"; scheme: "original" or "diffusers"; facts: config.json, if there is
+    one beside the weights.
+    """
+
+    path: Path
+    component: str
+    scheme: str
+    facts: dict
+    entries: dict[str, Entry]
+
+
+def open_sources(path: str | Path) -> list[Source]:
+    """The components in a file or folder.
+
+    Raises FileNotFoundError if there is no such path, PortError if nothing in it is known or a
+    component is there twice.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if path.is_file():
+        source = open_files(path, [path], path.parent)
+        if source is None:
+            raise PortError(f"{path}: holds no VAE or DiT of Wan2.1")
+        return [source]
+    folders = [path / name for name in ("vae", "transformer")]
+    folders = [f for f in folders if f.is_dir()] or [path]
+    sources = [source for folder in folders for source in open_folder(folder)]
+    if not sources:
+        raise PortError(f"{path}: no .safetensors or .pth file with a VAE or DiT of Wan2.1")
+    components = [s.component for s in sources]
+    for source in sources:
+        if components.count(source.component) > 1:
+            files = ", ".join(str(s.path) for s in sources if s.component == source.component)
+            raise PortError(f"{path}: several files hold a {source.component}, name one: {files}")
+    return sources
+
+
+def open_folder(folder: Path) -> list[Source]:
+    """The components in the files of one folder; files of other things are passed over."""
+    parts: set[Path] = set()
+    found = []
+    for index in sorted(folder.glob("*" + INDEX)):
+        files = index_files(index)
+        parts.update(files)
+        found.append(open_files(index, files, folder))
+    for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.pth"))):
+        if file not in parts:
+            found.append(open_files(file, [file], folder))
+    return [source for source in found if source]
+
+
+def index_files(index: Path) -> list[Path]:
+    """The files that an index names. PortError if it cannot be read or one of them is not there."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        files = sorted(index.parent / name for name in names)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PortError(f"{index}: not an index of safetensors files ({error!r})") from error
+    missing = [str(f) for f in files if f.parent != index.parent or not f.is_file()]
+    if missing:
+        raise PortError(f"{index}: names files that are not there: {', '.join(missing)}")
+    return files
+
+
+def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
+    """The component whose tensors lie in `files`; None if they are of something else."""
+    entries: dict[str, Entry] = {}
+    for file in files:
+        for name, entry in list_tensors(file).items():
+            name = name.removeprefix(COMFY_PREFIX)
+            if name in entries:
+                raise PortError(f"{path}: {name} is in {entries[name].file} and in {file}")
+            entries[name] = entry
+    kinds = {kind for mark, kind in MARKS.items() if any(n.startswith(mark) for n in entries)}
+    if not kinds:
+        return None
+    if len(kinds) > 1:
+        raise PortError(f"{path}: holds tensors of several components or naming schemes")
+    return Source(path, *kinds.pop(), read_facts(folder / "config.json"), entries)
+
+
+def list_tensors(file: Path) -> dict[str, Entry]:
+    """Shape and dtype of each tensor. PortError if the file is damaged."""
+    if file.suffix in (".pth", ".pt"):
+        return {
+            name: Entry(
+                file,
+                tensor.shape,
+                str(tensor.dtype),
+                functools.partial(torch_file.read_tensor, file, tensor),
+            )
+            for name, tensor in torch_file.read_descriptions(file).items()
+        }
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            return {
+                name: Entry(
+                    file,
+                    tuple(piece.get_shape()),
+                    DTYPES.get(piece.get_dtype(), piece.get_dtype()),
+                    functools.partial(read_safetensor, file, name),
+                )
+                for name, piece in slices.items()
+            }
+    except SafetensorError as error:
+        raise PortError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def read_safetensor(file: Path, name: str) -> np.ndarray:
+    """One tensor. The file is opened anew each time, so that no pages of it stay mapped."""
+    with safe_open(file, framework="numpy") as opened:
+        return opened.get_tensor(name)
+
+
+def read_facts(path: Path) -> dict:
+    """config.json of a model folder; empty if there is none. PortError if it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        facts = json.loads(path.read_text())
+        if not isinstance(facts, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise PortError(f"{path}: not a configuration ({error})") from error
+    return facts

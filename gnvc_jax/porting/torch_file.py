@@ -1,0 +1,121 @@
+"""Tensors of a PyTorch file (.pth, .pt) without PyTorch, and without running anything in it.
+
+Since version 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/KEY` holds
+their bytes. A pickle can name any Python function; here only the few that describe tensors are
+known, and they build descriptions, so a hostile file has nothing to call.
+"""
+
+import collections
+import dataclasses
+import math
+import pickle
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from gnvc_jax.porting.errors import PortError
+
+STORAGES = {
+    "FloatStorage": np.float32,
+    "DoubleStorage": np.float64,
+    "HalfStorage": np.float16,
+    "BFloat16Storage": ml_dtypes.bfloat16,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """Where a tensor's numbers lie: storage, and offset, shape and strides in elements."""
+
+    key: str
+    dtype: np.dtype
+    count: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __post_init__(self):
+        numbers = (self.count, self.offset, *self.shape, *self.strides)
+        if not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise pickle.UnpicklingError(f"tensor with sizes {numbers}")
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides))
+        if math.prod(self.shape) and last >= self.count:
+            raise pickle.UnpicklingError(f"tensor {self.shape} reaches beyond its storage")
+
+
+def describe_tensor(storage, offset, shape, strides, *_) -> Described:
+    """Stands in for torch._utils._rebuild_tensor_v2."""
+    key, dtype, count = storage
+    return Described(key, dtype, count, offset, tuple(shape), tuple(strides))
+
+
+def describe_parameter(tensor: Described, *_) -> Described:
+    """Stands in for torch._utils._rebuild_parameter."""
+    return tensor
+
+
+KNOWN = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): describe_tensor,
+    ("torch._utils", "_rebuild_parameter"): describe_parameter,
+} | {("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()}
+
+
+class Reader(pickle.Unpickler):
+    """An unpickler that knows nothing but KNOWN."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in KNOWN:
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs")
+        return KNOWN[module, name]
+
+    def persistent_load(self, pid):
+        kind, dtype, key, _, count = pid
+        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
+            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
+        return key, dtype, count
+
+
+def read_descriptions(path: Path) -> dict[str, Described]:
+    """Tensors by name. PortError if the file is not a plain dictionary of tensors."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            with archive.open(member(archive, "data.pkl")) as file:
+                found = Reader(file).load()
+            if not isinstance(found, dict) or not all(
+                isinstance(k, str) and isinstance(v, Described) for k, v in found.items()
+            ):
+                raise pickle.UnpicklingError("it is no dictionary of named tensors")
+            for name, tensor in found.items():
+                size = archive.getinfo(member(archive, f"data/{tensor.key}")).file_size
+                if size != tensor.count * tensor.dtype.itemsize:
+                    raise pickle.UnpicklingError(f"storage of {name} has {size} bytes")
+    except zipfile.BadZipFile as error:
+        raise PortError(f"{path}: not a PyTorch file in zip form ({error})") from error
+    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise PortError(f"{path}: damaged PyTorch file ({error!r})") from error
+    except pickle.UnpicklingError as error:
+        raise PortError(f"{path}: not read, {error}") from error
+    return dict(found)
+
+
+def read_tensor(path: Path, tensor: Described) -> np.ndarray:
+    """The numbers of one tensor; memory for its storage only. PortError if they are damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = archive.read(member(archive, f"data/{tensor.key}"))
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise PortError(f"{path}: damaged PyTorch file ({error})") from error
+    flat = np.frombuffer(data, tensor.dtype)[tensor.offset :]
+    strides = [s * tensor.dtype.itemsize for s in tensor.strides]
+    return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
+
+
+def member(archive: zipfile.ZipFile, name: str) -> str:
+    """Full name of a member: all lie under one folder, whose name is free. KeyError if absent."""
+    for full in archive.namelist():
+        if full.partition("/")[2] == name:
+            return full
+    raise KeyError(name)

@@ -1,0 +1,102 @@
+"""Softmax attention without a mask, by the best means of each backend.
+
+All take queries (b, n, heads, d), keys and values (b, m, heads, d) and return (b, n, heads, d);
+scores are scaled by 1/sqrt(d) and softmax is in float32.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+Array = jax.Array
+
+# At most so many scores (queries x keys x heads x batch) are in memory at once on CPU.
+SCORES_IN_MEMORY = 1 << 26
+# Tokens per tile of the TPU kernel; sequences are padded to a multiple.
+SPLASH_BLOCK = 512
+
+
+def attention(q: Array, k: Array, v: Array, implementation: str | None = None) -> Array:
+    """Attention by the named implementation, or by the one that `choose` names.
+
+    Raises ValueError for an unknown name.
+    """
+    name = implementation or choose(q.dtype, q.shape[-1])
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"attention {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
+    return IMPLEMENTATIONS[name](q, k, v)
+
+
+def choose(dtype: jnp.dtype, head_width: int, backend: str | None = None) -> str:
+    """The implementation for a backend (default: the one in use).
+
+    cuDNN's flash attention needs half precision and a head width of at most 128, TPU's splash
+    kernel a multiple of 128; elsewhere the scores are made for a few queries at a time.
+    """
+    backend = backend or jax.default_backend()
+    half = jnp.dtype(dtype).itemsize == 2
+    if backend == "gpu" and half and head_width % 8 == 0 and head_width <= 128:
+        return "cudnn"
+    if backend == "tpu" and head_width % 128 == 0:
+        return "splash"
+    return "chunked"
+
+
+def chunked(q: Array, k: Array, v: Array) -> Array:
+    """Plain attention over chunks of queries, so that the scores never exceed SCORES_IN_MEMORY.
+
+    The scores are made again in the backward pass, whose memory is bounded by this too.
+    """
+    b, n, heads, _ = q.shape
+    attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    size = max(1, SCORES_IN_MEMORY // (b * heads * k.shape[1]))
+    if size >= n:
+        return attend(q, k, v)
+    chunks = -(-n // size)
+    size = -(-n // chunks)
+    q = jnp.pad(q, ((0, 0), (0, chunks * size - n), (0, 0), (0, 0)))
+    q = rearrange(q, "b (c s) h d -> c b s h d", c=chunks)
+    y = jax.lax.map(jax.checkpoint(lambda part: attend(part, k, v)), q)
+    return rearrange(y, "c b s h d -> b (c s) h d")[:, :n]
+
+
+def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+    """The Pallas flash kernel of TPUs; padded keys are masked by their segment."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    def padded(x):
+        n = x.shape[1]
+        size = min(SPLASH_BLOCK, -(-n // 128) * 128)
+        x = jnp.pad(x, ((0, 0), (0, -n % size), (0, 0), (0, 0)))
+        return rearrange(x, "b n h d -> b h n d"), size
+
+    n, m, heads = q.shape[1], k.shape[1], q.shape[2]
+    (q, rows), (k, columns), (v, _) = padded(q * q.shape[-1] ** -0.5), padded(k), padded(v)
+    mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads)
+    sizes = kernels.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_kv_compute=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_kv_dkv_compute=columns,
+        block_q_dq=rows,
+        block_kv_dq=columns,
+    )
+    kernel = kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    segments = kernels.SegmentIds(
+        q=jnp.zeros(q.shape[2], jnp.int32), kv=(jnp.arange(k.shape[2]) >= m).astype(jnp.int32)
+    )
+    y = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
+    return rearrange(y, "b h n d -> b n h d")[:, :n]
+
+
+IMPLEMENTATIONS = {
+    "xla": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
+    "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
+    "chunked": chunked,
+    "splash": splash,
+}

@@ -1,0 +1,79 @@
+"""Sizes of the video DiT, and what its forward pass costs."""
+
+import dataclasses
+
+PATCH = 2  # latents per token in each spatial direction; one latent frame in time
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Architecture of the DiT; the defaults are Wan2.1-T2V-1.3B's (1,418,996,800 parameters).
+
+    width: of the tokens; ffn_width: of the hidden layer of a block; heads, layers: attention heads
+    and blocks; frequencies: width of the sinusoid that stands for time; channels: of the latents;
+    text_width, text_length: of the text condition; context_every: 0 for a plain DiT, s for VACE's
+    adapter with one context block per s blocks (the first before block 0); context_channels: of the
+    adapter's condition, on the grid of the latents.
+
+    Raises ValueError for sizes that do not divide.
+    """
+
+    width: int = 1536
+    ffn_width: int = 8960
+    heads: int = 12
+    layers: int = 30
+    frequencies: int = 256
+    channels: int = 16
+    text_width: int = 4096
+    text_length: int = 512
+    context_every: int = 0
+    context_channels: int = 96
+
+    def __post_init__(self):
+        if self.width % (2 * self.heads):
+            raise ValueError(f"width {self.width} over {self.heads} heads: no even head width")
+        if self.frequencies % 2:
+            raise ValueError(f"frequencies is {self.frequencies}, expected an even number")
+        if self.layers % self.group_size:
+            raise ValueError(
+                f"{self.layers} layers cannot be split into groups of {self.context_every}"
+            )
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def group_size(self) -> int:
+        """Blocks per context block; 1 without an adapter."""
+        return max(1, self.context_every)
+
+    @property
+    def groups(self) -> int:
+        return self.layers // self.group_size
+
+    def tokens(self, t: int, h: int, w: int) -> int:
+        """Tokens of latents (t, h, w)."""
+        return t * (h // PATCH) * (w // PATCH)
+
+    def flops(self, t: int, h: int, w: int) -> int:
+        """Operations (multiply and add count two) of one forward pass on latents (t, h, w).
+
+        Matrix products only, batch 1; the published counts of Wan2.1 come out to three digits.
+        """
+        n, m, d = self.tokens(t, h, w), self.text_length, self.width
+        attention = 8 * n * d**2 + 4 * n**2 * d + 4 * (n + m) * d**2 + 4 * n * m * d
+        block = attention + 4 * n * d * self.ffn_width
+        patches = 2 * n * d * PATCH**2 * 2 * self.channels
+        total = patches + 2 * m * d * (self.text_width + d) + self.layers * block
+        if self.context_every:
+            projections = 2 * n * d**2 * (self.groups + 1)
+            embedding = 2 * n * d * PATCH**2 * self.context_channels
+            total += self.groups * block + projections + embedding
+        return total
+
+
+WAN_1_3B = DiTConfig()
+WAN_14B = DiTConfig(width=5120, ffn_width=13824, heads=40, layers=40)
+VACE_1_3B = dataclasses.replace(WAN_1_3B, context_every=2)
+VACE_14B = dataclasses.replace(WAN_14B, context_every=5)
