@@ -1,7 +1,7 @@
-"""The command line: gnvc encode | decode | info | demo.
+"""The command line: gnvc encode | decode | info | demo | port | export.
 
 Exit codes: 0 good; 2 wrong use; 3 decoded with damaged groups replaced; 10-24 a stream or model is
-wrong (gnvc_jax.bitstream.errors); 66-74 a video cannot be read or written (gnvc_jax.media.errors);
+wrong (gnvc_jax.bitstream.errors); 25 weights to port do not fit; 66-74 a video cannot be read or written (gnvc_jax.media.errors);
 130 interrupted. Errors are one line on stderr; a failed command leaves no output behind.
 """
 
@@ -21,6 +21,7 @@ from tqdm import tqdm
 from gnvc_jax.bitstream import BitstreamError, Group, StreamReader
 from gnvc_jax.media.colour import Colour
 from gnvc_jax.media.errors import DiskFull, MediaError, OutputExists, UnwritableOutput
+from gnvc_jax.porting.errors import PortError
 
 EXIT_USAGE, EXIT_DAMAGED, EXIT_INTERRUPTED = 2, 3, 130
 AUDIO_NOTE = "audio is not carried"
@@ -76,6 +77,35 @@ def parser() -> argparse.ArgumentParser:
     dem.add_argument("--frames", type=int, default=33)
     dem.add_argument("--model", default="tiny")
     dem.add_argument("--out", default="demo_out", help="folder for the results")
+
+    prt = command(
+        "port",
+        port,
+        "Public Wan2.1 weights to a checkpoint folder.",
+        "gnvc port --from Wan2.1-VACE-1.3B --to weights/vace",
+    )
+    prt.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        help="file, or folder of Wan-AI or diffusers with the VAE, the DiT or both",
+    )
+    prt.add_argument("--to", required=True, help="new folder")
+    prt.add_argument("--dtype", default="stored", choices=("stored", "float32", "bfloat16"))
+    prt.add_argument("--prompt", help=".npy or .safetensors of a text condition to keep with it")
+    prt.add_argument("--heads", type=int, help="attention heads, if config.json is missing")
+    prt.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+    exp = command(
+        "export",
+        export,
+        "Checkpoint folder to model folders of diffusers.",
+        "gnvc export --from weights/vace --to exported",
+    )
+    exp.add_argument("--from", dest="source", required=True, help="folder that `gnvc port` made")
+    exp.add_argument("--to", required=True, help="new folder")
+    exp.add_argument("--shard-gib", type=float, default=5.0, help="largest file (default: 5)")
+    exp.add_argument("--no-progress", action="store_true", help="no progress bar")
     return top
 
 
@@ -189,6 +219,32 @@ def demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def port(args: argparse.Namespace) -> int:
+    from gnvc_jax.porting.port import port
+
+    parts = port(
+        args.source, args.to, args.dtype, args.heads, args.prompt, progress=not args.no_progress
+    )
+    for part in parts:
+        print(
+            f"{args.to}/{part.architecture.component}: {part.tensors} tensors, "
+            f"{part.parameters} parameters, {part.bytes / 2**30:.2f} GiB, "
+            f"from {part.source.path} ({part.source.scheme} names)"
+        )
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    from gnvc_jax.porting.export import export
+
+    if args.shard_gib <= 0:
+        raise ValueError(f"--shard-gib {args.shard_gib}: expected more than 0")
+    size = int(args.shard_gib * 2**30)
+    for folder in export(args.source, args.to, size, progress=not args.no_progress):
+        print(folder)
+    return 0
+
+
 def rate_text(size: int, frames: int, header) -> str:
     bpp = 8 * size / (frames * header.width * header.height)
     kbps = 8 * size * header.fps[0] / header.fps[1] / frames / 1000
@@ -257,11 +313,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    if args.command != "info":
+    if args.command not in ("info", "port", "export"):
         from gnvc_jax.runtime import use_compilation_cache
 
         use_compilation_cache()
-    name = getattr(args, "input", "demo")
+    name = getattr(args, "input", args.command)
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -270,6 +326,8 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error), error.exit_code)
     except BitstreamError as error:
         return _fail(f"{name}: {error}", error.exit_code)
+    except PortError as error:
+        return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
         return 1

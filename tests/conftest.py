@@ -76,3 +76,45 @@ def tiny_model(tiny_codec):
         return models.build("test", vae_config, codec_config, **params, mean=mean, std=std)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def wan_tensor():
+    """Random weights by public name and shape, the same on every machine and in every framework.
+
+    Nothing is trivial: gains are about 1, and what training starts at zero is not.
+    """
+    import zlib
+
+    def make(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        noise = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape)
+        if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+            return np.float32(1 + 0.2 * noise)
+        if name.endswith("weight"):
+            return np.float32(noise * int(np.prod(shape[1:])) ** -0.5)
+        return np.float32(0.2 * noise)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def to_original():
+    """Renames tensors from the scheme of diffusers to that of Wan-AI, by the tables in `names/`."""
+    import csv
+    import re
+
+    patterns = []
+    for table in ("vae", "vace-1.3b"):
+        with open(Path(__file__).parent / "porting" / "names" / f"{table}.csv") as file:
+            for row in csv.DictReader(file):
+                pattern = re.escape(row["diffusers"]).replace(r"\{i\}", r"(\d+)")
+                patterns.append((re.compile(pattern), row["original"].replace("{i}", r"\1")))
+
+    def rename(tensors: dict) -> dict:
+        renamed = {}
+        for name, value in tensors.items():
+            (new,) = {m.expand(o) for p, o in patterns if (m := p.fullmatch(name))}
+            renamed[new] = value
+        return renamed
+
+    return rename

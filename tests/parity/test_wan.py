@@ -1,0 +1,197 @@
+"""VAE, DiT and VACE against diffusers, through the files that users have and `gnvc port`.
+
+Weights are random and none is trivial; float32 on CPU. `make test-parity` installs what is needed.
+"""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import rearrange
+
+torch = pytest.importorskip("torch", reason="torch is not installed: make test-parity")
+diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make test-parity")
+
+from safetensors.torch import save_file  # noqa: E402
+
+from gnvc_jax import cli  # noqa: E402
+from gnvc_jax.porting.checkpoint import load_weights  # noqa: E402
+from gnvc_jax.refiner import DiT  # noqa: E402
+from gnvc_jax.vae import VAE  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+TINY = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "text_dim": 24,
+    "freq_dim": 32,
+    "ffn_dim": 96,
+    "num_layers": 4,
+}
+# One block of Wan2.1's 1.3B model.
+REAL = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1}
+
+
+def randomise(model, seed=0):
+    """Random weights that all matter."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn_like(p)
+            if name.endswith("gamma") or ("norm" in name and name.endswith("weight")):
+                p.copy_(1 + 0.2 * noise)
+            elif name.endswith("weight"):
+                p.copy_(noise / p[0].numel() ** 0.5)
+            else:
+                p.copy_(0.2 * noise)
+    return model.eval()
+
+
+def port(source, target, *options):
+    done = cli.main(["port", "--from", str(source), "--to", str(target), "--no-progress", *options])
+    assert done == 0
+
+
+def ported(model, component, folder):
+    """Architecture and parameters of a torch model, through its own saving and `gnvc port`."""
+    model.save_pretrained(folder / "public" / component)
+    port(folder / "public" / component, folder / "ported")
+    return load_weights(folder / "ported", "vae" if component == "vae" else "dit")
+
+
+def last(x):
+    return jnp.asarray(rearrange(x.detach().numpy(), "b c t h w -> b t h w c"))
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    model = randomise(diffusers.AutoencoderKLWan(base_dim=8, z_dim=16))
+    architecture, params = ported(model, "vae", tmp_path_factory.mktemp("vae"))
+    return model, VAE(architecture.config), params
+
+
+@pytest.mark.parametrize(
+    ("frames", "h", "w"), [(1, 32, 48), (5, 32, 48), (17, 32, 48), (5, 27, 45), (1, 16, 40)]
+)
+def test_vae(vae, frames, h, w, same):
+    model, ours, params = vae
+    torch.manual_seed(frames)
+    video = torch.rand(1, 3, frames, h, w) * 2 - 1
+    latents = torch.randn(1, 16, 1 + (frames - 1) // 4, h // 8, w // 8)
+    with torch.inference_mode():
+        posterior = model.encode(video).latent_dist
+        decoded = model.decode(latents).sample
+    mean, logvar = ours.apply({"params": params}, last(video), method="encode")
+    same("mean", mean, last(posterior.mean))
+    same("log-variance", logvar, last(posterior.logvar))
+    frames_out = ours.apply({"params": params}, last(latents), method="decode")
+    same("decoded", jnp.clip(frames_out, -1, 1), last(decoded))
+
+
+def test_gradients_of_the_vae(vae, tmp_path, same):
+    """Of a loss through encoder and decoder, with respect to every parameter and the video."""
+    model, ours, params = vae
+    torch.manual_seed(0)
+    video = (torch.rand(1, 3, 5, 16, 24) * 2 - 1).requires_grad_()
+    model.zero_grad()
+    latents = model.encode(video).latent_dist.mean
+    decoded = model._decode(latents, return_dict=False)[0]  # before clipping: clipped has no slope
+    (decoded.clamp(-1, 1) ** 2).mean().backward()
+
+    def loss(params, video):
+        mean, _ = ours.apply({"params": params}, video, method="encode")
+        decoded = ours.apply({"params": params}, mean, method="decode")
+        return (jnp.clip(decoded, -1, 1) ** 2).mean()
+
+    by_params, by_video = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, last(video))
+    same("video, scaled", 1e4 * by_video, 1e4 * last(video.grad))
+    # The gradients take the road of the weights: saved by torch, ported, compared.
+    with torch.no_grad():
+        scaled = randomise(diffusers.AutoencoderKLWan(base_dim=8, z_dim=16))
+        for target, p in zip(scaled.parameters(), model.parameters()):
+            target.copy_(p.grad)
+    _, theirs = ported(scaled, "vae", tmp_path)
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(theirs))
+    for path, a in jax.tree_util.tree_leaves_with_path(by_params):
+        b = theirs
+        for part in path:
+            b = b[part.key]
+        error = np.abs(np.asarray(a) - b).max() / np.abs(b).max()
+        # Where a gradient is all but zero by symmetry, rounding of the others is its scale.
+        assert error <= 1e-5 or np.abs(np.asarray(a) - b).max() <= 1e-7 * largest, path
+    flat = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(t)]) for t in (by_params, theirs)]
+    same("parameters", flat[0] / largest, flat[1] / largest)
+
+
+@pytest.mark.parametrize("size", ["tiny", "real"])
+@pytest.mark.parametrize("adapter", [False, True], ids=["dit", "vace"])
+def test_dit(size, adapter, tmp_path, same):
+    config = TINY if size == "tiny" else REAL
+    if adapter:
+        layers = list(range(0, config["num_layers"], 2))
+        model = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers)
+    else:
+        model = diffusers.WanTransformer3DModel(**config)
+    model = randomise(model)
+    architecture, params = ported(model, "transformer", tmp_path)
+    torch.manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(2, 16, 3, 6, 8),
+        "timestep": torch.tensor([37.5, 903.0]),
+        "encoder_hidden_states": torch.randn(2, 512, config.get("text_dim", 4096)),
+    }
+    ours = [last(inputs["hidden_states"]), *(inputs[k].numpy() for k in list(inputs)[1:])]
+    if adapter:
+        scale = torch.linspace(1.0, 0.5, len(layers))
+        inputs["control_hidden_states"] = torch.randn(2, 96, 3, 6, 8)
+        inputs["control_hidden_states_scale"] = scale
+        ours += [last(inputs["control_hidden_states"]), scale.numpy()]
+    with torch.inference_mode():
+        (velocity,) = model(**inputs, return_dict=False)
+    same("velocity", DiT(architecture.config).apply({"params": params}, *ours), last(velocity))
+
+
+def test_original_files(vae, to_original, tmp_path):
+    """Wan2.1_VAE.pth and a DiT in two files with an index, as Wan-AI publishes them."""
+    model, _, expected = vae
+    folder = tmp_path / "Wan2.1"
+    folder.mkdir()
+    torch.save(to_original(model.state_dict()), folder / "Wan2.1_VAE.pth")
+
+    dit = randomise(diffusers.WanVACETransformer3DModel(**TINY, vace_layers=[0, 2]))
+    state = sorted(to_original(dit.state_dict()).items())
+    parts = dict(state[::2]), dict(state[1::2])
+    names = {}
+    for i, part in enumerate(parts, 1):
+        name = f"diffusion_pytorch_model-{i:05d}-of-00002.safetensors"
+        save_file(part, folder / name)
+        names |= dict.fromkeys(part, name)
+    index = json.dumps({"weight_map": names})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(index)
+    facts = {"dim": 64, "num_heads": 2, "vace_layers": [0, 2], "eps": 1e-6, "text_len": 512}
+    (folder / "config.json").write_text(json.dumps(facts))
+
+    port(folder, tmp_path / "original")
+    _, params = load_weights(tmp_path / "original", "vae")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    architecture, params = load_weights(tmp_path / "original", "dit")
+    other, expected = ported(dit, "transformer", tmp_path)
+    assert architecture == other
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_diffusers_reads_what_is_exported(tmp_path):
+    for component, model in (
+        ("vae", diffusers.AutoencoderKLWan(base_dim=8, z_dim=16)),
+        ("transformer", diffusers.WanVACETransformer3DModel(**TINY, vace_layers=[0, 2])),
+    ):
+        folder = tmp_path / component
+        ported(randomise(model), component, folder)
+        source, target = str(folder / "ported"), str(folder / "back")
+        assert cli.main(["export", "--from", source, "--to", target, "--no-progress"]) == 0
+        again = type(model).from_pretrained(folder / "back" / component)
+        for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items()):
+            assert torch.equal(a, b), name

@@ -1,0 +1,266 @@
+"""From public files to checkpoints and back: what is written, and what is refused."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import load_file, save_file
+
+from gnvc_jax.porting.checkpoint import load_prompt, load_weights
+from gnvc_jax.porting.errors import PortError
+from gnvc_jax.porting.export import export
+from gnvc_jax.porting.port import port
+from gnvc_jax.porting.sources import open_sources
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def as_bfloat16(tensors):
+    return {k: v.astype(ml_dtypes.bfloat16) for k, v in tensors.items()}
+
+
+def mixed(tensors):
+    return {
+        k: v if "norm" in k or "table" in k else v.astype(np.float16) for k, v in tensors.items()
+    }
+
+
+@pytest.mark.parametrize("edit", [dict, as_bfloat16, mixed])
+@pytest.mark.parametrize("name", ["vae", "vace"])
+def test_export_gives_back_every_bit(name, edit, public, tmp_path):
+    folder = public(name, edit)
+    port(folder, tmp_path / "ported", progress=False)
+    export(tmp_path / "ported", tmp_path / "back", progress=False)
+    (component,) = folder.iterdir()
+    there, back = (load_file(f / component.name / WEIGHTS) for f in (folder, tmp_path / "back"))
+    assert there.keys() == back.keys()
+    for key, value in there.items():
+        assert value.dtype == back[key].dtype and value.tobytes() == back[key].tobytes(), key
+    facts = json.loads((tmp_path / "back" / component.name / "config.json").read_text())
+    original = json.loads((component / "config.json").read_text())
+    assert facts.items() <= (original | {"_class_name": facts["_class_name"]}).items()
+
+
+def test_shards_in_and_out(public, golden, tmp_path):
+    whole = public("dit")
+    port(whole, tmp_path / "ported", progress=False)
+    (folder,) = export(
+        tmp_path / "ported", tmp_path / "sharded", shard_bytes=100_000, progress=False
+    )
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 3
+    assert max(f.stat().st_size for f in folder.glob("*-of-*.safetensors")) < 120_000
+    port(tmp_path / "sharded", tmp_path / "again", progress=False)
+    (one, a), (two, b) = (load_weights(tmp_path / f, "dit") for f in ("ported", "again"))
+    assert one == two
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+    part = sorted(folder.glob("*-of-*.safetensors"))[0]
+    part.rename(tmp_path / "elsewhere")
+    with pytest.raises(PortError, match=part.name):
+        open_sources(tmp_path / "sharded")
+
+
+def test_the_report_lists_every_tensor(public, golden, tmp_path):
+    _, _, tensors = golden("vace")
+    (summary,) = port(public("vace"), tmp_path / "ported", progress=False)
+    with open(tmp_path / "ported" / "dit" / "report.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {r["tensor"]: r["shape"] for r in rows} == {
+        k: "x".join(map(str, v.shape)) for k, v in tensors.items()
+    }
+    assert len({(r["parameter"], r["row"]) for r in rows}) == len(tensors) == summary.tensors
+    assert summary.parameters == sum(v.size for v in tensors.values())
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
+def test_conversion(dtype, size, public, golden, tmp_path):
+    _, _, tensors = golden("dit")
+    port(public("dit"), tmp_path / "ported", dtype, progress=False)
+    _, params = load_weights(tmp_path / "ported", "dit")
+    assert {x.dtype.itemsize for x in jax.tree.leaves(params)} == {size}
+    kernel = params["head"]["kernel"]
+    expected = tensors["proj_out.weight"].T.astype(dtype)
+    np.testing.assert_array_equal(kernel, expected)
+    _, wide = load_weights(tmp_path / "ported", "dit", dtype=jnp.float32)
+    np.testing.assert_array_equal(wide["head"]["kernel"], expected.astype(np.float32))
+
+
+def test_each_device_reads_its_part(public, tmp_path):
+    port(public("dit"), tmp_path / "ported", progress=False)
+    architecture, plain = load_weights(tmp_path / "ported", "dit")
+    types = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=types)
+
+    def place(x):
+        axes = [None] * x.ndim
+        if x.shape[-1] % 8 == 0:
+            axes[-1] = "fsdp"
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
+    shardings = jax.tree.map(place, architecture.abstract())
+    _, placed = load_weights(tmp_path / "ported", "dit", shardings=shardings)
+    kernel = placed["groups"]["block_0"]["ffn_in"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (4, 64, 12)
+    jax.tree.map(np.testing.assert_array_equal, plain, placed)
+
+
+def test_all_that_does_not_fit_is_listed(public, tmp_path):
+    def edit(tensors):
+        tensors["blocks.1.attn1.to_q.weight"] = np.zeros((64, 65), np.float32)
+        tensors["blocks.2.attn1.norm_k.weight"] = np.zeros((64,), np.int32)
+        tensors["blocks.0.extra"] = np.zeros((1,), np.float32)
+        del tensors["proj_out.bias"], tensors["blocks.3.ffn.net.2.bias"]
+        return tensors
+
+    folder = public("dit", edit)
+    with pytest.raises(PortError) as caught:
+        port(folder, tmp_path / "ported", progress=False)
+    message = str(caught.value)
+    assert str(folder / "transformer" / WEIGHTS) in message
+    for problem in (
+        "5 tensors do not fit",
+        "missing: blocks.3.ffn.net.2.bias",
+        "missing: proj_out.bias",
+        "unexpected: blocks.0.extra",
+        "shape: blocks.1.attn1.to_q.weight is (64, 65), expected (64, 64)",
+        "type: blocks.2.attn1.norm_k.weight is I32",
+    ):
+        assert problem in message
+    assert [p.name for p in tmp_path.iterdir()] == ["public"]
+
+
+@pytest.mark.parametrize(
+    ("name", "facts", "message"),
+    [
+        ("dit", {"image_dim": 1280}, "image_dim = 1280"),
+        ("dit", {"num_attention_heads": 3}, "64 over 3 heads"),
+        ("vace", {"vace_layers": [0, 1]}, "vace_layers"),
+        ("vae", {"is_residual": True}, "is_residual"),
+        ("vae", {"latents_mean": [0.0]}, "1 means"),
+        ("vae", {"num_res_blocks": 1}, "unexpected: encoder.down_blocks.10"),
+    ],
+)
+def test_a_variant_that_is_not_known_is_refused(name, facts, message, public, tmp_path):
+    folder = public(name)
+    (path,) = folder.glob("*/config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | facts))
+    with pytest.raises(PortError, match=message):
+        port(folder, tmp_path / "ported", progress=False)
+
+
+def test_folders_of_several_components(public, golden, to_original, tmp_path):
+    public("vae")
+    port(public("dit"), tmp_path / "both", progress=False)
+    assert {p.name for p in (tmp_path / "both").iterdir()} == {"vae", "dit"}
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for name in ("vae", "dit"):
+        save_file(to_original(golden(name)[2]), flat / f"{name}.safetensors")
+    save_file({"shared.weight": np.zeros((2, 2), np.float32)}, flat / "text.safetensors")
+    found = open_sources(flat)
+    assert [(s.component, s.scheme) for s in found] == [("dit", "original"), ("vae", "original")]
+
+    save_file(golden("dit")[2], flat / "second.safetensors")
+    with pytest.raises(PortError, match=r"several files hold a dit.*second\.safetensors"):
+        open_sources(flat)
+    with pytest.raises(PortError, match=r"text\.safetensors: holds no VAE or DiT"):
+        open_sources(flat / "text.safetensors")
+
+
+def test_damaged_files_and_targets(public, tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        port(tmp_path / "nowhere", tmp_path / "ported")
+    folder = public("dit")
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(FileExistsError, match="taken"):
+        port(folder, tmp_path / "taken", progress=False)
+    file = folder / "transformer" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(PortError, match=rf"{WEIGHTS}: not a whole safetensors file"):
+        port(folder, tmp_path / "ported", progress=False)
+    (folder / "transformer" / "config.json").write_text("{")
+    with pytest.raises(PortError):
+        port(folder, tmp_path / "ported", progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["public", "taken"]
+
+
+def test_damaged_checkpoints(public, tmp_path):
+    port(public("dit"), tmp_path / "ported", progress=False)
+    with pytest.raises(FileNotFoundError, match="no ported vae"):
+        load_weights(tmp_path / "ported", "vae")
+    with pytest.raises(FileNotFoundError, match="no ported weights"):
+        export(tmp_path / "public", tmp_path / "out")
+    path = tmp_path / "ported" / "dit" / "architecture.json"
+    facts = json.loads(path.read_text())
+    facts["config"]["ffn_width"] = 100
+    path.write_text(json.dumps(facts))
+    with pytest.raises(PortError, match=r"ffn_in/kernel is .* expected"):
+        load_weights(tmp_path / "ported", "dit")
+    path.write_text("{}")
+    with pytest.raises(PortError, match=r"architecture\.json"):
+        export(tmp_path / "ported", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prompt(public, tmp_path):
+    text = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)
+    np.save(tmp_path / "text.npy", text)
+    save_file({"prompt": text[None].astype(ml_dtypes.bfloat16)}, tmp_path / "text.safetensors")
+    port(public("dit"), tmp_path / "ported", prompt=tmp_path / "text.npy", progress=False)
+    architecture, _ = load_weights(tmp_path / "ported", "dit")
+    kept = load_prompt(tmp_path / "ported" / "prompt.npy", architecture.config)
+    np.testing.assert_array_equal(kept[0], text)
+    rounded = load_prompt(tmp_path / "text.safetensors", architecture.config)
+    np.testing.assert_allclose(rounded[0], text, rtol=1e-2)
+    for bad in (text[:, :3], np.zeros((600, 24)), np.zeros((0, 24)), text * np.nan):
+        np.save(tmp_path / "bad.npy", bad)
+        with pytest.raises(PortError, match=r"bad\.npy"):
+            load_prompt(tmp_path / "bad.npy", architecture.config)
+    (tmp_path / "bad.npy").write_bytes(b"text")
+    with pytest.raises(PortError, match=r"bad\.npy"):
+        load_prompt(tmp_path / "bad.npy")
+
+
+def test_commands(public, tmp_path):
+    def gnvc(*args):
+        command = [sys.executable, "-m", "gnvc_jax.cli", *map(str, args)]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ)
+
+    folder = public("dit")
+    done = gnvc("port", "--from", folder, "--to", tmp_path / "ported", "--no-progress")
+    assert done.returncode == 0, done.stderr
+    assert "123 tensors" in done.stdout and "diffusers names" in done.stdout
+    done = gnvc("export", "--from", tmp_path / "ported", "--to", tmp_path / "out", "--no-progress")
+    assert done.returncode == 0, done.stderr
+    back = Path(done.stdout.strip()) / WEIGHTS
+    assert (
+        back.read_bytes() != b""
+        and load_file(back).keys() == load_file(folder / "transformer" / WEIGHTS).keys()
+    )
+
+    done = gnvc("port", "--from", folder, "--to", tmp_path / "ported")
+    assert done.returncode == 66 and "ported: exists" in done.stderr
+    save_file({"head.modulation": np.zeros(1)}, tmp_path / "x.safetensors")
+    done = gnvc("port", "--from", tmp_path / "x.safetensors", "--to", tmp_path / "y")
+    assert done.returncode == 25 and "x.safetensors" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "y").exists()
+
+
+def test_parameters_keep_their_names(public, tmp_path):
+    """A checkpoint outlives the code: its layout is part of the format."""
+    port(public("vace"), tmp_path / "ported", progress=False)
+    _, params = load_weights(tmp_path / "ported", "dit")
+    shapes = {k: x.shape for k, x in flatten_dict(params, sep="/").items()}
+    assert shapes["groups/block_1/self_attention/q/kernel"] == (2, 64, 64)
+    assert shapes["groups/context/ffn_in/kernel"] == (2, 64, 96)
+    assert shapes["context_embedding/kernel"] == (4 * 96, 64)

@@ -1,0 +1,75 @@
+"""Every implementation of attention against plain NumPy in float64, with gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnvc_jax.refiner import attention as module
+from gnvc_jax.refiner.attention import attention, choose, chunked, splash
+
+
+def inputs(n, m, heads=2, d=128, b=2):
+    keys = jax.random.split(jax.random.key(n), 4)
+    return [jax.random.normal(k, (b, size, heads, d)) for k, size in zip(keys, (n, m, m, n))]
+
+
+def reference(q, k, v):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    scores = np.einsum("bnhd,bmhd->bhnm", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdims=True), v)
+
+
+def gradients(function, q, k, v, cotangent):
+    return jax.grad(lambda *x: jnp.vdot(function(*x), cotangent), argnums=(0, 1, 2))(q, k, v)
+
+
+@pytest.mark.parametrize(("n", "m"), [(64, 64), (37, 50), (1, 5)])
+def test_chunks_of_queries_give_the_same_result(n, m, monkeypatch):
+    q, k, v, cotangent = inputs(n, m, d=16)
+    monkeypatch.setattr(module, "SCORES_IN_MEMORY", 10 * m * 2 * 2)  # chunks of ten queries
+    np.testing.assert_allclose(chunked(q, k, v), reference(q, k, v), atol=1e-5)
+    plain = functools.partial(attention, implementation="xla")
+    for ours, theirs in zip(gradients(chunked, q, k, v, cotangent),
+                            gradients(plain, q, k, v, cotangent)):  # fmt: skip
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_chunks_bound_the_scores(monkeypatch):
+    q, k, v, _ = inputs(512, 256, d=16)
+    monkeypatch.setattr(module, "SCORES_IN_MEMORY", 1 << 14)
+
+    def largest(function):
+        compiled = jax.jit(function).lower(q, k, v).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert largest(chunked) < largest(functools.partial(attention, implementation="xla")) / 2
+
+
+@pytest.mark.parametrize(("n", "m"), [(256, 256), (200, 130)])
+def test_the_tpu_kernel_in_interpretation(n, m, monkeypatch):
+    monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
+    q, k, v, _ = inputs(n, m, b=1)
+    ours = splash(q, k, v, interpret=True)
+    np.testing.assert_allclose(ours, reference(q, k, v), atol=2e-5)
+
+
+def test_gradients_of_the_tpu_kernel(monkeypatch):
+    monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
+    q, k, v, cotangent = inputs(140, 130, heads=1, b=1)
+    ours = gradients(functools.partial(splash, interpret=True), q, k, v, cotangent)
+    theirs = gradients(functools.partial(attention, implementation="xla"), q, k, v, cotangent)
+    for a, b in zip(ours, theirs):
+        np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+def test_the_choice_by_backend():
+    assert choose(jnp.bfloat16, 128, "gpu") == "cudnn"
+    assert choose(jnp.float32, 128, "gpu") == choose(jnp.bfloat16, 256, "gpu") == "chunked"
+    assert choose(jnp.bfloat16, 128, "tpu") == choose(jnp.float32, 256, "tpu") == "splash"
+    assert choose(jnp.bfloat16, 64, "tpu") == choose(jnp.float32, 128, "cpu") == "chunked"
+    with pytest.raises(ValueError, match="flash"):
+        attention(*inputs(2, 2, d=8)[:3], "flash")
