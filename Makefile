@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-all lint format bench clean
+.PHONY: help demo test test-parity test-all lint format bench clean
 
 help:
 	@echo "make demo [CLIP=video.mp4]  code a clip, decode it, show what it cost"
 	@echo "make test                   the tests that take seconds"
+	@echo "make test-parity            comparison with torch and diffusers, which it installs"
 	@echo "make test-all               all tests"
 	@echo "make lint | format          check | repair style"
 	@echo "make bench                  all benchmarks"
@@ -19,7 +20,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 -m "not slow"
 
-test-all: $(VENV)/.installed-test
+test-parity: $(VENV)/.installed-parity
+	$(BIN)/python -m pytest -n 2 tests/parity
+
+test-all: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -n 2
 
 lint: $(VENV)/.installed-test
@@ -30,7 +34,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test
+bench: $(VENV)/.installed-parity
 	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 clean:
@@ -47,3 +51,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml | $(BIN)/python
 $(VENV)/.installed-test: requirements.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-parity: requirements.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
+	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

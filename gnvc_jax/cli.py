@@ -1,8 +1,9 @@
 """The command line: gnvc encode | decode | info | demo | port | export.
 
 Exit codes: 0 good; 2 wrong use; 3 decoded with damaged groups replaced; 10-24 a stream or model is
-wrong (gnvc_jax.bitstream.errors); 25 weights to port do not fit; 66-74 a video cannot be read or written (gnvc_jax.media.errors);
-130 interrupted. Errors are one line on stderr; a failed command leaves no output behind.
+wrong (gnvc_jax.bitstream.errors); 25 weights to port do not fit; 66-74 a video cannot be read or
+written (gnvc_jax.media.errors); 130 interrupted. Errors go to stderr, a line per problem; a command
+that fails leaves no output behind.
 """
 
 import argparse
@@ -104,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     )
     exp.add_argument("--from", dest="source", required=True, help="folder that `gnvc port` made")
     exp.add_argument("--to", required=True, help="new folder")
-    exp.add_argument("--shard-gib", type=float, default=5.0, help="largest file (default: 5)")
+    exp.add_argument("--shard-gib", type=float, default=2.0, help="largest file (default: 2)")
     exp.add_argument("--no-progress", action="store_true", help="no progress bar")
     return top
 

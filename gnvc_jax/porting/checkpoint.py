@@ -65,6 +65,7 @@ def write_component(
         batch: dict[str, np.ndarray] = {}
         for path, array in arrays:
             batch[path] = array
+            del array  # or it would live on while the next one is made
             if sum(a.nbytes for a in batch.values()) > BATCH_BYTES:
                 ocp.partial.save(weights, unflatten_dict(batch, sep="/"))
                 batch = {}

@@ -18,13 +18,13 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 def export(
-    folder: str | Path, target: str | Path, shard_bytes: int = 5 << 30, progress: bool = True
+    folder: str | Path, target: str | Path, shard_bytes: int = 2 << 30, progress: bool = True
 ) -> list[Path]:
     """Write a checkpoint folder as diffusers model folders (vae/, transformer/); what it wrote.
 
     Weights keep their stored type, so that a port with dtype "stored" comes back bit for bit.
-    shard_bytes: largest file, and about the memory needed. Raises FileNotFoundError if the folder
-    holds no component, FileExistsError if the target exists.
+    shard_bytes: largest file; about twice as much memory is needed. Raises FileNotFoundError if
+    the folder holds no component, FileExistsError if the target exists.
     """
     components = [c for c in COMPONENTS if (Path(folder) / c / "architecture.json").is_file()]
     if not components:
@@ -64,7 +64,10 @@ def export_one(
 
     contents, total = [], 0
     with tqdm(
-        total=len(architecture.tensors), unit="tensor", desc=folder.name, disable=not progress
+        total=len(architecture.tensors),
+        unit="tensor",
+        desc=folder.name,
+        disable=not progress or None,
     ) as bar:
         for shard in in_shards(tensors(), shard_bytes):
             save_file(shard, folder / f"{len(contents)}.safetensors", metadata={"format": "pt"})

@@ -42,7 +42,7 @@ def port(
 
     dtype: "stored" keeps each tensor's own, so that `export` gives the same bytes; "float32" and
     "bfloat16" convert. heads: see `recognise`. prompt: file of a text condition (`load_prompt`).
-    Memory: about twice the largest parameter, all layers of one kernel together.
+    Memory: about four times the largest parameter (one kernel of all layers).
 
     Raises FileNotFoundError, FileExistsError if the target exists, and PortError with every tensor
     that is missing, unexpected or of a wrong shape; nothing is written then.
@@ -102,9 +102,13 @@ def port_one(
                 bar.update()
             size += array.nbytes
             yield path, array
+            del array
 
     with tqdm(
-        total=len(source.entries), unit="tensor", desc=source.component, disable=not progress
+        total=len(source.entries),
+        unit="tensor",
+        desc=source.component,
+        disable=not progress or None,
     ) as bar:
         write_component(folder, architecture, arrays())
     with open(folder / "report.csv", "w", newline="") as file:

@@ -15,7 +15,7 @@ def same(record_property):
         assert ours.shape == theirs.shape
         largest = np.abs(theirs).max()
         assert largest > 0.01
-        error = np.abs(ours - theirs).max() / largest
+        error = float(np.abs(ours - theirs).max() / largest)
         record_property(what, error)
         assert error <= LIMIT, f"{what}: relative error {error:.1e}"
 
