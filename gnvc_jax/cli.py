@@ -25,6 +25,7 @@ from gnvc_jax.media.errors import DiskFull, MediaError, OutputExists, Unwritable
 from gnvc_jax.porting.errors import PortError
 
 EXIT_USAGE, EXIT_DAMAGED, EXIT_INTERRUPTED = 2, 3, 130
+MAX_STEPS = 100
 AUDIO_NOTE = "audio is not carried"
 
 
@@ -62,6 +63,9 @@ def parser() -> argparse.ArgumentParser:
     dec.add_argument("input", help="stream, or - for stdin")
     dec.add_argument("output", help=".mp4, .mkv (lossless), .y4m, folder of PNG, or - for stdout")
     dec.add_argument("--tolerant", action="store_true", help="repeat a frame for damaged groups")
+    dec.add_argument(
+        "--steps", type=int, help="of refinement, 0 for none (default: 1 if the model can refine)"
+    )
     dec.add_argument(
         "--max-pixels",
         type=int,
@@ -146,6 +150,8 @@ def decode(args: argparse.Namespace) -> int:
 
     source = sys.stdin.buffer if args.input == "-" else args.input
     damaged = []
+    if args.steps is not None and not 0 <= args.steps <= MAX_STEPS:
+        raise ValueError(f"--steps {args.steps}: expected 0 to {MAX_STEPS}")
     with StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(args.model)
         coder.check(header, MAX_PIXELS if args.max_pixels is None else args.max_pixels)
@@ -158,7 +164,7 @@ def decode(args: argparse.Namespace) -> int:
             start, count, last = time.perf_counter(), 0, None
             with bar(header.frame_count, args, "decoding") as progress:
                 for group in reader.groups(tolerant=args.tolerant):
-                    for frame in group_frames(coder, header, group, last, damaged, args.tolerant):
+                    for frame in group_frames(coder, header, group, last, damaged, args):
                         out.write(frame)
                         last, count = frame, count + 1
                         progress.update(1)
@@ -170,19 +176,16 @@ def decode(args: argparse.Namespace) -> int:
     return EXIT_DAMAGED if damaged else 0
 
 
-def group_frames(coder, header, group, last, damaged, tolerant) -> Iterator[np.ndarray]:
+def group_frames(coder, header, group, last, damaged, args) -> Iterator[np.ndarray]:
     """Frames of a group; of a damaged one, if tolerated, repeats of the last good frame."""
     error = group
     if isinstance(group, Group):
         try:
-            yield from (
-                list(coder.decode_group(header, group))
-                if tolerant
-                else (coder.decode_group(header, group))
-            )
+            frames = coder.decode_group(header, group, args.steps)
+            yield from list(frames) if args.tolerant else frames
             return
         except BitstreamError as caught:
-            if not tolerant:
+            if not args.tolerant:
                 raise
             error = caught
     damaged.append(str(error))

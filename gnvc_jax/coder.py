@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.bitstream import (
@@ -31,6 +33,7 @@ MAX_QP = 63
 MAX_PIXELS = 1 << 25  # of a frame that is decoded unless told otherwise; 7680x4320 fits
 DEFAULT_GOP = 97
 Progress = Callable[[int], None]
+Array = jax.Array
 
 
 @dataclasses.dataclass
@@ -40,6 +43,7 @@ class Timing:
     vae: float = 0.0
     codec: float = 0.0
     entropy: float = 0.0
+    refiner: float = 0.0
 
 
 class _Clock:
@@ -179,26 +183,53 @@ class Coder:
         with _Clock(self.timing, "entropy"):
             return decode_group(group, self.entropy, self.functions.scale_index, z_shape, y_shape)
 
-    def decode_group(self, header: Header, group: Group) -> Iterator[np.ndarray]:
-        """Frames uint8 (h, w, 3) of one group."""
+    def decode_group(
+        self, header: Header, group: Group, steps: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """Frames uint8 (h, w, 3) of one group, refined in `steps` steps (0: not at all).
+
+        steps: by default one if the model has a refiner. Without refinement frames come as their
+        latents are read; with it, after all latents of the group.
+        """
+        if steps is None:
+            steps = int(self.model.refiner is not None)
         h, w = -(-header.height // 8), -(-header.width // 8)
-        cache, state, left = None, None, group.n_frames
-        for s in self.symbols(header, group):
-            with _Clock(self.timing, "codec"):
-                integers = Integers(s.z, s.y, s.index)
-                latent, state = self.functions.reconstruct(integers, state, s.q_index)
-                latent.block_until_ready()
+        latents = self._latents(header, group)
+        if steps:
+            latents = self._refined(group, list(latents), steps)
+        cache, left = None, group.n_frames
+        for latent, _ in latents:
             with _Clock(self.timing, "vae"):
                 frames, cache = self.functions.decode_latents(cache, latent[:, None, :h, :w])
                 frames = np.asarray(frames[0, :left, : header.height, : header.width])
             left -= len(frames)
             yield from frames
 
-    def decode_frames(self, reader: StreamReader) -> Iterator[np.ndarray]:
-        """All frames of a stream, in order."""
+    def _latents(self, header: Header, group: Group) -> Iterator[tuple[Array, Array]]:
+        """Decoded latents (1, h, w, c) of a group, and the codec's memory after each."""
+        state = None
+        for s in self.symbols(header, group):
+            with _Clock(self.timing, "codec"):
+                integers = Integers(s.z, s.y, s.index)
+                latent, state = self.functions.reconstruct(integers, state, s.q_index)
+                latent.block_until_ready()
+            yield latent, state.memory
+
+    def _refined(self, group: Group, pairs: list, steps: int) -> Iterator[tuple[Array, None]]:
+        """The latents after refinement; the checksum of the group's symbols seeds the noise."""
+        with _Clock(self.timing, "refiner"):
+            latents, features = (jnp.stack(part, axis=1) for part in zip(*pairs))
+            seed, q_index = group.crc_symbols, group.q_indices[-1]
+            latents = self.functions.refine(latents, features, q_index, seed, steps)
+            latents.block_until_ready()
+        for t in range(latents.shape[1]):
+            yield latents[:, t], None
+
+    def decode_frames(self, reader: StreamReader, steps: int | None = None) -> Iterator[np.ndarray]:
+        """All frames of a stream, in order; steps: see `decode_group`."""
         self.check(reader.header)
         for group in reader.groups():
-            yield from self.decode_group(reader.header, group)
+            yield from self.decode_group(reader.header, group, steps)
 
     def reconstruct(self, video: np.ndarray) -> np.ndarray:
         """Through the VAE only, without codec: uint8 (t, h, w, 3) -> the same."""

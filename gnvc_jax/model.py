@@ -1,8 +1,9 @@
-"""VAE and latent codec together: what a model is, its file, and its pure functions.
+"""VAE, latent codec and refiner together: what a model is, its file, and its pure functions.
 
-A model file is one safetensors file: float weights of VAE and codec, statistics of the latents, the
-exported integer scale networks and the integer probability tables. A fingerprint is the SHA-256 of
-tensors and sizes in sorted order, independent of any framework object.
+A model file is one safetensors file: float weights of VAE, codec and refiner (if it has one),
+statistics of the latents, the exported integer scale networks and the integer probability tables.
+A fingerprint is the SHA-256 of tensors and sizes in sorted order, independent of any framework. The
+refiner has none: a stream decodes to the same integers with any refiner, or without.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -25,6 +27,7 @@ from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LatentCodec, State, pad_latents
+from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
 
 Array = jax.Array
@@ -37,7 +40,8 @@ class Model:
     """Everything that coding needs.
 
     vae, codec: float parameters; mean, std: (c,) of the VAE's latents; scale_networks: exported
-    integers by kind of latent (0 intra, 1 predicted); tables: probability tables.
+    integers by kind of latent (0 intra, 1 predicted); tables: probability tables; refiner, text:
+    its parameters and text condition (1, rows, width), None without.
     """
 
     name: str
@@ -49,12 +53,16 @@ class Model:
     std: np.ndarray
     scale_networks: tuple[Tree, Tree]
     tables: Tables
+    refiner_config: RefinerConfig | None = None
+    refiner: Tree | None = None
+    text: np.ndarray | None = None
 
     @functools.cached_property
     def fingerprints(self) -> tuple[bytes, bytes]:
         """SHA-256 of the codec (32 bytes) and of the VAE (its first 16 bytes)."""
         arrays = to_arrays(self)
-        codec = {k: v for k, v in arrays.items() if not k.startswith("vae/")}
+        later = ("vae/", "refiner/", "text")  # what the integers do not depend on
+        codec = {k: v for k, v in arrays.items() if not k.startswith(later)}
         vae = {k: v for k, v in arrays.items() if k.startswith("vae/")}
         return _digest(codec, self.codec_config), _digest(vae, self.vae_config)[:16]
 
@@ -72,11 +80,14 @@ def build(
     codec: Tree,
     mean: np.ndarray,
     std: np.ndarray,
+    refiner_config: RefinerConfig | None = None,
+    refiner: Tree | None = None,
+    text: np.ndarray | None = None,
 ) -> Model:
     """A model from trained parameters: exports the scale networks and makes the tables.
 
-    Weights of the VAE are rounded to float16, which halves them; the codec's stay in float32, since
-    rounding errors of a recurrence add up.
+    Weights of VAE and refiner are rounded to float16, which halves them; the codec's stay in
+    float32, since rounding errors of a recurrence add up.
     """
     z = np.stack([density.probabilities(codec[k]["entropy"]["density"]) for k in KINDS])
     networks = tuple(
@@ -86,10 +97,23 @@ def build(
     tables = Tables(
         gaussian_frequencies(sigmas), frequencies_from_probabilities(z), codec_config.k_skip
     )
-    vae = jax.tree.map(lambda x: np.asarray(x, np.float16), vae)
+    vae, refiner = jax.tree.map(lambda x: np.asarray(x, np.float16), (vae, refiner))
     codec = jax.tree.map(np.asarray, codec)
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
-    return Model(name, vae_config, codec_config, vae, codec, mean, std, networks, tables)
+    return Model(
+        name,
+        vae_config,
+        codec_config,
+        vae,
+        codec,
+        mean,
+        std,
+        networks,
+        tables,
+        refiner_config,
+        refiner,
+        text,
+    )
 
 
 def to_arrays(model: Model) -> dict[str, np.ndarray]:
@@ -98,9 +122,11 @@ def to_arrays(model: Model) -> dict[str, np.ndarray]:
     flat |= {"tables/y": model.tables.y, "tables/z": model.tables.z}
     for kind, network in zip(KINDS, model.scale_networks, strict=True):
         flat |= {f"scales/{kind}/{k}": v for k, v in network.items()}
-    for part in ("vae", "codec"):
+    for part in ("vae", "codec", "refiner"):
         leaves = jax.tree_util.tree_leaves_with_path(getattr(model, part))
         flat |= {f"{part}/" + "/".join(p.key for p in path): np.asarray(v) for path, v in leaves}
+    if model.text is not None:
+        flat["text"] = model.text
     return flat
 
 
@@ -120,6 +146,7 @@ def save_model(path: str | Path, model: Model) -> None:
         "name": model.name,
         "vae": dataclasses.asdict(model.vae_config),
         "codec": dataclasses.asdict(model.codec_config),
+        "refiner": model.refiner_config and dataclasses.asdict(model.refiner_config),
         "self_test": model.self_test_crc,
         "fingerprints": [f.hex() for f in model.fingerprints],
     }
@@ -138,14 +165,11 @@ def load_model(path: str | Path) -> Model:
             facts = json.loads(file.metadata()["gnvc"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}
         tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["vae"].items()}
-        nested: dict = {}
-        for name, value in arrays.items():
-            *folders, leaf = name.split("/")
-            node = nested
-            for folder in folders:
-                node = node.setdefault(folder, {})
-            node[leaf] = value
+        nested = unflatten_dict(arrays, sep="/")
         config = CodecConfig(**facts["codec"])
+        refiner = facts.get("refiner")
+        if refiner is not None:
+            refiner = RefinerConfig(**refiner | {"dit": DiTConfig(**refiner["dit"])})
         model = Model(
             facts["name"],
             VAEConfig(**tuples),
@@ -156,6 +180,9 @@ def load_model(path: str | Path) -> Model:
             nested["latents"]["std"],
             tuple(nested["scales"][kind] for kind in KINDS),
             Tables(nested["tables"]["y"], nested["tables"]["z"], config.k_skip),
+            refiner,
+            nested.get("refiner"),
+            nested.get("text"),
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error
@@ -195,6 +222,7 @@ class Functions:
     decode_latents(cache, latents) -> uint8 frames, cache
     analyse(latent, state, q_index) -> Integers         state None: intra
     reconstruct(integers, state, q_index) -> latent, State
+    refine(latents, features, q_index, seed, steps) -> latents      of a whole group
     scale_index(kind, q_index, z, prev_y, prev_index) -> uint8 indices
     """
 
@@ -234,6 +262,17 @@ class Functions:
                 return call(params, "decode_intra", integers, q_index)
             return call(params, "decode_inter", integers, state, q_index)
 
+        if model.refiner is not None:
+            refiner = Refiner(model.refiner_config)
+            self.refiner_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), model.refiner)
+
+            @jax.jit
+            def velocity(params, state, tau, decoded, features, q_index):
+                inputs = decoded, features, q_index, model.text
+                return refiner.apply({"params": params}, state, tau, *inputs)
+
+            self._velocity = velocity
+
         self._encode_video, self._decode_latents = encode_video, decode_latents
         self._analyse, self._reconstruct = analyse, reconstruct
         self._scale_index = jax.jit(
@@ -254,6 +293,21 @@ class Functions:
         self, integers: Integers, state: State | None, q_index: int
     ) -> tuple[Array, State]:
         return self._reconstruct(self.codec_params, integers, state, jnp.full((1,), q_index))
+
+    def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
+        """Refined latents (1, t, h, w, c) of a group; features: memory of the codec after each.
+
+        The same seed gives the same result on one device. ValueError without a refiner.
+        """
+        if self.model.refiner is None and steps:
+            raise ValueError(f"model {self.model.name!r} has no refiner; use 0 steps")
+
+        def velocity(state, tau, decoded, features):
+            tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
+            return self._velocity(self.refiner_params, state, tau, decoded, features, q)
+
+        key, config = jax.random.key(seed), self.model.refiner_config
+        return refine(velocity, config, latents, features, key, steps)
 
     def scale_index(self, kind, q_index, z, prev_y, prev_index) -> np.ndarray:
         """Table indices (h, w, cy) uint8 of one latent; see `gnvc_jax.bitstream.ScaleIndex`."""

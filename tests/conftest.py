@@ -35,13 +35,17 @@ def tiny_codec():
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_codec):
-    """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code."""
+    """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code.
+
+    make(seed, refiner=True) has a refiner with windows of two latents, too.
+    """
     import jax
     import jax.numpy as jnp
 
     from gnvc_jax import model as models
     from gnvc_jax.codec import scales
     from gnvc_jax.codec.model import LatentCodec
+    from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig
     from gnvc_jax.vae import VAE, VAEConfig
 
     vae_config = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
@@ -55,9 +59,19 @@ def tiny_model(tiny_codec):
             "codec": LatentCodec(codec_config).init(k, latents, q_index, k)["params"],
         }
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    dit = DiTConfig(16, 16, 2, 2, 8, 4, text_length=0, context_every=1, context_channels=4)
+    refiner_config = RefinerConfig(dit, codec_config.width, 2, 1, deviation=0.3)
 
-    def make(seed: int = 0) -> models.Model:
+    def init_refiner(k):
+        latents, one = jnp.zeros((1, 1, 2, 2, 4)), jnp.zeros(1)
+        features = jnp.zeros((1, 1, 2, 2, codec_config.width))
+        inputs = latents, one, latents, features, one.astype(int)
+        return Refiner(refiner_config).init(k, *inputs)["params"]
+
+    shapes = jax.eval_shape(init, jax.random.key(0))
+    refiner_shapes = jax.eval_shape(init_refiner, jax.random.key(0))
+
+    def make(seed: int = 0, refiner: bool = False) -> models.Model:
         rng = np.random.default_rng(seed)
 
         def draw(path, leaf):
@@ -72,8 +86,12 @@ def tiny_model(tiny_codec):
             return rng.normal(name == "gamma", scale, leaf.shape).astype(np.float32)
 
         params = jax.tree_util.tree_map_with_path(draw, shapes)
+        extra = {}
+        if refiner:
+            extra["refiner_config"] = refiner_config
+            extra["refiner"] = jax.tree_util.tree_map_with_path(draw, refiner_shapes)
         mean, std = np.zeros(4), np.full(4, 0.3)
-        return models.build("test", vae_config, codec_config, **params, mean=mean, std=std)
+        return models.build("test", vae_config, codec_config, **params, mean=mean, std=std, **extra)
 
     return make
 

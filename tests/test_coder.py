@@ -149,3 +149,55 @@ np.save({str(tmp_path / "y.npy")!r}, np.concatenate(ys))
     subprocess.run([sys.executable, "-c", script], check=True, env={"XLA_FLAGS": "", "PATH": ""})
     ours = np.concatenate([s.y.ravel() for g in symbols(coder, stream) for s in g])
     np.testing.assert_array_equal(np.load(tmp_path / "y.npy"), ours)
+
+
+@pytest.fixture(scope="module")
+def refining(tiny_model):
+    """The same model with a refiner over windows of two latents."""
+    return Coder(tiny_model(refiner=True))
+
+
+def test_the_refiner_stays_out_of_the_entropy_path(coder, refining, video, stream):
+    assert refining.model.fingerprints == coder.model.fingerprints
+    out = io.BytesIO()
+    header = refining.header(70, 40, (30000, 1001), gop=5)
+    refining.encode_frames(video, out, header, qp=20)
+    assert out.getvalue() == stream
+    assert same(symbols(refining, stream), symbols(coder, stream))
+    with StreamReader(stream) as reader:
+        plain = np.stack(list(coder.decode_frames(reader)))
+        skipped = np.stack(list(refining.decode_frames(reader, steps=0)))
+    np.testing.assert_array_equal(plain, skipped)
+
+
+def test_refinement_is_repeatable_and_on_by_default(refining, video):
+    out = io.BytesIO()
+    refining.encode_frames(video, out, refining.header(70, 40, (25, 1), gop=9), qp=20)
+
+    def decode(**options):
+        with StreamReader(out.getvalue()) as reader:
+            return np.stack(list(refining.decode_frames(reader, **options)))
+
+    none, one, three = (decode(steps=n) for n in (0, 1, 3))
+    assert one.shape == none.shape == video.shape
+    np.testing.assert_array_equal(one, decode())
+    np.testing.assert_array_equal(three, decode(steps=3))
+    for a, b in ((none, one), (one, three)):
+        assert np.abs(a.astype(int) - b).max() > 2
+
+
+def test_a_model_without_a_refiner_says_so(coder, stream):
+    with StreamReader(stream) as reader, pytest.raises(ValueError, match="no refiner"):
+        list(coder.decode_frames(reader, steps=2))
+
+
+def test_a_refiner_survives_its_file(refining, tmp_path):
+    path = tmp_path / "m.safetensors"
+    models.save_model(path, refining.model)
+    again = models.load_model(path)
+    assert again.refiner_config == refining.model.refiner_config
+    import jax
+
+    jax.tree.map(np.testing.assert_array_equal, again.refiner, refining.model.refiner)
+    plain = models.load_model(path)
+    assert plain.fingerprints == refining.model.fingerprints

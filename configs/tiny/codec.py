@@ -13,7 +13,7 @@ experiment = Experiment(
     stage="codec",
     vae=VAE,
     codec=CODEC,
-    loss=CodecLoss(lambda_low=0.3, lambda_high=128.0, vae="runs/tiny/vae"),
+    loss=CodecLoss(lambda_low=0.022, lambda_high=9.4, vae="runs/tiny/vae"),
     data=DataConfig(path="data/train", frames=17, size=(128, 128), batch=4, downscale_prob=0.5),
     optim=OptimConfig(
         lr=1.5e-3, warmup=50, steps=1500, final_lr_ratio=0.05, betas=(0.9, 0.98), ema=0.995

@@ -14,7 +14,16 @@ experiment = Experiment(
     stage="pixel",
     vae=VAE,
     codec=CODEC,
-    loss=PixelLoss(lambda_low=0.3, lambda_high=512.0, vae="runs/tiny/vae"),
+    train=("codec/", "vae/decoder", "vae/post_quant"),
+    loss=PixelLoss(
+        lambda_low=0.025,
+        lambda_high=43.0,
+        decoded=0.25,
+        mse=3.0,
+        lpips=0.1,
+        lpips_net="alex",
+        vae="runs/tiny/vae",
+    ),
     data=DataConfig(path="data/train", frames=9, size=(128, 128), batch=2, downscale_prob=0.5),
     optim=OptimConfig(
         lr=5e-4, warmup=30, steps=300, final_lr_ratio=0.05, betas=(0.9, 0.98), ema=0.99

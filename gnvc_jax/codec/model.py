@@ -36,9 +36,14 @@ class State(NamedTuple):
 
 
 class Coded(NamedTuple):
-    """Result of encoding: reconstruction, integers, and (training only) rates in bits (b,)."""
+    """Result of encoding in training form: reconstruction, feature, integers, bits (b,).
+
+    feature (b, h, w, width): what the codec knows after this latent; it conditions the next one and
+    the refiner (f_t of GNVC-VD).
+    """
 
     latent: Array
+    feature: Array
     integers: Integers
     y_bits: Array
     z_bits: Array
@@ -182,7 +187,8 @@ class LatentCodec(nn.Module):
         y_hat, mu, integers = entropy.encode(y, q_index, None, previous)
         decoded = self.intra.synthesise(y_hat, q_index)
         rates = entropy.bits(y, mu, integers, q_index, key)
-        return State(self.inter.start(decoded), integers), Coded(decoded, integers, *rates)
+        memory = self.inter.start(decoded)
+        return State(memory, integers), Coded(decoded, memory, integers, *rates)
 
     def train_inter(
         self, state: State, latent: Array, q_index: Array, key: Array
@@ -195,7 +201,7 @@ class LatentCodec(nn.Module):
         decoded, feature = self.inter.synthesise(y_hat, context, q_index)
         rates = entropy.bits(y, mu, integers, q_index, key)
         memory = self.inter.remember(state.memory, feature)
-        return State(memory, integers), Coded(decoded, integers, *rates)
+        return State(memory, integers), Coded(decoded, memory, integers, *rates)
 
     def __call__(self, latents: Array, q_index: Array, key: Array) -> Coded:
         """Code a group (b, t, h, w, c) in training form; every field of Coded gets an axis t.

@@ -75,13 +75,18 @@ def write_component(
     (folder / "architecture.json").write_text(json.dumps(architecture.to_json(), indent=2) + "\n")
 
 
+def has_component(folder: str | Path, component: str) -> bool:
+    """Whether a folder holds this component in ported form."""
+    return (Path(folder) / component / "architecture.json").is_file()
+
+
 def read_architecture(folder: str | Path, component: str) -> Architecture:
     """What a component of a checkpoint folder is.
 
     Raises FileNotFoundError if it is not there, PortError if its description is damaged.
     """
     path = Path(folder) / component / "architecture.json"
-    if not path.is_file():
+    if not has_component(folder, component):
         raise FileNotFoundError(f"{folder}: no ported {component} in this folder")
     try:
         return Architecture.from_json(json.loads(path.read_text()))

@@ -11,7 +11,13 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from gnvc_jax.porting.architectures import Architecture, diffusers_config
-from gnvc_jax.porting.checkpoint import COMPONENTS, new_folder, open_weights, read_architecture
+from gnvc_jax.porting.checkpoint import (
+    COMPONENTS,
+    has_component,
+    new_folder,
+    open_weights,
+    read_architecture,
+)
 
 FOLDERS = {"vae": "vae", "dit": "transformer"}
 WEIGHTS = "diffusion_pytorch_model"
@@ -26,7 +32,7 @@ def export(
     shard_bytes: largest file; about twice as much memory is needed. Raises FileNotFoundError if
     the folder holds no component, FileExistsError if the target exists.
     """
-    components = [c for c in COMPONENTS if (Path(folder) / c / "architecture.json").is_file()]
+    components = [c for c in COMPONENTS if has_component(folder, c)]
     if not components:
         raise FileNotFoundError(f"{folder}: holds no ported weights")
     with new_folder(target) as temporary:

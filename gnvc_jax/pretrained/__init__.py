@@ -47,9 +47,12 @@ class Codec(Coder):
         self.encode_frames(video, out, header, qp)
         return out.getvalue()
 
-    def decode(self, stream: bytes) -> np.ndarray:
-        """Stream -> video uint8 RGB (t, h, w, 3). Raises the kinds of BitstreamError."""
-        return np.stack(list(self.decode_frames(StreamReader(stream))))
+    def decode(self, stream: bytes, steps: int | None = None) -> np.ndarray:
+        """Stream -> video uint8 RGB (t, h, w, 3). Raises the kinds of BitstreamError.
+
+        steps: of refinement, 0 for none; by default one if the model has a refiner.
+        """
+        return np.stack(list(self.decode_frames(StreamReader(stream), steps)))
 
 
 def load_pretrained(name: str | Path = "tiny") -> Codec:

@@ -2,5 +2,16 @@
 
 from gnvc_jax.refiner.config import VACE_1_3B, VACE_14B, WAN_1_3B, WAN_14B, DiTConfig
 from gnvc_jax.refiner.dit import DiT
+from gnvc_jax.refiner.model import Refiner, RefinerConfig, refine
 
-__all__ = ["VACE_1_3B", "VACE_14B", "WAN_1_3B", "WAN_14B", "DiT", "DiTConfig"]
+__all__ = [
+    "VACE_1_3B",
+    "VACE_14B",
+    "WAN_1_3B",
+    "WAN_14B",
+    "DiT",
+    "DiTConfig",
+    "Refiner",
+    "RefinerConfig",
+    "refine",
+]

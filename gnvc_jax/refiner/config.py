@@ -11,9 +11,9 @@ class DiTConfig:
 
     width: of the tokens; ffn_width: of the hidden layer of a block; heads, layers: attention heads
     and blocks; frequencies: width of the sinusoid that stands for time; channels: of the latents;
-    text_width, text_length: of the text condition; context_every: 0 for a plain DiT, s for VACE's
-    adapter with one context block per s blocks (the first before block 0); context_channels: of the
-    adapter's condition, on the grid of the latents.
+    text_width, text_length: of the text condition (length 0: no cross-attention); context_every: 0
+    for a plain DiT, s for VACE's adapter with one context block per s blocks (the first before
+    block 0); context_channels: of the adapter's condition, on the grid of the latents.
 
     Raises ValueError for sizes that do not divide.
     """
@@ -62,8 +62,9 @@ class DiTConfig:
         Matrix products only, batch 1; the published counts of Wan2.1 come out to three digits.
         """
         n, m, d = self.tokens(t, h, w), self.text_length, self.width
-        attention = 8 * n * d**2 + 4 * n**2 * d + 4 * (n + m) * d**2 + 4 * n * m * d
-        block = attention + 4 * n * d * self.ffn_width
+        block = 8 * n * d**2 + 4 * n**2 * d + 4 * n * d * self.ffn_width
+        if m:
+            block += 4 * (n + m) * d**2 + 4 * n * m * d
         patches = 2 * n * d * PATCH**2 * 2 * self.channels
         total = patches + 2 * m * d * (self.text_width + d) + self.layers * block
         if self.context_every:

@@ -128,7 +128,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and feed-forward, both modulated by time, with cross-attention between.
+    """Self-attention and feed-forward, both modulated by time, cross-attention to text between.
 
     x (b, n, d) float32; time (b, 6, d): shift, scale, gate of attention, then of the feed-forward;
     text (b, m, d); table: of the rotary embedding.
@@ -149,10 +149,11 @@ class Block(nn.Module):
         y = Attention(cfg, self.dtype, self.attention, name="self_attention")(y, y, table)
         x = x + gate1 * y
 
-        y = layer_norm(x) * self.param("cross_scale", nn.initializers.ones, (cfg.width,))
-        y = y + self.param("cross_bias", nn.initializers.zeros, (cfg.width,))
-        cross = Attention(cfg, self.dtype, self.attention, name="cross_attention")
-        x = x + cross(y.astype(self.dtype), text, None)
+        if cfg.text_length:
+            y = layer_norm(x) * self.param("cross_scale", nn.initializers.ones, (cfg.width,))
+            y = y + self.param("cross_bias", nn.initializers.zeros, (cfg.width,))
+            cross = Attention(cfg, self.dtype, self.attention, name="cross_attention")
+            x = x + cross(y.astype(self.dtype), text, None)
 
         y = layer_norm(x) * (1 + scale2) + shift2
         y = checkpoint_name(dense(cfg.ffn_width, self.dtype, "ffn_in")(y), "ffn")
@@ -206,15 +207,20 @@ class DiT(nn.Module):
         self,
         latents: Array,
         time: Array,
-        text: Array,
+        text: Array | None = None,
         context: Array | None = None,
         context_scale: float | Array = 1.0,
+        *,
+        time_extra: Array | float = 0.0,
+        context_extra: Array | float = 0.0,
     ) -> Array:
         """Velocity (b, t, h, w, c) float32.
 
         latents (b, t, h, w, c), h and w even; time (b,) in 0..1000; text (b, m, text_width) with
         m <= text_length, zero rows are added; context (b, t, h, w, context_channels), wanted by a
-        model with an adapter; context_scale: weight of the hints, one or one per context block.
+        model with an adapter; context_scale: weight of the hints, one or one per context block;
+        time_extra (b, width), context_extra (b, n, width): added to the embeddings of time and of
+        the context's tokens.
 
         Raises ValueError for sizes that do not fit.
         """
@@ -225,19 +231,20 @@ class DiT(nn.Module):
         x = dense(cfg.width, self.dtype, "patch_embedding")(x).astype(jnp.float32)
 
         time = dense(cfg.width, jnp.float32, "time_in", SMALL)(sinusoid(time, cfg.frequencies))
-        time = dense(cfg.width, jnp.float32, "time_out", SMALL)(nn.silu(time))
+        time = dense(cfg.width, jnp.float32, "time_out", SMALL)(nn.silu(time)) + time_extra
         rows = dense(6 * cfg.width, jnp.float32, "time_modulation")(nn.silu(time))
         rows = rearrange(rows, "b (six d) -> b six d", six=6)
 
-        text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
-        text = nn.gelu(dense(cfg.width, self.dtype, "text_in", SMALL)(text), approximate=True)
-        text = dense(cfg.width, self.dtype, "text_out", SMALL)(text)
+        if cfg.text_length:
+            text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
+            text = nn.gelu(dense(cfg.width, self.dtype, "text_in", SMALL)(text), approximate=True)
+            text = dense(cfg.width, self.dtype, "text_out", SMALL)(text)
 
         tokens = None
         if cfg.context_every:
             tokens = dense(cfg.width, self.dtype, "context_embedding")(patchify(context))
             first = dense(cfg.width, self.dtype, "context_in", nn.initializers.zeros)
-            tokens = first(tokens) + x
+            tokens = first(tokens + context_extra) + x
 
         groups = nn.scan(
             Group,
@@ -258,17 +265,18 @@ class DiT(nn.Module):
         return unpatchify(x, t, h, w)
 
 
-def check_sizes(cfg: DiTConfig, latents: Array, text: Array, context: Array | None) -> None:
+def check_sizes(cfg: DiTConfig, latents: Array, text: Array | None, context: Array | None) -> None:
     """ValueError that says which input does not fit the model."""
     b, t, h, w, c = latents.shape
     if c != cfg.channels or h % PATCH or w % PATCH:
         raise ValueError(
             f"latents {latents.shape}: expected {cfg.channels} channels, even height and width"
         )
-    if text.shape[0] != b or text.shape[1] > cfg.text_length or text.shape[2] != cfg.text_width:
-        raise ValueError(
-            f"text {text.shape}: expected ({b}, at most {cfg.text_length}, {cfg.text_width})"
-        )
+    expected = (b, cfg.text_length, cfg.text_width) if cfg.text_length else None
+    found = None if text is None else text.shape
+    fits = found == expected or (found and expected and found[::2] == expected[::2])
+    if not fits or (found and found[1] > expected[1]):
+        raise ValueError(f"text {found}: expected {expected}, or fewer rows")
     expected = (b, t, h, w, cfg.context_channels) if cfg.context_every else None
     found = None if context is None else context.shape
     if found != expected:

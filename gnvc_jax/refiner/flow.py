@@ -74,6 +74,23 @@ def path_velocity(clean: Array, decoded: Array, noise: Array, start: float = STA
     return pretrained + correction
 
 
+def linear_velocity(
+    state: Array, decoded: Array, tau: float | Array, deviation: float, start: float = START
+) -> Array:
+    """The best linear guess at `path_velocity` from the state and the decoded latents alone.
+
+    It takes coding errors (decoded minus clean) as noise of this deviation, independent of the
+    flow's. At tau = start one step along it gives the decoded latents back. A network that only has
+    to correct it learns sooner than one that must find decoded latents and noise by itself (as
+    the preconditioning of Karras et al. 2022, arXiv 2206.00364, for denoisers).
+    """
+    rest = state - tau * decoded  # (1 - tau) noise - done * error
+    done, left = (tau - start) / (1.0 - start), 1.0 - tau
+    variance = deviation**2
+    share = left - done * variance / (1.0 - start)
+    return decoded - rest * share / (left**2 + done**2 * variance)
+
+
 def clean_estimate(state: Array, velocity: Array, tau: float | Array) -> Array:
     """Where the velocity leads in one step: state + (1 - tau) velocity."""
     return state + (1.0 - tau) * velocity

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.training.config import Experiment, flatten
 
@@ -89,10 +90,19 @@ def check_same_config(path: Path, config: dict) -> None:
         raise ValueError(f"{path}: belongs to another configuration: {'; '.join(differing)}")
 
 
-def load_params(run: str | Path, like: Tree) -> Tree:
+def stage_of(run: str | Path) -> str:
+    """Name of the stage that a run belongs to. FileNotFoundError if there is no such run."""
+    path = Path(run) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: no training run")
+    return json.loads(path.read_text())["stage"]
+
+
+def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
     """Averaged weights of the newest checkpoint of a run, placed as `like`.
 
     like: a tree of arrays or of abstract arrays; those without a sharding come as NumPy arrays.
+    partial: only what the run and `like` have in common.
 
     Raises FileNotFoundError if there is no checkpoint, ValueError if a name or shape differs.
     """
@@ -100,20 +110,23 @@ def load_params(run: str | Path, like: Tree) -> Tree:
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint")
-    item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-    args = ocp.args.PyTreeRestore(
-        item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
     with ocp.PyTreeCheckpointer() as checkpointer:
         saved = folder / str(max(steps)) / "state"
         found = shapes(checkpointer.metadata(saved).item_metadata.tree["ema"])
-        wanted = shapes(item["ema"])
-        for name in sorted(found | wanted):
+        if partial:
+            flat = flatten_dict(like, sep="/")
+            like = unflatten_dict({k: v for k, v in flat.items() if k in found}, sep="/")
+        wanted = shapes(like)
+        for name in sorted(wanted if partial else found | wanted):
             if found.get(name) != wanted.get(name):
                 raise ValueError(
                     f"{run}: parameter {name} has shape {found.get(name)}, "
                     f"expected {wanted.get(name)}"
                 )
+        item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+        args = ocp.args.PyTreeRestore(
+            item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+        )
         return checkpointer.restore(saved, args)["ema"]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import tyro
 
 from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.refiner.model import RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
 
@@ -84,16 +85,34 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the refiner computes.
+
+    dtype: "float32" or "bfloat16"; remat: see `gnvc_jax.refiner.dit.REMAT`; attention: see
+    `gnvc_jax.refiner.attention`, None for the backend's best.
+    """
+
+    dtype: str = "float32"
+    remat: str = "none"
+    attention: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Experiment:
     """One training run.
 
-    stage: a name of `gnvc_jax.training.stages`, or "module:Class"; codec: None for stages without
-    one; init_from: folder of the run whose averaged weights this one starts from.
+    stage: a name of `gnvc_jax.training.stages`, or "module:Class"; codec, refiner: None for stages
+    without one; train: regular expressions for the paths of the parameters that train, of stages
+    that choose ("codec/", "refiner/dit/groups/context"); init_from: folder of the run whose
+    averaged weights this one starts from.
     """
 
     stage: str
     vae: VAEConfig = VAEConfig()  # noqa: RUF009 - frozen
     codec: CodecConfig | None = None
+    refiner: RefinerConfig | None = None
+    compute: ComputeConfig = ComputeConfig()
+    train: tuple[str, ...] = ()
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

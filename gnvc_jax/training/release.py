@@ -28,9 +28,19 @@ def main() -> None:
         stage = make_stage(experiment)
         params = load_params(experiment.run.out, jax.eval_shape(stage.init, jax.random.key(0)))
         frozen = stage.frozen()
-        statistics = frozen["mean"], frozen["std"]
         parts = stage.model_parts(params, frozen)
-        made = model.build(args.name, experiment.vae, experiment.codec, *parts, *statistics)
+        made = model.build(
+            args.name,
+            experiment.vae,
+            experiment.codec,
+            parts["vae"],
+            parts["codec"],
+            frozen["mean"],
+            frozen["std"],
+            experiment.refiner,
+            parts.get("refiner"),
+            frozen.get("text"),
+        )
         model.save_model(args.out, made)
     except (FileNotFoundError, ValueError) as error:
         sys.exit(f"release: {error}")

@@ -190,7 +190,9 @@ def test_inputs_that_do_not_fit_are_refused():
     for cfg, inputs, message in (
         (SMALL, (latents[:, :, :3], time, text, context), "even height"),
         (SMALL, (latents[..., :3], time, text, context), "4 channels"),
-        (SMALL, (latents, time, jnp.zeros((2, 9, 12)), context), "at most 8"),
+        (SMALL, (latents, time, jnp.zeros((2, 9, 12)), context), "or fewer rows"),
+        (SMALL, (latents, time, None, context), "text None"),
+        (dataclasses.replace(PLAIN, text_length=0), (latents, time, text), "expected None"),
         (SMALL, (latents, time, text), "context None"),
         (PLAIN, (latents, time, text, context), "expected None"),
     ):

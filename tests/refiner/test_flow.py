@@ -94,3 +94,26 @@ def test_wans_convention(tau):
     after, step = tau + 0.0005, -0.0005
     ours = flow.integrate(lambda x, t: velocity, state, jnp.array([tau, after]))
     close(ours, state + step * output, 1e-5)
+
+
+@pytest.mark.parametrize("tau", TAUS)
+def test_the_linear_velocity_is_the_best_linear_guess(tau):
+    """Against least squares on samples: v - decoded on (state - tau decoded)."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    clean, noise, error = (np.asarray(jax.random.normal(k, (200_000,))) for k in keys)
+    decoded = clean + 0.4 * error
+    state = flow.path_state(clean, decoded, noise, tau)
+    target = flow.path_velocity(clean, decoded, noise)
+    rest = state - tau * decoded
+    slope = np.vdot(rest, target - decoded) / np.vdot(rest, rest)
+    guess = flow.linear_velocity(state, decoded, tau, 0.4)
+    # Both slopes to three digits of the noise that remains.
+    scale = np.std(target - guess) / np.std(rest) / np.sqrt(rest.size)
+    ours = np.vdot(rest, guess - decoded) / np.vdot(rest, rest)
+    assert abs(ours - slope) < 5 * scale
+
+
+def test_one_linear_step_gives_the_decoded_latents():
+    state = flow.start_state(DECODED, NOISE)
+    velocity = flow.linear_velocity(state, DECODED, 0.7, 0.3)
+    close(flow.clean_estimate(state, velocity, 0.7), DECODED, 1e-5)

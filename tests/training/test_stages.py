@@ -98,7 +98,8 @@ def test_from_clips_to_a_model_that_codes(vae_experiment, tiny_codec, tmp_path):
     pixel = dataclasses.replace(
         codec,
         stage="pixel",
-        loss=PixelLoss(vae=vae.run.out),
+        train=("codec/", "vae/decoder"),
+        loss=PixelLoss(lpips_net="alex", vae=vae.run.out),
         init_from=codec.run.out,
         run=dataclasses.replace(codec.run, out=str(tmp_path / "pixel")),
     )

@@ -14,7 +14,9 @@ Tree = Any
 STAGES = {
     "vae": "gnvc_jax.training.stages.vae:VAEStage",
     "codec": "gnvc_jax.training.stages.codec:CodecStage",
+    "latent": "gnvc_jax.training.stages.latent:LatentStage",
     "pixel": "gnvc_jax.training.stages.pixel:PixelStage",
+    "distill": "gnvc_jax.training.stages.pixel:DistillStage",
 }
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.codec.config import QUALITIES
-from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.codec.model import Coded, LatentCodec
+from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree
@@ -19,17 +20,38 @@ Array = jax.Array
 
 @dataclasses.dataclass(frozen=True)
 class CodecLoss(LossConfig):
-    """lambda * distortion + rate, both per latent value, over sqrt(lambda) (see `balanced`).
+    """lambda * distortion + rate, divided by lambda^balance (see `weighted`).
 
-    lambda_low, lambda_high: weight of the mean squared error of normalised latents at quality 0
-    and 63, geometric between; vae: run of the stage `vae` whose averaged weights are frozen here;
-    statistics_batches: batches that the mean and deviation of each latent channel are taken from.
+    The rate is in bits per pixel of the source, squared errors are means, latents are normalised.
+    lambda_low, lambda_high: weight of the distortion at quality 0 and 63, geometric between;
+    vae: run of the stage `vae` whose averaged weights are frozen here, or a folder that `gnvc port`
+    made; statistics_batches: batches that the mean and deviation of each latent channel are taken
+    from, where the folder does not tell.
     """
 
-    lambda_low: float = 0.5
-    lambda_high: float = 64.0
+    lambda_low: float = 0.05
+    lambda_high: float = 0.5
+    balance: float = 0.5
     vae: str = "runs/tiny/vae"
     statistics_batches: int = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Coding:
+    """A batch of clips after the codec.
+
+    latents: of the VAE, normalised; coded: see `Coded`, with an axis t; q_index (b,); rate (b,) in
+    bits per pixel; error (b,) mean squared; multiplier (b,): lambda, rising along the batch.
+    """
+
+    latents: Array
+    coded: Coded
+    q_index: Array
+    rate: Array
+    error: Array
+    multiplier: Array
+    metrics: dict[str, Array]
 
 
 class CodecStage(Stage):
@@ -44,10 +66,17 @@ class CodecStage(Stage):
         latents = jnp.zeros((1, 2, 8, 8, self.experiment.codec.latent_channels))
         return self.codec.init(key, latents, jnp.zeros((1,), jnp.int32), key)["params"]
 
-    def load_vae(self) -> Tree:
-        """The averaged weights of the VAE's run, on the host."""
+    def load_vae(self) -> tuple[Tree, dict[str, np.ndarray]]:
+        """The VAE's weights on the host, and "mean" and "std" of its latents if known there."""
+        folder = self.experiment.loss.vae
+        if has_component(folder, "vae"):
+            architecture, params = load_weights(folder, "vae", np.float32)
+            if architecture.config != self.experiment.vae:
+                raise ValueError(f"{folder}: holds {architecture.config}, not {self.vae.config}")
+            statistics = architecture.latents_mean, architecture.latents_std
+            return params, dict(zip(("mean", "std"), np.asarray(statistics, np.float32)))
         like = jax.eval_shape(lambda key: init_vae(self.vae, key), jax.random.key(0))
-        return load_params(self.experiment.loss.vae, like)
+        return load_params(folder, like), {}
 
     def frozen(self) -> Tree:
         """The VAE's weights, and mean and deviation of each channel of its latents.
@@ -55,38 +84,37 @@ class CodecStage(Stage):
         Those of a linear encoder are 0 and 1 as they are: the transform keeps distances, so that
         equal errors in any two channels are equal errors of pixels.
         """
-        params = self.load_vae()
+        params, statistics = self.load_vae()
         if self.experiment.vae.linear_encoder:
             channels = self.experiment.vae.latent_channels
-            return {
-                "vae": params,
+            statistics = {
                 "mean": np.zeros(channels, np.float32),
                 "std": np.ones(channels, np.float32),
             }
+        return {"vae": params} | (statistics or self.measure(params))
+
+    def measure(self, params: Tree) -> dict[str, np.ndarray]:
+        """Mean and deviation of each channel over some batches of clips."""
         encode = jax.jit(lambda batch: encode_clip(self.vae, params, pixels(batch)))
         batches = iter(self.dataset())
         count = self.experiment.loss.statistics_batches
         latents = np.concatenate([np.asarray(encode(next(batches))) for _ in range(count)])
         axes = tuple(range(latents.ndim - 1))
-        return {"vae": params, "mean": latents.mean(axes), "std": latents.std(axes)}
+        return {"mean": latents.mean(axes), "std": latents.std(axes)}
 
-    def model_parts(self, params: Tree, frozen: Tree) -> tuple[Tree, Tree]:
-        """Parameters of the VAE and of the codec that go into a model file."""
-        return frozen["vae"], params
+    def model_parts(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """Parameters of the parts that go into a model file: "vae", "codec"."""
+        return {"vae": frozen["vae"], "codec": params}
 
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
-        _, rate, distortion, multiplier, parts = self.code(params, frozen, batch, key)
-        return balanced(multiplier, distortion.mean(1), rate.mean(1)), parts
+        done = self.code(params, frozen, batch, key)
+        return self.weighted(done, done.error), done.metrics
 
-    def code(self, params: Tree, frozen: Tree, batch: Array, key: Array):
-        """Code a batch at random quality levels, in training form.
-
-        Returns Coded; rate (b, t') in bits and squared error (b, t'), both per latent value; lambda
-        (b,), rising along the batch; and a dict of metrics.
-        """
+    def code(self, params: Tree, frozen: Tree, batch: Array, key: Array) -> Coding:
+        """Code a batch at random quality levels, in training form; params: of the codec."""
         key_q, key_noise = jax.random.split(key)
         latents = encode_clip(self.vae, frozen["vae"], pixels(batch))
         latents = jax.lax.stop_gradient((latents - frozen["mean"]) / frozen["std"])
@@ -97,30 +125,28 @@ class CodecStage(Stage):
 
         coded = self.codec.apply({"params": params}, latents, q_index, key_noise)
         bits = coded.y_bits + coded.z_bits
-        rate = bits / latents[0, 0].size
-        distortion = jnp.mean((coded.latent - latents) ** 2, axis=(2, 3, 4))
-        bpp = bits.sum(1) / batch[0, ..., 0].size
-        parts = {
-            "distortion": jnp.mean(distortion),
-            "bpp": jnp.mean(bpp),
-            "bpp_lowest": bpp[0],
-            "bpp_highest": bpp[-1],
-            "intra_rate": jnp.mean(rate[:, 0]),
-            "inter_rate": jnp.mean(rate[:, 1:]),
+        rate = bits.sum(1) / batch[0, ..., 0].size
+        error = jnp.mean((coded.latent - latents) ** 2, axis=(1, 2, 3, 4))
+        metrics = {
+            "distortion": jnp.mean(error),
+            "bpp": jnp.mean(rate),
+            "bpp_lowest": rate[0],
+            "bpp_highest": rate[-1],
+            "intra_share": bits[:, 0].sum() / bits.sum(),
             "z_share": coded.z_bits.sum() / bits.sum(),
         }
-        return coded, rate, distortion, self.multiplier(q_index), parts
+        return Coding(latents, coded, q_index, rate, error, self.multiplier(q_index), metrics)
 
     def multiplier(self, q_index: Array) -> Array:
         """lambda(q): geometric between the two ends."""
         low, high = self.experiment.loss.lambda_low, self.experiment.loss.lambda_high
         return low * (high / low) ** (q_index / (QUALITIES - 1))
 
+    def weighted(self, done: Coding, distortion: Array) -> Array:
+        """Mean of (lambda * distortion + rate) / lambda^balance; distortion (b,).
 
-def balanced(multiplier: Array, distortion: Array, rate: Array) -> Array:
-    """Mean of (lambda * distortion + rate) / sqrt(lambda); all arguments (b,).
-
-    Without the root the best levels, whose loss is a hundred times that of the lowest, would be
-    all that shared weights learn for.
-    """
-    return jnp.mean(multiplier**-0.5 * (multiplier * distortion + rate))
+        With balance 0, as in the paper, the best levels, whose loss is the largest, count most; a
+        small model, whose lambda spans a factor of a thousand, would learn for nothing else.
+        """
+        scale = done.multiplier**-self.experiment.loss.balance
+        return jnp.mean(scale * (done.multiplier * distortion + done.rate))

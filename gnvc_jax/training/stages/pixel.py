@@ -1,7 +1,7 @@
-"""Stage `pixel`: codec and VAE decoder of a small model together, measured on decoded frames.
+"""Stages `pixel` (stage II) and `distill`: everything together, measured on decoded frames.
 
-The decoder learns what frames look like whose latents were quantised, at every quality level. With
-Wan's VAE, which stays as it is, the refiner takes this place.
+Wan's VAE stays as it is, and refined latents go through it. A small VAE's decoder can train too: it
+learns what frames look like whose latents were quantised.
 """
 
 import dataclasses
@@ -10,77 +10,132 @@ import jax
 import jax.numpy as jnp
 
 from gnvc_jax.metrics.lpips import load_lpips
-from gnvc_jax.training.checkpoints import load_params
+from gnvc_jax.refiner import flow
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.stages import Tree, placed_like
-from gnvc_jax.training.stages.codec import CodecLoss, CodecStage, balanced
-from gnvc_jax.training.stages.vae import init_vae, lpips_of_frames, pixels
+from gnvc_jax.training.stages import Tree
+from gnvc_jax.training.stages.codec import Coding
+from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, per_clip
+from gnvc_jax.training.stages.vae import lpips_of_frames, pixels
 
 Array = jax.Array
 
-DECODER = ("decoder", "post_quant")  # parts of the VAE that train
-
 
 @dataclasses.dataclass(frozen=True)
-class PixelLoss(CodecLoss):
-    """lambda * (latent * E_latent + mse * E_pixel + lpips * LPIPS) + rate (GNVC-VD, stage II).
+class PixelLoss(LatentLoss):
+    """R + lambda * (mse * E + lpips * LPIPS + decoded * E_c + refined * E_1) (GNVC-VD, stage II).
 
-    E_latent: mean squared error of normalised latents; E_pixel: of pixels in [-1, 1]; LPIPS: alex,
-    on `lpips_frames` random frames of each clip.
+    E: mean squared error of pixels in [-1, 1]; E_c, E_1: of decoded and refined latents; lpips_net:
+    "vgg" or "alex", on `lpips_frames` random frames of each clip. Refinement takes `steps` steps,
+    with gradients through the last one; with probability `single` it takes one.
     """
 
-    latent: float = 0.25
-    mse: float = 3.0
-    lpips: float = 0.1
+    decoded: float = 1.0
+    mse: float = 1.0
+    lpips: float = 1.0
+    lpips_net: str = "vgg"
     lpips_frames: int = 2
+    steps: int = 5
+    single: float = 0.25
 
 
-class PixelStage(CodecStage):
-    """Starts from the codec of the run `init_from` and the VAE of the run `loss.vae`."""
+class PixelStage(LatentStage):
+    """Starts from a run of the stage `latent`, or of `codec` for a model without a refiner."""
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
-        self.perceptual = load_lpips("alex")
-
-    def init(self, key: Array) -> Tree:
-        vae = init_vae(self.vae, key)
-        return {"codec": super().init(key), "vae": {part: vae[part] for part in DECODER}}
-
-    def warm_start(self, params: Tree) -> Tree:
-        if self.experiment.init_from is None:
-            raise ValueError("init_from: the stage `pixel` starts from a run of the stage `codec`")
-        vae = self.load_vae()
-        return {
-            "codec": load_params(self.experiment.init_from, like=params["codec"]),
-            "vae": placed_like(params["vae"], {part: vae[part] for part in DECODER}),
-        }
+        self.perceptual = load_lpips(experiment.loss.lpips_net)
 
     def frozen(self) -> Tree:
         return super().frozen() | {"lpips": self.perceptual}
-
-    def model_parts(self, params: Tree, frozen: Tree) -> tuple[Tree, Tree]:
-        return frozen["vae"] | params["vae"], params["codec"]
 
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
         weights, video = self.experiment.loss, pixels(batch)
-        key_code, key_frames = jax.random.split(key)
-        coded, rate, error, multiplier, parts = self.code(params["codec"], frozen, batch, key_code)
-        latents = coded.latent * frozen["std"] + frozen["mean"]
-        variables = {"params": self.model_parts(params, frozen)[0]}
-        output = self.vae.apply(variables, latents, method="decode")
-        mse = jnp.mean((output - video) ** 2, axis=(1, 2, 3, 4))
+        key_code, key_steps, key_noise, key_frames = jax.random.split(key, 4)
+        parts = self.model_parts(params, frozen)
+        done = self.code(parts["codec"], frozen | {"vae": parts["vae"]}, batch, key_code)
+        distortion, metrics = weights.decoded * done.error, {}
+        latents = done.coded.latent
+        if self.refiner is not None:
+            single = jax.random.uniform(key_steps) < weights.single
+            steps = jnp.where(single, 1, weights.steps)
+            noise = jax.random.normal(key_noise, latents.shape)
+            latents = self.refined(parts, frozen, done, noise, steps)
+            refined = per_clip((latents - done.latents) ** 2)
+            distortion += weights.refined * refined
+            extra, metrics = self.imitation(parts, frozen, done, noise, latents)
+            distortion += extra
+            metrics["refined"] = refined.mean()
+
+        latents = latents * frozen["std"] + frozen["mean"]
+        output = self.vae.apply({"params": parts["vae"]}, latents, method="decode")
+        mse = per_clip((output - video) ** 2)
         perceptual = lpips_of_frames(
             frozen["lpips"], output, video, key_frames, weights.lpips_frames
         )
-        distortion = weights.latent * error.mean(1) + weights.mse * mse + weights.lpips * perceptual
+        distortion += weights.mse * mse + weights.lpips * perceptual
         psnr = 10.0 * jnp.log10(4.0 / mse)
-        parts |= {
+        metrics |= {
             "psnr_lowest": psnr[0],
             "psnr_highest": psnr[-1],
             "lpips_lowest": perceptual[0],
             "lpips_highest": perceptual[-1],
         }
-        return balanced(multiplier, distortion, rate.mean(1)), parts
+        return self.weighted(done, distortion), done.metrics | metrics
+
+    def imitation(
+        self, parts: Tree, frozen: Tree, done: Coding, noise: Array, latents: Array
+    ) -> tuple[Array | float, dict[str, Array]]:
+        """A further distortion (b,) of refined latents, and metrics; none in this stage."""
+        return 0.0, {}
+
+    def refined(
+        self, parts: Tree, frozen: Tree, done: Coding, noise: Array, steps: Array | int
+    ) -> Array:
+        """Latents after `steps` (traced) Euler steps; gradients go through the last one only."""
+        start = self.experiment.refiner.start
+        state = flow.start_state(done.coded.latent, noise, start)
+        stop = jax.lax.stop_gradient
+
+        def time(i):
+            return start + (1.0 - start) * i / steps
+
+        def move(parts, done, state, i):
+            tau = jnp.full(state.shape[:1], time(i))
+            velocity = self.velocity(parts, frozen, state, tau, done)
+            return state + (time(i + 1) - time(i)) * velocity
+
+        fixed = stop((parts, dataclasses.replace(done, metrics={})))
+        before = jax.lax.fori_loop(
+            0, steps - 1, lambda i, state: move(*fixed, state, i), stop(state)
+        )
+        return move(parts, done, jnp.where(steps == 1, state, before), steps - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillLoss(PixelLoss):
+    """`PixelLoss` of one step, and distill * |one step - many steps of the starting weights|^2.
+
+    The squared difference of latents is weighted by lambda as the other distortions are. With
+    probability 1 - `single` the step is as in the stage `pixel`, so that many steps stay good.
+    """
+
+    single: float = 0.75
+    distill: float = 1.0
+
+
+class DistillStage(PixelStage):
+    """Trains one step to give what the starting weights give in `loss.steps`."""
+
+    def frozen(self) -> Tree:
+        return super().frozen() | {"teacher": self.loaded["refiner"]}
+
+    def imitation(
+        self, parts: Tree, frozen: Tree, done: Coding, noise: Array, latents: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        teacher = parts | {"refiner": frozen["teacher"]}
+        goal = self.refined(teacher, frozen, done, noise, self.experiment.loss.steps)
+        error = per_clip((latents - jax.lax.stop_gradient(goal)) ** 2)
+        return self.experiment.loss.distill * error, {"imitation": error.mean()}

@@ -1,0 +1,198 @@
+"""The refiner: a Wan DiT that sees what the codec knows, and the loops that run it.
+
+Latents here are normalised, (b, t, h, w, c) with even h and w; times are the paper's (0 noise,
+1 data), velocities are data minus noise.
+
+Source: GNVC-VD (arXiv 2512.05016) sections 4 and 5; the context layout is VACE's (Wan2.1
+``vace_model.py``), whose pretrained adapter thus finds what it was trained on.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from gnvc_jax.codec.config import KNOTS
+from gnvc_jax.codec.quality import at_every_level
+from gnvc_jax.refiner import flow
+from gnvc_jax.refiner.config import DiTConfig
+from gnvc_jax.refiner.dit import DiT, patchify
+
+Array = jax.Array
+Tree = dict
+
+MASKS = 64  # mask channels of VACE: one per pixel of a latent
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerConfig:
+    """A DiT with an adapter for decoded latents and features of the codec.
+
+    dit: its context has VACE's 96 channels, or as many as latents have (decoded latents alone);
+    features: channels of the codec's features; window, overlap: latents that are refined together
+    and that neighbouring windows share; start: t_N, flow time at which refinement begins;
+    deviation: 0 where the DiT gives the velocity itself, as Wan's does; else it corrects
+    `flow.linear_velocity` with this deviation of coding errors, which small models need.
+
+    Raises ValueError for sizes that do not fit.
+    """
+
+    dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))
+    features: int = 256
+    window: int = 7
+    overlap: int = 2
+    start: float = flow.START
+    deviation: float = 0.0
+
+    def __post_init__(self):
+        known = self.dit.channels, self.vace_channels
+        if not self.dit.context_every or self.dit.context_channels not in known:
+            raise ValueError(
+                f"the refiner needs context blocks with {known[0]} or {known[1]} channels, "
+                f"not {self.dit.context_channels} every {self.dit.context_every} blocks"
+            )
+        if not 0 <= self.overlap < self.window:
+            raise ValueError(f"overlap {self.overlap} does not fit windows of {self.window}")
+
+    @property
+    def vace_channels(self) -> int:
+        """Channels of VACE's condition."""
+        return 2 * self.dit.channels + MASKS
+
+    @property
+    def vace_layout(self) -> bool:
+        """Whether the DiT's context is VACE's, rather than the decoded latents alone."""
+        return self.dit.context_channels == self.vace_channels
+
+
+class Refiner(nn.Module):
+    """The velocity at a state of the flow, conditioned on the codec.
+
+    What a pretrained model does not know starts at zero, so a ported model is unchanged at first.
+    """
+
+    config: RefinerConfig
+    dtype: jnp.dtype = jnp.float32
+    attention: str | None = None
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        state: Array,
+        tau: Array,
+        decoded: Array,
+        features: Array,
+        q_index: Array,
+        text: Array | None = None,
+    ) -> Array:
+        """Velocity (b, t, h, w, c).
+
+        state, decoded (b, t, h, w, c): of the flow at tau (b,), and from the codec; features
+        (b, t, h, w, features): of the codec; q_index (b,) int32; text: of the DiT.
+        """
+        cfg, zeros = self.config.dit, nn.initializers.zeros
+        condition = decoded
+        if self.config.vace_layout:
+            # Latents of a grey clip, a first and a later one: VACE's sign for nothing to keep.
+            grey = self.param("grey", zeros, (2, cfg.channels), jnp.float32)
+            condition = vace_context(decoded, grey)
+        dit = DiT(cfg, self.dtype, self.attention, self.remat, name="dit")
+        embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
+        knots = self.param("quality", zeros, (KNOTS, cfg.width), jnp.float32)
+        velocity = dit(
+            state,
+            flow.wan_timestep(tau),
+            text,
+            condition,
+            time_extra=at_every_level(knots)[q_index],
+            context_extra=embed(patchify(features)),
+        )
+        velocity = flow.velocity_from_wan(velocity)
+        if self.config.deviation:
+            time = tau[:, None, None, None, None]
+            inputs = state, decoded, time, self.config.deviation, self.config.start
+            velocity += flow.linear_velocity(*inputs)
+        return velocity
+
+
+def vace_context(decoded: Array, grey: Array) -> Array:
+    """VACE's "inactive", "reactive" and mask channels (b, t, h, w, 2c + 64).
+
+    Everything is to be generated, guided by the decoded latents: inactive is grey, the mask is 1.
+    """
+    later = (jnp.arange(decoded.shape[1]) > 0).astype(int)
+    inactive = jnp.broadcast_to(grey[later][None, :, None, None], decoded.shape)
+    mask = jnp.ones((*decoded.shape[:-1], MASKS), decoded.dtype)
+    return jnp.concatenate([inactive, decoded, mask], axis=-1)
+
+
+def noise_for(key: Array, shape: tuple[int, ...], first: int = 0) -> Array:
+    """Noise of latents (b, t, h, w, c): that of each latent depends on its place `first + i` only.
+
+    So windows, and a decoder that starts in the middle, draw the same numbers.
+    """
+    b, t, *rest = shape
+    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(t))
+    noise = jax.vmap(lambda k: jax.random.normal(k, (b, *rest)))(keys)
+    return rearrange(noise, "t b ... -> b t ...")
+
+
+def windows(count: int, size: int, overlap: int) -> list[int]:
+    """First latents of windows of `size` that cover `count` latents, sharing at least `overlap`.
+
+    One window where all fit.
+    """
+    if count <= size:
+        return [0]
+    last = count - size
+    number = 1 + -(-last // (size - overlap))
+    return [round(i * last / (number - 1)) for i in range(number)]
+
+
+def ramp(size: int, overlap: int, first: bool, last: bool) -> Array:
+    """Weights (size,) of a window's latents: linear over the shared ones, never zero."""
+    rise = jnp.minimum(1.0, (jnp.arange(size) + 1.0) / (overlap + 1.0))
+    one = jnp.ones(size)
+    return (one if first else rise) * (one if last else rise[::-1])
+
+
+def refine(
+    velocity: Callable[..., Array],
+    config: RefinerConfig,
+    decoded: Array,
+    features: Array,
+    key: Array,
+    steps: int,
+) -> Array:
+    """Refined latents of a group of any length; the decoded ones for 0 steps.
+
+    velocity(state, tau, decoded, features): of one window, tau a scalar; one compilation serves
+    all windows of a group. In every step each window says how its latents move; where windows
+    share latents they move by the weighted mean, so there is no seam. Memory: one window's
+    activations, and a few copies of the group's latents.
+    """
+    if steps == 0:
+        return decoded
+    t = decoded.shape[1]
+    size = min(t, config.window)
+    starts = windows(t, config.window, config.overlap)
+    weights = [ramp(size, config.overlap, s == 0, s == starts[-1]) for s in starts]
+    weights = [w[:, None, None, None] for w in weights]
+    total = jnp.zeros((t, 1, 1, 1))
+    for s, weight in zip(starts, weights):
+        total = total.at[s : s + size].add(weight)
+    state = flow.start_state(decoded, noise_for(key, decoded.shape), config.start)
+    times = flow.step_times(steps, config.start)
+    for tau, after in itertools.pairwise(times):
+        move = jnp.zeros_like(state)
+        for s, weight in zip(starts, weights):
+            part = slice(s, s + size)
+            v = velocity(state[:, part], tau, decoded[:, part], features[:, part])
+            move = move.at[:, part].add(weight * v)
+        state = state + (after - tau) * move / total
+    return state

@@ -1,0 +1,188 @@
+"""Stage `latent` (stage I): codec and refiner together, on latents."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from gnvc_jax.porting.checkpoint import PROMPT, has_component, load_prompt, load_weights
+from gnvc_jax.refiner import Refiner, flow
+from gnvc_jax.training.checkpoints import load_params, stage_of
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.parts import join, split
+from gnvc_jax.training.stages import Tree, placed_like
+from gnvc_jax.training.stages.codec import CodecLoss, CodecStage, Coding
+from gnvc_jax.training.stages.vae import init_vae
+from gnvc_jax.vae import encode_clip
+
+Array = jax.Array
+
+TAU_MAX = 0.999  # at 1 nothing is left to learn
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentLoss(CodecLoss):
+    """R + lambda * (refined * E_1 + decoded * E_c) + matching * L_CFM (GNVC-VD, stage I).
+
+    E_1, E_c: mean squared error of refined and of decoded latents, the refined ones estimated in
+    one step from the sampled time; L_CFM: that of the velocity; weights: folder of `gnvc port` with
+    the DiT, None to train one from scratch; prompt: file of the text condition, by default that of
+    the folder, or zeros.
+    """
+
+    refined: float = 1.0
+    decoded: float = 0.1
+    matching: float = 1.0
+    weights: str | None = None
+    prompt: str | None = None
+
+
+class LatentStage(CodecStage):
+    """Starts from a codec that was trained alone.
+
+    The model has the parts "vae", "codec" and, if configured, "refiner"; `experiment.train` says
+    which parameters train. Each comes from the last of these that has it: random initialisation
+    (only where it trains), `loss.vae`, `loss.weights`, `init_from`.
+    """
+
+    parts = ("vae", "codec", "refiner")
+
+    def __init__(self, experiment: Experiment):
+        super().__init__(experiment)
+        if experiment.init_from is None:
+            raise ValueError(
+                f"init_from: the stage `{experiment.stage}` starts from a run of the stage `codec`"
+            )
+        if not experiment.train:
+            raise ValueError(f"train: say what the stage `{experiment.stage}` trains")
+        compute, self.refiner = experiment.compute, None
+        if experiment.refiner is not None:
+            self.refiner = Refiner(
+                experiment.refiner, jnp.dtype(compute.dtype), compute.attention, compute.remat
+            )
+
+    def init_parts(self, key: Array) -> Tree:
+        """All parameters, at random."""
+        parts = {"vae": init_vae(self.vae, key), "codec": super().init(key)}
+        if self.refiner is not None:
+            cfg = self.experiment.refiner
+            b, t, h, w = 1, 1, 2, 2
+            latents = jnp.zeros((b, t, h, w, cfg.dit.channels))
+            features = jnp.zeros((b, t, h, w, cfg.features))
+            text = jnp.zeros((b, 1, cfg.dit.text_width)) if cfg.dit.text_length else None
+            one = jnp.zeros((b,))
+            inputs = latents, one, latents, features, one.astype(jnp.int32), text
+            parts["refiner"] = self.refiner.init(key, *inputs)["params"]
+        return parts
+
+    def init(self, key: Array) -> Tree:
+        return split(self.init_parts(key), self.experiment.train)[0]
+
+    @functools.cached_property
+    def loaded(self) -> Tree:
+        """Parameters that other runs and ported folders have, on the host."""
+        loss, source = self.experiment.loss, self.experiment.init_from
+        like = jax.eval_shape(self.init_parts, jax.random.key(0))
+        found = {"vae": self.load_vae()[0]}
+        weights = getattr(loss, "weights", None)
+        if self.refiner is not None and weights:
+            architecture, dit = load_weights(weights, "dit", np.float32)
+            if architecture.config != self.experiment.refiner.dit:
+                raise ValueError(
+                    f"{weights}: holds {architecture.config}, "
+                    f"the refiner is {self.experiment.refiner.dit}"
+                )
+            found["refiner"] = {"dit": dit}
+        if self.refiner is not None and self.experiment.refiner.vace_layout:
+            found = join(found, {"refiner": {"grey": self.grey()}})
+        if stage_of(source) == "codec":
+            return join(found, {"codec": load_params(source, like["codec"])})
+        return join(found, load_params(source, like, partial=True))
+
+    def grey(self) -> np.ndarray:
+        """Normalised latents (2, c) of a grey clip: the first one, and one that follows."""
+        known = super().frozen()
+        side, frames = 8 * self.vae.config.stride, 1 + 3 * self.vae.config.temporal_stride
+        latents = encode_clip(self.vae, known["vae"], jnp.zeros((1, frames, side, side, 3)))
+        latents = (np.asarray(latents) - known["mean"]) / known["std"]
+        return latents[0, [0, -1], 4, 4]
+
+    def warm_start(self, params: Tree) -> Tree:
+        start, new = flatten_dict(self.loaded, sep="/"), flatten_dict(params, sep="/")
+        known = {k: placed_like(x, start[k]) for k, x in new.items() if k in start}
+        return unflatten_dict(new | known, sep="/")
+
+    def frozen(self) -> Tree:
+        """Statistics of latents, text, and "fixed": the parameters that do not train.
+
+        Raises ValueError if one of these is nowhere to be found.
+        """
+        like = jax.eval_shape(self.init_parts, jax.random.key(0))
+        fixed, start = (
+            flatten_dict(tree, sep="/")
+            for tree in (split(like, self.experiment.train)[1], self.loaded)
+        )
+        if missing := sorted(fixed.keys() - start.keys()):
+            raise ValueError(
+                f"{len(missing)} parameters neither train nor come from a run or ported folder, "
+                f"{missing[0]} is the first"
+            )
+        rest = super().frozen()
+        del rest["vae"]  # it is in "fixed", but for what trains
+        tree = unflatten_dict({path: start[path] for path in fixed}, sep="/")
+        return rest | {"fixed": tree, "text": self.text()}
+
+    def text(self) -> np.ndarray | None:
+        """The text condition (1, rows, width), None for a refiner without text."""
+        if self.refiner is None or not self.experiment.refiner.dit.text_length:
+            return None
+        config, loss = self.experiment.refiner.dit, self.experiment.loss
+        folder = getattr(loss, "weights", None)
+        if loss.prompt:
+            return load_prompt(loss.prompt, config)
+        if folder and has_component(folder, "dit"):
+            from pathlib import Path
+
+            if (path := Path(folder) / PROMPT).is_file():
+                return load_prompt(path, config)
+        return np.zeros((1, 1, config.text_width), np.float32)
+
+    def model_parts(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        return join(frozen["fixed"], params)
+
+    def loss(
+        self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
+        weights, start = self.experiment.loss, self.experiment.refiner.start
+        key_code, key_time, key_noise = jax.random.split(key, 3)
+        parts = self.model_parts(params, frozen)
+        done = self.code(parts["codec"], frozen | {"vae": parts["vae"]}, batch, key_code)
+        clean, decoded = done.latents, done.coded.latent
+        noise = jax.random.normal(key_noise, clean.shape)
+        tau = jax.random.uniform(key_time, clean.shape[:1], jnp.float32, start, TAU_MAX)
+        time = tau[:, None, None, None, None]
+        state = flow.path_state(clean, decoded, noise, time, start)
+        target = jax.lax.stop_gradient(flow.path_velocity(clean, decoded, noise, start))
+        velocity = self.velocity(parts, frozen, state, tau, done)
+        matching = per_clip((velocity - target) ** 2)
+        refined = per_clip((flow.clean_estimate(state, velocity, time) - clean) ** 2)
+        loss = self.weighted(done, weights.refined * refined + weights.decoded * done.error)
+        metrics = {"flow": matching.mean(), "refined": refined.mean()}
+        return loss + weights.matching * matching.mean(), done.metrics | metrics
+
+    def velocity(self, parts: Tree, frozen: Tree, state: Array, tau: Array, done: Coding) -> Array:
+        """The refiner's velocity of all latents of a batch; tau (b,)."""
+        text = frozen["text"]
+        if text is not None:
+            text = jnp.broadcast_to(text, (state.shape[0], *text.shape[1:]))
+        inputs = done.coded.latent, done.coded.feature, done.q_index, text
+        return self.refiner.apply({"params": parts["refiner"]}, state, tau, *inputs)
+
+
+def per_clip(x: Array) -> Array:
+    """Mean over all axes but the first."""
+    return x.mean(tuple(range(1, x.ndim)))

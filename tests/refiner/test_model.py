@@ -1,0 +1,152 @@
+"""The refiner: condition, neutral start, and windows over long groups."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gnvc_jax.refiner import DiT, DiTConfig, Refiner, RefinerConfig, flow, refine
+from gnvc_jax.refiner.model import noise_for, ramp, vace_context, windows
+
+DIT = DiTConfig(
+    width=32,
+    ffn_width=32,
+    heads=2,
+    layers=2,
+    frequencies=8,
+    channels=4,
+    text_width=5,
+    text_length=3,
+    context_every=2,
+    context_channels=2 * 4 + 64,
+)
+VACE = RefinerConfig(DIT, features=6)
+SMALL = RefinerConfig(
+    dataclasses.replace(DIT, context_channels=4, text_length=0), features=6, deviation=0.3
+)
+
+
+def inputs(b=2, t=2, h=4, w=4):
+    keys = jax.random.split(jax.random.key(0), 3)
+    state, decoded = (jax.random.normal(k, (b, t, h, w, 4)) for k in keys[:2])
+    features = jax.random.normal(keys[2], (b, t, h, w, 6))
+    return state, jnp.linspace(0.7, 0.9, b), decoded, features, jnp.arange(b) + 5
+
+
+def filled(tree, seed=0):
+    """Random values everywhere, also where training starts at zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), tree)
+
+
+def test_a_ported_model_is_unchanged_at_first():
+    """Random DiT weights under fresh codec conditions: the DiT's own answer, sign changed."""
+    state, tau, decoded, features, q_index = inputs()
+    text = jnp.ones((2, 2, 5))
+    refiner = Refiner(VACE)
+    params = refiner.init(jax.random.key(0), state, tau, decoded, features, q_index, text)
+    params = params["params"] | {"dit": filled(params["params"]["dit"])}
+    ours = refiner.apply({"params": params}, state, tau, decoded, features, q_index, text)
+    context = vace_context(decoded, params["grey"])
+    theirs = DiT(DIT).apply({"params": params["dit"]}, state, 1000 * (1 - tau), text, context)
+    assert float(jnp.abs(theirs).max()) > 0.1
+    np.testing.assert_array_equal(ours, -theirs)
+
+    for part in ("features", "quality"):
+        changed = params | {part: filled(params[part])}
+        other = refiner.apply({"params": changed}, state, tau, decoded, features, q_index, text)
+        assert float(jnp.abs(other - ours).max()) > 1e-3, part
+
+
+def test_a_small_refiner_gives_the_decoded_latents_at_first():
+    _, _, decoded, features, q_index = inputs()
+    refiner = Refiner(SMALL)
+    state = flow.start_state(decoded, noise_for(jax.random.key(1), decoded.shape))
+    arguments = jnp.full(2, 0.7), decoded, features, q_index
+    params = refiner.init(jax.random.key(0), state, *arguments)
+    velocity = refiner.apply(params, state, *arguments)
+    np.testing.assert_allclose(flow.clean_estimate(state, velocity, 0.7), decoded, atol=1e-5)
+
+
+def test_the_condition_of_vace():
+    decoded, grey = inputs()[2], jnp.arange(8.0).reshape(2, 4)
+    condition = vace_context(decoded, grey)
+    assert condition.shape == (2, 2, 4, 4, 72)
+    np.testing.assert_array_equal(condition[1, 0, 2, 3, :4], grey[0])
+    np.testing.assert_array_equal(condition[0, 1, 0, 0, :4], grey[1])
+    np.testing.assert_array_equal(condition[..., 4:8], decoded)
+    assert (condition[..., 8:] == 1).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 6, 7, 12, 25, 26, 27, 100])
+@pytest.mark.parametrize(("size", "overlap"), [(5, 2), (7, 0), (7, 6)])
+def test_windows_cover_a_group_and_overlap(count, size, overlap):
+    starts = windows(count, size, overlap)
+    covered = [set(range(s, s + min(size, count))) for s in starts]
+    assert set().union(*covered) == set(range(count))
+    assert all(len(a & b) >= overlap for a, b in itertools.pairwise(covered))
+    # No more windows than are needed.
+    assert len(starts) <= 1 + max(0, -(-(count - size) // (size - overlap)))
+
+
+def test_weights_of_windows():
+    np.testing.assert_allclose(ramp(5, 2, True, True), np.ones(5))
+    np.testing.assert_allclose(ramp(5, 2, False, True), [1 / 3, 2 / 3, 1, 1, 1])
+    np.testing.assert_allclose(ramp(5, 2, True, False), [1, 1, 1, 2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize("t", [1, 7, 8, 19])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_windows_leave_a_pointwise_flow_as_it_is(t, steps):
+    """A velocity that treats latents one by one does not notice windows: any seam would show."""
+    config = dataclasses.replace(VACE, window=7, overlap=2)
+    _, _, decoded, features, _ = inputs(1, t)
+    clean = decoded + 0.2 * features[..., :4]
+    seen = []
+
+    def velocity(state, tau, decoded, features):
+        seen.append(state.shape[1])
+        return (decoded + 0.2 * features[..., :4] - state) / (1 - tau)
+
+    refined = refine(velocity, config, decoded, features, jax.random.key(0), steps)
+    np.testing.assert_allclose(refined, clean, atol=1e-5)
+    assert set(seen) == {min(t, 7)}
+    np.testing.assert_array_equal(
+        refine(velocity, config, decoded, features, jax.random.key(0), 0), decoded
+    )
+
+
+def test_overlapping_windows_mix():
+    """Where two windows disagree, the result goes from one to the other without a jump."""
+    config = dataclasses.replace(VACE, window=7, overlap=4)
+    decoded = jnp.zeros((1, 10, 2, 2, 4))
+    calls = []
+
+    def velocity(state, tau, decoded, features):
+        calls.append(len(calls))
+        return (float(calls[-1]) - state) / (1 - tau)  # the first window wants 0, the second 1
+
+    refined = refine(velocity, config, decoded, decoded, jax.random.key(0), 1)[0, :, 0, 0, 0]
+    np.testing.assert_allclose(refined, [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1], atol=1e-6)
+
+
+def test_noise_belongs_to_a_place():
+    key = jax.random.key(3)
+    whole = noise_for(key, (2, 6, 3, 3, 4))
+    np.testing.assert_array_equal(noise_for(key, (2, 2, 3, 3, 4), first=3), whole[:, 3:5])
+    assert abs(float(whole.std()) - 1) < 0.1
+    assert float(jnp.abs(whole[:, 0] - whole[:, 1]).min()) > 0
+
+
+def test_configurations_that_cannot_be():
+    for wrong in (
+        {"overlap": 7},
+        {"overlap": -1},
+        {"dit": dataclasses.replace(DIT, context_every=0)},
+        {"dit": dataclasses.replace(DIT, context_channels=10)},
+    ):
+        with pytest.raises(ValueError):
+            dataclasses.replace(VACE, **wrong)
