@@ -17,10 +17,15 @@ from einops import rearrange, repeat
 from flax import linen as nn
 from jax import lax
 
+from gnvc_jax.vae import winograd
+
 Array = jax.Array
 
 # Attention scores of at most this many (query, key) pairs are held in memory at once.
 SCORES_IN_MEMORY = 1 << 24
+
+# From this many input and output channels on, Winograd's algorithm is faster on CPU.
+WINOGRAD_CHANNELS = 16
 
 
 def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=((1, 1), (1, 1))) -> Array:
@@ -71,24 +76,46 @@ def conv3d(x: Array, kernel: Array, zeros: int = 0) -> Array:
     """3-D convolution, 'same' in space and 'valid' in time: (b, t + kt - 1, ...) -> (b, t, ...).
 
     The first `zeros` frames of x are left out and count as zero. XLA's 3-D convolution is slow on
-    CPU: the sum of one 2-D convolution per time tap gives the same values about three times as fast
-    there, and the taps that only see zeros cost nothing. Other backends get the 3-D convolution.
+    CPU: there, wide 3x3 kernels go by Winograd's algorithm, others are the sum of one 2-D
+    convolution per time tap, and taps that only see zeros cost nothing. Other backends get the 3-D
+    convolution.
     """
-    kt, kh, kw, _, _ = kernel.shape
+    kt, kh, kw, c, o = kernel.shape
     space = ((kh // 2, kh // 2), (kw // 2, kw // 2))
     if jax.default_backend() != "cpu":
         x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
         return lax.conv_general_dilated(
             x, kernel, (1, 1, 1), ((0, 0), *space), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
         )
-    t, y = x.shape[1] + zeros - kt + 1, 0
+    t = x.shape[1] + zeros - kt + 1
+    silent = max(0, zeros - t + 1)  # taps before the first frame of x at every output
+    kernel, kt, zeros = kernel[silent:], kt - silent, zeros - silent
+    if (kh, kw) == (3, 3) and min(c, o) >= WINOGRAD_CHANNELS and x.dtype == jnp.float32:
+        return winograd.conv3d(x, kernel, zeros)
+    y = 0
     for k in range(kt):
         missing = max(0, zeros - k)  # leading outputs for which this tap sees zeros
-        if missing < t:
-            tap = x[:, max(0, k - zeros) : k - zeros + t]
-            tap = conv2d(tap, kernel[k], padding=space)
-            y = y + jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+        tap = conv2d(x[:, max(0, k - zeros) : k - zeros + t], kernel[k], padding=space)
+        y = y + jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
     return y
+
+
+def conv2d_of_doubled(x: Array, kernel: Array) -> Array:
+    """3x3 convolution of x (b, t, h, w, c) after nearest-neighbour doubling of rows and columns.
+
+    An output sees four input pixels whatever its place. On CPU, outputs in even and odd rows and
+    columns are therefore four 2x2 convolutions of x, whose weights are sums: 2.25 times less work.
+    """
+    if jax.default_backend() != "cpu":
+        return conv2d(repeat(x, "b t h w c -> b t (h 2) (w 2) c"), kernel)
+    # parity of the output, tap, original weight
+    merge = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
+    kernels = jnp.einsum("pri,qsj,ijco->pqrsco", merge, merge, kernel)
+    rows = (
+        jnp.stack([conv2d(x, kernels[p, q], padding=((1 - p, p), (1 - q, q))) for q in (0, 1)], 4)
+        for p in (0, 1)
+    )
+    return rearrange(jnp.stack(list(rows), 3), "b t h p w q o -> b t (h p) (w q) o")
 
 
 def with_history(module: nn.Module, x: Array, frames: int, first: bool) -> tuple[Array, int]:
@@ -159,7 +186,7 @@ class SpatialUp(Kernel):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         kernel, bias = self.weights(x, (3, 3))
-        return conv2d(repeat(x, "b t h w c -> b t (h 2) (w 2) c"), kernel) + bias
+        return conv2d_of_doubled(x, kernel) + bias
 
 
 class TemporalDown(Kernel):

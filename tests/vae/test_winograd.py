@@ -1,0 +1,74 @@
+"""The fast forms of convolutions on CPU against XLA's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from einops import repeat
+from jax import lax
+
+from gnvc_jax.vae import layers, winograd
+
+
+def draw(*shapes: tuple[int, ...]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(np.float32) for shape in shapes]
+
+
+def plain(x, kernel, zeros):
+    """3-D convolution, 'same' in space, after frames of zeros."""
+    return lax.conv_general_dilated(
+        jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0))),
+        kernel,
+        (1, 1, 1),
+        ((0, 0), (1, 1), (1, 1)),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+def assert_close(ours, theirs):
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize(
+    "frames, taps, zeros, h, w",
+    [(5, 3, 0, 8, 8), (4, 3, 2, 7, 13), (1, 3, 2, 1, 2), (2, 1, 0, 5, 4), (3, 3, 1, 4, 9)],
+)
+def test_it_is_the_convolution(frames, taps, zeros, h, w):
+    """Values and both gradients, for one to four outputs in time and sizes off the tiles."""
+    c, o = 16, 24
+    t = frames + zeros - taps + 1
+    x, kernel, dy = draw((2, frames, h, w, c), (taps, 3, 3, c, o), (2, t, h, w, o))
+
+    @jax.jit
+    def both(x, kernel, dy):
+        ours, our_pull = jax.vjp(lambda *a: layers.conv3d(*a, zeros), x, kernel)
+        theirs, their_pull = jax.vjp(lambda *a: plain(*a, zeros), x, kernel)
+        return (ours, *our_pull(dy)), (theirs, *their_pull(dy))
+
+    for ours, theirs in zip(*both(x, kernel, dy)):
+        assert_close(ours, theirs)
+
+
+def test_wide_kernels_take_it(monkeypatch):
+    monkeypatch.setattr(winograd, "conv3d", lambda x, kernel, zeros: "taken")
+    for c, o, dtype, taken in (
+        (16, 16, jnp.float32, True),
+        (16, 8, jnp.float32, False),
+        (16, 16, jnp.bfloat16, False),
+    ):
+        y = layers.conv3d(jnp.zeros((1, 3, 4, 4, c), dtype), jnp.zeros((3, 3, 3, c, o), dtype))
+        assert isinstance(y, str) == taken
+
+
+def test_convolution_of_a_doubled_image():
+    x, kernel, dy = draw((1, 2, 3, 5, 4), (3, 3, 4, 6), (1, 2, 6, 10, 6))
+
+    def doubled(x, kernel):
+        return plain(repeat(x, "b t h w c -> b t (h 2) (w 2) c"), kernel[None], 0)
+
+    ours, our_pull = jax.vjp(layers.conv2d_of_doubled, x, kernel)
+    theirs, their_pull = jax.vjp(doubled, x, kernel)
+    for a, b in zip((ours, *our_pull(dy)), (theirs, *their_pull(dy))):
+        assert_close(a, b)
