@@ -75,13 +75,19 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     lines = jnp.stack(_mix(FROM_INPUT, lines))  # (6, b, t, rows, w', c)
     inputs = [lines[..., j : j + TILE * columns - 3, :][..., step, :] for j in range(INPUTS)]
     inputs = _mix(FROM_INPUT, inputs)  # 6 of (6, b, t, rows, columns, c)
-    weights = jnp.stack(_mix(FROM_KERNEL, [kernel[:, i] for i in range(TAPS)]))
-    weights = _mix(FROM_KERNEL, [weights[:, :, j] for j in range(TAPS)])  # 6 of (6, kt, c, o)
 
-    def line(factors: tuple[list[Array], list[Array]]) -> list[Array]:
-        return _mix(TO_OUTPUT, [product(*pair) for pair in zip(*factors)])
+    def line(at: tuple[list[Array], Array]) -> list[Array]:
+        """Outputs of the four columns at one point of the rows.
 
-    outputs = lax.map(line, (inputs, weights))  # 4 columns of (6, b, t', rows, columns, o)
+        Transforms the kernel itself: outside the loop, XLA would do so for all layers at once.
+        """
+        inputs, point = at
+        weights = sum(point[i] * kernel[:, i] for i in range(TAPS))  # (kt, 3, c, o)
+        weights = _mix(FROM_KERNEL, [weights[:, j] for j in range(TAPS)])
+        return _mix(TO_OUTPUT, list(map(product, inputs, weights)))
+
+    points = jnp.asarray(FROM_KERNEL, kernel.dtype)
+    outputs = lax.map(line, (inputs, points))  # 4 columns of (6, b, t', rows, columns, o)
     outputs = zip(*(_mix(TO_OUTPUT, list(column)) for column in outputs))  # 4 rows of 4 columns
     y = jnp.stack([jnp.stack(row, axis=4) for row in outputs], axis=3)
     return y.reshape(b, -1, rows * TILE, columns * TILE, y.shape[-1])[:, :, :h, :w]
