@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -31,44 +32,12 @@ import numpy as np
 SIDES = ("torch", "clip", "stream")
 
 
-def wan_name(path: str) -> str:
-    """Name in diffusers' state of the parameter at a path of ours: level0_block1/conv1/kernel."""
-    for pattern, name in (
-        (r"/kernel$", "/weight"),
-        (r"/head/norm", "/norm_out"),
-        (r"/head/conv", "/conv_out"),
-        (r"/middle/attention", "/mid_block/attentions/0"),
-        (r"/middle/block_(\d)", r"/mid_block/resnets/\1"),
-        (r"/shortcut", "/conv_shortcut"),
-        (r"^((?:post_)?quant)", r"\1_conv"),
-        (r"^decoder/level(\d)_block(\d)", r"decoder/up_blocks/\1/resnets/\2"),
-        (r"^decoder/level(\d)_up", r"decoder/up_blocks/\1/upsamplers/0/resample/1"),
-        (r"^decoder/level(\d)_time", r"decoder/up_blocks/\1/upsamplers/0/time_conv"),
-    ):
-        path = re.sub(pattern, name, path)
-    # The encoder's blocks and what follows them are numbered through: three to a level.
-    places = {"block0": "", "block1": "", "down": "/resample/1", "time": "/time_conv"}
-
-    def number(match: re.Match) -> str:
-        level, place = int(match[1]), match[2]
-        index = 3 * level + (int(place[-1]) if place.startswith("block") else 2)
-        return f"encoder/down_blocks/{index}{places[place]}"
-
-    return re.sub(r"^encoder/level(\d)_(block\d|down|time)", number, path).replace("/", ".")
-
-
 def torch_run(folder: Path, way: str, array: np.ndarray) -> tuple[Callable, float]:
     import torch
     from diffusers import AutoencoderKLWan
-    from safetensors.torch import load_file, save_file
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    torch.manual_seed(0)
-    vae, weights = AutoencoderKLWan().eval(), folder / "weights.safetensors"
-    if weights.exists():
-        vae.load_state_dict(load_file(weights))
-    else:
-        save_file(vae.state_dict(), weights)
+    vae = AutoencoderKLWan.from_pretrained(folder / "public" / "vae")
     x = torch.from_numpy(array).movedim(-1, 1).contiguous()
 
     def run() -> np.ndarray:
@@ -84,23 +53,12 @@ def jax_run(
 ) -> tuple[Callable, float]:
     import jax
     import jax.numpy as jnp
-    from safetensors import safe_open
 
     from gnvc_jax import vae as v
+    from gnvc_jax.porting.checkpoint import load_weights
 
-    vae = v.VAE(v.VAEConfig())
-    example = jnp.zeros((1, 5, 16, 16, 3))
-    shapes = jax.eval_shape(vae.init, jax.random.key(0), example)["params"]
-    with safe_open(folder / "weights.safetensors", "numpy") as state:
-
-        def read(path, leaf):
-            tensor = state.get_tensor(wan_name("/".join(key.key for key in path)))
-            if path[-1].key == "kernel":
-                tensor = np.moveaxis(tensor, (0, 1), (-1, -2))
-            return jnp.asarray(tensor.reshape(leaf.shape))
-
-        params = jax.tree_util.tree_map_with_path(read, shapes)
-
+    architecture, params = load_weights(folder / "ported", "vae")
+    vae, params = v.VAE(architecture.config), jax.device_put(params)
     driver, x = getattr(v, f"{way}_{side}"), jnp.asarray(array)
     more = (case[0], case[1:]) if way == "decode" else ()
     start = time.perf_counter()
@@ -169,6 +127,18 @@ class Child:
         }
 
 
+def make_weights(folder: Path) -> None:
+    """Random weights as diffusers saves them, and ported."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from gnvc_jax.porting.port import port
+
+    torch.manual_seed(0)
+    AutoencoderKLWan().save_pretrained(folder / "public" / "vae")
+    port(folder / "public", folder / "ported", progress=False)
+
+
 def measure(args: argparse.Namespace, folder: str, case: str, way: str) -> dict:
     children: dict[str, Child] = {}
     with contextlib.ExitStack() as stack:
@@ -232,6 +202,9 @@ def main() -> None:
     print("case       way     side      seconds      MiB  compile s  faster  smaller  differ")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        context = multiprocessing.get_context("spawn")
+        with context.Pool(1) as pool:  # a child starts with the peak memory of its parent
+            pool.apply(make_weights, (Path(folder),))
         for case in args.cases:
             for way in ("encode", "decode"):
                 rows.append(measure(args, folder, case, way))
