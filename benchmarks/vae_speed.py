@@ -4,10 +4,10 @@
 
 Random weights, float32, random inputs; a case is frames x rows x columns. PyTorch runs eagerly
 under inference_mode. Each side is a process of its own that waits while the others run; runs are
-interleaved and medians are given. A first run is not counted; JAX compiles before it. Memory is the
-largest resident size during the runs, compilation and loading left out. "clip" is JAX's driver for
-whole clips, "stream" the one with constant memory, which works in groups of four frames as
-diffusers does. Ratios are PyTorch over JAX: above 1, JAX is faster or smaller.
+interleaved and medians are given. The first --warm-ups runs are not counted; JAX compiles before
+them. Memory is the largest resident size during the runs, compilation and loading left out. "clip"
+is JAX's driver for whole clips, "stream" the one with constant memory, which works in groups of
+four frames as diffusers does. Ratios are PyTorch over JAX: above 1, JAX is faster or smaller.
 """
 
 import argparse
@@ -85,13 +85,14 @@ def child(folder: Path, side: str, way: str, case: tuple[int, ...]) -> None:
         run, compile_seconds = torch_run(folder, way, array)
     else:
         run, compile_seconds = jax_run(folder, side, way, array, case)
-    np.save(folder / f"{side}.npy", run())
     print(json.dumps(compile_seconds), flush=True)
     reset_peak()
     for _ in sys.stdin:
         start = time.perf_counter()
-        run()
-        print(json.dumps((time.perf_counter() - start, peak_mib())), flush=True)
+        result = run()
+        measured = time.perf_counter() - start, peak_mib()
+        np.save(folder / f"{side}.npy", result)
+        print(json.dumps(measured), flush=True)
 
 
 class Child:
@@ -146,11 +147,15 @@ def measure(args: argparse.Namespace, folder: str, case: str, way: str) -> dict:
             print(f"{case} {way}: preparing {side}", file=sys.stderr, flush=True)
             children[side] = Child(args, folder, side, way, case)
             stack.callback(children[side].process.communicate)  # ends its input
-        for i in range(args.repeats):
+        for i in range(args.warm_ups + args.repeats):
             for side, process in children.items():
                 process.run()
+                if i < args.warm_ups:
+                    process.seconds.clear()
+                    continue
                 done = f"{process.seconds[-1]:.1f} s"
-                print(f"{case} {way}: run {i + 1}, {side} {done}", file=sys.stderr, flush=True)
+                number = i + 1 - args.warm_ups
+                print(f"{case} {way}: run {number}, {side} {done}", file=sys.stderr, flush=True)
     outputs = {side: np.load(f"{folder}/{side}.npy") for side in SIDES}
     results = {side: process.result() for side, process in children.items()}
     theirs, scale = results["torch"], np.abs(outputs["torch"]).max()
@@ -184,6 +189,7 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", default=["17x256x256", "9x480x832"])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--warm-ups", type=int, default=1)
     parser.add_argument("--threads", type=int, help="processor cores that each side may use")
     parser.add_argument(
         "--out", type=Path, default=Path(__file__).parent / "results/vae_speed.json"
@@ -215,6 +221,7 @@ def main() -> None:
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "torch", "diffusers")},
         "repeats": args.repeats,
+        "warm_ups": args.warm_ups,
     }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_name(f".{args.out.name}.tmp")
