@@ -90,12 +90,12 @@ def check_same_config(path: Path, config: dict) -> None:
         raise ValueError(f"{path}: belongs to another configuration: {'; '.join(differing)}")
 
 
-def stage_of(run: str | Path) -> str:
-    """Name of the stage that a run belongs to. FileNotFoundError if there is no such run."""
+def config_of(run: str | Path) -> dict:
+    """The resolved configuration of a run. FileNotFoundError if there is no such run."""
     path = Path(run) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run}: no training run")
-    return json.loads(path.read_text())["stage"]
+    return json.loads(path.read_text())
 
 
 def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:

@@ -17,14 +17,16 @@ from gnvc_jax.vae.config import VAEConfig
 class DataConfig:
     """Training clips.
 
-    path: folder or index of videos; frames: frames per clip (1 + 4k); size: height and width of the
-    crop in pixels; batch: clips per step over all devices; workers: decoding processes (0: in this
-    one); decode_cache: folder for decoded frames; downscale_prob: share of clips that are reduced
-    before cropping.
+    path: folder or index of videos; frames: frames per clip (1 + 4k); longer: (step, frames) pairs,
+    in order, from which step on clips have another length (GNVC-VD: 5, then 9, then 13); size:
+    height and width of the crop in pixels; batch: clips per step over all devices; workers:
+    decoding processes (0: in this one); decode_cache: folder for decoded frames; downscale_prob:
+    share of clips that are reduced before cropping.
     """
 
     path: str = "data"
     frames: int = 5
+    longer: tuple[tuple[int, int], ...] = ()
     size: tuple[int, int] = (256, 256)
     batch: int = 8
     workers: int = 0
@@ -32,13 +34,26 @@ class DataConfig:
     downscale_prob: float = 0.5
     seed: int = 0
 
+    def __post_init__(self):
+        steps = [step for step, _ in self.longer]
+        if steps != sorted(set(steps)) or min(steps, default=1) < 1:
+            raise ValueError(f"data.longer: steps {steps} are not positive and rising")
+        for frames in (self.frames, *(frames for _, frames in self.longer)):
+            if frames < 1 or (frames - 1) % 4:
+                raise ValueError(f"data.frames: {frames} is not 1 + 4k")
+
+    def frames_at(self, step: int) -> int:
+        """Frames per clip in the step after `step` others."""
+        return next((f for first, f in reversed(self.longer) if step >= first), self.frames)
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     """AdamW, linear warm-up, cosine decay to `final_lr_ratio * lr`, and an average of the weights.
 
-    Weight decay acts on arrays of two or more dimensions only. The gradient is clipped to the
-    global norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per step.
+    Weight decay acts on arrays of two or more dimensions only. A batch is worked off in
+    `accumulate` equal parts, whose gradients are averaged; the gradient is clipped to the global
+    norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per step.
     """
 
     lr: float = 1e-4
@@ -47,6 +62,7 @@ class OptimConfig:
     final_lr_ratio: float = 0.1
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.01
+    accumulate: int = 1
     clip: float = 1.0
     ema: float = 0.9995
 
@@ -103,8 +119,9 @@ class Experiment:
 
     stage: a name of `gnvc_jax.training.stages`, or "module:Class"; codec, refiner: None for stages
     without one; train: regular expressions for the paths of the parameters that train, of stages
-    that choose ("codec/", "refiner/dit/groups/context"); init_from: folder of the run whose
-    averaged weights this one starts from.
+    that choose ("codec/", "refiner/dit/groups/context"); lora: rank of low-rank changes of the
+    DiT's kernels that train besides, 0 for none; init_from: folder of the run whose averaged
+    weights this one starts from.
     """
 
     stage: str
@@ -113,6 +130,7 @@ class Experiment:
     refiner: RefinerConfig | None = None
     compute: ComputeConfig = ComputeConfig()
     train: tuple[str, ...] = ()
+    lora: int = 0
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from einops import rearrange
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -92,6 +93,33 @@ def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
     )
 
 
+def gradient(loss: Callable, parts: int) -> Callable:
+    """`jax.value_and_grad` of a stage's loss, as the mean over `parts` equal parts of the batch.
+
+    Parts are interleaved, so that each is spread over all devices as the batch is.
+    """
+    whole = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return whole
+
+    def divided(x: jax.Array) -> jax.Array:
+        return rearrange(x, "(b parts) ... -> parts b ...", parts=parts)
+
+    def mean(params: Tree, frozen: Tree, batch: Tree, key: jax.Array, step: jax.Array):
+        def add(total, xs):
+            part, i = xs
+            done = whole(params, frozen, part, jax.random.fold_in(key, i), step)
+            return jax.tree.map(lambda a, b: a + b / parts, total, done), None
+
+        batch = jax.tree.map(divided, batch)
+        first = jax.tree.map(lambda x: x[0], batch)
+        like = jax.eval_shape(whole, params, frozen, first, key, step)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.scan(add, zeros, (batch, jnp.arange(parts)))[0]
+
+    return mean
+
+
 def make_step(
     config: OptimConfig, loss: Callable
 ) -> Callable[[State, Tree, Tree], tuple[State, dict[str, jax.Array]]]:
@@ -104,7 +132,7 @@ def make_step(
 
     def step(state: State, frozen: Tree, batch: Tree) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        (value, parts), grads = jax.value_and_grad(loss, has_aux=True)(
+        (value, parts), grads = gradient(loss, config.accumulate)(
             state.params, frozen, batch, key, state.step
         )
         grad_norm = optax.tree.norm(grads)
@@ -150,6 +178,31 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+
+class Clips:
+    """The batches of a run, in order; a new iterator wherever clips change their length.
+
+    position: what `get_state` gave, None at the start of a run.
+    """
+
+    def __init__(self, stage: Stage, step: int, position: dict | None):
+        self.stage, self.lengths = stage, stage.experiment.data
+        self.start(self.lengths.frames_at(step))
+        if position is not None and position["frames"] == self.frames:
+            self.batches.set_state(position["batches"])
+
+    def start(self, frames: int) -> None:
+        self.frames, self.batches = frames, iter(self.stage.dataset(frames))
+
+    def take(self, step: int) -> Tree:
+        """The batch of the step after `step` others."""
+        if self.lengths.frames_at(step) != self.frames:
+            self.start(self.lengths.frames_at(step))
+        return next(self.batches)
+
+    def get_state(self) -> dict:
+        return {"frames": self.frames, "batches": self.batches.get_state()}
 
 
 class Meter:
@@ -205,8 +258,12 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
     run, last = experiment.run, experiment.optim.steps
     mesh = make_mesh(experiment.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if experiment.data.batch % shards:
-        raise ValueError(f"data.batch {experiment.data.batch} does not divide by {shards} devices")
+    pieces = shards * experiment.optim.accumulate
+    if experiment.data.batch % pieces:
+        raise ValueError(
+            f"data.batch {experiment.data.batch} does not divide by {shards} devices"
+            f" times optim.accumulate {experiment.optim.accumulate}"
+        )
     if jax.process_count() > 1 and run.checkpoint_every is None:
         raise ValueError("run.checkpoint_every: needed here, clocks of several processes differ")
     everywhere = NamedSharding(mesh, P())
@@ -218,10 +275,8 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         ExitStack() as stack,
         StopRequest() as stop,
     ):
-        data = iter(stage.dataset())
         state, position = start_state(experiment, stage, checkpoints, everywhere)
-        if position is not None:
-            data.set_state(position)
+        data = Clips(stage, int(state.step), position)
         frozen = jax.device_put(stage.frozen(), everywhere)
         train_step = jax.jit(make_step(experiment.optim, stage.loss), donate_argnums=0)
 
@@ -230,7 +285,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         meter, pending, saved_at = Meter(experiment, writer), None, time.monotonic()
         while step < last and not stop.received and not checkpoints.preempted(step):
             waiting = time.perf_counter()
-            batch = put(next(data), over_batch)
+            batch = put(data.take(step), over_batch)
             meter.waited += time.perf_counter() - waiting
             called = time.perf_counter()
             state, values = train_step(state, frozen, batch)

@@ -20,6 +20,7 @@ from jax import lax
 Array = jax.Array
 
 TILE, INPUTS, TAPS = 4, 6, 3  # outputs, inputs and weights of a tile, each way
+STRIP = 8  # rows of tiles that are in memory at once in transformed form
 
 P, Q = 0.75, 1.5
 POINTS = np.array([0, P, -P, Q, -Q])  # and infinity, where only the highest power counts
@@ -49,12 +50,34 @@ def _mix(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
 def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     """x (b, t, h, w, c), kernel (kt, 3, 3, c, o) -> (b, sum(padding) + t - kt + 1, h, w, o).
 
-    'Same' in space; in time, `padding` frames of zeros before and after.
+    'Same' in space; in time, `padding` frames of zeros before and after. Works off strips of rows,
+    each written into the output at once: what a strip takes in memory is a fraction of an image.
     """
-    b, t, h, w, c = x.shape
+    b, t, h, w, _ = x.shape
+    kt, *_, o = kernel.shape
     rows, columns = -(-h // TILE), -(-w // TILE)
-    edges = ((1, 1 - h % -TILE), (1, 1 - w % -TILE))
+    strips = -(-rows // STRIP)
+    rows = -(-rows // strips)  # of one strip
+    edges = (1, strips * rows * TILE - h + 1), (1, columns * TILE - w + 1)
+    # Every number of y is replaced. It starts from the newest of x, since what is known before, XLA
+    # makes for all layers at once and keeps until their turn.
+    shape = (b, sum(padding) + t - kt + 1, strips * rows * TILE, columns * TILE, o)
+    y = jnp.full(shape, x[-1, -1, -1, -1, -1])
     x = jnp.pad(x, ((0, 0), (0, 0), *edges, (0, 0)))
+
+    def strip(i: Array, y: Array) -> Array:
+        part = lax.dynamic_slice_in_dim(x, i * rows * TILE, rows * TILE + TAPS - 1, axis=2)
+        return lax.dynamic_update_slice_in_dim(
+            y, _convolve_strip(part, kernel, padding), i * rows * TILE, axis=2
+        )
+
+    return lax.fori_loop(0, strips, strip, y)[:, :, :h, :w]
+
+
+def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
+    """As `_convolve`, 'valid' in space, for outputs that are whole tiles."""
+    b, t, h, w, c = x.shape
+    rows, columns = h // TILE, w // TILE
 
     def product(x: Array, kernel: Array) -> Array:
         """x (b, t, rows, columns, c), kernel (kt, c, o)"""
@@ -72,7 +95,7 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     # out, the products are no faster and compilation takes three times as long.
     step = slice(None, None, TILE)
     lines = [x[:, :, i : i + TILE * rows - 3][:, :, step] for i in range(INPUTS)]
-    lines = jnp.stack(_mix(FROM_INPUT, lines))  # (6, b, t, rows, w', c)
+    lines = jnp.stack(_mix(FROM_INPUT, lines))  # (6, b, t, rows, w, c)
     inputs = [lines[..., j : j + TILE * columns - 3, :][..., step, :] for j in range(INPUTS)]
     inputs = _mix(FROM_INPUT, inputs)  # 6 of (6, b, t, rows, columns, c)
 
@@ -90,7 +113,7 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     outputs = lax.map(line, (inputs, points))  # 4 columns of (6, b, t', rows, columns, o)
     outputs = zip(*(_mix(TO_OUTPUT, list(column)) for column in outputs))  # 4 rows of 4 columns
     y = jnp.stack([jnp.stack(row, axis=4) for row in outputs], axis=3)
-    return y.reshape(b, -1, rows * TILE, columns * TILE, y.shape[-1])[:, :, :h, :w]
+    return y.reshape(b, -1, rows * TILE, columns * TILE, y.shape[-1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

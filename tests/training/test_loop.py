@@ -81,6 +81,70 @@ def test_step_is_optax_adamw_with_decay_on_matrices_only():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), after.params, params)
 
 
+def test_accumulated_parts_are_one_batch():
+    """k parts of b give the loss, the metrics and the update of one part of k * b."""
+
+    def loss(params, frozen, batch, key, step):
+        error = batch @ params["w"] - frozen["goal"]
+        return jnp.mean(error**2), {"mean": jnp.mean(error)}
+
+    params = {"w": jnp.arange(6.0).reshape(3, 2) / 7}
+    frozen = {"goal": jnp.array([0.5, -1.0])}
+    batch = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)), jnp.float32)
+    results = []
+    for parts in (1, 2, 6):
+        config = OptimConfig(lr=0.1, warmup=0, steps=5, accumulate=parts)
+        state = loop.init_state(config, params, jax.random.key(0))
+        results.append(jax.jit(loop.make_step(config, loss))(state, frozen, batch))
+    for state, values in results[1:]:
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+            (state.params, values),
+            (results[0][0].params, results[0][1]),
+        )
+
+
+def test_parts_have_noise_of_their_own():
+    def loss(params, frozen, batch, key, step):
+        return params * jax.random.normal(key), {}
+
+    _, slope = loop.gradient(loss, 2)(jnp.ones(()), {}, jnp.zeros(4), jax.random.key(0), 0)
+    keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(2)]
+    assert slope == pytest.approx(np.mean([jax.random.normal(k) for k in keys]), rel=1e-5)
+
+
+class LengthStage(toy_stage.ToyStage):
+    """The toy, with the number of frames in x."""
+
+    def dataset(self, frames=None):
+        def marked(batch):
+            return batch | {"x": batch["x"] * 0 + frames}
+
+        return super().dataset().map(marked)
+
+
+def test_clips_grow_at_the_steps_that_are_named(tmp_path):
+    base = toy(tmp_path)
+    data = dataclasses.replace(base.data, frames=5, longer=((3, 9), (4, 13)))
+    stage = LengthStage(dataclasses.replace(base, data=data))
+    clips = loop.Clips(stage, 0, None)
+    taken = [clips.take(step) for step in range(6)]
+    assert [int(b["x"][0, 0]) for b in taken] == [5, 5, 5, 9, 13, 13]
+
+    # Resumed at any step, the rest is the same.
+    for stop in range(6):
+        clips = loop.Clips(stage, 0, None)
+        for step in range(stop):
+            clips.take(step)
+        resumed = loop.Clips(stage, stop, json.loads(json.dumps(clips.get_state())))
+        for step in range(stop, 6):
+            jax.tree.map(np.testing.assert_array_equal, resumed.take(step), taken[step])
+
+    for wrong in (((3, 8),), ((3, 9), (2, 13)), ((0, 9),)):
+        with pytest.raises(ValueError, match=r"data\."):
+            dataclasses.replace(data, longer=wrong)
+
+
 def test_ema_warms_up_to_its_decay():
     history = run_steps(OptimConfig(lr=0.1, warmup=1, steps=40, ema=0.7), np.ones(40))
     average = np.asarray(history[0][0].params["w"], np.float64)
@@ -124,8 +188,8 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     whole = train(toy(tmp_path / "whole"))
 
     class StopsAfterTwo(toy_stage.ToyStage):
-        def dataset(self):
-            return Limited(super().dataset())
+        def dataset(self, frames=None):
+            return Limited(super().dataset(frames))
 
     class Limited:
         """Raises the signal that ends a run while the third batch is awaited."""

@@ -26,7 +26,7 @@ class ToyStage(Stage):
         error = (batch["x"] @ params["w"] + params["b"]) * frozen["scale"] - batch["y"] + noise
         return jnp.mean(error**2), {"largest": jnp.max(jnp.abs(error))}
 
-    def dataset(self):
+    def dataset(self, frames=None):
         data = grain.MapDataset.range(32).seed(self.experiment.data.seed).shuffle().repeat()
         return data.random_map(sample).to_iter_dataset().batch(self.experiment.data.batch)
 

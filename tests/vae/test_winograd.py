@@ -33,17 +33,17 @@ def assert_close(ours, theirs):
 
 @pytest.mark.parametrize(
     "frames, taps, zeros, h, w",
-    [(5, 3, 0, 8, 8), (4, 3, 2, 7, 13), (1, 3, 2, 1, 2), (2, 1, 0, 5, 4), (3, 3, 1, 4, 9)],
+    [(5, 3, 0, 8, 8), (4, 3, 2, 7, 13), (1, 3, 2, 1, 2), (2, 1, 0, 5, 4), (3, 3, 1, 70, 9)],
 )
 def test_it_is_the_convolution(frames, taps, zeros, h, w):
-    """Values and both gradients, for one to four outputs in time and sizes off the tiles."""
+    """Values and both gradients: one to four outputs in time, sizes off the tiles, many strips."""
     c, o = 16, 24
     t = frames + zeros - taps + 1
     x, kernel, dy = draw((2, frames, h, w, c), (taps, 3, 3, c, o), (2, t, h, w, o))
 
     @jax.jit
     def both(x, kernel, dy):
-        ours, our_pull = jax.vjp(lambda *a: layers.conv3d(*a, zeros), x, kernel)
+        ours, our_pull = jax.vjp(lambda *a: winograd.conv3d(*a, zeros), x, kernel)
         theirs, their_pull = jax.vjp(lambda *a: plain(*a, zeros), x, kernel)
         return (ours, *our_pull(dy)), (theirs, *their_pull(dy))
 
@@ -54,9 +54,9 @@ def test_it_is_the_convolution(frames, taps, zeros, h, w):
 def test_wide_kernels_take_it(monkeypatch):
     monkeypatch.setattr(winograd, "conv3d", lambda x, kernel, zeros: "taken")
     for c, o, dtype, taken in (
-        (16, 16, jnp.float32, True),
-        (16, 8, jnp.float32, False),
-        (16, 16, jnp.bfloat16, False),
+        (64, 64, jnp.float32, True),
+        (64, 32, jnp.float32, False),
+        (64, 64, jnp.bfloat16, False),
     ):
         y = layers.conv3d(jnp.zeros((1, 3, 4, 4, c), dtype), jnp.zeros((3, 3, 3, c, o), dtype))
         assert isinstance(y, str) == taken

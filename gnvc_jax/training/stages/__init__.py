@@ -47,14 +47,17 @@ class Stage:
         """Arrays that `loss` needs and that are not trained."""
         return {}
 
-    def dataset(self) -> grain.IterDataset:
-        """Batches without end: uint8 video (b, t, h, w, 3) of this process, in a fixed order."""
+    def dataset(self, frames: int | None = None) -> grain.IterDataset:
+        """Batches without end: uint8 video (b, t, h, w, 3) of this process, in a fixed order.
+
+        frames: t, by default `data.frames`.
+        """
         from gnvc_jax.data.clips import ClipIndex, clip_dataset
 
         data = self.experiment.data
         return clip_dataset(
             ClipIndex(data.path, data.decode_cache),
-            frames=data.frames,
+            frames=frames or data.frames,
             size=data.size,
             batch=data.batch // jax.process_count(),
             seed=data.seed,

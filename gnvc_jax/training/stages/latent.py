@@ -10,7 +10,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.porting.checkpoint import PROMPT, has_component, load_prompt, load_weights
 from gnvc_jax.refiner import Refiner, flow
-from gnvc_jax.training.checkpoints import load_params, stage_of
+from gnvc_jax.training import lora
+from gnvc_jax.training.checkpoints import config_of, load_params
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.parts import join, split
 from gnvc_jax.training.stages import Tree, placed_like
@@ -45,7 +46,7 @@ class LatentStage(CodecStage):
 
     The model has the parts "vae", "codec" and, if configured, "refiner"; `experiment.train` says
     which parameters train. Each comes from the last of these that has it: random initialisation
-    (only where it trains), `loss.vae`, `loss.weights`, `init_from`.
+    (only where it trains), `loss.vae`, `loss.weights`, the runs that `init_from` came from, itself.
     """
 
     parts = ("vae", "codec", "refiner")
@@ -79,7 +80,13 @@ class LatentStage(CodecStage):
         return parts
 
     def init(self, key: Array) -> Tree:
-        return split(self.init_parts(key), self.experiment.train)[0]
+        parts = self.init_parts(key)
+        chosen, _ = split(parts, self.experiment.train)
+        return chosen | self.low_rank(parts, self.experiment.lora, key)
+
+    def low_rank(self, parts: Tree, rank: int, key: Array) -> Tree:
+        """{"lora": its parameters at random}, nothing for rank 0."""
+        return {"lora": lora.init(parts, rank, key)} if rank else {}
 
     @functools.cached_property
     def loaded(self) -> Tree:
@@ -98,9 +105,21 @@ class LatentStage(CodecStage):
             found["refiner"] = {"dit": dit}
         if self.refiner is not None and self.experiment.refiner.vace_layout:
             found = join(found, {"refiner": {"grey": self.grey()}})
-        if stage_of(source) == "codec":
-            return join(found, {"codec": load_params(source, like["codec"])})
-        return join(found, load_params(source, like, partial=True))
+        for run in ancestry(source):
+            found = self.overlaid(found, run, like)
+        return found
+
+    def overlaid(self, found: Tree, run: str, like: Tree) -> Tree:
+        """What is found so far, replaced by what a run has of the parameters `like`."""
+        config = config_of(run)
+        if config["stage"] == "codec":
+            return join(found, {"codec": load_params(run, like["codec"])})
+        rank = config.get("lora", 0)
+        like = like | jax.eval_shape(lambda key: self.low_rank(like, rank, key), jax.random.key(0))
+        found = join(found, load_params(run, like, partial=True))
+        if rank and (rank != self.experiment.lora or run != self.experiment.init_from):
+            found = lora.merge(found, found.pop("lora"))
+        return found
 
     def grey(self) -> np.ndarray:
         """Normalised latents (2, c) of a grey clip: the first one, and one that follows."""
@@ -151,7 +170,9 @@ class LatentStage(CodecStage):
         return np.zeros((1, 1, config.text_width), np.float32)
 
     def model_parts(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
-        return join(frozen["fixed"], params)
+        parts = join(frozen["fixed"], params)
+        changes = parts.pop("lora", None)
+        return parts if changes is None else lora.merge(parts, changes)
 
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
@@ -181,6 +202,13 @@ class LatentStage(CodecStage):
             text = jnp.broadcast_to(text, (state.shape[0], *text.shape[1:]))
         inputs = done.coded.latent, done.coded.feature, done.q_index, text
         return self.refiner.apply({"params": parts["refiner"]}, state, tau, *inputs)
+
+
+def ancestry(run: str) -> list[str]:
+    """A run and those that it started from, oldest first, back to one of the stage `codec`."""
+    config = config_of(run)
+    first = config["stage"] == "codec" or not config.get("init_from")
+    return [run] if first else [*ancestry(config["init_from"]), run]
 
 
 def per_clip(x: Array) -> Array:

@@ -1,0 +1,210 @@
+"""The stages with a refiner: what trains, where weights come from, which losses they have."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+
+from gnvc_jax.refiner import DiTConfig, RefinerConfig, flow
+from gnvc_jax.training import loop, lora, parts
+from gnvc_jax.training.checkpoints import Checkpoints
+from gnvc_jax.training.config import DataConfig, Experiment, RunConfig
+from gnvc_jax.training.stages import make_stage
+from gnvc_jax.training.stages.codec import CodecLoss
+from gnvc_jax.training.stages.latent import LatentLoss
+from gnvc_jax.training.stages.pixel import DistillLoss, PixelLoss
+from gnvc_jax.training.stages.vae import VAELoss
+from gnvc_jax.vae import VAEConfig
+
+VAE = VAEConfig(4, (1, 1, 1), 1, 4, (True, True), patch=2, linear_encoder=True)
+DIT = DiTConfig(16, 16, 2, 2, 8, 4, text_length=0, context_every=1, context_channels=4)
+
+
+@pytest.fixture(scope="module")
+def base(tiny_codec, tmp_path_factory):
+    """An experiment of the stage `latent`, and runs of `vae` and `codec` that it starts from."""
+    folder = tmp_path_factory.mktemp("runs")
+    experiment = Experiment(
+        stage="vae",
+        vae=VAE,
+        codec=tiny_codec,
+        loss=VAELoss(lpips=0.0),
+        data=DataConfig(frames=5, size=(64, 64), batch=2),
+        run=RunConfig(out=str(folder / "vae")),
+    )
+    save_start(experiment)
+    codec = dataclasses.replace(
+        experiment,
+        stage="codec",
+        loss=CodecLoss(vae=str(folder / "vae")),
+        run=RunConfig(out=str(folder / "codec")),
+    )
+    save_start(codec)
+    return dataclasses.replace(
+        codec,
+        stage="latent",
+        refiner=RefinerConfig(DIT, tiny_codec.width, 2, 1, deviation=0.3),
+        train=("refiner/",),
+        loss=LatentLoss(vae=str(folder / "vae")),
+        init_from=codec.run.out,
+        run=RunConfig(out=str(folder / "latent")),
+    )
+
+
+def save_start(experiment, change=lambda params: params):
+    """A checkpoint with initial parameters, as a run of no steps would leave."""
+    stage = make_stage(experiment)
+    params = change(jax.jit(stage.init)(jax.random.key(7)))
+    checkpoints = Checkpoints(experiment)
+    checkpoints.save(1, loop.init_state(experiment.optim, params, jax.random.key(0)), {})
+    checkpoints.close()
+    return params
+
+
+def batch():
+    return np.random.default_rng(0).integers(0, 256, (2, 5, 64, 64, 3), np.uint8)
+
+
+def started(experiment):
+    stage = make_stage(experiment)
+    params = stage.warm_start(jax.jit(stage.init)(jax.random.key(1)))
+    return stage, params, stage.frozen()
+
+
+def paths(tree):
+    return set(flatten_dict(tree, sep="/"))
+
+
+def test_parts_are_chosen_by_path():
+    tree = {"a": {"x": 1, "y": 2}, "b": {"x": 3}}
+    chosen, rest = parts.split(tree, ("a/y", "b/"))
+    assert (chosen, rest) == ({"a": {"y": 2}, "b": {"x": 3}}, {"a": {"x": 1}})
+    assert parts.join(rest, chosen) == tree
+    with pytest.raises(ValueError, match=r"'c/' fits no parameter; the parts are a, b"):
+        parts.split(tree, ("a/", "c/"))
+
+
+def test_low_rank_changes_start_at_nothing_and_add_a_product():
+    shape = {
+        "refiner": {"dit": {"groups": {"block_0": {"ffn_in": {"kernel": np.ones((3, 4, 5))}}}}}
+    }
+    changes = lora.init(shape, 2, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, lora.merge(shape, changes), shape)
+    one = changes["refiner"]["dit"]["groups"]["block_0"]["ffn_in"]["kernel"]
+    assert one["a"].shape == (3, 4, 2) and one["b"].shape == (3, 2, 5)
+    one["b"] = jnp.ones_like(one["b"])
+    merged = lora.merge(shape, changes)["refiner"]["dit"]["groups"]["block_0"]["ffn_in"]["kernel"]
+    expected = 1 + np.einsum("gir,gro->gio", one["a"], one["b"])
+    np.testing.assert_allclose(merged, expected, rtol=1e-5)
+    with pytest.raises(ValueError, match="no refiner"):
+        lora.init({"codec": {"kernel": np.ones((2, 2))}}, 2, jax.random.key(0))
+
+
+def test_weights_come_from_where_they_should(base):
+    stage, params, frozen = started(base)
+    assert paths(params) == {p for p in paths(stage.init_parts(jax.random.key(0)))
+                             if p.startswith("refiner/")}  # fmt: skip
+    codec = make_stage(dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=base.loss.vae)))
+    expected = jax.jit(codec.init)(jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, frozen["fixed"]["codec"], expected)
+    model = stage.model_parts(params, frozen)
+    assert set(model) == {"vae", "codec", "refiner"}
+
+
+def test_a_later_stage_goes_on_with_what_trained(base, tmp_path):
+    """Also with what trained before and does not any more, and with low-rank changes."""
+    latent = dataclasses.replace(base, lora=2, run=RunConfig(out=str(tmp_path / "latent")))
+
+    def ones(params):
+        return jax.tree.map(lambda x: jnp.ones_like(x) / 8, params)
+
+    before = save_start(latent, ones)
+    assert set(before) == {"refiner", "lora"}
+    later = dataclasses.replace(
+        latent,
+        stage="pixel",
+        train=("codec/",),
+        lora=0,
+        loss=PixelLoss(lpips_net="alex", vae=base.loss.vae),
+        init_from=latent.run.out,
+    )
+    _, params, frozen = started(later)
+    kernel = frozen["fixed"]["refiner"]["dit"]["groups"]["block_0"]["ffn_in"]["kernel"]
+    np.testing.assert_allclose(kernel, np.full(kernel.shape, 1 / 8 + 2 / 64))
+    codec = make_stage(dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=base.loss.vae)))
+    # The codec comes from the run before, which `latent` did not train.
+    expected = jax.jit(codec.init)(jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, params["codec"], expected)
+
+    same_rank = dataclasses.replace(later, train=("codec/", "refiner/"), lora=2)
+    _, params, _ = started(same_rank)
+    assert set(params) == {"codec", "refiner", "lora"}
+    jax.tree.map(np.testing.assert_array_equal, params["lora"], before["lora"])
+
+
+def test_the_loss_of_the_latent_stage(base):
+    """At initialisation a small refiner's error is known: its velocity is the linear one."""
+    stage, params, frozen = started(base)
+    value, metrics = jax.jit(stage.loss)(params, frozen, batch(), jax.random.key(3), 0)
+    key_code, key_time, key_noise = jax.random.split(jax.random.key(3), 3)
+    model = stage.model_parts(params, frozen)
+    done = stage.code(model["codec"], frozen | {"vae": model["vae"]}, batch(), key_code)
+    noise = jax.random.normal(key_noise, done.latents.shape)
+    tau = jax.random.uniform(key_time, (2,), jnp.float32, 0.7, 0.999)[:, None, None, None, None]
+    clean, decoded = done.latents, done.coded.latent
+    state = flow.path_state(clean, decoded, noise, tau)
+    velocity = flow.linear_velocity(state, decoded, tau, 0.3)
+    matching = jnp.mean((velocity - flow.path_velocity(clean, decoded, noise)) ** 2)
+    refined = jnp.mean((state + (1 - tau) * velocity - clean) ** 2, axis=(1, 2, 3, 4))
+    np.testing.assert_allclose(metrics["flow"], matching, rtol=1e-4)
+    np.testing.assert_allclose(metrics["refined"], refined.mean(), rtol=1e-4)
+    low, high = base.loss.lambda_low, base.loss.lambda_high
+    multiplier = low * (high / low) ** (np.asarray(done.q_index) / 63)
+    expected = (multiplier * (refined + 0.1 * done.error) + done.rate) / np.sqrt(multiplier)
+    np.testing.assert_allclose(value, expected.mean() + matching, rtol=1e-4)
+
+
+def gradients(experiment):
+    stage, params, frozen = started(experiment)
+    grad = jax.jit(jax.grad(stage.loss, has_aux=True))
+    return grad(params, frozen, batch(), jax.random.key(3), 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["latent", "pixel", "distill"])
+def test_gradients_reach_what_trains(base, stage):
+    losses = {"latent": LatentLoss, "pixel": PixelLoss, "distill": DistillLoss}
+    options = {} if stage == "latent" else {"lpips_net": "alex", "steps": 2, "single": 0.5}
+    experiment = dataclasses.replace(
+        base,
+        stage=stage,
+        train=("codec/", "refiner/"),
+        loss=losses[stage](vae=base.loss.vae, **options),
+    )
+    if stage == "distill":  # it needs a refiner that was trained
+        latent = dataclasses.replace(base, train=("codec/", "refiner/"))
+        save_start(latent)
+        experiment = dataclasses.replace(experiment, init_from=latent.run.out)
+    grads, metrics = gradients(experiment)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, metrics)))
+    # The refiner's head starts at zero, so at first only it has a slope there.
+    for tree in (grads["refiner"]["dit"]["head"], grads["codec"]["intra"]["out"]):
+        assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(tree))
+
+
+def test_stages_say_what_they_lack(base, tmp_path):
+    for change, message in (
+        ({"init_from": None}, "init_from: the stage `latent` starts from"),
+        ({"train": ()}, "train: say what"),
+        ({"train": ("dit/",)}, "'dit/' fits no parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            started(dataclasses.replace(base, **change))
+    with pytest.raises(FileNotFoundError, match="nowhere: no training run"):
+        started(dataclasses.replace(base, init_from="nowhere"))
+    other = dataclasses.replace(base.codec, width=12)
+    with pytest.raises(ValueError, match="shape"):
+        started(dataclasses.replace(base, codec=other))
