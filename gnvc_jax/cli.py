@@ -1,9 +1,9 @@
-"""The command line: gnvc encode | decode | info | demo | port | export.
+"""The command line: gnvc encode | decode | info | demo | port | export | cache-latents.
 
-Exit codes: 0 good; 2 wrong use; 3 decoded with damaged groups replaced; 10-24 a stream or model is
-wrong (gnvc_jax.bitstream.errors); 25 weights to port do not fit; 66-74 a video cannot be read or
-written (gnvc_jax.media.errors); 130 interrupted. Errors go to stderr, a line per problem; a command
-that fails leaves no output behind.
+Exit codes: 0 good; 2 wrong use; 3 done, but damaged groups or videos were left out; 10-24 a stream
+or model is wrong (gnvc_jax.bitstream.errors); 25 weights to port do not fit; 66-74 a video cannot
+be read or written (gnvc_jax.media.errors); 130 interrupted. Errors go to stderr, a line per
+problem; a command that fails leaves no output behind.
 """
 
 import argparse
@@ -111,6 +111,18 @@ def parser() -> argparse.ArgumentParser:
     exp.add_argument("--to", required=True, help="new folder")
     exp.add_argument("--shard-gib", type=float, default=2.0, help="largest file (default: 2)")
     exp.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+    cache = command(
+        "cache-latents",
+        cache_latents,
+        "Latents of videos by a frozen VAE, for training on them.",
+        "gnvc cache-latents --data clips --vae weights/vace --to cache",
+    )
+    cache.add_argument("--data", required=True, help="folder, list (.txt) or video")
+    cache.add_argument("--vae", required=True, help="folder of `gnvc port`, or a model")
+    cache.add_argument("--to", required=True, help="folder; the same command goes on in it")
+    cache.add_argument("--frames", type=int, default=13, help="per clip, 1 + 4k (default: 13)")
+    cache.add_argument("--no-progress", action="store_true", help="no progress bar")
     return top
 
 
@@ -247,6 +259,15 @@ def export(args: argparse.Namespace) -> int:
     for folder in export(args.source, args.to, size, progress=not args.no_progress):
         print(folder)
     return 0
+
+
+def cache_latents(args: argparse.Namespace) -> int:
+    from gnvc_jax.caching import cache_latents
+
+    failed = cache_latents(args.data, args.to, args.vae, args.frames, not args.no_progress)
+    for reason in failed.values():
+        print(f"gnvc: left out: {reason}", file=sys.stderr)
+    return EXIT_DAMAGED if failed else 0
 
 
 def rate_text(size: int, frames: int, header) -> str:

@@ -130,6 +130,13 @@ def to_arrays(model: Model) -> dict[str, np.ndarray]:
     return flat
 
 
+def vae_fingerprint(config: VAEConfig, params: Tree) -> str:
+    """Hexadecimal digest of a VAE that is not (yet) part of a model."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    arrays = {"/".join(p.key for p in path): np.asarray(x) for path, x in leaves}
+    return _digest(arrays, config)[:16].hex()
+
+
 def _digest(arrays: dict[str, np.ndarray], config) -> bytes:
     sha = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
     for name, value in sorted(arrays.items()):

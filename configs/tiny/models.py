@@ -1,6 +1,7 @@
 """Sizes of the small model, shared by its training stages."""
 
 from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
 VAE = VAEConfig(
@@ -19,4 +20,20 @@ CODEC = CodecConfig(
     y_channels=64,
     z_channels=16,
     scale_width=32,
+)
+# 6.1 M parameters; it corrects what decoded latents alone suggest (see RefinerConfig.deviation).
+REFINER = RefinerConfig(
+    dit=DiTConfig(
+        width=256,
+        ffn_width=768,
+        heads=4,
+        layers=6,
+        frequencies=64,
+        text_length=0,
+        context_every=3,
+        context_channels=16,
+    ),
+    features=CODEC.width,
+    window=5,
+    deviation=0.3,
 )

@@ -97,20 +97,46 @@ def clip_dataset(
             len(index),
             frames,
         )
-    order = grain.MapDataset.range(sum(video.frames for video in videos)).seed(seed)
+    return endless_batches(
+        sum(video.frames for video in videos),
+        RandomClip(videos, frames, tuple(size), downscale_prob),
+        batch=batch,
+        seed=seed,
+        shuffle=shuffle,
+        num_workers=num_workers,
+        worker_buffer=worker_buffer,
+        shard=shard,
+    )
+
+
+def endless_batches(
+    count: int,
+    draw: grain.transforms.RandomMap,
+    *,
+    batch: int,
+    seed: int,
+    shuffle: bool = True,
+    num_workers: int = 0,
+    worker_buffer: int = 2,
+    shard: tuple[int, int] = (0, 1),
+) -> grain.experimental.ElasticIterator:
+    """Batches of what `draw` makes of the numbers 0 to count - 1, again and again.
+
+    The other arguments and the iterator's state: see `clip_dataset`.
+    """
+    order = grain.MapDataset.range(count).seed(seed)
     if shuffle:
         order = order.shuffle()
-    clips = order.repeat().random_map(RandomClip(videos, frames, tuple(size), downscale_prob))
     if num_workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have no others
-    number, count = shard
+    number, processes = shard
     workers = grain.multiprocessing.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=worker_buffer
     )
     return grain.experimental.ElasticIterator(
-        clips,
-        batch * count,
-        grain.sharding.ShardOptions(number, count),
+        order.repeat().random_map(draw),
+        batch * processes,
+        grain.sharding.ShardOptions(number, processes),
         read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=worker_buffer),
         multiprocessing_options=workers if num_workers else None,
     )

@@ -21,7 +21,8 @@ class DataConfig:
     in order, from which step on clips have another length (GNVC-VD: 5, then 9, then 13); size:
     height and width of the crop in pixels; batch: clips per step over all devices; workers:
     decoding processes (0: in this one); decode_cache: folder for decoded frames; downscale_prob:
-    share of clips that are reduced before cropping.
+    share of clips that are reduced before cropping; latents: folder that `gnvc cache-latents` made,
+    read in place of videos by stages that need no frames.
     """
 
     path: str = "data"
@@ -32,6 +33,7 @@ class DataConfig:
     workers: int = 0
     decode_cache: str | None = None
     downscale_prob: float = 0.5
+    latents: str | None = None
     seed: int = 0
 
     def __post_init__(self):

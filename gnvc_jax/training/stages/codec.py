@@ -2,12 +2,14 @@
 
 import dataclasses
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.model import Coded, LatentCodec
+from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment, LossConfig
@@ -96,7 +98,7 @@ class CodecStage(Stage):
     def measure(self, params: Tree) -> dict[str, np.ndarray]:
         """Mean and deviation of each channel over some batches of clips."""
         encode = jax.jit(lambda batch: encode_clip(self.vae, params, pixels(batch)))
-        batches = iter(self.dataset())
+        batches = iter(super().dataset())
         count = self.experiment.loss.statistics_batches
         latents = np.concatenate([np.asarray(encode(next(batches))) for _ in range(count)])
         axes = tuple(range(latents.ndim - 1))
@@ -109,23 +111,56 @@ class CodecStage(Stage):
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
+        """batch: uint8 (b, t, h, w, 3), h and w multiples of 64, or latents of such clips."""
         done = self.code(params, frozen, batch, key)
         return self.weighted(done, done.error), done.metrics
 
+    def dataset(self, frames: int | None = None) -> grain.IterDataset:
+        """As of every stage; or float32 (b, t, h, w, c), normalised latents from `data.latents`.
+
+        Raises ValueError for latents of another VAE.
+        """
+        from gnvc_jax.data.latents import latent_dataset, read_info
+
+        data = self.experiment.data
+        if data.latents is None:
+            return super().dataset(frames)
+        fingerprint = vae_fingerprint(self.experiment.vae, self.load_vae()[0])
+        if read_info(data.latents).vae != fingerprint:
+            raise ValueError(
+                f"{data.latents}: latents of another VAE than {self.experiment.loss.vae}"
+            )
+        return latent_dataset(
+            data.latents,
+            frames=frames or data.frames,
+            size=data.size,
+            batch=data.batch // jax.process_count(),
+            seed=data.seed,
+            num_workers=data.workers,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+
     def code(self, params: Tree, frozen: Tree, batch: Array, key: Array) -> Coding:
-        """Code a batch at random quality levels, in training form; params: of the codec."""
+        """Code a batch at random quality levels, in training form.
+
+        params: of the codec; batch: frames, or latents from a cache.
+        """
         key_q, key_noise = jax.random.split(key)
-        latents = encode_clip(self.vae, frozen["vae"], pixels(batch))
-        latents = jax.lax.stop_gradient((latents - frozen["mean"]) / frozen["std"])
-        count = batch.shape[0]
+        latents = batch
+        if batch.dtype == jnp.uint8:
+            latents = encode_clip(self.vae, frozen["vae"], pixels(batch))
+            latents = (latents - frozen["mean"]) / frozen["std"]
+        latents = jax.lax.stop_gradient(latents)
+        count, t, h, w, _ = latents.shape
+        strides = self.vae.config.temporal_stride, self.vae.config.stride
+        size = (1 + (t - 1) * strides[0]) * h * w * strides[1] ** 2  # pixels of a clip
         # One level from each of `count` equal ranges: every batch sees the whole scale.
         draws = (jnp.arange(count) + jax.random.uniform(key_q, (count,))) / count
         q_index = jnp.minimum(draws * QUALITIES, QUALITIES - 1).astype(jnp.int32)
 
         coded = self.codec.apply({"params": params}, latents, q_index, key_noise)
         bits = coded.y_bits + coded.z_bits
-        rate = bits.sum(1) / batch[0, ..., 0].size
+        rate = bits.sum(1) / size
         error = jnp.mean((coded.latent - latents) ** 2, axis=(1, 2, 3, 4))
         metrics = {
             "distortion": jnp.mean(error),

@@ -177,7 +177,7 @@ class LatentStage(CodecStage):
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
+        """batch: uint8 (b, t, h, w, 3), h and w multiples of 64, or latents of such clips."""
         weights, start = self.experiment.loss, self.experiment.refiner.start
         key_code, key_time, key_noise = jax.random.split(key, 3)
         parts = self.model_parts(params, frozen)

@@ -43,6 +43,8 @@ class PixelStage(LatentStage):
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
+        if experiment.data.latents is not None:
+            raise ValueError(f"data.latents: the stage `{experiment.stage}` needs frames")
         self.perceptual = load_lpips(experiment.loss.lpips_net)
 
     def frozen(self) -> Tree:

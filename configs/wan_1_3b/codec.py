@@ -1,0 +1,21 @@
+"""Warm start of the latent codec under Wan's VAE, before stage I.
+
+gnvc cache-latents --data CLIPS --vae weights/vace-1.3b --to cache
+python train.py --config configs/wan_1_3b/codec.py --data.latents cache
+
+10,000 steps. Not run yet: no accelerator was at hand.
+"""
+
+from configs.wan_1_3b.models import CODEC, VAE, WEIGHTS
+from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
+from gnvc_jax.training.stages.codec import CodecLoss
+
+experiment = Experiment(
+    stage="codec",
+    vae=VAE,
+    codec=CODEC,
+    loss=CodecLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=WEIGHTS),
+    data=DataConfig(frames=13, size=(256, 256), batch=8),
+    optim=OptimConfig(lr=1e-4, warmup=1000, steps=10_000),
+    run=RunConfig(out="runs/wan_1_3b/codec"),
+)

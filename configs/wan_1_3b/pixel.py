@@ -1,0 +1,31 @@
+"""Stage II: codec and adapter on decoded frames at all rates (GNVC-VD sections 6 and 7).
+
+python train.py --config configs/wan_1_3b/pixel.py --data.path CLIPS
+
+100,000 steps on 13 frames, quality drawn for every clip, lambda from 0.05 to 0.5. Low-rank changes
+of the DiT: --lora 32. Not run yet: no accelerator was at hand.
+"""
+
+from configs.wan_1_3b.models import ADAPTER, CODEC, REFINER, VAE, WEIGHTS
+from gnvc_jax.training.config import (
+    ComputeConfig,
+    DataConfig,
+    Experiment,
+    OptimConfig,
+    RunConfig,
+)
+from gnvc_jax.training.stages.pixel import PixelLoss
+
+experiment = Experiment(
+    stage="pixel",
+    vae=VAE,
+    codec=CODEC,
+    refiner=REFINER,
+    compute=ComputeConfig(dtype="bfloat16", remat="attention"),
+    train=("codec/", *ADAPTER),
+    loss=PixelLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=WEIGHTS, weights=WEIGHTS),
+    data=DataConfig(frames=13, size=(256, 256), batch=2),
+    optim=OptimConfig(lr=5e-5, warmup=1000, steps=100_000, final_lr_ratio=0.2),
+    init_from="runs/wan_1_3b/latent",
+    run=RunConfig(out="runs/wan_1_3b/pixel"),
+)

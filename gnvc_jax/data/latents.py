@@ -1,0 +1,199 @@
+"""Latents of a data set, computed once and kept in ArrayRecord files.
+
+A frozen VAE costs more than all that stage I trains. The cache folder holds `cache.json`, which
+says what the latents are, and for each video an ArrayRecord file with a small JSON file beside it.
+A record is one clip from a frame on: the CRC32 of what follows, and a float16 array (t, h, w, c) in
+NumPy's format, normalised per channel. Nothing here uses JAX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordWriter
+from tqdm import tqdm
+
+from gnvc_jax.data.clips import endless_batches
+from gnvc_jax.data.index import find_videos
+from gnvc_jax.media.errors import MediaError
+from gnvc_jax.media.reader import open_video
+
+log = logging.getLogger(__name__)
+
+HEAD = 4  # bytes of the checksum
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheInfo:
+    """What the latents of a cache are; two caches with equal ones can be mixed.
+
+    frames: of the video per record, 1 + 4k; vae: fingerprint of the VAE; mean, std: per channel,
+    taken out of the latents; stride: pixels per latent, each way.
+    """
+
+    frames: int
+    vae: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    stride: int = 8
+
+
+def write_latents(
+    source: str | Path,
+    folder: str | Path,
+    info: CacheInfo,
+    encode: Callable[[np.ndarray], np.ndarray],
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+) -> dict[str, str]:
+    """Fill a cache from the videos at `source`; videos that are in it already are passed over.
+
+    encode: uint8 (frames, h, w, 3), sizes multiples of the stride -> float (t, h', w', c),
+    normalised. shard: (number of this process, number of processes), which share the videos. A
+    video is cut at the right and below to multiples of twice the stride, and into clips that follow
+    each other; a rest is left out. Returns the videos that failed, with the reason.
+
+    Raises MissingInput for the source, ValueError if the folder holds other latents.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    _claim(folder, info)
+    videos = sorted(set(find_videos(Path(source))))[shard[0] :: shard[1]]
+    failed = {}
+    for video in tqdm(videos, unit="video", desc="latents", disable=not progress or None):
+        stem = folder / f"{video.stem}-{_key(video)}"
+        done = stem.with_suffix(".json")
+        if done.exists():
+            continue
+        try:
+            count = _write_video(video, stem, info, encode)
+        except MediaError as error:
+            failed[str(video)] = str(error)
+            log.warning("left out: %s", error)
+            continue
+        _write_json(done, {"video": str(video), "records": count})
+    return failed
+
+
+def _write_video(video: Path, stem: Path, info: CacheInfo, encode: Callable) -> int:
+    """Writes the records of one video; how many. The file gets its name when it is complete."""
+    temporary = stem.with_name(f".{stem.name}.{os.getpid()}.tmp")
+    writer, count = ArrayRecordWriter(str(temporary), "group_size:1"), 0
+    try:
+        for clip in _clips(video, info.frames, 2 * info.stride):
+            buffer = io.BytesIO()
+            np.save(buffer, np.asarray(encode(clip), np.float16))
+            data = buffer.getvalue()
+            writer.write(zlib.crc32(data).to_bytes(HEAD, "little") + data)
+            count += 1
+        writer.close()
+        os.replace(temporary, stem.with_suffix(".array_record"))
+    finally:
+        if writer.is_open():
+            writer.close()
+        temporary.unlink(missing_ok=True)
+    return count
+
+
+def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
+    with open_video(str(path)) as video:
+        h, w = (size - size % multiple for size in (video.height, video.width))
+        clip: list[np.ndarray] = []
+        for frame in video:
+            clip.append(frame[:h, :w])
+            if len(clip) == frames:
+                yield np.stack(clip)
+                clip = []
+
+
+def _key(video: Path) -> str:
+    """Tells videos of one name apart."""
+    facts = video.stat()
+    text = f"{video.absolute()} {facts.st_size} {facts.st_mtime_ns}"
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _claim(folder: Path, info: CacheInfo) -> None:
+    """Note what the folder holds; ValueError if it holds something else."""
+    path = folder / "cache.json"
+    if path.exists():
+        known = read_info(folder)
+        if known != info:
+            raise ValueError(f"{folder}: holds other latents: {known}, not {info}")
+        return
+    _write_json(path, dataclasses.asdict(info))
+
+
+def _write_json(path: Path, value: dict) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def read_info(folder: str | Path) -> CacheInfo:
+    """FileNotFoundError if there is no cache, ValueError if its description is damaged."""
+    path = Path(folder) / "cache.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no latents here; gnvc cache-latents makes them")
+    try:
+        facts = json.loads(path.read_text())
+        return CacheInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: not the description of a cache ({error})") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomLatents(grain.transforms.RandomMap):
+    """Number of a record -> float32 (t, h, w, c): its first t latents, at a random place."""
+
+    folder: str
+    paths: tuple[str, ...]
+    count: int
+    size: tuple[int, int]
+
+    def __post_init__(self):
+        source = grain.sources.ArrayRecordDataSource(list(self.paths))
+        object.__setattr__(self, "_source", source)
+
+    def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
+        record = self._source[element]
+        if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
+            raise ValueError(f"{self.folder}: record {element} is damaged")
+        latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.count]
+        starts = [int(rng.integers(n - s + 1)) for n, s in zip(latents.shape[1:3], self.size)]
+        (top, left), (h, w) = starts, self.size
+        return latents[:, top : top + h, left : left + w].astype(np.float32)
+
+
+def latent_dataset(
+    folder: str | Path, *, frames: int, size: tuple[int, int], batch: int, seed: int, **options
+) -> grain.experimental.ElasticIterator:
+    """Endless batches float32 (batch, t, h, w, c) of normalised latents from a cache.
+
+    frames, size: as of the clips that the latents stand for, in frames and pixels; the other
+    arguments: see `endless_batches`. Crops start at multiples of the stride. Raises
+    FileNotFoundError for an empty cache, ValueError if its clips are shorter or smaller.
+    """
+    info, folder = read_info(folder), Path(folder)
+    paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())
+    if not paths:
+        raise FileNotFoundError(f"{folder}: no latents here; gnvc cache-latents makes them")
+    if frames > info.frames:
+        raise ValueError(f"{folder}: its clips have {info.frames} frames, wanted are {frames}")
+    size = tuple(side // info.stride for side in size)
+    draw = RandomLatents(str(folder), tuple(paths), 1 + (frames - 1) // 4, size)
+    count = len(draw._source)
+    smallest = np.load(io.BytesIO(draw._source[0][HEAD:])).shape[1:3]
+    if any(s > n for s, n in zip(size, smallest)):
+        raise ValueError(f"{folder}: latents of {smallest}, wanted are crops of {size}")
+    return endless_batches(count, draw, batch=batch, seed=seed, **options)
