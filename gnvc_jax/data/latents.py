@@ -148,7 +148,7 @@ def read_info(folder: str | Path) -> CacheInfo:
     try:
         facts = json.loads(path.read_text())
         return CacheInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not the description of a cache ({error})") from error
 
 

@@ -90,7 +90,7 @@ def read_architecture(folder: str | Path, component: str) -> Architecture:
         raise FileNotFoundError(f"{folder}: no ported {component} in this folder")
     try:
         return Architecture.from_json(json.loads(path.read_text()))
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise PortError(f"{path}: not a description of weights ({error!r})") from error
 
 

@@ -79,6 +79,11 @@ class LatentStage(CodecStage):
             parts["refiner"] = self.refiner.init(key, *inputs)["params"]
         return parts
 
+    @functools.cached_property
+    def shapes(self) -> Tree:
+        """All parameters as shapes."""
+        return jax.eval_shape(self.init_parts, jax.random.key(0))
+
     def init(self, key: Array) -> Tree:
         parts = self.init_parts(key)
         chosen, _ = split(parts, self.experiment.train)
@@ -92,7 +97,6 @@ class LatentStage(CodecStage):
     def loaded(self) -> Tree:
         """Parameters that other runs and ported folders have, on the host."""
         loss, source = self.experiment.loss, self.experiment.init_from
-        like = jax.eval_shape(self.init_parts, jax.random.key(0))
         found = {"vae": self.load_vae()[0]}
         weights = getattr(loss, "weights", None)
         if self.refiner is not None and weights:
@@ -106,12 +110,12 @@ class LatentStage(CodecStage):
         if self.refiner is not None and self.experiment.refiner.vace_layout:
             found = join(found, {"refiner": {"grey": self.grey()}})
         for run in ancestry(source):
-            found = self.overlaid(found, run, like)
+            found = self.overlaid(found, run)
         return found
 
-    def overlaid(self, found: Tree, run: str, like: Tree) -> Tree:
-        """What is found so far, replaced by what a run has of the parameters `like`."""
-        config = config_of(run)
+    def overlaid(self, found: Tree, run: str) -> Tree:
+        """What is found so far, replaced by what a run has of it."""
+        config, like = config_of(run), self.shapes
         if config["stage"] == "codec":
             return join(found, {"codec": load_params(run, like["codec"])})
         rank = config.get("lora", 0)
@@ -139,10 +143,9 @@ class LatentStage(CodecStage):
 
         Raises ValueError if one of these is nowhere to be found.
         """
-        like = jax.eval_shape(self.init_parts, jax.random.key(0))
         fixed, start = (
             flatten_dict(tree, sep="/")
-            for tree in (split(like, self.experiment.train)[1], self.loaded)
+            for tree in (split(self.shapes, self.experiment.train)[1], self.loaded)
         )
         if missing := sorted(fixed.keys() - start.keys()):
             raise ValueError(
