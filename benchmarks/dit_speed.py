@@ -104,7 +104,7 @@ def main() -> None:
         result["gflops"] = cfg.flops(*grid) / result["seconds"] / 1e9
         print(f"{side_by_side.line(side, result)}   {result['gflops']:.1f}", flush=True)
     row = {"layers": args.layers, "latents": args.latents, "tokens": cfg.tokens(*grid), **results}
-    side_by_side.write(args, [row])
+    side_by_side.write(args, row, ("layers", "latents"))
 
 
 if __name__ == "__main__":

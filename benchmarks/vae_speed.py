@@ -1,6 +1,7 @@
 """Speed and memory of the full-size VAE beside diffusers' AutoencoderKLWan, with equal weights.
 
-    python benchmarks/vae_speed.py [--cases 17x256x256 9x480x832] [--repeats 3] [--threads N]
+    python benchmarks/vae_speed.py [--cases 17x256x256 9x480x832] [--ways encode decode]
+        [--repeats 3] [--threads N]
 
 Random weights, float32, random inputs; a case is frames x rows x columns. PyTorch runs eagerly
 under inference_mode. Each side is a process of its own that waits while the others run; runs are
@@ -80,24 +81,24 @@ def child(side: str, folder: Path, way: str, case: tuple[int, ...]) -> None:
     side_by_side.serve(*made, folder / f"{side}.npy")
 
 
-def measure(args, folder: Path, case: str, way: str) -> dict:
+def measure(args, folder: Path, case: str, way: str) -> None:
     arguments = [str(folder), way, case]
     results = side_by_side.compare(args, f"{case} {way}", SIDES, arguments, folder)
     for side in SIDES:
         print(f"{case:11}{way:8}{side_by_side.line(side, results[side])}", flush=True)
     over = results["stream"]["seconds"] / results["clip"]["seconds"]
-    return {"case": case, "way": way, **results, "stream_over_clip": over}
+    row = {"case": case, "way": way, **results, "stream_over_clip": over}
+    side_by_side.write(args, row, ("case", "way"))
+
+
+def options(parser) -> None:
+    parser.add_argument("--cases", nargs="+", default=["17x256x256", "9x480x832"])
+    parser.add_argument("--ways", nargs="+", default=["encode", "decode"])
 
 
 def main() -> None:
     out = Path(__file__).parent / "results/vae_speed.json"
-    args = side_by_side.parse(
-        __doc__,
-        out,
-        lambda parser: parser.add_argument(
-            "--cases", nargs="+", default=["17x256x256", "9x480x832"]
-        ),
-    )
+    args = side_by_side.parse(__doc__, out, options)
     if args.child:
         side, folder, way, case = args.child
         child(side, Path(folder), way, tuple(map(int, case.split("x"))))
@@ -106,12 +107,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             pool.apply(make_weights, (Path(folder),))  # a child starts with its parent's peak
-        rows = [
-            measure(args, Path(folder), case, way)
-            for case in args.cases
-            for way in ("encode", "decode")
-        ]
-    side_by_side.write(args, rows)
+        for case in args.cases:
+            for way in args.ways:
+                measure(args, Path(folder), case, way)
 
 
 if __name__ == "__main__":

@@ -142,17 +142,23 @@ def parse(description: str, out: Path, options: Callable = lambda parser: None):
     return args
 
 
-def write(args: argparse.Namespace, rows: list[dict]) -> None:
-    """The rows, and where they were measured, as JSON."""
+def write(args: argparse.Namespace, row: dict, key: tuple[str, ...]) -> None:
+    """Put a row into the JSON file, in place of an older one that is equal in `key`.
+
+    Rows that were measured on another machine or with other versions are dropped.
+    """
     found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     facts = {
         "cpu": found[1] if found else platform.machine(),
         "threads": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "torch", "diffusers")},
-        "repeats": args.repeats,
-        "warm_ups": args.warm_ups,
     }
+    row |= {"repeats": args.repeats, "warm_ups": args.warm_ups}
+    old = json.loads(args.out.read_text()) if args.out.exists() else {"facts": None}
+    kept = old["rows"] if old["facts"] == facts else []
+    kept = [r for r in kept if any(r[k] != row[k] for k in key)]
+    rows = sorted([*kept, row], key=lambda r: [str(r[k]) for k in key])
     args.out.parent.mkdir(parents=True, exist_ok=True)
     temporary = args.out.with_name(f".{args.out.name}.tmp")
     temporary.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")

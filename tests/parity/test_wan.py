@@ -91,6 +91,25 @@ def test_vae(vae, frames, h, w, same):
     same("decoded", jnp.clip(frames_out, -1, 1), last(decoded))
 
 
+def test_vae_of_full_size(tmp_path, same):
+    """Wide convolutions take another road on CPU (see `gnvc_jax.vae.winograd`)."""
+    model = randomise(diffusers.AutoencoderKLWan())
+    architecture, params = ported(model, "vae", tmp_path)
+    ours = VAE(architecture.config)
+    torch.manual_seed(5)
+    video = torch.rand(1, 3, 5, 32, 48) * 2 - 1
+    latents = torch.randn(1, 16, 2, 4, 6)
+    with torch.inference_mode():
+        mean = model.encode(video).latent_dist.mean
+        decoded = model.decode(latents).sample
+    encode, decode = (
+        jax.jit(lambda params, x, way=way: ours.apply({"params": params}, x, method=way))
+        for way in ("encode", "decode")
+    )
+    same("mean", encode(params, last(video))[0], last(mean))
+    same("decoded", jnp.clip(decode(params, last(latents)), -1, 1), last(decoded))
+
+
 def test_gradients_of_the_vae(vae, tmp_path, same):
     """Of a loss through encoder and decoder, with respect to every parameter and the video."""
     model, ours, params = vae

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from gnvc_jax.porting.checkpoint import PROMPT, has_component, load_prompt, load_weights
+from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, load_weights
 from gnvc_jax.refiner import Refiner, flow
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params
@@ -98,12 +99,11 @@ class LatentStage(CodecStage):
         """Parameters that other runs and ported folders have, on the host."""
         loss, source = self.experiment.loss, self.experiment.init_from
         found = {"vae": self.load_vae()[0]}
-        weights = getattr(loss, "weights", None)
-        if self.refiner is not None and weights:
-            architecture, dit = load_weights(weights, "dit", np.float32)
+        if self.refiner is not None and loss.weights:
+            architecture, dit = load_weights(loss.weights, "dit", np.float32)
             if architecture.config != self.experiment.refiner.dit:
                 raise ValueError(
-                    f"{weights}: holds {architecture.config}, "
+                    f"{loss.weights}: holds {architecture.config}, "
                     f"the refiner is {self.experiment.refiner.dit}"
                 )
             found["refiner"] = {"dit": dit}
@@ -121,9 +121,8 @@ class LatentStage(CodecStage):
         rank = config.get("lora", 0)
         like = like | jax.eval_shape(lambda key: self.low_rank(like, rank, key), jax.random.key(0))
         found = join(found, load_params(run, like, partial=True))
-        if rank and (rank != self.experiment.lora or run != self.experiment.init_from):
-            found = lora.merge(found, found.pop("lora"))
-        return found
+        goes_on = rank == self.experiment.lora and run == self.experiment.init_from
+        return found if goes_on else merged(found)
 
     def grey(self) -> np.ndarray:
         """Normalised latents (2, c) of a grey clip: the first one, and one that follows."""
@@ -162,20 +161,15 @@ class LatentStage(CodecStage):
         if self.refiner is None or not self.experiment.refiner.dit.text_length:
             return None
         config, loss = self.experiment.refiner.dit, self.experiment.loss
-        folder = getattr(loss, "weights", None)
-        if loss.prompt:
-            return load_prompt(loss.prompt, config)
-        if folder and has_component(folder, "dit"):
-            from pathlib import Path
-
-            if (path := Path(folder) / PROMPT).is_file():
-                return load_prompt(path, config)
-        return np.zeros((1, 1, config.text_width), np.float32)
+        path = loss.prompt
+        if path is None and loss.weights and (kept := Path(loss.weights) / PROMPT).is_file():
+            path = kept
+        if path is None:
+            return np.zeros((1, 1, config.text_width), np.float32)
+        return load_prompt(path, config)
 
     def model_parts(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
-        parts = join(frozen["fixed"], params)
-        changes = parts.pop("lora", None)
-        return parts if changes is None else lora.merge(parts, changes)
+        return merged(join(frozen["fixed"], params))
 
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
@@ -205,6 +199,13 @@ class LatentStage(CodecStage):
             text = jnp.broadcast_to(text, (state.shape[0], *text.shape[1:]))
         inputs = done.coded.latent, done.coded.feature, done.q_index, text
         return self.refiner.apply({"params": parts["refiner"]}, state, tau, *inputs)
+
+
+def merged(parts: Tree) -> Tree:
+    """The parts without "lora", whose changes are in the kernels."""
+    parts = dict(parts)
+    changes = parts.pop("lora", None)
+    return parts if changes is None else lora.merge(parts, changes)
 
 
 def ancestry(run: str) -> list[str]:

@@ -14,7 +14,7 @@ from gnvc_jax.refiner import flow
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import Tree
 from gnvc_jax.training.stages.codec import Coding
-from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, per_clip
+from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, merged, per_clip
 from gnvc_jax.training.stages.vae import lpips_of_frames, pixels
 
 Array = jax.Array
@@ -132,7 +132,7 @@ class DistillStage(PixelStage):
     """Trains one step to give what the starting weights give in `loss.steps`."""
 
     def frozen(self) -> Tree:
-        return super().frozen() | {"teacher": self.loaded["refiner"]}
+        return super().frozen() | {"teacher": merged(self.loaded)["refiner"]}
 
     def imitation(
         self, parts: Tree, frozen: Tree, done: Coding, noise: Array, latents: Array
