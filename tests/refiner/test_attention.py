@@ -57,6 +57,7 @@ def test_the_tpu_kernel_in_interpretation(n, m, monkeypatch):
     np.testing.assert_allclose(ours, reference(q, k, v), atol=2e-5)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_tpu_kernel(monkeypatch):
     monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
     q, k, v, cotangent = inputs(140, 130, heads=1, b=1)

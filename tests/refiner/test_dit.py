@@ -110,6 +110,7 @@ def test_the_adapter_and_its_scale_matter(params):
         assert float(jnp.abs(outputs[i] - outputs[j]).max()) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["full", "attention", "matmuls"])
 def test_rematerialisation_changes_no_gradient(params, remat):
     inputs = arguments(SMALL)
@@ -125,6 +126,7 @@ def test_rematerialisation_changes_no_gradient(params, remat):
     )
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory(params):
     inputs = arguments(SMALL, t=4, h=16, w=16)
 

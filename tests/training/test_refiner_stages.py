@@ -124,6 +124,7 @@ def test_weights_come_from_where_they_should(base):
     assert set(model) == {"vae", "codec", "refiner"}
 
 
+@pytest.mark.slow
 def test_a_later_stage_goes_on_with_what_trained(base, tmp_path):
     """Also with what trained before and does not any more, and with low-rank changes."""
     latent = dataclasses.replace(base, lora=2, run=RunConfig(out=str(tmp_path / "latent")))
@@ -153,6 +154,7 @@ def test_a_later_stage_goes_on_with_what_trained(base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params["lora"], before["lora"])
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_latent_stage(base):
     """With a silent head a small refiner's error is known: its velocity is the linear one."""
     stage, params, frozen = started(base)
