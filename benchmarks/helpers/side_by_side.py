@@ -20,6 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gnvc_jax.evaluation.environment import environment
+
 
 def peak_mib() -> float:
     """Largest resident size since the last `reset_peak`."""
@@ -147,9 +149,8 @@ def write(args: argparse.Namespace, row: dict, key: tuple[str, ...]) -> None:
 
     Rows that were measured on another machine or with other versions are dropped.
     """
-    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     facts = {
-        "cpu": found[1] if found else platform.machine(),
+        "cpu": environment()["cpu"],
         "threads": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
         **{name: version(name) for name in ("jax", "torch", "diffusers")},

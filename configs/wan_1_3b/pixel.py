@@ -6,24 +6,20 @@ python train.py --config configs/wan_1_3b/pixel.py --data.path CLIPS
 of the DiT: --lora 32. Not run yet: no accelerator was at hand.
 """
 
-from configs.wan_1_3b.models import ADAPTER, CODEC, REFINER, VAE, WEIGHTS
-from gnvc_jax.training.config import (
-    ComputeConfig,
-    DataConfig,
-    Experiment,
-    OptimConfig,
-    RunConfig,
-)
+import dataclasses
+
+from configs.wan_1_3b import latent
+from gnvc_jax.training.config import DataConfig, OptimConfig, RunConfig
 from gnvc_jax.training.stages.pixel import PixelLoss
 
-experiment = Experiment(
+source = latent.experiment.loss
+
+experiment = dataclasses.replace(
+    latent.experiment,
     stage="pixel",
-    vae=VAE,
-    codec=CODEC,
-    refiner=REFINER,
-    compute=ComputeConfig(dtype="bfloat16", remat="attention"),
-    train=("codec/", *ADAPTER),
-    loss=PixelLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=WEIGHTS, weights=WEIGHTS),
+    loss=PixelLoss(
+        lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=source.vae, weights=source.weights
+    ),
     data=DataConfig(frames=13, size=(256, 256), batch=2),
     optim=OptimConfig(lr=5e-5, warmup=1000, steps=100_000, final_lr_ratio=0.2),
     init_from="runs/wan_1_3b/latent",

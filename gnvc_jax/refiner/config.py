@@ -1,8 +1,11 @@
-"""Sizes of the video DiT, and what its forward pass costs."""
+"""Sizes of the video DiT and of the refiner, and what a forward pass costs."""
 
 import dataclasses
 
+from gnvc_jax.refiner.flow import START
+
 PATCH = 2  # latents per token in each spatial direction; one latent frame in time
+MASKS = 64  # mask channels of VACE: one per pixel of a latent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +75,47 @@ class DiTConfig:
             embedding = 2 * n * d * PATCH**2 * self.context_channels
             total += self.groups * block + projections + embedding
         return total
+
+
+@dataclasses.dataclass(frozen=True)
+class RefinerConfig:
+    """A DiT with an adapter for decoded latents and features of the codec.
+
+    dit: its context has VACE's 96 channels, or as many as latents have (decoded latents alone);
+    features: channels of the codec's features; window, overlap: latents that are refined together
+    and that neighbouring windows share; start: t_N, flow time at which refinement begins;
+    deviation: 0 where the DiT gives the velocity itself, as Wan's does; else it corrects
+    `flow.linear_velocity` with this deviation of coding errors, which small models need.
+
+    Raises ValueError for sizes that do not fit.
+    """
+
+    dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))
+    features: int = 256
+    window: int = 7
+    overlap: int = 2
+    start: float = START
+    deviation: float = 0.0
+
+    def __post_init__(self):
+        known = self.dit.channels, self.vace_channels
+        if not self.dit.context_every or self.dit.context_channels not in known:
+            raise ValueError(
+                f"the refiner needs context blocks with {known[0]} or {known[1]} channels, "
+                f"not {self.dit.context_channels} every {self.dit.context_every} blocks"
+            )
+        if not 0 <= self.overlap < self.window:
+            raise ValueError(f"overlap {self.overlap} does not fit windows of {self.window}")
+
+    @property
+    def vace_channels(self) -> int:
+        """Channels of VACE's condition."""
+        return 2 * self.dit.channels + MASKS
+
+    @property
+    def vace_layout(self) -> bool:
+        """Whether the DiT's context is VACE's, rather than the decoded latents alone."""
+        return self.dit.context_channels == self.vace_channels
 
 
 WAN_1_3B = DiTConfig()

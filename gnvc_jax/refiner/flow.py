@@ -9,6 +9,7 @@ Source: GNVC-VD (arXiv 2512.05016) equations 1 to 6; Wan2.1 for the other conven
 normalised latents of any shape; times are scalars or broadcast against them.
 """
 
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -114,10 +115,10 @@ def step_times(steps: int, start: float = START, shift: float = 1.0) -> Array:
 
 
 def integrate(velocity: Callable[[Array, Array], Array], state: Array, times: Array) -> Array:
-    """Euler's method: from `state` at times[0] through the others; velocity(state, tau)."""
+    """Euler's method: from `state` at times[0] through the others; velocity(state, tau).
 
-    def step(state, interval):
-        tau, after = interval
-        return state + (after - tau) * velocity(state, tau), None
-
-    return jax.lax.scan(step, state, (times[:-1], times[1:]))[0]
+    A loop of Python's: what a jitted velocity compiles to serves any number of steps.
+    """
+    for tau, after in itertools.pairwise(times):
+        state = state + (after - tau) * velocity(state, tau)
+    return state

@@ -7,8 +7,6 @@ Source: GNVC-VD (arXiv 2512.05016) sections 4 and 5; the context layout is VACE'
 ``vace_model.py``), whose pretrained adapter thus finds what it was trained on.
 """
 
-import dataclasses
-import itertools
 from collections.abc import Callable
 
 import jax
@@ -19,54 +17,11 @@ from flax import linen as nn
 from gnvc_jax.codec.config import KNOTS
 from gnvc_jax.codec.quality import at_every_level
 from gnvc_jax.refiner import flow
-from gnvc_jax.refiner.config import DiTConfig
+from gnvc_jax.refiner.config import MASKS, RefinerConfig
 from gnvc_jax.refiner.dit import DiT, patchify
 
 Array = jax.Array
 Tree = dict
-
-MASKS = 64  # mask channels of VACE: one per pixel of a latent
-
-
-@dataclasses.dataclass(frozen=True)
-class RefinerConfig:
-    """A DiT with an adapter for decoded latents and features of the codec.
-
-    dit: its context has VACE's 96 channels, or as many as latents have (decoded latents alone);
-    features: channels of the codec's features; window, overlap: latents that are refined together
-    and that neighbouring windows share; start: t_N, flow time at which refinement begins;
-    deviation: 0 where the DiT gives the velocity itself, as Wan's does; else it corrects
-    `flow.linear_velocity` with this deviation of coding errors, which small models need.
-
-    Raises ValueError for sizes that do not fit.
-    """
-
-    dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))
-    features: int = 256
-    window: int = 7
-    overlap: int = 2
-    start: float = flow.START
-    deviation: float = 0.0
-
-    def __post_init__(self):
-        known = self.dit.channels, self.vace_channels
-        if not self.dit.context_every or self.dit.context_channels not in known:
-            raise ValueError(
-                f"the refiner needs context blocks with {known[0]} or {known[1]} channels, "
-                f"not {self.dit.context_channels} every {self.dit.context_every} blocks"
-            )
-        if not 0 <= self.overlap < self.window:
-            raise ValueError(f"overlap {self.overlap} does not fit windows of {self.window}")
-
-    @property
-    def vace_channels(self) -> int:
-        """Channels of VACE's condition."""
-        return 2 * self.dit.channels + MASKS
-
-    @property
-    def vace_layout(self) -> bool:
-        """Whether the DiT's context is VACE's, rather than the decoded latents alone."""
-        return self.dit.context_channels == self.vace_channels
 
 
 class Refiner(nn.Module):
@@ -186,13 +141,14 @@ def refine(
     total = jnp.zeros((t, 1, 1, 1))
     for s, weight in zip(starts, weights):
         total = total.at[s : s + size].add(weight)
-    state = flow.start_state(decoded, noise_for(key, decoded.shape), config.start)
-    times = flow.step_times(steps, config.start)
-    for tau, after in itertools.pairwise(times):
-        move = jnp.zeros_like(state)
+
+    def move(state: Array, tau: Array) -> Array:
+        moves = jnp.zeros_like(state)
         for s, weight in zip(starts, weights):
             part = slice(s, s + size)
             v = velocity(state[:, part], tau, decoded[:, part], features[:, part])
-            move = move.at[:, part].add(weight * v)
-        state = state + (after - tau) * move / total
-    return state
+            moves = moves.at[:, part].add(weight * v)
+        return moves / total
+
+    state = flow.start_state(decoded, noise_for(key, decoded.shape), config.start)
+    return flow.integrate(move, state, flow.step_times(steps, config.start))

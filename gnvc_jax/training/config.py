@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.refiner.model import RefinerConfig
+from gnvc_jax.refiner.config import RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
 

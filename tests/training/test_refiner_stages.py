@@ -211,6 +211,7 @@ def test_stages_say_what_they_lack(base, tmp_path):
     for change, message in (
         ({"init_from": None}, "init_from: the stage `latent` starts from"),
         ({"train": ()}, "train: say what"),
+        ({"refiner": None}, "refiner: the stage `latent` trains one"),
         ({"train": ("dit/",)}, "'dit/' fits no parameter"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -50,7 +50,7 @@ class LatentStage(CodecStage):
     (only where it trains), `loss.vae`, `loss.weights`, the runs that `init_from` came from, itself.
     """
 
-    parts = ("vae", "codec", "refiner")
+    needs_refiner = True
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
@@ -60,6 +60,8 @@ class LatentStage(CodecStage):
             )
         if not experiment.train:
             raise ValueError(f"train: say what the stage `{experiment.stage}` trains")
+        if self.needs_refiner and experiment.refiner is None:
+            raise ValueError(f"refiner: the stage `{experiment.stage}` trains one, name its sizes")
         compute, self.refiner = experiment.compute, None
         if experiment.refiner is not None:
             self.refiner = Refiner(

@@ -41,6 +41,8 @@ class PixelLoss(LatentLoss):
 class PixelStage(LatentStage):
     """Starts from a run of the stage `latent`, or of `codec` for a model without a refiner."""
 
+    needs_refiner = False
+
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
         if experiment.data.latents is not None:
@@ -130,6 +132,8 @@ class DistillLoss(PixelLoss):
 
 class DistillStage(PixelStage):
     """Trains one step to give what the starting weights give in `loss.steps`."""
+
+    needs_refiner = True
 
     def frozen(self) -> Tree:
         return super().frozen() | {"teacher": merged(self.loaded)["refiner"]}
