@@ -170,6 +170,10 @@ class RandomLatents(grain.transforms.RandomMap):
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
             raise ValueError(f"{self.folder}: record {element} is damaged")
         latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.count]
+        if any(s > n for s, n in zip(self.size, latents.shape[1:3])):
+            raise ValueError(
+                f"{self.folder}: latents of {latents.shape[1:3]}, wanted are crops of {self.size}"
+            )
         starts = [int(rng.integers(n - s + 1)) for n, s in zip(latents.shape[1:3], self.size)]
         (top, left), (h, w) = starts, self.size
         return latents[:, top : top + h, left : left + w].astype(np.float32)
@@ -192,8 +196,6 @@ def latent_dataset(
         raise ValueError(f"{folder}: its clips have {info.frames} frames, wanted are {frames}")
     size = tuple(side // info.stride for side in size)
     draw = RandomLatents(str(folder), tuple(paths), 1 + (frames - 1) // 4, size)
+    draw.random_map(0, np.random.default_rng(0))  # says now if crops do not fit
     count = len(draw._source)
-    smallest = np.load(io.BytesIO(draw._source[0][HEAD:])).shape[1:3]
-    if any(s > n for s, n in zip(size, smallest)):
-        raise ValueError(f"{folder}: latents of {smallest}, wanted are crops of {size}")
     return endless_batches(count, draw, batch=batch, seed=seed, **options)

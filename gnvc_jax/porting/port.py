@@ -38,7 +38,7 @@ def port(
     prompt: str | Path | None = None,
     progress: bool = True,
 ) -> list[Ported]:
-    """Write the public weights in `path` as a checkpoint folder; one tensor in memory at a time.
+    """Write the public weights in `path` as a checkpoint folder, one parameter after the other.
 
     dtype: "stored" keeps each tensor's own, so that `export` gives the same bytes; "float32" and
     "bfloat16" convert. heads: see `recognise`. prompt: file of a text condition (`load_prompt`).
