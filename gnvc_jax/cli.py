@@ -86,14 +86,15 @@ def parser() -> argparse.ArgumentParser:
     prt = command(
         "port",
         port,
-        "Public Wan2.1 weights to a checkpoint folder.",
+        "Public weights of Wan2.1 to a checkpoint folder, or of LPIPS to a file in one.",
         "gnvc port --from Wan2.1-VACE-1.3B --to weights/vace",
     )
     prt.add_argument(
         "--from",
         dest="source",
         required=True,
-        help="file, or folder of Wan-AI or diffusers with the VAE, the DiT or both",
+        help="file, or folder of Wan-AI or diffusers with the VAE, the DiT or both; "
+        "for LPIPS, files of torchvision and lpips in one folder",
     )
     prt.add_argument("--to", required=True, help="new folder")
     prt.add_argument("--dtype", default="stored", choices=("stored", "float32", "bfloat16"))
@@ -236,8 +237,12 @@ def demo(args: argparse.Namespace) -> int:
 
 
 def port(args: argparse.Namespace) -> int:
+    from gnvc_jax.porting.perceptual import open_perceptual, port_perceptual
     from gnvc_jax.porting.port import port
 
+    if open_perceptual(args.source):
+        print(port_perceptual(args.source, args.to))
+        return 0
     parts = port(
         args.source, args.to, args.dtype, args.heads, args.prompt, progress=not args.no_progress
     )

@@ -10,16 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnvc_jax.metrics.lpips import load_lpips, lpips
+from gnvc_jax.metrics.dists import dists, load_dists
+from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.ms_ssim import ms_ssim
 from gnvc_jax.metrics.psnr import decibels, mean_squared_error
 from gnvc_jax.metrics.temporal import temporal
+from gnvc_jax.metrics.trunks import load_weights
 
 FIELDS = {  # metric: what it adds to a record
     "psnr": ("psnr_rgb", "apsnr_rgb"),
     "ms_ssim": ("ms_ssim_rgb", "ms_ssim_rgb_db"),
     "lpips_alex": ("lpips_alex",),
     "lpips_vgg": ("lpips_vgg",),
+    "dists": ("dists",),
     "temporal": ("tpsnr", "ti_ratio", "pulse"),
 }
 METRICS = tuple(FIELDS)
@@ -110,13 +113,16 @@ _FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict
     "ms_ssim": lambda _, x, y: ms_ssim(x, y),
     "lpips_alex": _lpips,
     "lpips_vgg": _lpips,
+    "dists": lambda p, x, y: dists(p, x.astype(jnp.float32) / 255, y.astype(jnp.float32) / 255),
     "temporal": lambda _, x, y: temporal(x, y),
 }
 
 
 @functools.cache
 def _weights(name: str):
-    return load_lpips(name.removeprefix("lpips_")) if name.startswith("lpips_") else None
+    if name == "dists":
+        return load_dists()
+    return load_weights(name.removeprefix("lpips_")) if name.startswith("lpips_") else None
 
 
 def _summarise(result: Quality, name: str, values: np.ndarray) -> None:

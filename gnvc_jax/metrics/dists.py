@@ -1,0 +1,79 @@
+"""DISTS: structure and texture similarity on VGG16 features.
+
+Ding et al., "Image Quality Assessment: Unifying Structure and Texture Similarity", TPAMI 2020, as
+in the authors' package DISTS-pytorch 0.1. dists.safetensors beside this file holds its 2 x 1475
+channel weights (MIT licence, copyright 2020 Keyan Ding; the licence is in the file's metadata).
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+from gnvc_jax.metrics.trunks import features, load_weights
+
+MIN_SIDE = 32
+WEIGHTS = Path(__file__).with_name("dists.safetensors")
+_MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet
+_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_EPS = 1e-6
+
+
+def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+    """DISTS distance of image pairs.
+
+    Args:
+        params: tree from `load_dists`.
+        x, y: (b, h, w, 3) float RGB in [0, 1], both sides at least 32.
+
+    Returns:
+        (b,) float32, 0 for identical images, larger is worse.
+
+    Raises:
+        ValueError: wrong shape, or a side shorter than 32.
+        TypeError: integer images.
+    """
+    if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
+        raise ValueError(f"dists needs two (b, h, w, 3) arrays, got {x.shape} and {y.shape}")
+    if min(x.shape[1:3]) < MIN_SIDE:
+        raise ValueError(f"dists needs sides of at least {MIN_SIDE}, got {x.shape[1:3]}")
+    if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
+        raise TypeError(f"dists needs float images in [0, 1], got {x.dtype} and {y.dtype}")
+    structure, texture = [], []
+    for a, b in zip(_stages(params["trunk"], x), _stages(params["trunk"], y)):
+        mean_a, mean_b = a.mean((1, 2)), b.mean((1, 2))
+        var_a = jnp.square(a - mean_a[:, None, None]).mean((1, 2))
+        var_b = jnp.square(b - mean_b[:, None, None]).mean((1, 2))
+        covariance = (a * b).mean((1, 2)) - mean_a * mean_b
+        texture.append((2 * mean_a * mean_b + _EPS) / (mean_a**2 + mean_b**2 + _EPS))
+        structure.append((2 * covariance + _EPS) / (var_a + var_b + _EPS))
+    alpha, beta = params["alpha"], params["beta"]
+    total = alpha.sum() + beta.sum()
+    similarity = jnp.concatenate(texture, 1) @ alpha + jnp.concatenate(structure, 1) @ beta
+    return 1.0 - similarity / total
+
+
+def _stages(trunk: list, x: jax.Array) -> list[jax.Array]:
+    """The image itself and five activations of VGG."""
+    return [x, *features(trunk, (x - _MEAN) / _STD, pool=_l2_pool)]
+
+
+def _l2_pool(z: jax.Array, _: int) -> jax.Array:
+    """Root of the mean square under a 3x3 Hann window, every second one; (b, h, w, c)."""
+    z = jnp.square(z)
+    for axis in (1, 2):
+        size = (z.shape[axis] + 1) // 2
+        z = jnp.pad(z, [(1, 1) if i == axis else (0, 0) for i in range(4)])
+        left, middle, right = (
+            jax.lax.slice_in_dim(z, k, k + 2 * size - 1, 2, axis) for k in range(3)
+        )
+        z = 0.25 * left + 0.5 * middle + 0.25 * right
+    return jnp.sqrt(z + 1e-12)
+
+
+def load_dists(path: str | Path | None = None) -> dict:
+    """Parameters for `dists`; path: VGG weights, see `gnvc_jax.metrics.trunks.load_weights`."""
+    weights = {k: jnp.asarray(v.reshape(-1)) for k, v in load_file(WEIGHTS).items()}
+    return weights | {"trunk": load_weights("vgg", path)["trunk"]}

