@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from gnvc_jax.cli import MAX_STEPS
 from gnvc_jax.evaluation.anchors import ANCHORS
 from gnvc_jax.evaluation.clips import find_clips, read_clip
 from gnvc_jax.evaluation.environment import environment
@@ -36,15 +37,19 @@ def names(choices):
     return read
 
 
-def levels(text: str) -> tuple[int, ...]:
-    """Reader of quality levels: a comma-separated list of 0..63."""
-    try:
-        values = tuple(map(int, filter(None, text.split(","))))
-    except ValueError:
-        values = (-1,)
-    if not all(0 <= value <= 63 for value in values):
-        raise argparse.ArgumentTypeError(f"'{text}' is no list of levels 0 to 63")
-    return values
+def numbers(last: int):
+    """Reader of a comma-separated list of numbers 0..last."""
+
+    def read(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(map(int, filter(None, text.split(","))))
+        except ValueError:
+            values = (-1,)
+        if not all(0 <= value <= last for value in values):
+            raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers 0 to {last}")
+        return values
+
+    return read
 
 
 def parse(arguments=None) -> argparse.Namespace:
@@ -54,7 +59,13 @@ def parse(arguments=None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="tiny", help="name or path of a model (default: %(default)s)")
     add("--data", nargs="+", type=Path, required=True, help="videos, or folders with videos")
-    add("--qp", type=levels, default=(8, 24, 40, 56), help="levels (default: 8,24,40,56)")
+    add("--qp", type=numbers(63), default=(8, 24, 40, 56), help="levels (default: 8,24,40,56)")
+    add(
+        "--steps",
+        type=numbers(MAX_STEPS),
+        default=(None,),
+        help="of refinement, as 0,1,5 (default: what gnvc decode does by itself)",
+    )
     add("--vae", action="store_true", help="also the autoencoder alone")
     add("--anchors", type=names(ANCHORS), default=(), help=f"of {','.join(ANCHORS)}, or all")
     add(
@@ -62,7 +73,7 @@ def parse(arguments=None) -> argparse.Namespace:
         type=names(METRICS),
         default=DEFAULT,
         help=f"of {','.join(METRICS)}, or all (default: {','.join(DEFAULT)}; "
-        "lpips_vgg takes seconds a frame without an accelerator)",
+        "lpips_vgg and dists take seconds a frame without an accelerator)",
     )
     add("--frames", type=int, help="first frames of each video (default: all)")
     add("--out", type=Path, required=True, help="folder for records and results")
@@ -85,9 +96,9 @@ def main(arguments=None) -> int:
         name: functools.partial(read_clip, path, name, options.frames)
         for name, path in paths.items()
     }
-    points = [FilePoint(options.model, qp) for qp in options.qp]
+    points = [FilePoint(options.model, qp, n) for qp in options.qp for n in options.steps]
     points += [AutoencoderPoint(options.model)] * options.vae
-    total = len(clips) * (len(options.qp) * (1 + len(options.anchors)) + options.vae)
+    total = len(clips) * (len(points) + len(options.qp) * len(options.anchors))
     with tqdm(total=total, unit="point", disable=None) as bar:
 
         def progress(label: str, status: str) -> None:

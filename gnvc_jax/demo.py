@@ -12,6 +12,7 @@ import numpy as np
 from gnvc_jax.evaluation.quality import Meter
 from gnvc_jax.media.reader import open_video
 from gnvc_jax.media.writer import open_writer
+from gnvc_jax.pretrained import load_pretrained
 
 SIDE, FPS = 256, Fraction(25)
 
@@ -58,29 +59,40 @@ def gnvc(*args: object) -> float:
 
 
 def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
-    """Encode, decode, compare; writes stream, videos and a contact sheet to `out`."""
+    """Encode, decode, compare; writes stream, videos and a contact sheet to `out`.
+
+    A model with a refiner decodes twice, without and with it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     source, fps = (camera_move(frames), FPS) if clip is None else read_all(clip, frames)
     write_all(out / "source.mkv", source, fps)
-    stream, lossless = out / "clip.gnvc", out / "decoded.mkv"
-    seconds = [
-        gnvc("encode", out / "source.mkv", stream, "--qp", qp, "--model", model, "--force"),
-        gnvc("decode", stream, lossless, "--model", model, "--force"),
-    ]
-    decoded, _ = read_all(lossless)
-    write_all(out / "decoded.mp4", decoded, fps)
+    stream = out / "clip.gnvc"
+    common = "--model", model, "--force"
+    seconds = {"encode": gnvc("encode", out / "source.mkv", stream, "--qp", qp, *common)}
+    steps = {"decoded": 0}
+    if load_pretrained(model).refiner is not None:
+        steps["refined"] = 1
+    videos = {"source": source}
+    for name, count in steps.items():
+        path = out / f"{name}.mkv"
+        seconds[f"decode ({name})"] = gnvc("decode", stream, path, "--steps", count, *common)
+        videos[name], _ = read_all(path)
+    write_all(out / "decoded.mp4", videos[name], fps)
     gap = np.full((*source.shape[:2], 8, 3), 255, np.uint8)
-    pair = np.concatenate([source, gap, decoded], axis=2)
-    write_all(out / "side_by_side.mp4", pair, fps)
+    columns = [part for video in videos.values() for part in (gap, video)][1:]
+    write_all(out / "side_by_side.mp4", np.concatenate(columns, axis=2), fps)
     picks = np.linspace(0, len(source) - 1, 4).round().astype(int)
-    rows = [np.concatenate(list(video[picks]), axis=1) for video in (source, decoded)]
+    rows = [np.concatenate(list(video[picks]), axis=1) for video in videos.values()]
     imageio.imwrite(out / "contact_sheet.png", np.concatenate(rows, axis=0))
 
-    size = stream.stat().st_size
-    measured = Meter(("psnr", "ms_ssim", "lpips_alex"))(source, decoded)
-    t, h, w, _ = source.shape
+    size, (t, h, w, _) = stream.stat().st_size, source.shape
     print(f"\n{t} frames of {w}x{h}, qp {qp}: {size} bytes, {8 * size / (t * h * w):.4f} bpp")
-    print("  ".join(f"{k} {v:.4f}" for k, v in measured.quality.items() if v is not None))
-    print("  ".join(f"{k} {t / s:.2f} frames/s" for k, s in zip(("encode", "decode"), seconds)))
-    print(f"(whole processes, start and compilation included)\nSee {out}/contact_sheet.png,")
-    print(f"{out}/side_by_side.mp4 (source left), {out}/decoded.mp4 and {stream}")
+    meter = Meter(("psnr", "ms_ssim", "lpips_alex"))
+    for name in steps:
+        quality = meter(source, videos[name]).quality
+        values = "  ".join(f"{k} {v:.4f}" for k, v in quality.items() if v is not None)
+        print(f"{name} ({steps[name]} steps of refinement): {values}")
+    print("  ".join(f"{k} {t / s:.2f} frames/s" for k, s in seconds.items()))
+    print(f"(whole processes, start and compilation included)\nSee {out}/contact_sheet.png and")
+    order = ", ".join(videos)
+    print(f"{out}/side_by_side.mp4 ({order}), {out}/decoded.mp4 and {stream}")

@@ -61,30 +61,31 @@ class Point(Protocol):
 class FilePoint:
     """A .gnvc file, written and read by separate processes of the command line tool.
 
-    model: a name or a path; qp: 0 (best) to 63 (smallest).
+    model: a name or a path; qp: 0 (best) to 63 (smallest); steps: of refinement, None for what
+    `gnvc decode` does by itself.
     """
 
     model: str
     qp: int
+    steps: int | None = None
     suffix = ".gnvc"
 
     @property
     def label(self) -> str:
-        return f"gnvc-qp{self.qp}"
+        return f"gnvc-qp{self.qp}" + (f"-steps{self.steps}" if self.steps is not None else "")
 
     def identity(self) -> dict[str, Any]:
-        return {"codec": "gnvc", "qp": self.qp, **model_identity(self.model)}
+        facts = {"codec": "gnvc", "qp": self.qp, "steps": self.steps}
+        return facts | model_identity(self.model)
 
     def code(self, clip: Clip) -> Coded:
+        bitstream, encode_seconds = _encoded(clip, self.model, self.qp)
         with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
-            source, coded, decoded = (
-                Path(folder) / name for name in ("source.mkv", "coded.gnvc", "decoded.mkv")
-            )
-            write_clip(clip, source)
-            encode = ["encode", source, coded, "--qp", str(self.qp), "--model", self.model]
-            encode_seconds = _run_tool(encode)
-            bitstream = coded.read_bytes()
-            decode_seconds = _run_tool(["decode", coded, decoded, "--model", self.model])
+            coded, decoded = Path(folder) / "coded.gnvc", Path(folder) / "decoded.mkv"
+            coded.write_bytes(bitstream)
+            steps = [] if self.steps is None else ["--steps", str(self.steps)]
+            decode = ["decode", coded, decoded, "--model", self.model, *steps]
+            decode_seconds = _run_tool(decode)
             frames = read_clip(decoded).frames
         return Coded(frames, bitstream, encode_seconds, decode_seconds)
 
@@ -149,6 +150,16 @@ def model_identity(model: str) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"{model}: neither a model file nor a shipped model")
     return {"model": path.stem, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+@functools.lru_cache(maxsize=1)
+def _encoded(clip: Clip, model: str, qp: int) -> tuple[bytes, float]:
+    """The file and the seconds it took; points that differ in decoding only share it."""
+    with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
+        source, coded = Path(folder) / "source.mkv", Path(folder) / "coded.gnvc"
+        write_clip(clip, source)
+        seconds = _run_tool(["encode", source, coded, "--qp", str(qp), "--model", model])
+        return coded.read_bytes(), seconds
 
 
 @functools.lru_cache(maxsize=1)

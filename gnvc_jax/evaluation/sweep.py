@@ -35,7 +35,8 @@ class Sweep:
 
         Args:
             clips: names, and functions that read the clips.
-            points: ways of coding; those without a file get no anchors.
+            points: ways of coding; those without a file get no anchors, those of one size share
+                them.
             anchors: names of standard codecs.
             anchor_point: makes a point from (codec, label of the point to match, its bytes).
 
@@ -52,14 +53,16 @@ class Sweep:
                 continue
             own = [self.measure(clip, point) for point in points]
             result += own
+            like: dict[int, str] = {}  # the first point of each size
             for record in own:
                 size = (record.get("rate") or {}).get("bytes")
-                if size is None:
-                    continue
-                result += [
-                    self.measure(clip, anchor_point(codec, record["point"], size))
-                    for codec in anchors
-                ]
+                if size is not None:
+                    like.setdefault(size, record["point"])
+            result += [
+                self.measure(clip, anchor_point(codec, label, size))
+                for size, label in like.items()
+                for codec in anchors
+            ]
         return result
 
     def measure(self, clip: Clip, point: Point) -> dict:

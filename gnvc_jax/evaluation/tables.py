@@ -15,6 +15,7 @@ _COLUMNS = {  # heading: (section of the record, field, format)
     "MS-SSIM": ("quality", "ms_ssim_rgb", ".4f"),
     "LPIPS alex": ("quality", "lpips_alex", ".4f"),
     "LPIPS vgg": ("quality", "lpips_vgg", ".4f"),
+    "DISTS": ("quality", "dists", ".4f"),
     "tPSNR": ("temporal", "tpsnr", ".2f"),
     "TI ratio": ("temporal", "ti_ratio", ".3f"),
     "pulse": ("temporal", "pulse", ".3f"),

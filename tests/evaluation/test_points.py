@@ -44,8 +44,10 @@ def test_file_point_codes_in_two_processes(clip, log):
     assert encode[0] == "encode"
     assert encode[3:] == ["--qp", "24", "--model", "some-model"]
     assert decode[0] == "decode"
-    assert decode[1] == encode[2]
     assert decode[3:] == ["--model", "some-model"]
+    assert coded.bitstream == FilePoint("some-model", 24, 5).code(clip).bitstream
+    again = [line.split()[1:] for line in log.read_text().splitlines()[2:]]
+    assert [(line[0], line[5:]) for line in again] == [("decode", ["--steps", "5"])]  # one encode
 
 
 def test_failing_tool_is_quoted(clip, log):
@@ -80,6 +82,7 @@ def test_autoencoder_point_has_no_file(clip, monkeypatch):
 def test_labels_name_files_of_their_own():
     made = [FilePoint("m", 8), FilePoint("m", 40), AutoencoderPoint("m")]
     made += [AnchorPoint(codec, "gnvc-qp8", 100) for codec in ("x264", "x265")]
+    made += [FilePoint("m", 8, 0)]
     names = [point.label + point.suffix for point in made]
     assert names == [
         "gnvc-qp8.gnvc",
@@ -87,4 +90,5 @@ def test_labels_name_files_of_their_own():
         "vae",
         "x264-at-gnvc-qp8.h264",
         "x265-at-gnvc-qp8.hevc",
+        "gnvc-qp8-steps0.gnvc",
     ]
