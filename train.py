@@ -30,7 +30,7 @@ def main() -> None:
         device = jax.devices()[0]
         print(f"{experiment.stage} on {jax.device_count()} x {device.device_kind}", flush=True)
         train(experiment, make_stage(experiment))
-    except (FileNotFoundError, ValueError, MediaError) as error:
+    except (FileNotFoundError, ValueError, FloatingPointError, MediaError) as error:
         sys.exit(f"train.py: {error}")
 
 

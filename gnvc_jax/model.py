@@ -270,7 +270,8 @@ class Functions:
             return call(params, "decode_inter", integers, state, q_index)
 
         if model.refiner is not None:
-            refiner = Refiner(model.refiner_config)
+            half = jax.default_backend() != "cpu"  # where it is faster, and good enough
+            refiner = Refiner(model.refiner_config, jnp.bfloat16 if half else jnp.float32)
             self.refiner_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), model.refiner)
 
             @jax.jit

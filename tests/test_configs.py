@@ -1,12 +1,14 @@
 """Every experiment in configs/ loads, and its model is what it says, without any weights."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnvc_jax.training import config
+from gnvc_jax.training import config, loop
 from gnvc_jax.training.parts import split
 from gnvc_jax.training.stages import make_stage
 
@@ -26,7 +28,7 @@ def count(tree) -> int:
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_it_loads(path):
     experiment = config.load(path)
-    assert experiment.stage == path.stem
+    assert path.stem.startswith(experiment.stage)
     make_stage(experiment)
 
 
@@ -50,3 +52,27 @@ def test_what_trains_at_full_size():
     assert count(trained["codec"]) == count(parts["codec"])
     assert count(fixed["refiner"]["dit"]) == 1_418_996_800
     assert "codec" not in fixed
+
+
+@pytest.mark.slow
+def test_one_step_at_full_width():
+    """The first stage at 2 of 30 layers: the loss is finite, what should train moves."""
+    experiment = config.load(CONFIGS / "wan_1_3b" / "latent.py")
+    dit = dataclasses.replace(experiment.refiner.dit, layers=2)
+    refiner = dataclasses.replace(experiment.refiner, dit=dit)
+    stage = make_stage(dataclasses.replace(experiment, refiner=refiner))
+    shapes = jax.eval_shape(stage.init_parts, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    parts = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), shapes)
+    params, fixed = split(parts, experiment.train)
+    frozen = {"fixed": fixed, "mean": 0.0, "std": 1.0, "text": np.zeros((1, 1, dit.text_width))}
+    latents = rng.normal(size=(2, 2, 8, 8, dit.channels)).astype(np.float32)
+
+    optim = dataclasses.replace(experiment.optim, warmup=1)
+    step = jax.jit(loop.make_step(optim, stage.loss))
+    state = loop.init_state(optim, jax.tree.map(jnp.asarray, params), jax.random.key(0))
+    for _ in range(2):  # the first has a learning rate of zero
+        state, values = step(state, frozen, latents)
+    assert np.isfinite(values["loss"]) and values["skipped"] == 0
+    moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, params)
+    assert np.mean(jax.tree.leaves(moved)) > 0.9

@@ -33,14 +33,14 @@ class Checkpoints:
     def __init__(self, experiment: Experiment):
         out = Path(experiment.run.out).absolute()
         self.config = json.loads(json.dumps(dataclasses.asdict(experiment)))
-        check_same_config(out / "config.json", self.config)
-        out.mkdir(parents=True, exist_ok=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
+        self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
+        if self.latest() is not None:  # a run that failed before its first one binds nobody
+            check_same_config(out / "config.json", self.config)
         if jax.process_index() == 0:
             temporary = out / "config.json.tmp"
             temporary.write_text(json.dumps(self.config, indent=2) + "\n")
             os.replace(temporary, out / "config.json")
-        options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
-        self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ import tyro
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.refiner.config import RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
+
+
+def check_range(group: str, config: object, **ranges: tuple[float, float]) -> None:
+    """ValueError that names the first value outside its range, which NaN always is."""
+    for key, (low, high) in ranges.items():
+        value = getattr(config, key)
+        if not low <= value <= high:
+            raise ValueError(f"{group}.{key}: {value} is not in {low} .. {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +46,7 @@ class DataConfig:
     seed: int = 0
 
     def __post_init__(self):
+        check_range("data", self, batch=(1, math.inf), downscale_prob=(0, 1), workers=(0, math.inf))
         steps = [step for step, _ in self.longer]
         if steps != sorted(set(steps)) or min(steps, default=1) < 1:
             raise ValueError(f"data.longer: steps {steps} are not positive and rising")
@@ -67,6 +77,11 @@ class OptimConfig:
     accumulate: int = 1
     clip: float = 1.0
     ema: float = 0.9995
+
+    def __post_init__(self):
+        counts = dict.fromkeys(("steps", "accumulate"), (1, math.inf)) | {"warmup": (0, math.inf)}
+        sizes = dict.fromkeys(("lr", "weight_decay", "clip"), (0, math.inf))
+        check_range("optim", self, **counts, **sizes, final_lr_ratio=(0, 1), ema=(0, 1))
 
 
 @dataclasses.dataclass(frozen=True)

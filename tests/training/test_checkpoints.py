@@ -60,8 +60,12 @@ def test_unfinished_checkpoint_is_ignored(tmp_path):
 
 
 def test_foreign_run_folder_is_refused(tmp_path):
-    Checkpoints(toy(tmp_path)).close()
     base = toy(tmp_path)
+    never_ran = dataclasses.replace(base, optim=dataclasses.replace(base.optim, lr=9.0))
+    Checkpoints(never_ran).close()
+    first = Checkpoints(base)
+    first.save(1, {"w": jnp.zeros(1)}, {})
+    first.close()
     Checkpoints(
         dataclasses.replace(
             base,

@@ -45,6 +45,9 @@ def test_overrides_change_what_they_name_and_nothing_else():
         (["--optim.lr", "fast"], "could not convert string to float: 'fast'"),
         (["--data.size", "64"], "Expected 2 values"),
         (["--loss.wait", "1"], "--loss.weight"),
+        (["--optim.lr", "nan"], "optim.lr: nan is not in 0 .. inf"),
+        (["--data.batch", "0"], "data.batch: 0 is not in 1 .. inf"),
+        (["--data.frames", "12"], "data.frames: 12 is not 1 + 4k"),
     ],
 )
 def test_wrong_overrides_end_with_a_hint(args, told, capsys, monkeypatch):

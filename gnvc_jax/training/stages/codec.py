@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.codec.config import QUALITIES
-from gnvc_jax.codec.model import Coded, LatentCodec
+from gnvc_jax.codec.model import LATENT_MULTIPLE, Coded, LatentCodec
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.training.checkpoints import load_params
@@ -61,6 +61,9 @@ class CodecStage(Stage):
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
+        unit = experiment.vae.stride * LATENT_MULTIPLE
+        if any(side < unit or side % unit for side in experiment.data.size):
+            raise ValueError(f"data.size: {experiment.data.size} are no multiples of {unit}")
         self.vae = VAE(experiment.vae)
         self.codec = LatentCodec(experiment.codec)
 
