@@ -21,16 +21,16 @@ CODEC = CodecConfig(
     z_channels=16,
     scale_width=32,
 )
-# 6.1 M parameters; it corrects what decoded latents alone suggest (see RefinerConfig.deviation).
+# It corrects what decoded latents alone suggest (see RefinerConfig.deviation).
 REFINER = RefinerConfig(
     dit=DiTConfig(
-        width=256,
-        ffn_width=768,
-        heads=4,
-        layers=6,
+        width=192,
+        ffn_width=576,
+        heads=3,
+        layers=4,
         frequencies=64,
         text_length=0,
-        context_every=3,
+        context_every=2,
         context_channels=16,
     ),
     features=CODEC.width,
