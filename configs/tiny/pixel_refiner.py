@@ -30,7 +30,7 @@ experiment = Experiment(
     ),
     data=DataConfig(path="data/train", frames=9, size=(128, 128), batch=2, downscale_prob=0.5),
     optim=OptimConfig(
-        lr=4e-4, warmup=20, steps=350, final_lr_ratio=0.05, betas=(0.9, 0.98), ema=0.99
+        lr=4e-4, warmup=20, steps=260, final_lr_ratio=0.05, betas=(0.9, 0.98), ema=0.99
     ),
     init_from="runs/tiny/latent",
     run=RunConfig(out="runs/tiny/refiner", log_every=10, checkpoint_every_s=150),
