@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from gnvc_jax.evaluation.records import SCHEMA
-from gnvc_jax.evaluation.tables import cell, means, measured_columns, pipe_table, value_of
+from gnvc_jax.evaluation.tables import cell, measured_columns, pipe_table, value_of
 
 _RELATIVE = ("bytes", "bpp", "kbps")  # fields whose difference is given in per cent
 
@@ -25,8 +25,8 @@ def read_results(path: Path) -> dict:
     schema = results.get("schema") if isinstance(results, dict) else None
     if schema != SCHEMA:
         raise ResultsError(f"{path}: schema is {schema!r}, expected {SCHEMA!r}")
-    if not isinstance(results.get("records"), list):
-        raise ResultsError(f"{path}: holds no list of records")
+    if missing := [name for name in ("created", "env", "records") if name not in results]:
+        raise ResultsError(f"{path}: lacks '{missing[0]}'")
     return results
 
 
@@ -45,25 +45,25 @@ def compare(a: dict, b: dict, names: Sequence[str]) -> tuple[str, bool]:
     same = [key for key in both if _sha256(runs[0][key]) == _sha256(runs[1][key])]
     parts = [
         "\n".join(
-            f"- {letter}: {_plain(n)}, {r['created']}" for letter, n, r in _pairs(names, a, b)
+            f"- {letter}: {_plain(name)}, {run['created']}"
+            for letter, name, run in zip("AB", names, (a, b))
         ),
         *_differences(runs, (a, b), [key for key in both if key not in same]),
     ]
     if not same:
         return "\n\n".join([*parts, "No clip and point in common."]) + "\n", False
-    kept = [[run[key] for key in same] for run in runs]
-    columns = {h: c for h, c in measured_columns(kept[0]).items() if h in measured_columns(kept[1])}
+    pairs = [(runs[0][key], runs[1][key]) for key in same]
+    measured = [measured_columns(records) for records in zip(*pairs)]
+    columns = {heading: c for heading, c in measured[0].items() if heading in measured[1]}
     headings = [f"{heading}, A → B" for heading in columns]
-    averages = [means(records) for records in kept]
-    mean_rows = [
-        [_plain(point), str(first["clips"])]
-        + [_change(first, averages[1][point], *column) for column in columns.values()]
-        for point, first in averages[0].items()
-    ]
+    mean_rows = []
+    for point in dict.fromkeys(point for _, point in same):
+        own = [pair for pair in pairs if pair[0]["point"] == point]
+        changes = [_change(own, *column) for column in columns.values()]
+        mean_rows.append([_plain(point), str(len(own)), *changes])
     rows = [
-        [_plain(first["clip"]), _plain(first["point"])]
-        + [_change(first, second, *column) for column in columns.values()]
-        for first, second in zip(*kept)
+        [_plain(clip), _plain(point), *(_change([pair], *column) for column in columns.values())]
+        for (clip, point), pair in zip(same, pairs)
     ]
     parts += [
         "Means over the clips in common, differences in brackets:",
@@ -76,10 +76,6 @@ def compare(a: dict, b: dict, names: Sequence[str]) -> tuple[str, bool]:
 
 def _finished(results: dict) -> dict[tuple[str, str], dict]:
     return {(r["clip"], r["point"]): r for r in results["records"] if r["status"] == "ok"}
-
-
-def _pairs(names: Sequence[str], *values):
-    return zip("AB", names, values)
 
 
 def _sha256(record: dict) -> str:
@@ -103,7 +99,7 @@ def _differences(runs, results, changed: Sequence[tuple[str, str]]) -> list[str]
     for what, sets in collections.items():
         for letter, mine, other in zip("AB", sets, sets[::-1]):
             if only := [x for x in dict.fromkeys(mine) if x not in other]:
-                lines.append(f"Only in {letter}, {what}: {', '.join(map(_plain, only))}.")
+                lines.append(f"Only {letter} has {what}: {', '.join(map(_plain, only))}.")
     clips, points = (
         [name for name in dict.fromkeys(collections[what][0]) if name in collections[what][1]]
         for what in ("clips", "points")
@@ -111,7 +107,7 @@ def _differences(runs, results, changed: Sequence[tuple[str, str]]) -> list[str]
     for letter, run, other in zip("AB", runs, runs[::-1]):
         only = [f"{c} {p}" for c, p in run if c in clips and p in points and (c, p) not in other]
         if only:
-            lines.append(f"Only finished in {letter}: {', '.join(map(_plain, only))}.")
+            lines.append(f"Only {letter} has finished: {', '.join(map(_plain, only))}.")
     for letter, result in zip("AB", results):
         failed = [f"{r['clip']} {r['point']}" for r in result["records"] if r["status"] != "ok"]
         if failed:
@@ -149,17 +145,18 @@ def _source(record: dict) -> str:
     )
 
 
-def _change(first: dict, second: dict, section: str, field: str, spec: str) -> str:
-    """'26.78 → 27.01 (+0.23)'."""
-    values = [value_of(record, section, field) for record in (first, second)]
-    texts = [cell(record, section, field, spec) for record in (first, second)]
-    if None in values:
-        return " → ".join(texts)
-    a, b = values
+def _change(pairs: Sequence[tuple[dict, dict]], section: str, field: str, spec: str) -> str:
+    """'26.78 → 27.01 (+0.23)': means of the pairs of which both have the number."""
+    values = [[value_of(record, section, field) for record in pair] for pair in pairs]
+    values = [pair for pair in values if None not in pair]
+    if not values:
+        return "–"
+    a, b = (sum(column) / len(values) for column in zip(*values))
     if field not in _RELATIVE:
         difference = format(b - a, f"+{spec}")
     else:
         difference = f"{100 * (b / a - 1):+.1f} %" if a else "–"
+    texts = [cell({section: {field: value}}, section, field, spec) for value in (a, b)]
     return f"{' → '.join(texts)} ({difference})"
 
 

@@ -214,15 +214,23 @@ def inline_svg(drawing: str, prefix: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _figure(down: int, across: int, title: str, **options) -> tuple[Figure, list[Axes]]:
+def _figure(down: int, across: int, title: str, sharey="none") -> tuple[Figure, list[Axes]]:
+    """An empty figure and its panels. Margins are fixed: to measure all texts takes seconds."""
     with matplotlib.rc_context(_STYLE):
-        size = max(across * _PANEL[0], 4.5), down * _PANEL[1] + 0.5
-        if across > 3:
-            size = across * 2.4, size[1]
-        figure = Figure(figsize=size, layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False, **options)
+        width, height = _PANEL
+        size = max(width * across, 2 * width), height * down + 1.0
+        figure = Figure(figsize=size)
+        panels = figure.subplots(down, across, squeeze=False, sharey=sharey)
+        figure.subplots_adjust(
+            left=0.6 / size[0],
+            right=1 - 0.15 / size[0],
+            bottom=0.9 / size[1],
+            top=1 - 0.45 / size[1],
+            wspace=0.3 if sharey == "none" else 0.1,
+            hspace=0.35,
+        )
         if title:
-            figure.suptitle(title, parse_math=False)
+            figure.suptitle(title, y=1 - 0.15 / size[1], va="center", parse_math=False)
         return figure, list(panels.flat)
 
 
@@ -241,4 +249,4 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
         entries |= dict(zip(*reversed(panel.get_legend_handles_labels())))
         if not panel.has_data():
             panel.remove()
-    figure.legend(entries.values(), entries, loc="outside lower center", ncols=6, frameon=False)
+    figure.legend(entries.values(), entries, loc="lower center", ncols=6, frameon=False)
