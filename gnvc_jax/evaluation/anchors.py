@@ -1,12 +1,12 @@
-"""Standard codecs on the frames that the neural codec gets: x264 and x265, low delay.
+"""Standard codecs on the frames that the neural codec gets: x264, x265, SVT-AV1, VVC; low delay.
 
-Both run in the ffmpeg of imageio-ffmpeg (or $IMAGEIO_FFMPEG_EXE) with their own psychovisual tools
+They run in the ffmpeg of imageio-ffmpeg (or $IMAGEIO_FFMPEG_EXE) with their own psychovisual tools
 on, one intra frame, no reordering and no look-ahead. What is counted is the bare elementary stream
 with its parameter sets, but without the encoder's settings in SEI messages and without a container,
 which at low rates would cost more than some pictures.
 
-The codecs see 8-bit YUV 4:2:0, BT.709, limited range; frames with odd sides are padded by one
-replicated row or column before coding and cropped after decoding.
+The codecs see 8-bit YUV 4:2:0, BT.709, limited range (SVT-AV1 works in 10 bits); frames with odd
+sides are padded by one replicated row or column before coding and cropped after decoding.
 """
 
 import dataclasses
@@ -25,18 +25,21 @@ import numpy as np
 
 from gnvc_jax.media.colour import BT709, rgb_to_yuv420, yuv_to_rgb
 
-MAX_CRF = 51.0
-CRF_STEP = 0.25
+TRIES = 3  # libvvenc now and then ends well with an empty file
 
 _COLOUR_TAGS = "-color_range tv -colorspace bt709 -color_primaries bt709 -color_trc bt709".split()
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """options: ffmpeg's, between source and rate; format: of the elementary stream."""
+    """options: ffmpeg's, between source and rate; format: of the elementary stream; rate: option
+    that takes the rate factor; largest, step: the coarsest factor and the grid of those tried."""
 
     options: str
     format: str
+    rate: str = "-crf"
+    largest: float = 51.0
+    step: float = 0.25
 
 
 ENCODERS = {
@@ -52,6 +55,21 @@ ENCODERS = {
         "-bsf:v filter_units=remove_types=39-40",
         "hevc",
     ),
+    "svtav1": Encoder(
+        "-pix_fmt yuv420p10le -c:v libsvtav1 -preset 4 "
+        "-svtav1-params pred-struct=1:keyint=-1:scd=0:lookahead=0:tune=0",
+        "obu",
+        largest=63,
+        step=1,
+    ),
+    "vvc": Encoder(
+        "-c:v libvvenc -preset medium -qpa 1 -period 9999 "
+        "-vvenc-params GopSize=8:PicReordering=0:DecodingRefreshType=0",
+        "vvc",
+        rate="-qp",
+        largest=63,
+        step=1,
+    ),
 }
 ANCHORS = tuple(ENCODERS)
 
@@ -65,8 +83,8 @@ class AnchorResult:
     """A coded clip.
 
     bitstream: the elementary stream; frames: (t, h, w, 3) uint8 decoded from it; crf: constant rate
-    factor; command: that encoded it, with file names without folders; version: of ffmpeg;
-    encode_seconds, decode_seconds: wall clock, with process start and raw video in and out.
+    factor (QP of VVC); command: that encoded it, with file names without folders; version: of
+    ffmpeg; encode_seconds, decode_seconds: wall clock, with process start and raw video in and out.
     """
 
     bitstream: bytes
@@ -97,7 +115,7 @@ class Anchor:
     """One codec on one clip; sizes are remembered, so that several rates can be matched cheaply."""
 
     def __init__(self, codec: str, frames: np.ndarray, fps: Fraction):
-        """codec: 'x264' or 'x265'; frames: (t, h, w, 3) uint8; fps: frames per second.
+        """codec: one of ANCHORS; frames: (t, h, w, 3) uint8; fps: frames per second.
 
         Raises ValueError for another codec or another shape.
         """
@@ -107,7 +125,7 @@ class Anchor:
             raise ValueError(f"expected (t, h, w, 3) uint8, got {frames.shape} {frames.dtype}")
         self.codec, self.fps = codec, Fraction(fps)
         self.count, self.height, self.width = frames.shape[:3]
-        self._raw = _to_raw(frames)
+        self._raw = to_raw(frames)
         self._streams: dict[float, tuple[bytes, float]] = {}
 
     def encode(self, crf: float) -> AnchorResult:
@@ -126,8 +144,11 @@ class Anchor:
         )
 
     def match(self, target_bytes: int) -> Match:
-        """The constant rate factor, in steps of 0.25, whose size is nearest to a target."""
-        crf, at_floor = bisect_crf(lambda crf: len(self._stream(crf)[0]), target_bytes)
+        """The constant rate factor, on the codec's grid, whose size is nearest to a target."""
+        encoder = ENCODERS[self.codec]
+        crf, at_floor = bisect_crf(
+            lambda crf: len(self._stream(crf)[0]), target_bytes, encoder.largest, encoder.step
+        )
         return Match(self.encode(crf), target_bytes, at_floor)
 
     def _padded(self) -> tuple[int, int]:
@@ -141,7 +162,7 @@ class Anchor:
             *_COLOUR_TAGS,
             *"-i source.yuv".split(),
             *encoder.options.split(),
-            *f"-crf {crf:g}".split(),
+            *f"{encoder.rate} {crf:g}".split(),
             *_COLOUR_TAGS,
             *f"-f {encoder.format} coded.{encoder.format}".split(),
         ]
@@ -151,8 +172,11 @@ class Anchor:
         if crf not in self._streams:
             output = f"coded.{ENCODERS[self.codec].format}"
             start = time.perf_counter()
-            stream = _ffmpeg(self._arguments(crf), "source.yuv", self._raw, output)
-            if not stream:
+            for _ in range(TRIES):
+                stream = run_ffmpeg(self._arguments(crf), {"source.yuv": self._raw}, output)
+                if stream:
+                    break
+            else:
                 raise AnchorError(f"{self.codec}: the encoder wrote an empty file at crf {crf:g}")
             self._streams[crf] = stream, time.perf_counter() - start
         return self._streams[crf]
@@ -164,7 +188,7 @@ class Anchor:
             f"-f {ENCODERS[self.codec].format} -i {source} -fps_mode passthrough "
             "-f rawvideo -pix_fmt yuv420p decoded.yuv"
         ).split()
-        raw = _ffmpeg(arguments, source, stream, "decoded.yuv")
+        raw = run_ffmpeg(arguments, {source: stream}, "decoded.yuv")
         expected = self.count * height * width * 3 // 2
         if len(raw) != expected:
             raise AnchorError(
@@ -176,7 +200,7 @@ class Anchor:
 
 
 def encode_anchor(codec: str, frames: np.ndarray, fps: Fraction, crf: float) -> AnchorResult:
-    """Encodes (t, h, w, 3) uint8 RGB with 'x264' or 'x265' at a constant rate factor.
+    """Encodes (t, h, w, 3) uint8 RGB with one of ANCHORS at a constant rate factor.
 
     Raises ValueError for wrong input and AnchorError where the codec fails.
     """
@@ -189,27 +213,32 @@ def match_rate(codec: str, frames: np.ndarray, fps: Fraction, target_bytes: int)
 
 
 def bisect_crf(
-    size: Callable[[float], int], target: int, tolerance: float = 0.005
+    size: Callable[[float], int],
+    target: int,
+    largest: float = 51.0,
+    step: float = 0.25,
+    tolerance: float = 0.005,
 ) -> tuple[float, bool]:
     """Finds the constant rate factor whose size is nearest to a target, in log size.
 
     Args:
-        size: bytes at a factor in 0..51, falling in it.
+        size: bytes at a factor in 0..largest, falling in it.
         target: bytes wanted.
+        largest, step: of the grid of factors.
         tolerance: relative error at which the search ends early.
 
     Returns:
-        The factor, a multiple of 0.25, and whether the size at 51 is still above the target.
+        The factor, and whether the size at the largest one is still above the target.
     """
     if target <= 0:
         raise ValueError(f"target of {target} bytes")
-    errors = {MAX_CRF: math.log(size(MAX_CRF) / target)}
-    if errors[MAX_CRF] > 0:
-        return MAX_CRF, True
-    low, high = 0, round(MAX_CRF / CRF_STEP)  # too large or untried, too small
+    errors = {largest: math.log(size(largest) / target)}
+    if errors[largest] > 0:
+        return largest, True
+    low, high = 0, round(largest / step)  # too large or untried, too small
     while high - low > 1 and min(map(abs, errors.values())) > tolerance:
         middle = (low + high) // 2
-        crf = middle * CRF_STEP
+        crf = middle * step
         errors[crf] = math.log(size(crf) / target)
         low, high = (middle, high) if errors[crf] > 0 else (low, middle)
     return min(errors, key=lambda crf: abs(errors[crf])), False
@@ -222,10 +251,11 @@ def ffmpeg_version() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[2]
 
 
-def _ffmpeg(arguments: list[str], name: str, data: bytes, output: str) -> bytes:
-    """Runs ffmpeg in an empty folder that holds `data` under `name`; the bytes of `output`."""
+def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> bytes:
+    """Runs ffmpeg in a folder that holds the input files; the bytes of `output`. AnchorError."""
     with tempfile.TemporaryDirectory(prefix="gnvc-anchor-") as folder:
-        (Path(folder) / name).write_bytes(data)
+        for name, data in inputs.items():
+            (Path(folder) / name).write_bytes(data)
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *arguments]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         if done.returncode:
@@ -235,7 +265,7 @@ def _ffmpeg(arguments: list[str], name: str, data: bytes, output: str) -> bytes:
         return path.read_bytes() if path.exists() else b""
 
 
-def _to_raw(frames: np.ndarray) -> bytes:
+def to_raw(frames: np.ndarray) -> bytes:
     """(t, h, w, 3) uint8 RGB to planar YUV 4:2:0 with even sides."""
     even = [(0, side % 2) for side in frames.shape[1:3]]
     return b"".join(
@@ -246,7 +276,7 @@ def _to_raw(frames: np.ndarray) -> bytes:
 
 
 def _from_raw(raw: bytes, height: int, width: int) -> np.ndarray:
-    """The inverse of `_to_raw`, for even sides, apart from what 4:2:0 loses."""
+    """The inverse of `to_raw`, for even sides, apart from what 4:2:0 loses."""
     luma, chroma = height * width, height * width // 4
     samples = np.frombuffer(raw, np.uint8).reshape(-1, luma + 2 * chroma)
     half = (height // 2, width // 2)

@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from gnvc_jax.evaluation.records import write_whole
-from gnvc_jax.evaluation.tables import means, measured_columns, value_of
+from gnvc_jax.evaluation.records import means, write_whole
+from gnvc_jax.evaluation.tables import measured_columns, value_of
 
 Columns = Mapping[str, tuple[str, str, str]]
 Colours = Mapping[str, str]

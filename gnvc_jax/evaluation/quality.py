@@ -10,12 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnvc_jax.evaluation.vmaf import vmaf
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.ms_ssim import ms_ssim
 from gnvc_jax.metrics.psnr import decibels, mean_squared_error
 from gnvc_jax.metrics.temporal import temporal
 from gnvc_jax.metrics.trunks import load_weights
+from gnvc_jax.metrics.warping import warping_error
 
 FIELDS = {  # metric: what it adds to a record
     "psnr": ("psnr_rgb", "apsnr_rgb"),
@@ -23,9 +25,12 @@ FIELDS = {  # metric: what it adds to a record
     "lpips_alex": ("lpips_alex",),
     "lpips_vgg": ("lpips_vgg",),
     "dists": ("dists",),
+    "vmaf": ("vmaf", "vmaf_neg"),
     "temporal": ("tpsnr", "ti_ratio", "pulse"),
+    "e_warp": ("e_warp", "e_warp_source", "e_warp_ratio"),
 }
 METRICS = tuple(FIELDS)
+TEMPORAL = ("temporal", "e_warp")  # values of a whole clip, the others have one for each frame
 DEFAULT = ("psnr", "ms_ssim", "lpips_alex", "temporal")
 BATCH = 8
 _BATCH_PIXELS = 2**21  # bounds the activations of VGG to about half a gigabyte a layer
@@ -71,14 +76,21 @@ class Meter:
         result = Quality({}, {}, {}, {}, {}, {})
         for name in self.metrics:
             try:
-                if name == "temporal":
+                if name in _ON_HOST:
+                    start = time.perf_counter()
+                    values = _ON_HOST[name](source, output)
+                    result.seconds[name] = time.perf_counter() - start
+                elif name == "temporal":
                     values = self._timed(result, name, (source, output))
+                else:
+                    values = {name: self._by_batch(result, name, source, output)}
+                if name in TEMPORAL:
                     result.temporal.update({k: _finite(v) for k, v in values.items()})
                 else:
-                    _summarise(result, name, self._by_batch(result, name, source, output))
+                    _summarise(result, values)
             except (ValueError, FileNotFoundError) as error:
                 result.missing[name] = str(error)
-                section = result.temporal if name == "temporal" else result.quality
+                section = result.temporal if name in TEMPORAL else result.quality
                 section.update(dict.fromkeys(FIELDS[name]))
         return result
 
@@ -116,6 +128,7 @@ _FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict
     "dists": lambda p, x, y: dists(p, x.astype(jnp.float32) / 255, y.astype(jnp.float32) / 255),
     "temporal": lambda _, x, y: temporal(x, y),
 }
+_ON_HOST = {"vmaf": vmaf, "e_warp": warping_error}  # (source, output) -> values by field
 
 
 @functools.cache
@@ -125,20 +138,21 @@ def _weights(name: str):
     return load_weights(name.removeprefix("lpips_")) if name.startswith("lpips_") else None
 
 
-def _summarise(result: Quality, name: str, values: np.ndarray) -> None:
+def _summarise(result: Quality, by_name: dict[str, np.ndarray]) -> None:
     """Means over frames. The decibel forms of means stand beside the means of decibels."""
-    if name == "psnr":
-        decibel_values = np.asarray(decibels(values), np.float64)
-        result.frames["psnr_rgb"] = decibel_values.tolist()
-        result.quality["psnr_rgb"] = float(decibel_values.mean())
-        result.quality["apsnr_rgb"] = float(decibels(values.mean()))
-    elif name == "ms_ssim":
-        result.frames["ms_ssim_rgb"] = values.tolist()
-        result.quality["ms_ssim_rgb"] = mean = float(values.mean())
-        result.quality["ms_ssim_rgb_db"] = -10 * math.log10(max(1 - mean, 1e-10))
-    else:
-        result.frames[name] = values.tolist()
-        result.quality[name] = float(values.mean())
+    for name, values in by_name.items():
+        if name == "psnr":
+            decibel_values = np.asarray(decibels(values), np.float64)
+            result.frames["psnr_rgb"] = decibel_values.tolist()
+            result.quality["psnr_rgb"] = float(decibel_values.mean())
+            result.quality["apsnr_rgb"] = float(decibels(values.mean()))
+        elif name == "ms_ssim":
+            result.frames["ms_ssim_rgb"] = values.tolist()
+            result.quality["ms_ssim_rgb"] = mean = float(values.mean())
+            result.quality["ms_ssim_rgb_db"] = -10 * math.log10(max(1 - mean, 1e-10))
+        else:
+            result.frames[name] = values.tolist()
+            result.quality[name] = float(values.mean())
 
 
 def _finite(value) -> float | None:

@@ -9,6 +9,7 @@ OUT/pictures/                    frames to look at, see `pictures`
 import datetime
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +126,27 @@ def _head(key: dict, clip: Clip, point: Point) -> dict:
             "sha256": clip.sha256,
         },
     }
+
+
+def curve_of(record: dict) -> str:
+    """The curve that a record is a point of: codec, and steps of refinement if they were given."""
+    codec, steps = record["codec"]["codec"], record["codec"].get("steps")
+    return codec if steps is None else f"{codec}, {steps} steps"
+
+
+def means(records: Sequence[dict]) -> dict[str, dict]:
+    """Plain means over clips for every point: {point: {clips, section: {field: mean}}}.
+
+    A field is averaged over the clips that have it; `clips` is how many finished.
+    """
+    result = {}
+    for label in dict.fromkeys(r["point"] for r in records if r["status"] == "ok"):
+        group = [r for r in records if r["point"] == label and r["status"] == "ok"]
+        result[label] = {"clips": len(group)}
+        for section in ("rate", "quality", "temporal"):
+            values = {
+                field: [v for r in group if (v := r[section].get(field)) is not None]
+                for field in group[0][section]
+            }
+            result[label][section] = {f: sum(v) / len(v) if v else None for f, v in values.items()}
+    return result

@@ -18,10 +18,11 @@ from pathlib import Path
 from PIL import Image
 
 from gnvc_jax.bitstream import BitstreamError, StreamReader
+from gnvc_jax.evaluation.bd_rate import bd_table
 from gnvc_jax.evaluation.pictures import SOURCE, Pictures, View
 from gnvc_jax.evaluation.plots import group_name, inline_svg, rate_groups, write_plots
-from gnvc_jax.evaluation.records import write_whole
-from gnvc_jax.evaluation.tables import cell, means, measured_columns, value_of
+from gnvc_jax.evaluation.records import means, write_whole
+from gnvc_jax.evaluation.tables import cell, measured_columns, percent, value_of
 
 MAX_BYTES = 11_000_000  # of all pictures; a third more as text
 QUALITIES = (90, 80, 65, 50)  # of WebP; the first that keeps to MAX_BYTES is taken
@@ -173,8 +174,20 @@ def _means(records: Sequence[dict], drawings: Mapping[str, str]) -> str:
         "Up is better, except for the TI ratio, whose best is 1. Points that a clip lacks are in "
         "the table alone.</p>"
         + _table("Plain means over the clips", ["point", "clips", *columns], rows)
+        + _bd_rates(records)
         + "</section>"
     )
+
+
+def _bd_rates(records: Sequence[dict]) -> str:
+    rows = [
+        [f"{row['curve']} against {row['against']}", row["measure"], percent(row), row["note"]]
+        for row in bd_table(records)
+    ]
+    if not rows:
+        return ""
+    caption = "Rate that a curve takes more than another for the same quality"
+    return _table(caption, ["curves", "measure", "BD-rate", "note"], rows)
 
 
 def _clip(key: str, records: list[dict], drawings: Mapping[str, str], album: Album) -> str:

@@ -1,11 +1,12 @@
-"""Records as results.json, results.csv and a Markdown table."""
+"""Records as results.json, results.csv, bd.csv and Markdown tables."""
 
 import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from gnvc_jax.evaluation.records import SCHEMA, now, write_json, write_whole
+from gnvc_jax.evaluation.bd_rate import bd_csv, bd_table
+from gnvc_jax.evaluation.records import SCHEMA, means, now, write_json, write_whole
 
 COLUMNS = {  # heading: (section of the record, field, format)
     "bytes": ("rate", "bytes", "d"),
@@ -16,15 +17,17 @@ COLUMNS = {  # heading: (section of the record, field, format)
     "LPIPS alex": ("quality", "lpips_alex", ".4f"),
     "LPIPS vgg": ("quality", "lpips_vgg", ".4f"),
     "DISTS": ("quality", "dists", ".4f"),
+    "VMAF": ("quality", "vmaf", ".1f"),
     "tPSNR": ("temporal", "tpsnr", ".2f"),
     "TI ratio": ("temporal", "ti_ratio", ".3f"),
     "pulse": ("temporal", "pulse", ".3f"),
+    "E_warp ratio": ("temporal", "e_warp_ratio", ".3f"),
 }
 _SCALARS = ("source", "codec", "rate", "quality", "temporal", "speed")
 
 
 def write_results(out: Path, records: Sequence[dict], command: Sequence[str], env: dict) -> str:
-    """Writes results.json, results.csv and results.md below `out`; returns the Markdown."""
+    """Writes results.json, results.csv, bd.csv and results.md below `out`; returns the Markdown."""
     table = markdown(records)
     write_json(
         out / "results.json",
@@ -38,26 +41,9 @@ def write_results(out: Path, records: Sequence[dict], command: Sequence[str], en
         },
     )
     write_whole(out / "results.csv", as_csv(records))
+    write_whole(out / "bd.csv", bd_csv(bd_table(records)))
     write_whole(out / "results.md", table)
     return table
-
-
-def means(records: Sequence[dict]) -> dict[str, dict]:
-    """Plain means over clips for every point: {point: {clips, section: {field: mean}}}.
-
-    A field is averaged over the clips that have it; `clips` is how many finished.
-    """
-    result = {}
-    for label in dict.fromkeys(r["point"] for r in records if r["status"] == "ok"):
-        group = [r for r in records if r["point"] == label and r["status"] == "ok"]
-        result[label] = {"clips": len(group)}
-        for section in ("rate", "quality", "temporal"):
-            values = {
-                field: [v for r in group if (v := r[section].get(field)) is not None]
-                for field in group[0][section]
-            }
-            result[label][section] = {f: sum(v) / len(v) if v else None for f, v in values.items()}
-    return result
 
 
 def as_csv(records: Sequence[dict]) -> str:
@@ -101,6 +87,14 @@ def markdown(records: Sequence[dict]) -> str:
             "Every clip:",
             pipe_table(["clip", "point", *columns], rows),
         ]
+    if bd_rows := bd_table(records):
+        cells = [
+            [row["measure"], row["curve"], row["against"], percent(row), row["note"]]
+            for row in bd_rows
+        ]
+        headings = ["measure", "curve", "against", "BD-rate", "note"]
+        parts += ["Rate that a curve takes more than another for the same quality:"]
+        parts += [pipe_table(headings, cells)]
     if any("*" in row[1] for row in rows):
         parts.append("\\* The coarsest setting of this codec still takes more than the target.")
     reasons = dict.fromkeys(
@@ -142,6 +136,13 @@ def cell(record: dict, section: str, field: str, spec: str) -> str:
     return format(round(value) if spec == "d" else value, spec)
 
 
+def percent(row: dict) -> str:
+    """The figure of a row of `bd_rate.bd_table` as text."""
+    value = row["bd_rate_percent"]
+    return "–" if value is None else f"{value:+.1f} %"
+
+
 def pipe_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first two are aligned to the right."""
     lines = [headings, ["---", "---", *("---:" for _ in headings[2:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

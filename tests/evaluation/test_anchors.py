@@ -36,7 +36,7 @@ def unit_types(codec, stream):
     return [h & 31 if codec == "x264" else h >> 1 & 63 for h in headers]
 
 
-@pytest.mark.parametrize("codec", anchors.ANCHORS)
+@pytest.mark.parametrize("codec", ["x264", "x265"])
 def test_streams_are_bare_and_start_with_their_only_intra_frame(codec):
     frames = moving_pattern()
     result = encode_anchor(codec, frames, FPS, 28)
@@ -54,7 +54,7 @@ def test_streams_are_bare_and_start_with_their_only_intra_frame(codec):
     assert psnr(result.frames, frames) > 33
 
 
-@pytest.mark.parametrize("codec", anchors.ANCHORS)
+@pytest.mark.parametrize("codec", ["x264", "x265"])
 def test_another_decoder_sees_tags_and_no_reordering(codec, tmp_path):
     path = tmp_path / "coded"
     path.write_bytes(encode_anchor(codec, moving_pattern(), FPS, 28).bitstream)
@@ -64,6 +64,30 @@ def test_another_decoder_sees_tags_and_no_reordering(codec, tmp_path):
     assert {int(frame.colorspace) for frame in frames} == {1}  # BT.709
     assert {int(frame.color_range) for frame in frames} == {1}  # limited
     assert [int(frame.pict_type) for frame in frames] == [1] + [2] * 7  # I, then P
+
+
+@pytest.mark.parametrize("codec", ["svtav1", "vvc"])
+def test_newer_codecs_return_the_frames_and_reach_lower_rates(codec):
+    frames = moving_pattern(5, 64, 72)
+    fine, coarse = (encode_anchor(codec, frames, FPS, crf) for crf in (20, 55))
+    assert fine.frames.shape == frames.shape
+    assert psnr(fine.frames, frames) > 35
+    assert psnr(fine.frames, frames) > psnr(coarse.frames, frames) > 25
+    assert coarse.size < fine.size
+
+
+def test_an_empty_file_is_tried_again(monkeypatch):
+    real, calls = anchors.run_ffmpeg, []
+
+    def sometimes_empty(arguments, inputs, output):
+        calls.append(output)
+        return b"" if len(calls) == 1 else real(arguments, inputs, output)
+
+    monkeypatch.setattr(anchors, "run_ffmpeg", sometimes_empty)
+    assert encode_anchor("x264", moving_pattern(2), FPS, 30).frames.shape[0] == 2
+    monkeypatch.setattr(anchors, "run_ffmpeg", lambda *_: b"")
+    with pytest.raises(AnchorError, match="empty file at crf 30"):
+        encode_anchor("x264", moving_pattern(2), FPS, 30)
 
 
 def test_odd_sides_keep_their_size():
@@ -123,12 +147,12 @@ def test_named_errors(monkeypatch):
 
 def test_a_lost_frame_is_noticed(monkeypatch):
     frames = moving_pattern(3)
-    real = anchors._ffmpeg
+    real = anchors.run_ffmpeg
     short = encode_anchor("x264", frames[:2], FPS, 30).bitstream
 
-    def lossy(arguments, name, data, output):
-        return short if output.startswith("coded") else real(arguments, name, data, output)
+    def lossy(arguments, inputs, output):
+        return short if output.startswith("coded") else real(arguments, inputs, output)
 
-    monkeypatch.setattr(anchors, "_ffmpeg", lossy)
+    monkeypatch.setattr(anchors, "run_ffmpeg", lossy)
     with pytest.raises(AnchorError, match="3 frames of 64x64 went in"):
         encode_anchor("x264", frames, FPS, 30)

@@ -56,5 +56,5 @@ def test_what_cannot_be_measured_is_null_with_a_reason(monkeypatch):
 def test_rejects_clips_that_do_not_fit():
     with pytest.raises(ValueError, match="cannot compare"):
         Meter(("psnr",))(clip(3), clip(2))
-    with pytest.raises(ValueError, match="unknown metric 'vmaf'"):
-        Meter(("vmaf",))
+    with pytest.raises(ValueError, match="unknown metric 'fvd'"):
+        Meter(("fvd",))

@@ -182,6 +182,7 @@ def test_both_sides_show_what_was_chosen(browser):
     shot = browser.screenshot()[top + 5 : top + height // 2, left : left + width, 1].astype(int)
     near = np.abs((shot + 32) % 64 - 32) < 6  # 2 bits leave multiples of 64 and little else
     assert near[:, : width // 2 - 8].mean() > 0.8
+    assert np.mean(shot[:, : width // 2 - 8] > 40) > 0.8  # a picture, not the dark ground
     assert near[:, width // 2 + 8 :].mean() < 0.4
 
 

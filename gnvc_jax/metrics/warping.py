@@ -1,0 +1,85 @@
+"""Warping error: how much a clip flickers along the motion of its source.
+
+Lai et al., "Learning Blind Video Temporal Consistency", ECCV 2018, with the flow of OpenCV's DIS
+(medium preset), which needs no weights, in place of FlowNet2:
+
+    E_warp = mean over t of sum_p M_t |V_t - W(V_{t+1}, F_t)|^2 / sum_p M_t
+
+W is bilinear backward warping, V on 0..1, squares are means over channels. Flow F_t (t to t + 1)
+and mask M_t come from the source and serve for source and output alike. M_t leaves out what the
+flow takes out of the picture, what is occluded (forward and backward flow disagree) and the borders
+of motion. A blurred video has less E_warp than its source: the ratio to the source's says more, 1
+is right, above is flicker.
+"""
+
+import cv2
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.scipy.ndimage import map_coordinates
+
+MIN_SIDE = 16
+
+
+def warping_error(source: np.ndarray, output: np.ndarray) -> dict[str, float]:
+    """ "e_warp" of the output, "e_warp_source", and "e_warp_ratio", their quotient.
+
+    source, output: (t, h, w, 3) uint8, at least 2 frames and sides of at least 16. Raises
+    ValueError for less. The ratio is infinite where the source stands still and the output does
+    not, and 1 where neither moves.
+    """
+    if len(source) < 2 or min(source.shape[1:3]) < MIN_SIDE:
+        raise ValueError(
+            f"e_warp needs 2 frames with sides of at least {MIN_SIDE}, got {source.shape}"
+        )
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in source]
+    errors = []
+    for t in range(len(source) - 1):
+        forward = dis.calc(gray[t], gray[t + 1], None)
+        backward = dis.calc(gray[t + 1], gray[t], None)
+        pairs = np.stack([clip[t : t + 2] for clip in (source, output)])
+        errors.append(_errors(pairs, forward, backward))
+    of_source, of_output = np.mean(errors, axis=0, dtype=np.float64)
+    ratio = of_output / of_source if of_source else (1.0 if not of_output else np.inf)
+    return {"e_warp": of_output, "e_warp_source": of_source, "e_warp_ratio": ratio}
+
+
+@jax.jit
+def _errors(pairs: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Array:
+    """Masked mean squares (n,) of pairs of neighbouring frames (n, 2, h, w, 3) uint8."""
+    pairs = pairs.astype(jnp.float32) / 255
+    keep = valid(forward, backward).astype(jnp.float32)
+    warped = jax.vmap(warp, in_axes=(0, None))(pairs[:, 1], forward)
+    squares = jnp.square(pairs[:, 0] - warped).mean(-1)
+    return (keep * squares).sum((1, 2)) / jnp.maximum(keep.sum(), 1.0)
+
+
+def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
+    """image (h, w, c) at each pixel's place plus its flow (h, w, 2: x, y), bilinear."""
+    rows, columns = _places(flow)
+    channels = [
+        map_coordinates(image[..., c], [rows, columns], order=1, mode="nearest")
+        for c in range(image.shape[-1])
+    ]
+    return jnp.stack(channels, axis=-1)
+
+
+def valid(forward: jax.Array, backward: jax.Array) -> jax.Array:
+    """Where pixels of a frame can be found in the next one: (h, w) bool; flows (h, w, 2)."""
+    rows, columns = _places(forward)
+    h, w = rows.shape
+    inside = (rows >= 0) & (rows <= h - 1) & (columns >= 0) & (columns <= w - 1)
+    back = warp(backward, forward)
+    size = jnp.square(forward).sum(-1)
+    occluded = jnp.square(forward + back).sum(-1) > 0.01 * (size + jnp.square(back).sum(-1)) + 0.5
+    slopes = sum(
+        jnp.square(jnp.diff(forward, axis=axis, append=forward.take(jnp.array([-1]), axis))).sum(-1)
+        for axis in (0, 1)
+    )
+    return inside & ~occluded & (slopes <= 0.01 * size + 0.002)
+
+
+def _places(flow: jax.Array) -> tuple[jax.Array, jax.Array]:
+    h, w, _ = flow.shape
+    return jnp.arange(h)[:, None] + flow[..., 1], jnp.arange(w)[None, :] + flow[..., 0]

@@ -1,0 +1,66 @@
+"""BD-rate against algebra and the package's own results; what is not printed."""
+
+import bjontegaard
+import numpy as np
+import pytest
+
+from gnvc_jax.evaluation.bd_rate import bd_csv, bd_rate, bd_table, rising
+
+# Rates and PSNR of two codecs as published in ITU-T VCEG-M33's sheet, used by many ports.
+ANCHOR = [(686.76, 40.28), (309.58, 37.18), (157.11, 34.24), (85.95, 31.42)]
+TEST = [(893.34, 40.39), (407.8, 37.21), (204.93, 34.17), (112.75, 31.24)]
+
+
+def test_equals_the_package_on_a_published_pair():
+    value, note = bd_rate(ANCHOR, TEST)
+    columns = [column for points in (ANCHOR, TEST) for column in zip(*sorted(points))]
+    assert value == pytest.approx(bjontegaard.bd_rate(*columns, method="pchip"))
+    assert 30 < value < 35 and note == ""
+
+
+def test_a_constant_factor_is_exact_and_lower_is_better_works():
+    base = [(2.0**k, float(k)) for k in range(5)]
+    half = [(rate / 2, quality) for rate, quality in base]
+    assert bd_rate(base, half)[0] == pytest.approx(-50)
+    assert bd_rate(half, base)[0] == pytest.approx(100)
+
+
+def test_what_cannot_be_said_is_said():
+    low = [(r, q - 10) for r, q in ANCHOR]
+    assert bd_rate(ANCHOR, low) == (None, "no overlap")
+    assert bd_rate(ANCHOR, TEST[:1]) == (None, "fewer than 4 rising points")
+    value, note = bd_rate(ANCHOR, [*TEST, (900.0, 30.0)])
+    assert value == pytest.approx(bd_rate(ANCHOR, TEST)[0])
+    assert note == "1 points that do not rise left out"
+    shifted = [(r, q + 5) for r, q in TEST]
+    assert "overlap" in bd_rate(ANCHOR, shifted)[1]
+    assert rising([(2, 1), (1, 1), (1, 0.5), (3, 4)]) == [(1, 1), (3, 4)]
+
+
+def record(clip, point, codec, bpp, lpips, steps=None):
+    return {
+        "clip": clip,
+        "point": point,
+        "status": "ok",
+        "codec": {"codec": codec, "steps": steps},
+        "rate": {"bpp": bpp},
+        "quality": {"lpips_alex": lpips},
+        "temporal": {},
+    }
+
+
+def test_table_pairs_curves_and_leaves_out_unfinished_points():
+    rates = np.array([0.01, 0.02, 0.04, 0.08])
+    records = [
+        record(clip, f"{codec}{k}", codec, float(scale * rate), 0.5 - 0.1 * k)
+        for clip in "ab"
+        for codec, scale in (("gnvc", 1.0), ("x265", 2.0))
+        for k, rate in enumerate(rates)
+    ]
+    records.append(record("a", "gnvc9", "gnvc", 0.2, 0.05))  # not measured on b
+    records.append(record("a", "vae", "vae", None, 0.01))
+    rows = bd_table(records)
+    assert [(r["curve"], r["against"]) for r in rows] == [("gnvc", "x265"), ("x265", "gnvc")]
+    assert rows[0]["bd_rate_percent"] == pytest.approx(-50)
+    assert rows[1]["bd_rate_percent"] == pytest.approx(100)
+    assert bd_csv(rows).splitlines()[1].startswith("LPIPS alex,gnvc,x265,-50.00,")
