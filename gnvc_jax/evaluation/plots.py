@@ -16,13 +16,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from gnvc_jax.evaluation.records import means, write_whole
+from gnvc_jax.evaluation.records import curve_of, means, write_whole
 from gnvc_jax.evaluation.tables import measured_columns, value_of
 
 Columns = Mapping[str, tuple[str, str, str]]
 Colours = Mapping[str, str]
 
-_ERRORS = ("lpips", "dists", "pulse", "e_warp")  # beginnings of fields where less is better
+_ERRORS = ("lpips", "dists", "pulse")  # beginnings of fields where less is better
 _COLOURS = ("#d1495b", "#2a78b8", "#3a8f4d", "#b8740f", "#7d5ba6", "#0f8b8d", "#8c6a4f")
 _PANEL = (3.3, 2.6)  # inches, width and height of one panel
 _STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"}
@@ -31,12 +31,6 @@ _STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"}
 def is_anchor(record: dict) -> bool:
     """Whether a record is of a standard codec at the rate of another point."""
     return "like" in record["codec"]
-
-
-def curve_name(record: dict) -> str:
-    """The curve that a record belongs to, such as 'gnvc, 5 steps'."""
-    codec, steps = record["codec"]["codec"], record["codec"].get("steps")
-    return codec if steps is None else f"{codec}, {steps} step{'s' * (steps != 1)}"
 
 
 def rate_groups(records: Sequence[dict]) -> list[list[dict]]:
@@ -83,7 +77,7 @@ def rd_figure(records: Sequence[dict], columns: Columns, colours: Colours, title
     figure, panels = _figure(down, across, title)
     for panel, (heading, (section, field, _)) in zip(panels, columns.items()):
         for name, colour in colours.items():
-            group = [r for r in records if curve_name(r) == name]
+            group = [r for r in records if curve_of(r) == name]
             if not group:
                 continue
             values = [(r["rate"]["bpp"], value_of(r, section, field)) for r in group]
@@ -134,7 +128,7 @@ def frame_figure(
         for seam in sorted({s for r in group for s in seams.get(r["point"], ()) if s}):
             panel.axvline(seam - 0.5, color="#888888", linewidth=0.7, linestyle=":")
         for record in group:
-            name, values = curve_name(record), curves[record["point"]].get(field, ())
+            name, values = curve_of(record), curves[record["point"]].get(field, ())
             dashes = "--" if is_anchor(record) else "-"
             panel.plot(values, dashes, color=colours[name], linewidth=1.1, label=name)
         _finish(panel, heading if place % len(groups) == 0 else "", field)
@@ -172,7 +166,7 @@ def write_plots(
     if not columns:
         return {}
     average = mean_records(finished)
-    style = columns, dict(zip(dict.fromkeys(map(curve_name, finished)), itertools.cycle(_COLOURS)))
+    style = columns, dict(zip(dict.fromkeys(map(curve_of, finished)), itertools.cycle(_COLOURS)))
     figures = {}
     if average:
         figures["rd"] = rd_figure(average, *style, "")

@@ -171,7 +171,7 @@ def _means(records: Sequence[dict], drawings: Mapping[str, str]) -> str:
         '<section><h2 id="means">Means over clips</h2>'
         + _plot(drawings.get("rd"), "mean", "Quality over rate, means over clips")
         + '<p class="soft">Dashed: standard codecs at the rates of ours. Dotted: without a file. '
-        "Up is better, except for the TI ratio, whose best is 1. Points that a clip lacks are in "
+        "Up is better, except for ratios, whose best is 1. Points that a clip lacks are in "
         "the table alone.</p>"
         + _table("Plain means over the clips", ["point", "clips", *columns], rows)
         + _bd_rates(records)
