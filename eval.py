@@ -1,4 +1,7 @@
-"""Measures a model on videos: quality against the size of real files, beside standard codecs."""
+"""Measures a model on videos: quality against the size of real files, beside standard codecs.
+
+`eval.py compare A.json B.json` puts two runs side by side (`eval.py compare --help`).
+"""
 
 import argparse
 import functools
@@ -10,9 +13,12 @@ from tqdm import tqdm
 from gnvc_jax.cli import MAX_STEPS
 from gnvc_jax.evaluation.anchors import ANCHORS
 from gnvc_jax.evaluation.clips import find_clips, read_clip
+from gnvc_jax.evaluation.compare import ResultsError, compare, read_results
 from gnvc_jax.evaluation.environment import environment
 from gnvc_jax.evaluation.points import AutoencoderPoint, FilePoint
 from gnvc_jax.evaluation.quality import DEFAULT, METRICS, Meter
+from gnvc_jax.evaluation.records import write_whole
+from gnvc_jax.evaluation.report import write_report
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
 from gnvc_jax.runtime import use_compilation_cache
@@ -21,8 +27,14 @@ EXAMPLE = """example:
   python eval.py --model tiny --data clips/ --qp 8,24,40,56 --vae --anchors x264,x265 --out results
 
 Records are kept in OUT/records; the same command again goes on where it stopped. The table is
-printed and written to OUT/results.md, beside results.json and results.csv.
+printed and written to OUT/results.md, beside results.json, results.csv and plots/. To look at it
+all, open OUT/report.html.
 Exit status: 0 good, 1 something failed, 2 wrong use."""
+
+COMPARE_EXAMPLE = """example:
+  python eval.py compare before/results.json after/results.json --out compare.md
+
+Exit status: 0 good, 1 nothing in common, 2 wrong use."""
 
 
 def names(choices):
@@ -84,7 +96,34 @@ def parse(arguments=None) -> argparse.Namespace:
     return options
 
 
+def compare_runs(arguments) -> int:
+    parser = argparse.ArgumentParser(
+        prog="eval.py compare",
+        description="Two runs side by side: their differences for every clip and point in common.",
+        epilog=COMPARE_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", type=Path, metavar="A.json", help="results.json of the first run")
+    parser.add_argument("b", type=Path, metavar="B.json", help="of the second")
+    parser.add_argument("--out", type=Path, help="file for the table, which is printed in any case")
+    options = parser.parse_args(arguments)
+    paths = options.a, options.b
+    try:
+        text, common = compare(*map(read_results, paths), list(map(str, paths)))
+        if options.out:
+            write_whole(options.out, text)
+    except ResultsError as error:
+        print(f"eval.py compare: {error}", file=sys.stderr)
+        return 2
+    print(text, end="")
+    return int(not common)
+
+
 def main(arguments=None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    # The evaluation takes options only, so a first word that is none must be a subcommand.
+    if arguments[:1] == ["compare"]:
+        return compare_runs(arguments[1:])
     options = parse(arguments)
     use_compilation_cache()
     try:
@@ -110,6 +149,8 @@ def main(arguments=None) -> int:
         sweep = Sweep(options.out, Meter(options.metrics), options.force, progress)
         records = sweep.run(clips, points, options.anchors)
     print(write_results(options.out, records, sys.argv, environment()), end="")
+    results = read_results(options.out / "results.json")
+    print(f"report: {write_report(options.out, results)}", file=sys.stderr)
     return int(any(record["status"] != "ok" for record in records))
 
 

@@ -3,6 +3,7 @@
 OUT/records/CLIP__POINT.json     the record: source, codec, rate, quality, temporal, speed, status
 OUT/frames/CLIP__POINT.json      the metrics of every frame
 OUT/bitstreams/CLIP__POINT.*     the file that was measured
+OUT/pictures/                    frames to look at, see `pictures`
 """
 
 import datetime

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gnvc_jax.evaluation import records as rec
 from gnvc_jax.evaluation.clips import Clip
+from gnvc_jax.evaluation.pictures import Pictures, View
 from gnvc_jax.evaluation.points import AnchorPoint, CodingError, Point
 from gnvc_jax.evaluation.quality import Meter
 from gnvc_jax.evaluation.records import Records
@@ -23,6 +24,7 @@ class Sweep:
         """out: folder for records; force: measure again what is on record; progress: is called
         with a label and 'kept', 'ok' or 'failed' after every point."""
         self.records, self.meter, self.force, self.progress = Records(out), meter, force, progress
+        self.pictures = Pictures(out)
 
     def run(
         self,
@@ -71,17 +73,19 @@ class Sweep:
         key = {"source": clip.sha256, "codec": {}, "metrics": list(self.meter.metrics)}
         try:
             key["codec"] = point.identity()
-            if not self.force and (record := self.records.load(clip, point, key)):
+            view = self.pictures.view(clip)
+            seen = self.pictures.complete(clip.name, point.label, view)
+            if not self.force and seen and (record := self.records.load(clip, point, key)):
                 self.progress(label, "kept")
                 return record
-            record = self._measure(clip, point, key)
+            record = self._measure(clip, point, key, view)
         except Exception as error:  # one bad point must not end the run
             record = rec.failed(key, clip, point, error)
         self.records.save(clip, point, record)
         self.progress(label, record["status"])
         return record
 
-    def _measure(self, clip: Clip, point: Point, key: dict) -> dict:
+    def _measure(self, clip: Clip, point: Point, key: dict, view: View) -> dict:
         coded = point.code(clip)
         if coded.frames.shape != clip.frames.shape:
             raise CodingError(f"{clip.frames.shape} went in, {coded.frames.shape} came out")
@@ -91,4 +95,5 @@ class Sweep:
             size = path.stat().st_size
         quality = self.meter(clip.frames, coded.frames)
         self.records.save_frames(clip, point, quality.frames)
+        self.pictures.save(clip.name, point.label, view, coded.frames)
         return rec.finished(key, clip, point, coded, size, quality)

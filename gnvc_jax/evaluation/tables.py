@@ -8,7 +8,7 @@ from pathlib import Path
 from gnvc_jax.evaluation.bd_rate import bd_csv, bd_table
 from gnvc_jax.evaluation.records import SCHEMA, means, now, write_json, write_whole
 
-_COLUMNS = {  # heading: (section of the record, field, format)
+COLUMNS = {  # heading: (section of the record, field, format)
     "bytes": ("rate", "bytes", "d"),
     "bpp": ("rate", "bpp", ".5f"),
     "kbps": ("rate", "kbps", ".1f"),
@@ -65,20 +65,16 @@ def as_csv(records: Sequence[dict]) -> str:
 
 def markdown(records: Sequence[dict]) -> str:
     """The means over clips, every clip, and what failed."""
-    columns = {
-        heading: column
-        for heading, column in _COLUMNS.items()
-        if any(_value(r, *column[:2]) is not None for r in records)
-    }
+    columns = measured_columns(records)
     mean_rows = [
-        [label, str(mean["clips"]), *(_cell(mean, *column) for column in columns.values())]
+        [label, str(mean["clips"]), *(cell(mean, *column) for column in columns.values())]
         for label, mean in means(records).items()
     ]
     rows = [
         [
             record["clip"],
             record["point"] + ("*" if record["codec"].get("at_floor") else ""),
-            *(_cell(record, *column) for column in columns.values()),
+            *(cell(record, *column) for column in columns.values()),
         ]
         for record in records
         if record["status"] == "ok"
@@ -87,18 +83,18 @@ def markdown(records: Sequence[dict]) -> str:
     if mean_rows:
         parts += [
             "Means over clips, 8-bit RGB, rates from files:",
-            _table(["point", "clips", *columns], mean_rows),
+            pipe_table(["point", "clips", *columns], mean_rows),
             "Every clip:",
-            _table(["clip", "point", *columns], rows),
+            pipe_table(["clip", "point", *columns], rows),
         ]
     if bd_rows := bd_table(records):
         cells = [
-            [row["measure"], row["curve"], row["against"], _percent(row), row["note"]]
+            [row["measure"], row["curve"], row["against"], percent(row), row["note"]]
             for row in bd_rows
         ]
         headings = ["measure", "curve", "against", "BD-rate", "note"]
         parts += ["Rate that a curve takes more than another for the same quality:"]
-        parts += [_table(headings, cells)]
+        parts += [pipe_table(headings, cells)]
     if any("*" in row[1] for row in rows):
         parts.append("\\* The coarsest setting of this codec still takes more than the target.")
     reasons = dict.fromkeys(
@@ -118,22 +114,35 @@ def markdown(records: Sequence[dict]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _value(record: dict, section: str, field: str):
+def measured_columns(records: Sequence[dict]) -> dict[str, tuple[str, str, str]]:
+    """Those of COLUMNS for which some record has a value."""
+    return {
+        heading: column
+        for heading, column in COLUMNS.items()
+        if any(value_of(r, *column[:2]) is not None for r in records)
+    }
+
+
+def value_of(record: dict, section: str, field: str):
+    """A number of a record or of its means, None where there is none."""
     return (record.get(section) or {}).get(field)
 
 
-def _cell(record: dict, section: str, field: str, spec: str) -> str:
-    value = _value(record, section, field)
+def cell(record: dict, section: str, field: str, spec: str) -> str:
+    """A number of a record as text; spec: how to format it."""
+    value = value_of(record, section, field)
     if value is None:
         return "–"
     return format(round(value) if spec == "d" else value, spec)
 
 
-def _percent(row: dict) -> str:
+def percent(row: dict) -> str:
+    """The figure of a row of `bd_rate.bd_table` as text."""
     value = row["bd_rate_percent"]
     return "–" if value is None else f"{value:+.1f} %"
 
 
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def pipe_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown; all columns but the first two are aligned to the right."""
     lines = [headings, ["---", "---", *("---:" for _ in headings[2:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

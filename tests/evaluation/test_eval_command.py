@@ -58,6 +58,27 @@ def test_failures_end_with_1_and_are_in_the_results(command, tmp_path, capsys):
         ("b", "", "failed"),
     ]
     assert results["env"]["packages"]["jax"]
+    report = (tmp_path / "out/report.html").read_text()
+    assert all(name in report for name in ("gnvc-qp8", "vae", "nowhere: neither"))
     out, err = capsys.readouterr()
     assert "nowhere: neither a model file nor a shipped model" in out
     assert "a gnvc-qp8: failed" in err
+
+
+def test_compare_is_told_apart_by_the_first_word(command, tmp_path, capsys):
+    results = {"schema": "gnvc-eval/1", "created": "now", "env": {}, "records": []}
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(results))
+    files = [f"{tmp_path}/a.json", f"{tmp_path}/b.json"]
+    assert command.main(["compare", *files, "--out", f"{tmp_path}/c.md"]) == 1
+    out = capsys.readouterr().out
+    assert "No clip and point in common." in out
+    assert (tmp_path / "c.md").read_text() == out
+    assert command.main(["compare", files[0], f"{tmp_path}/none.json"]) == 2
+    assert "eval.py compare: " in (err := capsys.readouterr().err)
+    assert "none.json: No such file" in err
+    for wrong in (["compare", files[0]], ["compare", *files, "--data", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            command.main(wrong)
+        assert caught.value.code == 2
+    assert [str(p) for p in command.parse("--data compare --out o".split()).data] == ["compare"]
