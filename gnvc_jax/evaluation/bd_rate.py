@@ -64,13 +64,14 @@ def rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def bd_table(records: Sequence[dict]) -> list[dict]:
-    """One row (see COLUMNS) per measure and pair of curves that have files, as `bd_rate`.
+    """One row (see COLUMNS) per measure, curve of ours and other curve with files, as `bd_rate`.
 
     Points that were not measured on all clips are left out, since their means are of other clips.
     """
     done = [r for r in records if r["status"] == "ok" and r["rate"]["bpp"] is not None]
     clips = len({r["clip"] for r in done})
     curve = {r["point"]: curve_of(r) for r in done}
+    ours = {curve_of(r) for r in done if r["codec"]["codec"] == "gnvc"}
     points = {k: m for k, m in means(done).items() if m["clips"] == clips}
     names = list(dict.fromkeys(curve[label] for label in points))
     rows = []
@@ -81,7 +82,7 @@ def bd_table(records: Sequence[dict]) -> list[dict]:
             if (value := mean[section].get(field)) is not None and math.isfinite(value):
                 found[curve[label]].append((mean["rate"]["bpp"], sign * value))
         for name, against in itertools.permutations(names, 2):
-            if found[name] and found[against]:
+            if name in ours and found[name] and found[against]:
                 value, note = bd_rate(found[against], found[name])
                 rows.append(dict(zip(COLUMNS, (measure, name, against, value, note))))
     return rows

@@ -131,7 +131,7 @@ def _head(key: dict, clip: Clip, point: Point) -> dict:
 def curve_of(record: dict) -> str:
     """The curve that a record is a point of: codec, and steps of refinement if they were given."""
     codec, steps = record["codec"]["codec"], record["codec"].get("steps")
-    return codec if steps is None else f"{codec}, {steps} steps"
+    return codec if steps is None else f"{codec}, {steps} step{'' if steps == 1 else 's'}"
 
 
 def means(records: Sequence[dict]) -> dict[str, dict]:

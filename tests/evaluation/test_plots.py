@@ -19,7 +19,7 @@ from gnvc_jax.evaluation.plots import (
 )
 from gnvc_jax.evaluation.tables import COLUMNS
 
-COLOURS = {"gnvc": "red", "gnvc, 1 steps": "blue", "gnvc, 5 steps": "green", "x264": "brown"}
+COLOURS = {"gnvc": "red", "gnvc, 1 step": "blue", "gnvc, 5 steps": "green", "x264": "brown"}
 
 
 def record(point, bytes_, psnr, lpips=0.3, clip="a", **codec):
@@ -53,7 +53,7 @@ def test_points_of_one_codec_and_number_of_steps_make_a_curve():
     columns = {name: COLUMNS[name] for name in ("PSNR", "LPIPS alex")}
     figure = rd_figure(RECORDS, columns, {**COLOURS, "vae": "grey"}, "")
     curves = lines(figure)
-    assert set(curves) == {"gnvc, 5 steps", "gnvc, 1 steps", "x264", "vae"}
+    assert set(curves) == {"gnvc, 5 steps", "gnvc, 1 step", "x264", "vae"}
     np.testing.assert_allclose(curves["gnvc, 5 steps"].get_xydata(), [[0.01, 25], [0.04, 30]])
     assert curves["gnvc, 5 steps"].get_linestyle() == "-"
     assert curves["x264"].get_linestyle() == "--"
@@ -83,7 +83,7 @@ def test_frames_and_seams():
     assert len(figure.axes) == 3  # one metric, three rates
     seams = [line.get_xdata()[0] for line in figure.axes[0].lines if len(line.get_xdata()) == 2]
     assert seams == [4.5]
-    assert list(lines(figure)["gnvc, 1 steps"].get_ydata()) == [24.0] * 12
+    assert list(lines(figure)["gnvc, 1 step"].get_ydata()) == [24.0] * 12
 
 
 @pytest.fixture(scope="module")
