@@ -246,12 +246,12 @@ class DiT(nn.Module):
         time = dense(cfg.width, jnp.float32, "time_in", SMALL)(sinusoid(time, cfg.frequencies))
         time = dense(cfg.width, jnp.float32, "time_out", SMALL)(nn.silu(time)) + time_extra
         rows = dense(6 * cfg.width, jnp.float32, "time_modulation")(nn.silu(time))
-        rows = rearrange(rows, "b (six d) -> b six d", six=6)
+        rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
 
         if cfg.text_length:
             text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
             text = nn.gelu(dense(cfg.width, self.dtype, "text_in", SMALL)(text), approximate=True)
-            text = dense(cfg.width, self.dtype, "text_out", SMALL)(text)
+            text = constrain(dense(cfg.width, self.dtype, "text_out", SMALL)(text), batch=0)
 
         tokens = None
         if cfg.context_every:

@@ -1,0 +1,196 @@
+"""What training costs on a pod, from the compiled step and without the pod.
+
+The train step of an experiment is compiled ahead of time for devices that are not there; memory,
+communication and memory traffic are read from the program, operations are counted before it.
+Nothing is loaded, all arrays are shapes.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnvc_jax.parallel import MeshConfig, flops, hlo, make_mesh, shardings
+from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
+from gnvc_jax.parallel.rules import BATCH
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.loop import abstract_state, gradient, jit_step
+from gnvc_jax.training.stages import Stage, make_stage
+
+Tree = Any
+
+
+def plan(experiment: Experiment, topology: str, clips: int = 1_000_000) -> dict:
+    """Cost of the experiment's train step, its longest clips, on a topology ("v5p:4x4x4").
+
+    clips: of an epoch. Raises ValueError for sizes that do not fit, and without libtpu.
+    """
+    chip, _ = parse_topology(topology)
+    devices = topology_devices(topology)
+    return {"topology": topology} | plan_for(experiment, devices, chip, clips)
+
+
+def plan_for(
+    experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, clips: int = 1_000_000
+) -> dict:
+    """`plan` for given devices, whose figures are those of `chip`."""
+    stage = make_stage(experiment)
+    mesh = make_mesh(experiment.mesh, devices)
+    data = experiment.data
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
+    if data.batch % pieces:
+        raise ValueError(f"data.batch {data.batch} does not divide by {pieces} parts")
+    frames = max([data.frames, *(frames for _, frames in data.longer)])
+    arguments = abstract_arguments(experiment, stage, mesh, frames)
+    step = jit_step(experiment, stage, mesh, *arguments[:2])
+    found = {
+        "experiment": f"{experiment.stage}, {data.batch} clips of {frames} x "
+        f"{data.size[0]} x {data.size[1]}",
+        "mesh": dict(mesh.shape),
+        "devices": len(devices),
+        "chips": len(devices) // chip.devices,
+        "parameters": parameters(arguments[0], arguments[1]),
+        "argument_bytes": sum(map(bytes_per_device, arguments)),
+        "hbm_bytes": chip.memory // chip.devices,
+        "flops": operations(experiment, devices[0], frames),
+    }
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(*arguments)
+        print("lowered", time.perf_counter() - start, len(lowered.as_text()), flush=True)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return found | {"fits": False} | too_large(str(error), arguments)
+    found["compile_s"] = round(time.perf_counter() - start, 1)
+    return found | memory(compiled, found["hbm_bytes"]) | cost(
+        found, compiled.as_text(), stage, chip, frames, clips
+    )
+
+
+def abstract_arguments(experiment: Experiment, stage: Stage, mesh, frames: int) -> tuple[Tree, ...]:
+    """(state, frozen, batch) of the train step as shapes with shardings."""
+
+    def placed(tree, places):
+        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+
+    state = abstract_state(experiment, stage, mesh)
+    frozen = stage.frozen_shapes()
+    batch = stage.batch_shapes(frames)
+    over_batch = jax.tree.map(lambda _: NamedSharding(mesh, P(BATCH)), batch)
+    return state, placed(frozen, shardings(frozen, mesh)), placed(batch, over_batch)
+
+
+def bytes_per_device(tree: Tree) -> int:
+    """Bytes of a tree of shapes with shardings on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
+    """Numbers that train and that do not, without what stands only in the optimiser."""
+    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
+    return {"trained": count(state.params), "frozen": count(frozen)}
+
+
+def operations(experiment: Experiment, device: jax.Device, frames: int) -> dict[str, float]:
+    """Operations of a step over all devices: "model", and "computed", with what is done twice.
+
+    model: forward and backward pass, nothing recomputed; the number that MFU refers to.
+    """
+    mesh = make_mesh(MeshConfig(data=1), [device])  # the platform's layers, undivided
+    found = {}
+    for name, remat in (("model", "none"), ("computed", experiment.compute.remat)):
+        compute = dataclasses.replace(experiment.compute, remat=remat, attention="xla")
+        stage = make_stage(dataclasses.replace(experiment, compute=compute))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        step = jax.ShapeDtypeStruct((), "int32")
+        params = jax.eval_shape(stage.init, key)
+        inputs = params, stage.frozen_shapes(), stage.batch_shapes(frames), key, step
+        with jax.set_mesh(mesh):
+            found[name] = flops.count(gradient(stage.loss, 1), *inputs, turns=stage.turns)
+    return found
+
+
+def memory(compiled: Any, available: int) -> dict:
+    """What the compiler says of a device's memory, in bytes."""
+    stats = compiled.memory_analysis()
+    total = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    return {
+        "argument_bytes": stats.argument_size_in_bytes,
+        "temp_bytes": stats.temp_size_in_bytes,
+        "peak_bytes": total,
+        "fits": total <= available,
+    }
+
+
+def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: int) -> dict:
+    """Communication, and the roofline: each resource at its peak, one after the other or at once.
+
+    A collective runs in a ring along one axis of the torus, both ways.
+    """
+    experiment, devices = stage.experiment, found["devices"]
+    peak = chip.flops / chip.devices
+    sent = hlo.collectives(text, stage.turns)
+    moved = hlo.traffic(text, stage.turns)
+    seconds = {
+        "compute": found["flops"]["computed"] / devices / peak,
+        "hbm": moved / (chip.bandwidth / chip.devices),
+        "ici": sum(one.sent for one in sent) / (2 * chip.link / chip.devices),
+    }
+    best, worst = max(seconds.values()), sum(seconds.values())
+    rate = {
+        "step_s": [best, worst],
+        "mfu_bound": found["flops"]["model"] / devices / peak / best,
+        "clips_per_s": [experiment.data.batch / worst, experiment.data.batch / best],
+        "chip_hours_per_epoch": [
+            clips / experiment.data.batch * s * found["chips"] / 3600 for s in (best, worst)
+        ],
+        "clips_per_epoch": clips,
+    }
+    if experiment.refiner is not None:
+        cfg, data = experiment.vae, experiment.data
+        grid = (side // cfg.stride for side in data.size)
+        tokens = experiment.refiner.dit.tokens(1 + (frames - 1) // cfg.temporal_stride, *grid)
+        rate["tokens_per_clip"] = tokens
+        rate["tokens_per_s"] = [tokens * x for x in rate["clips_per_s"]]
+    return {
+        "collectives": [dataclasses.asdict(one) for one in sent],
+        "hbm_traffic_bytes": moved,
+        "roofline_s": seconds,
+    } | rate
+
+
+def too_large(message: str, arguments: tuple[Tree, ...]) -> dict:
+    """What is known of a program that the compiler gave up on, with its largest arguments.
+
+    Raises RuntimeError with the message if it speaks of anything but memory.
+    """
+    if "memory" not in message.lower() and "RESOURCE_EXHAUSTED" not in message:
+        raise RuntimeError(message.splitlines()[0])
+    used = re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?)", message)
+    tensors = re.findall(r"Size: ([\d.]+[KMGT]?)\s.*?Shape: (\S+)", message, re.S)
+    named = [
+        (bytes_per_device(x), jax.tree_util.keystr(path, simple=True, separator="/"))
+        for path, x in jax.tree_util.tree_leaves_with_path(arguments)
+    ]
+    return {
+        "reason": used[0] if used else message.splitlines()[0],
+        "largest_arguments": [f"{size / 2**20:.0f} MiB {name}" for size, name in sorted(named)[:-6:-1]],
+        "largest_temporaries": [" ".join(pair) for pair in tensors[:5]],
+    }
