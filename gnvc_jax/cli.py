@@ -287,11 +287,24 @@ def cache_latents(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    from gnvc_jax import planner
+    import json
 
-    plans = planner.sweep(
-        args.config, args.settings, args.topology, args.per_device, args.clips, args.out
-    )
+    import jax
+
+    from gnvc_jax import planner
+    from gnvc_jax.training import config
+
+    jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none
+    sys.path.insert(0, os.getcwd())  # configurations import each other, as under train.py
+    experiment = config.override(config.load(args.config), args.settings)
+    plans = []
+    for found in planner.sweep(experiment, args.topology, args.per_device, args.clips):
+        print(planner.report(found), flush=True)
+        plans.append(found)
+        if args.out:  # after each, since a large one takes minutes
+            Path(args.out).write_text(json.dumps(plans, indent=1) + "\n")
+    if len(plans) > 1:
+        print(planner.table(plans))
     return 0 if all(found["fits"] for found in plans) else EXIT_DAMAGED
 
 

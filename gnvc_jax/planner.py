@@ -9,11 +9,11 @@ import dataclasses
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.parallel import MeshConfig, flops, hlo, make_mesh, shardings
@@ -52,6 +52,7 @@ def plan_for(
     found = {
         "experiment": f"{experiment.stage}, {data.batch} clips of {frames} x "
         f"{data.size[0]} x {data.size[1]}",
+        "batch": data.batch,
         "mesh": dict(mesh.shape),
         "devices": len(devices),
         "chips": len(devices) // chip.devices,
@@ -63,22 +64,104 @@ def plan_for(
     start = time.perf_counter()
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)
-        print("lowered", time.perf_counter() - start, len(lowered.as_text()), flush=True)
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             return found | {"fits": False} | too_large(str(error), arguments)
     found["compile_s"] = round(time.perf_counter() - start, 1)
-    return found | memory(compiled, found["hbm_bytes"]) | cost(
-        found, compiled.as_text(), stage, chip, frames, clips
+    return (
+        found
+        | memory(compiled, found["hbm_bytes"])
+        | cost(found, compiled.as_text(), stage, chip, frames, clips)
     )
 
 
-def abstract_arguments(experiment: Experiment, stage: Stage, mesh, frames: int) -> tuple[Tree, ...]:
+def sweep(
+    experiment: Experiment,
+    topologies: Sequence[str],
+    per_device: int | None = None,
+    clips: int = 1_000_000,
+) -> Iterator[dict]:
+    """A plan for each topology in turn.
+
+    per_device: clips per device along data x fsdp in place of `data.batch`: the batch grows with
+    the pod (weak scaling), else it stays (strong scaling). Raises ValueError as `plan`.
+    """
+    for topology in topologies:
+        here = experiment
+        if per_device is not None:
+            chip, sizes = parse_topology(topology)
+            mesh = experiment.mesh
+            batch = per_device * math.prod(sizes) * chip.devices // (mesh.context * mesh.tensor)
+            here = dataclasses.replace(
+                experiment, data=dataclasses.replace(experiment.data, batch=batch)
+            )
+        yield plan(here, topology, clips)
+
+
+def report(found: dict) -> str:
+    """A plan in words."""
+    gib, mesh = 2**30, ", ".join(f"{k} {v}" for k, v in found["mesh"].items() if v > 1)
+    lines = [
+        f"{found['topology']}: {found['experiment']}; {mesh or 'one device'}",
+        f"  parameters   {found['parameters']['trained']:,} trained, "
+        f"{found['parameters']['frozen']:,} frozen",
+        f"  arguments    {found['argument_bytes'] / gib:.2f} GiB per device of "
+        f"{found['hbm_bytes'] / gib:.0f}",
+    ]
+    if "peak_bytes" not in found:
+        lines += [f"  DOES NOT FIT {found['reason']}"]
+        return "\n".join(lines + [f"    {x}" for x in found["largest"]])
+    low, high = found["step_s"]
+    epoch = found["chip_hours_per_epoch"]
+    lines += [
+        f"  temporaries  {found['temp_bytes'] / gib:.2f} GiB; peak {found['peak_bytes'] / gib:.2f}"
+        + ("" if found["fits"] else ", DOES NOT FIT"),
+        f"  operations   {found['flops']['model']:.3g} per step, "
+        f"{found['flops']['computed']:.3g} with what is computed again",
+        *(
+            f"  {x['kind']:19}{x['count']:6.0f} times, {x['sent'] / gib:.3f} GiB sent per device"
+            for x in found["collectives"]
+        ),
+        "  at peak      " + ", ".join(f"{k} {v:.4f} s" for k, v in found["roofline_s"].items()),
+        f"  step         {low:.4f} s if all overlaps, {high:.4f} s if nothing does",
+        f"  MFU          at most {found['mfu_bound']:.0%}",
+        f"  {found['clips_per_epoch']:,} clips: {epoch[0]:,.0f} to {epoch[1]:,.0f} chip hours",
+    ]
+    return "\n".join(lines)
+
+
+def table(plans: Sequence[dict]) -> str:
+    """Plans side by side, as a table in Markdown."""
+    rows = [
+        "| topology | chips | batch | peak GiB | step s | MFU at most | clips/s | chip hours |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in plans:
+        start = f"| {one['topology']} | {one['chips']} | {one['batch']} | "
+        if "peak_bytes" not in one:
+            rows.append(start + "does not fit | | | | |")
+            continue
+        (low, high), hours = one["step_s"], one["chip_hours_per_epoch"]
+        rows.append(
+            f"{start}{one['peak_bytes'] / 2**30:.1f}{'' if one['fits'] else ' (too much)'} | "
+            f"{low:.3f}–{high:.3f} | {one['mfu_bound']:.0%} | "
+            f"{one['clips_per_s'][0]:.0f}–{one['clips_per_s'][1]:.0f} | "
+            f"{hours[0]:,.0f}–{hours[1]:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def abstract_arguments(
+    experiment: Experiment, stage: Stage, mesh: Mesh, frames: int
+) -> tuple[Tree, ...]:
     """(state, frozen, batch) of the train step as shapes with shardings."""
 
     def placed(tree, places):
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, places)
+        def one(x, place):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return jax.tree.map(one, tree, places)
 
     state = abstract_state(experiment, stage, mesh)
     frozen = stage.frozen_shapes()
@@ -98,8 +181,8 @@ def bytes_per_device(tree: Tree) -> int:
 
 def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
     """Numbers that train and that do not, without what stands only in the optimiser."""
-    count = lambda tree: sum(math.prod(x.shape) for x in jax.tree.leaves(tree))  # noqa: E731
-    return {"trained": count(state.params), "frozen": count(frozen)}
+    trees = {"trained": state.params, "frozen": frozen}
+    return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
 
 
 def operations(experiment: Experiment, device: jax.Device, frames: int) -> dict[str, float]:
@@ -191,6 +274,6 @@ def too_large(message: str, arguments: tuple[Tree, ...]) -> dict:
     ]
     return {
         "reason": used[0] if used else message.splitlines()[0],
-        "largest_arguments": [f"{size / 2**20:.0f} MiB {name}" for size, name in sorted(named)[:-6:-1]],
-        "largest_temporaries": [" ".join(pair) for pair in tensors[:5]],
+        "largest": [" ".join(pair) for pair in tensors[:5]]
+        + [f"{size / 2**20:.0f}M {name}" for size, name in sorted(named, reverse=True)[:5]],
     }

@@ -41,7 +41,7 @@ CHIPS = {
 
 
 def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
-    """"v5p:4x4x4" -> its chip and (4, 4, 4). ValueError for an unknown chip or shape."""
+    """ "v5p:4x4x4" -> its chip and (4, 4, 4). ValueError for an unknown chip or shape."""
     name, _, shape = text.partition(":")
     if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise ValueError(f"topology {text!r}: expected CHIP:AxB[xC], CHIP of {', '.join(CHIPS)}")

@@ -186,7 +186,9 @@ def traffic(text: str, turns: float = 1.0) -> float:
             operands = [min(a, b) for a, b in zip(operands, touched(body))]
         for inner in body:
             if inner.operation == "dynamic-update-slice" and inner.root:
-                updated = size(types[where if inner is one else one.calls("calls")][inner.operands[1]])
+                updated = size(
+                    types[where if inner is one else one.calls("calls")][inner.operands[1]]
+                )
                 result, operands = min(result, updated), [min(x, updated) for x in operands]
             elif inner is one and one.operation in ("dynamic-slice", "gather"):
                 operands = [min(x, result) for x in operands]
