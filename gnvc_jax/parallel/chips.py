@@ -60,6 +60,7 @@ def topology_devices(text: str) -> list[jax.Device]:
 
     chip, sizes = parse_topology(text)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to be asked
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor claimed
     os.environ.setdefault("TPU_LIBRARY_PATH", library())
     name = f"{chip.platform}:{'x'.join(map(str, sizes))}"
     try:
