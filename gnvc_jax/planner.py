@@ -67,7 +67,7 @@ def plan_for(
         try:
             compiled = lowered.compile()
         except jax.errors.JaxRuntimeError as error:
-            return found | {"fits": False} | too_large(str(error), arguments)
+            return found | {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
     found["compile_s"] = round(time.perf_counter() - start, 1)
     return (
         found
@@ -259,21 +259,33 @@ def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: i
     } | rate
 
 
-def too_large(message: str, arguments: tuple[Tree, ...]) -> dict:
-    """What is known of a program that the compiler gave up on, with its largest arguments.
+def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
+    """What is known of a program that the compiler gave up on: the figure and the largest tensors.
 
-    Raises RuntimeError with the message if it speaks of anything but memory.
+    text: the program before it was divided, so that tensors count for all devices, but for those
+    inside attention. Raises RuntimeError with the message if it speaks of anything but memory.
     """
-    if "memory" not in message.lower() and "RESOURCE_EXHAUSTED" not in message:
-        raise RuntimeError(message.splitlines()[0])
-    used = re.search(r"[Uu]sed ([\d.]+[KMGT]?) of ([\d.]+[KMGT]?)", message)
-    tensors = re.findall(r"Size: ([\d.]+[KMGT]?)\s.*?Shape: (\S+)", message, re.S)
+    reason = message.splitlines()[0]
+    if "RESOURCE_EXHAUSTED" not in reason:
+        raise RuntimeError(reason)
+    tensors = {
+        (
+            math.prod(map(int, dims.split("x"))) * int(width) // 8,
+            f"{dims.replace('x', ' x ')} {kind}",
+        )
+        for dims, kind, width in re.findall(r"tensor<((?:\d+x)*\d+)x([a-z]+(\d+))>", text)
+    }
     named = [
         (bytes_per_device(x), jax.tree_util.keystr(path, simple=True, separator="/"))
         for path, x in jax.tree_util.tree_leaves_with_path(arguments)
     ]
+
+    def largest(sizes, what):
+        return [
+            f"{size / 2**20:,.0f} MiB {what} {x}" for size, x in sorted(sizes, reverse=True)[:5]
+        ]
+
     return {
-        "reason": used[0] if used else message.splitlines()[0],
-        "largest": [" ".join(pair) for pair in tensors[:5]]
-        + [f"{size / 2**20:.0f}M {name}" for size, name in sorted(named, reverse=True)[:5]],
+        "reason": reason.partition("RESOURCE_EXHAUSTED: ")[2],
+        "largest": largest(tensors, "on all devices:") + largest(named, "per device:"),
     }

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -148,18 +147,19 @@ def test_without_libtpu(monkeypatch, capsys):
     assert "needs libtpu: pip install" in capsys.readouterr().err
 
 
-def test_what_does_not_fit():
-    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory
-space hbm. Used 35.04G of 15.75G hbm. Exceeded hbm capacity by 19.29G.
-  1. Size: 24.00G
-     Operator: op_name="jit(step)/dot"
-     Shape: f32[64,12,8192]{2,1,0}
-     Unpadded size: 24.00G
-"""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arguments = {"big": jax.ShapeDtypeStruct((1 << 20,), np.float32, sharding=sharding)}
-    found = planner.too_large(message, (arguments,))
-    assert found["reason"] == "Used 35.04G of 15.75G"
-    assert found["largest"] == ["24.00G f32[64,12,8192]{2,1,0}", "4M 0/big"]
+def test_what_does_not_fit(experiment, monkeypatch):
+    """The figure and the largest tensors, from the compiler's own words."""
+    words = "the total memory required for HLO temporaries (82.68G) exceeds available HBM (15.75G)."
+
+    def give_up(*_, **__):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: E1000: {words}\nSee a page.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
+    found = plans(experiment, data=1, fsdp=8) | {"topology": "v5p:2x2x2"}
+    assert found["fits"] is False and words in found["reason"]
+    assert any(f"x 1024 x {WIDTH} f32" in line for line in found["largest"])
+    assert any("per device: 0/params/layers" in line for line in found["largest"])
+    assert words in planner.report(found)
+    assert "does not fit" in planner.table([found])
     with pytest.raises(RuntimeError, match="something else"):
-        planner.too_large("something else\n", ())
+        planner.too_large("something else\n", "", ())
