@@ -1,9 +1,9 @@
-"""The command line: gnvc encode | decode | info | demo | port | export | cache-latents.
+"""The command line: gnvc encode | decode | info | demo | port | export | cache-latents | plan.
 
-Exit codes: 0 good; 2 wrong use; 3 done, but damaged groups or videos were left out; 10-24 a stream
-or model is wrong (gnvc_jax.bitstream.errors); 25 weights to port do not fit; 66-74 a video cannot
-be read or written (gnvc_jax.media.errors); 130 interrupted. Errors go to stderr, a line per
-problem; a command that fails leaves no output behind.
+Exit codes: 0 good; 2 wrong use; 3 done, but damaged groups or videos were left out, or a plan does
+not fit into memory; 10-24 a stream or model is wrong (gnvc_jax.bitstream.errors); 25 weights to
+port do not fit; 66-74 a video cannot be read or written (gnvc_jax.media.errors); 130 interrupted.
+Errors go to stderr, a line per problem; a command that fails leaves no output behind.
 """
 
 import argparse
@@ -124,6 +124,22 @@ def parser() -> argparse.ArgumentParser:
     cache.add_argument("--to", required=True, help="folder; the same command goes on in it")
     cache.add_argument("--frames", type=int, default=13, help="per clip, 1 + 4k (default: 13)")
     cache.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+    pod = command(
+        "plan",
+        plan,
+        "What a training step costs on a TPU pod, without the pod. Settings of the experiment are "
+        "changed as for train.py.",
+        "gnvc plan --config configs/wan_1_3b/latent.py --topology v5p:4x4x4 --mesh fsdp=64 "
+        "--data.batch 64 --data.latents cache",
+    )
+    pod.add_argument("--config", required=True, help="of an experiment; nothing it names is read")
+    pod.add_argument("--topology", required=True, nargs="+", help="CHIP:AxB[xC], one or several")
+    pod.add_argument(
+        "--per-device", type=int, help="clips per device of data x fsdp, in place of data.batch"
+    )
+    pod.add_argument("--clips", type=int, default=1_000_000, help="per epoch (default: a million)")
+    pod.add_argument("--out", help="JSON file for the plans")
     return top
 
 
@@ -275,6 +291,28 @@ def cache_latents(args: argparse.Namespace) -> int:
     return EXIT_DAMAGED if failed else 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    import json
+
+    import jax
+
+    from gnvc_jax import planner
+    from gnvc_jax.training import config
+
+    jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none
+    sys.path.insert(0, os.getcwd())  # configurations import each other, as under train.py
+    experiment = config.override(config.load(args.config), args.settings)
+    plans = []
+    for found in planner.sweep(experiment, args.topology, args.per_device, args.clips):
+        print(planner.report(found), flush=True)
+        plans.append(found)
+        if args.out:  # after each, since a large one takes minutes
+            Path(args.out).write_text(json.dumps(plans, indent=1) + "\n")
+    if len(plans) > 1:
+        print(planner.table(plans))
+    return 0 if all(found["fits"] for found in plans) else EXIT_DAMAGED
+
+
 def rate_text(size: int, frames: int, header) -> str:
     bpp = 8 * size / (frames * header.width * header.height)
     kbps = 8 * size * header.fps[0] / header.fps[1] / frames / 1000
@@ -342,8 +380,11 @@ def _size(text: str | None) -> tuple[int, int] | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    if args.command not in ("info", "port", "export"):
+    top = parser()
+    args, args.settings = top.parse_known_args(argv)
+    if args.settings and args.command != "plan":
+        top.error(f"unrecognized arguments: {' '.join(args.settings)}")
+    if args.command not in ("info", "port", "export", "plan"):
         from gnvc_jax.runtime import use_compilation_cache
 
         use_compilation_cache()

@@ -10,7 +10,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from gnvc_jax.parallel import attention as parallel
+from gnvc_jax.parallel import axis_size, backend
+
 Array = jax.Array
+
+RING = "ring"  # of all devices along the mesh axis `context`
 
 # At most so many scores (queries x keys x heads x batch) are in memory at once on CPU.
 SCORES_IN_MEMORY = 1 << 26
@@ -18,28 +23,46 @@ SCORES_IN_MEMORY = 1 << 26
 SPLASH_BLOCK = 512
 
 
-def attention(q: Array, k: Array, v: Array, implementation: str | None = None) -> Array:
+def attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    implementation: str | None = None,
+    *,
+    length: int | None = None,
+    split_keys: bool = False,
+) -> Array:
     """Attention by the named implementation, or by the one that `choose` names.
 
-    Raises ValueError for an unknown name.
+    On a mesh, each device works on its clips, tokens and heads. Keys after `length` are padding
+    (default: none). With split_keys they are spread over the mesh axis `context` as queries are;
+    then tokens are exchanged for heads and the implementation sees all tokens of some heads. "ring"
+    sends keys round instead, and is the default where `context` does not divide the heads.
+
+    Raises ValueError for an unknown name and for heads that the mesh does not divide.
     """
-    name = implementation or choose(q.dtype, q.shape[-1])
+    best = choose(q.dtype, q.shape[-1])
+    heads, devices = q.shape[2] // axis_size("tensor"), axis_size("context")
+    ring = implementation == RING or (implementation is None and heads % devices != 0)
+    name = best if implementation in (None, RING) else implementation
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"attention {name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](q, k, v)
+        names = ", ".join((*IMPLEMENTATIONS, RING))
+        raise ValueError(f"attention {name!r}: expected one of {names}")
+    options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
+    return parallel.attention(IMPLEMENTATIONS[name], q, k, v, **options)
 
 
-def choose(dtype: jnp.dtype, head_width: int, backend: str | None = None) -> str:
-    """The implementation for a backend (default: the one in use).
+def choose(dtype: jnp.dtype, head_width: int, platform: str | None = None) -> str:
+    """The implementation for a platform (default: the one in use).
 
     cuDNN's flash attention needs half precision and a head width of at most 128, TPU's splash
     kernel a multiple of 128; elsewhere the scores are made for a few queries at a time.
     """
-    backend = backend or jax.default_backend()
+    platform = platform or backend()
     half = jnp.dtype(dtype).itemsize == 2
-    if backend == "gpu" and half and head_width % 8 == 0 and head_width <= 128:
+    if platform == "gpu" and half and head_width % 8 == 0 and head_width <= 128:
         return "cudnn"
-    if backend == "tpu" and head_width % 128 == 0:
+    if platform == "tpu" and head_width % 128 == 0:
         return "splash"
     return "chunked"
 
@@ -86,7 +109,13 @@ def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
         block_q_dq=rows,
         block_kv_dq=columns,
     )
-    kernel = kernels.make_splash_mha_single_device(mask, block_sizes=sizes, interpret=interpret)
+    kernel = kernels.make_splash_mha_single_device(
+        mask,
+        block_sizes=sizes,
+        interpret=interpret,
+        # What the backward pass needs of the forward pass is kept where outputs are.
+        residual_checkpoint_name="attention",
+    )
     segments = kernels.SegmentIds(
         q=jnp.zeros(q.shape[2], jnp.int32), kv=(jnp.arange(k.shape[2]) >= m).astype(jnp.int32)
     )

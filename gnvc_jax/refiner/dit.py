@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from gnvc_jax.parallel import axis_size, constrain
 from gnvc_jax.refiner.attention import attention
 from gnvc_jax.refiner.config import PATCH, DiTConfig
 
@@ -49,6 +50,12 @@ def unpatchify(tokens: Array, t: int, h: int, w: int) -> Array:
     return rearrange(tokens, "b (w t h) (p q c) -> b t (h p) (w q) c", **sizes)
 
 
+def spread(tokens: Array) -> Array:
+    """Tokens (b, n, d) over the mesh axis `context`; zero rows fill them up to a multiple."""
+    rest = -tokens.shape[1] % axis_size("context")
+    return constrain(jnp.pad(tokens, ((0, 0), (0, rest), (0, 0))), batch=0, context=1)
+
+
 def rotary_table(head_width: int, t: int, h: int, w: int) -> tuple[Array, Array]:
     """Cosines and sines (n, 1, head_width / 2) of the tokens of latents (t, h, w).
 
@@ -70,8 +77,9 @@ def rotary_table(head_width: int, t: int, h: int, w: int) -> tuple[Array, Array]
 
 
 def rotate(x: Array, table: tuple[Array, Array]) -> Array:
-    """Turn neighbouring pairs of x (b, n, heads, d), in float32."""
-    cosine, sine = table
+    """Turn neighbouring pairs of x (b, n, heads, d), in float32; tokens after the table's stay."""
+    rest = ((0, x.shape[1] - table[0].shape[0]), (0, 0), (0, 0))
+    cosine, sine = jnp.pad(table[0], rest, constant_values=1.0), jnp.pad(table[1], rest)
     a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     y = jnp.stack([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
     return y.reshape(x.shape).astype(x.dtype)
@@ -122,7 +130,10 @@ class Attention(nn.Module):
             x = rearrange(x, "b n (h d) -> b n h d", h=self.config.heads)
             return x if table is None or name == "v" else rotate(x, table)
 
-        y = attention(heads("q", x), heads("k", y), heads("v", y), self.implementation)
+        q, k, v = heads("q", x), heads("k", y), heads("v", y)
+        # The tokens of the clip are spread over devices; the text is the same on all.
+        spread = {} if table is None else {"length": table[0].shape[0], "split_keys": True}
+        y = attention(q, k, v, self.implementation, **spread)
         y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
         return dense(self.config.width, self.dtype, "o")(y)
 
@@ -176,6 +187,7 @@ class Group(nn.Module):
     @nn.compact
     def __call__(self, carry, scale, time, text, table):
         (x, context), cfg, block = carry, self.config, Block
+        x = constrain(x, batch=0, context=1)
         if self.remat != "none":
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         hint = 0.0
@@ -227,24 +239,25 @@ class DiT(nn.Module):
         cfg = self.config
         check_sizes(cfg, latents, text, context)
         _, t, h, w, _ = latents.shape
-        x = patchify(latents)
+        n = cfg.tokens(t, h, w)
+        x = spread(patchify(latents))
         x = dense(cfg.width, self.dtype, "patch_embedding")(x).astype(jnp.float32)
 
         time = dense(cfg.width, jnp.float32, "time_in", SMALL)(sinusoid(time, cfg.frequencies))
         time = dense(cfg.width, jnp.float32, "time_out", SMALL)(nn.silu(time)) + time_extra
         rows = dense(6 * cfg.width, jnp.float32, "time_modulation")(nn.silu(time))
-        rows = rearrange(rows, "b (six d) -> b six d", six=6)
+        rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
 
         if cfg.text_length:
             text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
             text = nn.gelu(dense(cfg.width, self.dtype, "text_in", SMALL)(text), approximate=True)
-            text = dense(cfg.width, self.dtype, "text_out", SMALL)(text)
+            text = constrain(dense(cfg.width, self.dtype, "text_out", SMALL)(text), batch=0)
 
         tokens = None
         if cfg.context_every:
             tokens = dense(cfg.width, self.dtype, "context_embedding")(patchify(context))
             first = dense(cfg.width, self.dtype, "context_in", nn.initializers.zeros)
-            tokens = first(tokens + context_extra) + x
+            tokens = first(spread(tokens + context_extra)) + x
 
         groups = nn.scan(
             Group,
@@ -262,7 +275,7 @@ class DiT(nn.Module):
         shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
         x = layer_norm(x) * (1 + scale) + shift
         x = dense(PATCH**2 * cfg.channels, jnp.float32, "head", nn.initializers.zeros)(x)
-        return unpatchify(x, t, h, w)
+        return unpatchify(x[:, :n], t, h, w)
 
 
 def check_sizes(cfg: DiTConfig, latents: Array, text: Array | None, context: Array | None) -> None:

@@ -1,5 +1,6 @@
 """What an experiment is: nested frozen dataclasses, config files and command-line overrides."""
 
+import argparse
 import dataclasses
 import importlib.util
 import math
@@ -10,6 +11,7 @@ from typing import Any
 import tyro
 
 from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.parallel import MeshConfig, parse_mesh
 from gnvc_jax.refiner.config import RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
@@ -85,16 +87,6 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; data = -1 takes all that the others leave."""
-
-    data: int = -1
-    fsdp: int = 1
-    context: int = 1
-    tensor: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """Where a run writes and how often.
 
@@ -122,7 +114,8 @@ class ComputeConfig:
     """How the refiner computes.
 
     dtype: "float32" or "bfloat16"; remat: see `gnvc_jax.refiner.dit.REMAT`; attention: see
-    `gnvc_jax.refiner.attention`, None for the backend's best.
+    `gnvc_jax.refiner.attention`, None for the backend's best; "ring" for keys that go round the
+    mesh axis `context`, which otherwise exchanges tokens for heads where it divides these.
     """
 
     dtype: str = "float32"
@@ -151,7 +144,7 @@ class Experiment:
     loss: LossConfig = LossConfig()
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
     run: RunConfig = RunConfig()
     init_from: str | None = None
 
@@ -171,7 +164,15 @@ def load(path: str | Path) -> Experiment:
 
 
 def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
-    """Apply `--group.key value` arguments; a wrong key or type ends the program with a message."""
+    """Apply `--group.key value` arguments; a wrong key or type ends the program with a message.
+
+    `--mesh data=2,fsdp=4` stands for its parts. Raises ValueError for a mesh of other axes.
+    """
+    mesh = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    mesh.add_argument("--mesh")
+    known, args = mesh.parse_known_args(args)
+    if known.mesh is not None:
+        experiment = dataclasses.replace(experiment, mesh=parse_mesh(known.mesh))
     return tyro.cli(
         type(experiment),
         prog="train.py --config FILE",

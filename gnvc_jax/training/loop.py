@@ -1,7 +1,6 @@
 """The train state, the train step and the loop around them."""
 
 import dataclasses
-import math
 import signal
 import time
 from collections.abc import Callable
@@ -14,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from einops import rearrange
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.parallel import make_mesh, shardings
+from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import metrics
 from gnvc_jax.training.checkpoints import Checkpoints
-from gnvc_jax.training.config import Experiment, MeshConfig, OptimConfig, RunConfig
+from gnvc_jax.training.config import Experiment, OptimConfig, RunConfig
 from gnvc_jax.training.stages import Stage
 
 Tree = Any
@@ -41,26 +42,6 @@ class State:
     ema: Tree
     opt_state: Tree
     key: jax.Array
-
-
-def make_mesh(config: MeshConfig) -> Mesh:
-    """Mesh with the axes data, fsdp, context, tensor over the devices of all hosts.
-
-    Raises ValueError if the sizes do not fit the number of devices.
-    """
-    sizes, devices = dataclasses.asdict(config), jax.devices()
-    if sizes["data"] == -1:
-        sizes["data"] = 1
-        sizes["data"] = len(devices) // math.prod(sizes.values())
-    used = math.prod(sizes.values())
-    if not 0 < used <= len(devices) or (used < len(devices) and jax.process_count() > 1):
-        raise ValueError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(AxisType.Auto,) * len(sizes),
-        devices=devices[:used],
-    )
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
@@ -231,21 +212,49 @@ class Meter:
             self.restart()
 
 
+def abstract_state(experiment: Experiment, stage: Stage, mesh: Mesh) -> State:
+    """The train state as shapes, types and shardings: averages and moments lie as parameters do.
+
+    Raises ValueError for parameters that the mesh does not divide.
+    """
+
+    def make(key):
+        return init_state(experiment.optim, stage.init(key), key)
+
+    state = jax.eval_shape(make, jax.random.key(0))
+    return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings(state, mesh))
+
+
 def start_state(
-    experiment: Experiment, stage: Stage, checkpoints: Checkpoints, sharding: NamedSharding
+    experiment: Experiment, stage: Stage, checkpoints: Checkpoints, like: State
 ) -> tuple[State, dict | None]:
     """The newest state of the run and the data position that goes with it, or a new state.
 
-    Every leaf is placed explicitly: one that is not costs a second compilation at step 1.
+    Every leaf is placed as in `like`: one that is not costs a second compilation at step 1.
     """
-    optim, step = experiment.optim, checkpoints.latest()
+    step = checkpoints.latest()
+    if step is not None:
+        return checkpoints.restore(step, like)
     init_key, run_key = jax.random.split(jax.random.key(experiment.run.seed))
-    if step is None:
-        params = stage.warm_start(jax.jit(stage.init, out_shardings=sharding)(init_key))
-        make = jax.jit(init_state, static_argnums=0, out_shardings=sharding)
-        return make(optim, params, run_key), None
-    like = jax.eval_shape(lambda key: init_state(optim, stage.init(key), run_key), init_key)
-    return checkpoints.restore(step, jax.tree.map(lambda x: x.update(sharding=sharding), like))
+    places = jax.tree.map(lambda x: x.sharding, like)
+    params = stage.warm_start(jax.jit(stage.init, out_shardings=places.params)(init_key))
+    make = jax.jit(init_state, static_argnums=0, out_shardings=places)
+    return make(experiment.optim, params, run_key), None
+
+
+def jit_step(experiment: Experiment, stage: Stage, mesh: Mesh, state: State, frozen: Tree):
+    """The train step for arrays placed by the rules, to run or to compile; the state is donated.
+
+    state, frozen: as shapes with shardings, or arrays.
+    """
+    whole, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(BATCH))
+    state, frozen = jax.tree.map(lambda x: x.sharding, (state, frozen))
+    return jax.jit(
+        make_step(experiment.optim, stage.loss),
+        in_shardings=(state, frozen, batch),
+        out_shardings=(state, whole),
+        donate_argnums=0,
+    )
 
 
 def train(experiment: Experiment, stage: Stage) -> State | None:
@@ -264,10 +273,14 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
             f"data.batch {experiment.data.batch} does not divide by {shards} devices"
             f" times optim.accumulate {experiment.optim.accumulate}"
         )
+    if shards % jax.process_count():
+        raise ValueError(
+            f"mesh data x fsdp = {shards}: each of {jax.process_count()} processes must feed "
+            "devices of its own"
+        )
     if jax.process_count() > 1 and run.checkpoint_every is None:
         raise ValueError("run.checkpoint_every: needed here, clocks of several processes differ")
-    everywhere = NamedSharding(mesh, P())
-    over_batch = NamedSharding(mesh, P(("data", "fsdp")))
+    over_batch = NamedSharding(mesh, P(BATCH))
 
     with (
         jax.set_mesh(mesh),
@@ -275,10 +288,12 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         ExitStack() as stack,
         StopRequest() as stop,
     ):
-        state, position = start_state(experiment, stage, checkpoints, everywhere)
+        like = abstract_state(experiment, stage, mesh)
+        state, position = start_state(experiment, stage, checkpoints, like)
         data = Clips(stage, int(state.step), position)
-        frozen = jax.device_put(stage.frozen(), everywhere)
-        train_step = jax.jit(make_step(experiment.optim, stage.loss), donate_argnums=0)
+        frozen = stage.frozen()
+        frozen = jax.device_put(frozen, shardings(frozen, mesh))
+        train_step = jit_step(experiment, stage, mesh, state, frozen)
 
         step = first = int(state.step)
         writer = stack.enter_context(closing(make_writer(experiment, first)))

@@ -17,6 +17,7 @@ from einops import rearrange, repeat
 from flax import linen as nn
 from jax import lax
 
+from gnvc_jax.parallel import backend
 from gnvc_jax.vae import winograd
 
 Array = jax.Array
@@ -32,7 +33,7 @@ def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=((1, 1), (1, 1))
     """2-D convolution of every frame: x (b, t, h, w, c), kernel (kh, kw, c, o)."""
     b = x.shape[0]
     x = rearrange(x, "b t h w c -> (b t) h w c")
-    if stride == 1 and jax.default_backend() == "cpu":
+    if stride == 1 and backend() == "cpu":
         y = _conv_of_frames(x, kernel, padding)
     else:
         y = _conv(x, kernel, stride, padding)
@@ -82,7 +83,7 @@ def conv3d(x: Array, kernel: Array, zeros: int = 0) -> Array:
     """
     kt, kh, kw, c, o = kernel.shape
     space = ((kh // 2, kh // 2), (kw // 2, kw // 2))
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
         return lax.conv_general_dilated(
             x, kernel, (1, 1, 1), ((0, 0), *space), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
@@ -106,7 +107,7 @@ def conv2d_of_doubled(x: Array, kernel: Array) -> Array:
     An output sees four input pixels whatever its place. On CPU, outputs in even and odd rows and
     columns are therefore four 2x2 convolutions of x, whose weights are sums: 2.25 times less work.
     """
-    if jax.default_backend() != "cpu":
+    if backend() != "cpu":
         return conv2d(repeat(x, "b t h w c -> b t (h 2) (w 2) c"), kernel)
     # parity of the output, tap, original weight
     merge = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)

@@ -122,6 +122,8 @@ def test_weights_come_from_where_they_should(base):
     jax.tree.map(np.testing.assert_array_equal, frozen["fixed"]["codec"], codec_of(base))
     model = stage.model_parts(params, frozen)
     assert set(model) == {"vae", "codec", "refiner"}
+    planned = stage.frozen_shapes()  # without any file
+    assert jax.tree.map(np.shape, frozen) == jax.tree.map(np.shape, planned)
 
 
 @pytest.mark.slow

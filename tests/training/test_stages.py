@@ -11,14 +11,9 @@ import numpy as np
 import pytest
 
 from gnvc_jax.media.writer import open_writer
+from gnvc_jax.parallel import MeshConfig
 from gnvc_jax.pretrained import load_pretrained
-from gnvc_jax.training.config import (
-    DataConfig,
-    Experiment,
-    MeshConfig,
-    OptimConfig,
-    RunConfig,
-)
+from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
 from gnvc_jax.training.stages.pixel import PixelLoss

@@ -5,6 +5,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 
 from gnvc_jax.training.config import Experiment
 
@@ -21,7 +22,12 @@ STAGES = {
 
 
 class Stage:
-    """What the training loop asks of a stage; subclasses define `init` and `loss`."""
+    """What the training loop asks of a stage; subclasses define `init` and `loss`.
+
+    turns: of a loop in the loss whose length is drawn in each step, on average.
+    """
+
+    turns = 1.0
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment
@@ -46,6 +52,15 @@ class Stage:
     def frozen(self) -> Tree:
         """Arrays that `loss` needs and that are not trained."""
         return {}
+
+    def frozen_shapes(self) -> Tree:
+        """`frozen` as shapes, from the configuration alone: nothing need be there yet."""
+        return {}
+
+    def batch_shapes(self, frames: int) -> Tree:
+        """A batch of all processes as shapes; frames: per clip."""
+        data = self.experiment.data
+        return jax.ShapeDtypeStruct((data.batch, frames, *data.size, 3), np.uint8)
 
     def dataset(self, frames: int | None = None) -> grain.IterDataset:
         """Batches without end: uint8 video (b, t, h, w, 3) of this process, in a fixed order.

@@ -71,6 +71,10 @@ class CodecStage(Stage):
         latents = jnp.zeros((1, 2, 8, 8, self.experiment.codec.latent_channels))
         return self.codec.init(key, latents, jnp.zeros((1,), jnp.int32), key)["params"]
 
+    @property
+    def vae_shapes(self) -> Tree:
+        return jax.eval_shape(lambda key: init_vae(self.vae, key), jax.random.key(0))
+
     def load_vae(self) -> tuple[Tree, dict[str, np.ndarray]]:
         """The VAE's weights on the host, and "mean" and "std" of its latents if known there."""
         folder = self.experiment.loss.vae
@@ -80,8 +84,7 @@ class CodecStage(Stage):
                 raise ValueError(f"{folder}: holds {architecture.config}, not {self.vae.config}")
             statistics = architecture.latents_mean, architecture.latents_std
             return params, dict(zip(("mean", "std"), np.asarray(statistics, np.float32)))
-        like = jax.eval_shape(lambda key: init_vae(self.vae, key), jax.random.key(0))
-        return load_params(folder, like), {}
+        return load_params(folder, self.vae_shapes), {}
 
     def frozen(self) -> Tree:
         """The VAE's weights, and mean and deviation of each channel of its latents.
@@ -97,6 +100,18 @@ class CodecStage(Stage):
                 "std": np.ones(channels, np.float32),
             }
         return {"vae": params} | (statistics or self.measure(params))
+
+    def frozen_shapes(self) -> Tree:
+        channel = jax.ShapeDtypeStruct((self.experiment.vae.latent_channels,), jnp.float32)
+        return {"vae": self.vae_shapes, "mean": channel, "std": channel}
+
+    def batch_shapes(self, frames: int) -> jax.ShapeDtypeStruct:
+        data, cfg = self.experiment.data, self.experiment.vae
+        if data.latents is None:
+            return super().batch_shapes(frames)
+        h, w = (side // cfg.stride for side in data.size)
+        t = 1 + (frames - 1) // cfg.temporal_stride
+        return jax.ShapeDtypeStruct((data.batch, t, h, w, cfg.latent_channels), jnp.float32)
 
     def measure(self, params: Tree) -> dict[str, np.ndarray]:
         """Mean and deviation of each channel over some batches of clips."""

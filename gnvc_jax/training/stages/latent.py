@@ -158,6 +158,14 @@ class LatentStage(CodecStage):
         tree = unflatten_dict({path: start[path] for path in fixed}, sep="/")
         return rest | {"fixed": tree, "text": self.text()}
 
+    def frozen_shapes(self) -> Tree:
+        rest, text = super().frozen_shapes(), None
+        del rest["vae"]
+        if self.refiner is not None and self.experiment.refiner.dit.text_length:
+            config = self.experiment.refiner.dit
+            text = jax.ShapeDtypeStruct((1, config.text_length, config.text_width), jnp.float32)
+        return rest | {"fixed": split(self.shapes, self.experiment.train)[1], "text": text}
+
     def text(self) -> np.ndarray | None:
         """The text condition (1, rows, width), None for a refiner without text."""
         if self.refiner is None or not self.experiment.refiner.dit.text_length:

@@ -54,6 +54,15 @@ class PixelStage(LatentStage):
     def frozen(self) -> Tree:
         return super().frozen() | {"lpips": self.perceptual}
 
+    def frozen_shapes(self) -> Tree:
+        return super().frozen_shapes() | {"lpips": jax.eval_shape(lambda: self.perceptual)}
+
+    @property
+    def turns(self) -> float:
+        """Steps before the last one."""
+        weights = self.experiment.loss
+        return (1.0 - weights.single) * (weights.steps - 1)
+
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
@@ -139,6 +148,9 @@ class DistillStage(PixelStage):
 
     def frozen(self) -> Tree:
         return super().frozen() | {"teacher": merged(self.loaded)["refiner"]}
+
+    def frozen_shapes(self) -> Tree:
+        return super().frozen_shapes() | {"teacher": self.shapes["refiner"]}
 
     def imitation(
         self, parts: Tree, frozen: Tree, done: Coding, noise: Array, latents: Array

@@ -63,6 +63,9 @@ class VAEStage(Stage):
     def frozen(self) -> Tree:
         return {"lpips": self.perceptual}
 
+    def frozen_shapes(self) -> Tree:
+        return jax.eval_shape(self.frozen)
+
     def loss(
         self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:

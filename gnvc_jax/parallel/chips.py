@@ -1,0 +1,82 @@
+"""What a chip can do, and the topologies that libtpu can compile for without one.
+
+Figures per chip from the pages of docs.cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}: bfloat16
+operations, memory and its bandwidth, interconnect. The interconnect's published figure counts both
+directions of all links.
+"""
+
+import dataclasses
+import math
+import os
+import re
+
+import jax
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Figures of one chip.
+
+    platform: name in libtpu's topologies; flops: bfloat16 operations per second; memory: bytes;
+    bandwidth: of memory, link: of one link in one direction, bytes per second; axes: of the torus;
+    devices: that JAX shows per chip.
+    """
+
+    platform: str
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    axes: int
+    devices: int = 1
+
+
+CHIPS = {
+    "v4": Chip("v4", 275e12, 32 << 30, 1228e9, 50e9, 3),
+    "v5e": Chip("v5e", 197e12, 16 << 30, 819e9, 50e9, 2),
+    "v5p": Chip("v5", 459e12, 95 << 30, 2765e9, 100e9, 3),
+    "v6e": Chip("v6e", 918e12, 32 << 30, 1638e9, 100e9, 2),
+    "v7x": Chip("tpu7x", 2307e12, 192 << 30, 7370e9, 100e9, 3, devices=2),
+}
+
+
+def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
+    """ "v5p:4x4x4" -> its chip and (4, 4, 4). ValueError for an unknown chip or shape."""
+    name, _, shape = text.partition(":")
+    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ValueError(f"topology {text!r}: expected CHIP:AxB[xC], CHIP of {', '.join(CHIPS)}")
+    sizes = tuple(map(int, shape.split("x")))
+    if len(sizes) != CHIPS[name].axes:
+        raise ValueError(f"topology {text!r}: {name} has {CHIPS[name].axes} dimensions")
+    return CHIPS[name], sizes
+
+
+def topology_devices(text: str) -> list[jax.Device]:
+    """Devices that programs can be compiled for, but not run on.
+
+    Raises ValueError for a topology that does not exist, and without libtpu.
+    """
+    from jax.experimental import topologies
+
+    chip, sizes = parse_topology(text)
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to be asked
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor claimed
+    os.environ.setdefault("TPU_LIBRARY_PATH", library())
+    name = f"{chip.platform}:{'x'.join(map(str, sizes))}"
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:
+        raise ValueError(f"topology {text!r}: {str(error).splitlines()[0]}") from None
+    expected = math.prod(sizes) * chip.devices
+    if len(found.devices) != expected:
+        raise ValueError(f"topology {text!r}: {len(found.devices)} devices, expected {expected}")
+    return found.devices
+
+
+def library() -> str:
+    """Path of libtpu, which compiles for TPUs on any x86 machine."""
+    try:
+        import libtpu
+    except ImportError:
+        raise ValueError("compiling for TPUs needs libtpu: pip install 'jax[tpu]'") from None
+    return libtpu.get_library_path()

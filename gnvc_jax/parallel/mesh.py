@@ -1,0 +1,72 @@
+"""The mesh of devices, with four axes that may each be 1.
+
+data: clips; fsdp: clips, and parameters with all that follows them; context: tokens of a clip;
+tensor: heads and hidden units. The last axis has the fastest neighbours.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; data = -1 takes all that the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    context: int = 1
+    tensor: int = 1
+
+
+def parse_mesh(text: str) -> MeshConfig:
+    """The mesh that "data=2,fsdp=4" names; ValueError for what is no list of axes and sizes."""
+    names = [field.name for field in dataclasses.fields(MeshConfig)]
+    sizes = {}
+    for part in filter(None, text.split(",")):
+        name, _, size = part.partition("=")
+        if name not in names or name in sizes or not size.lstrip("-").isdigit():
+            raise ValueError(f"mesh {text!r}: expected AXIS=SIZE,... of {', '.join(names)}")
+        sizes[name] = int(size)
+    return MeshConfig(**sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Mesh over the first of `devices`, by default those of all hosts.
+
+    Raises ValueError if the sizes do not fit the number of devices. With several processes, and
+    with devices that are named, none may be left over.
+    """
+    given, sizes = devices is not None, dataclasses.asdict(config)
+    devices = list(devices) if given else jax.devices()
+    if sizes["data"] == -1:
+        sizes["data"] = 1
+        sizes["data"] = max(1, len(devices) // max(1, math.prod(sizes.values())))
+    used = math.prod(sizes.values())
+    whole = given or jax.process_count() > 1
+    if min(sizes.values()) < 1 or used > len(devices) or (used < len(devices) and whole):
+        raise ValueError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
+    shape = tuple(sizes.values())
+    # Neighbours in the mesh become neighbours in the machine where its shape is known.
+    grid = mesh_utils.create_device_mesh(shape, devices[:used], allow_split_physical_axes=True)
+    return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def backend() -> str:
+    """Platform that code is traced for: that of the mesh in use, else JAX's default.
+
+    The two differ where a program is compiled for devices that are not there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def axis_size(axis: str) -> int:
+    """Devices along an axis of the mesh in use, 1 without one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape.get(axis, 1)

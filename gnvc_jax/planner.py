@@ -1,0 +1,291 @@
+"""What training costs on a pod, from the compiled step and without the pod.
+
+The train step of an experiment is compiled ahead of time for devices that are not there; memory,
+communication and memory traffic are read from the program, operations are counted before it.
+Nothing is loaded, all arrays are shapes.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnvc_jax.parallel import MeshConfig, flops, hlo, make_mesh, shardings
+from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
+from gnvc_jax.parallel.rules import BATCH
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.loop import abstract_state, gradient, jit_step
+from gnvc_jax.training.stages import Stage, make_stage
+
+Tree = Any
+
+
+def plan(experiment: Experiment, topology: str, clips: int = 1_000_000) -> dict:
+    """Cost of the experiment's train step, its longest clips, on a topology ("v5p:4x4x4").
+
+    clips: of an epoch. Raises ValueError for sizes that do not fit, and without libtpu.
+    """
+    chip, _ = parse_topology(topology)
+    devices = topology_devices(topology)
+    return {"topology": topology} | plan_for(experiment, devices, chip, clips)
+
+
+def plan_for(
+    experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, clips: int = 1_000_000
+) -> dict:
+    """`plan` for given devices, whose figures are those of `chip`."""
+    stage = make_stage(experiment)
+    mesh = make_mesh(experiment.mesh, devices)
+    data = experiment.data
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
+    if data.batch % pieces:
+        raise ValueError(f"data.batch {data.batch} does not divide by {pieces} parts")
+    frames = max([data.frames, *(frames for _, frames in data.longer)])
+    arguments = abstract_arguments(experiment, stage, mesh, frames)
+    step = jit_step(experiment, stage, mesh, *arguments[:2])
+    found = {
+        "experiment": f"{experiment.stage}, {data.batch} clips of {frames} x "
+        f"{data.size[0]} x {data.size[1]}",
+        "batch": data.batch,
+        "mesh": dict(mesh.shape),
+        "devices": len(devices),
+        "chips": len(devices) // chip.devices,
+        "parameters": parameters(arguments[0], arguments[1]),
+        "argument_bytes": sum(map(bytes_per_device, arguments)),
+        "hbm_bytes": chip.memory // chip.devices,
+        "flops": operations(experiment, devices[0], frames),
+    }
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(*arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return found | {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
+    found["compile_s"] = round(time.perf_counter() - start, 1)
+    return (
+        found
+        | memory(compiled, found["hbm_bytes"])
+        | cost(found, compiled.as_text(), stage, chip, frames, clips)
+    )
+
+
+def sweep(
+    experiment: Experiment,
+    topologies: Sequence[str],
+    per_device: int | None = None,
+    clips: int = 1_000_000,
+) -> Iterator[dict]:
+    """A plan for each topology in turn.
+
+    per_device: clips per device along data x fsdp in place of `data.batch`: the batch grows with
+    the pod (weak scaling), else it stays (strong scaling). Raises ValueError as `plan`.
+    """
+    for topology in topologies:
+        here = experiment
+        if per_device is not None:
+            chip, sizes = parse_topology(topology)
+            mesh = experiment.mesh
+            batch = per_device * math.prod(sizes) * chip.devices // (mesh.context * mesh.tensor)
+            here = dataclasses.replace(
+                experiment, data=dataclasses.replace(experiment.data, batch=batch)
+            )
+        yield plan(here, topology, clips)
+
+
+def report(found: dict) -> str:
+    """A plan in words."""
+    gib, mesh = 2**30, ", ".join(f"{k} {v}" for k, v in found["mesh"].items() if v > 1)
+    lines = [
+        f"{found['topology']}: {found['experiment']}; {mesh or 'one device'}",
+        f"  parameters   {found['parameters']['trained']:,} trained, "
+        f"{found['parameters']['frozen']:,} frozen",
+        f"  arguments    {found['argument_bytes'] / gib:.2f} GiB per device of "
+        f"{found['hbm_bytes'] / gib:.0f}",
+    ]
+    if "peak_bytes" not in found:
+        lines += [f"  DOES NOT FIT {found['reason']}"]
+        return "\n".join(lines + [f"    {x}" for x in found["largest"]])
+    low, high = found["step_s"]
+    epoch = found["chip_hours_per_epoch"]
+    lines += [
+        f"  temporaries  {found['temp_bytes'] / gib:.2f} GiB; peak {found['peak_bytes'] / gib:.2f}"
+        + ("" if found["fits"] else ", DOES NOT FIT"),
+        f"  operations   {found['flops']['model']:.3g} per step, "
+        f"{found['flops']['computed']:.3g} with what is computed again",
+        *(
+            f"  {x['kind']:19}{x['count']:6.0f} times, {x['sent'] / gib:.3f} GiB sent per device"
+            for x in found["collectives"]
+        ),
+        "  at peak      " + ", ".join(f"{k} {v:.4f} s" for k, v in found["roofline_s"].items()),
+        f"  step         {low:.4f} s if all overlaps, {high:.4f} s if nothing does",
+        f"  MFU          at most {found['mfu_bound']:.0%}",
+        f"  {found['clips_per_epoch']:,} clips: {epoch[0]:,.0f} to {epoch[1]:,.0f} chip hours",
+    ]
+    return "\n".join(lines)
+
+
+def table(plans: Sequence[dict]) -> str:
+    """Plans side by side, as a table in Markdown."""
+    rows = [
+        "| topology | chips | batch | peak GiB | step s | MFU at most | clips/s | chip hours |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in plans:
+        start = f"| {one['topology']} | {one['chips']} | {one['batch']} | "
+        if "peak_bytes" not in one:
+            rows.append(start + "does not fit | | | | |")
+            continue
+        (low, high), hours = one["step_s"], one["chip_hours_per_epoch"]
+        rows.append(
+            f"{start}{one['peak_bytes'] / 2**30:.1f}{'' if one['fits'] else ' (too much)'} | "
+            f"{low:.3f}–{high:.3f} | {one['mfu_bound']:.0%} | "
+            f"{one['clips_per_s'][0]:.0f}–{one['clips_per_s'][1]:.0f} | "
+            f"{hours[0]:,.0f}–{hours[1]:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def abstract_arguments(
+    experiment: Experiment, stage: Stage, mesh: Mesh, frames: int
+) -> tuple[Tree, ...]:
+    """(state, frozen, batch) of the train step as shapes with shardings."""
+
+    def placed(tree, places):
+        def one(x, place):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return jax.tree.map(one, tree, places)
+
+    state = abstract_state(experiment, stage, mesh)
+    frozen = stage.frozen_shapes()
+    batch = stage.batch_shapes(frames)
+    over_batch = jax.tree.map(lambda _: NamedSharding(mesh, P(BATCH)), batch)
+    return state, placed(frozen, shardings(frozen, mesh)), placed(batch, over_batch)
+
+
+def bytes_per_device(tree: Tree) -> int:
+    """Bytes of a tree of shapes with shardings on each device."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+    )
+
+
+def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
+    """Numbers that train and that do not, without what stands only in the optimiser."""
+    trees = {"trained": state.params, "frozen": frozen}
+    return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
+
+
+def operations(experiment: Experiment, device: jax.Device, frames: int) -> dict[str, float]:
+    """Operations of a step over all devices: "model", and "computed", with what is done twice.
+
+    model: forward and backward pass, nothing recomputed; the number that MFU refers to.
+    """
+    mesh = make_mesh(MeshConfig(data=1), [device])  # the platform's layers, undivided
+    found = {}
+    for name, remat in (("model", "none"), ("computed", experiment.compute.remat)):
+        compute = dataclasses.replace(experiment.compute, remat=remat, attention="xla")
+        stage = make_stage(dataclasses.replace(experiment, compute=compute))
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        step = jax.ShapeDtypeStruct((), "int32")
+        params = jax.eval_shape(stage.init, key)
+        inputs = params, stage.frozen_shapes(), stage.batch_shapes(frames), key, step
+        with jax.set_mesh(mesh):
+            found[name] = flops.count(gradient(stage.loss, 1), *inputs, turns=stage.turns)
+    return found
+
+
+def memory(compiled: Any, available: int) -> dict:
+    """What the compiler says of a device's memory, in bytes."""
+    stats = compiled.memory_analysis()
+    total = (
+        stats.argument_size_in_bytes
+        + stats.output_size_in_bytes
+        - stats.alias_size_in_bytes
+        + stats.temp_size_in_bytes
+        + stats.generated_code_size_in_bytes
+    )
+    return {
+        "argument_bytes": stats.argument_size_in_bytes,
+        "temp_bytes": stats.temp_size_in_bytes,
+        "peak_bytes": total,
+        "fits": total <= available,
+    }
+
+
+def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: int) -> dict:
+    """Communication, and the roofline: each resource at its peak, one after the other or at once.
+
+    A collective runs in a ring along one axis of the torus, both ways.
+    """
+    experiment, devices = stage.experiment, found["devices"]
+    peak = chip.flops / chip.devices
+    sent = hlo.collectives(text, stage.turns)
+    moved = hlo.traffic(text, stage.turns)
+    seconds = {
+        "compute": found["flops"]["computed"] / devices / peak,
+        "hbm": moved / (chip.bandwidth / chip.devices),
+        "ici": sum(one.sent for one in sent) / (2 * chip.link / chip.devices),
+    }
+    best, worst = max(seconds.values()), sum(seconds.values())
+    rate = {
+        "step_s": [best, worst],
+        "mfu_bound": found["flops"]["model"] / devices / peak / best,
+        "clips_per_s": [experiment.data.batch / worst, experiment.data.batch / best],
+        "chip_hours_per_epoch": [
+            clips / experiment.data.batch * s * found["chips"] / 3600 for s in (best, worst)
+        ],
+        "clips_per_epoch": clips,
+    }
+    if experiment.refiner is not None:
+        cfg, data = experiment.vae, experiment.data
+        grid = (side // cfg.stride for side in data.size)
+        tokens = experiment.refiner.dit.tokens(1 + (frames - 1) // cfg.temporal_stride, *grid)
+        rate["tokens_per_clip"] = tokens
+        rate["tokens_per_s"] = [tokens * x for x in rate["clips_per_s"]]
+    return {
+        "collectives": [dataclasses.asdict(one) for one in sent],
+        "hbm_traffic_bytes": moved,
+        "roofline_s": seconds,
+    } | rate
+
+
+def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
+    """What is known of a program that the compiler gave up on: the figure and the largest tensors.
+
+    text: the program before it was divided, so that tensors count for all devices, but for those
+    inside attention. Raises RuntimeError with the message if it speaks of anything but memory.
+    """
+    reason = message.splitlines()[0]
+    if "RESOURCE_EXHAUSTED" not in reason:
+        raise RuntimeError(reason)
+    tensors = {
+        (
+            math.prod(map(int, dims.split("x"))) * int(width) // 8,
+            f"{dims.replace('x', ' x ')} {kind}",
+        )
+        for dims, kind, width in re.findall(r"tensor<((?:\d+x)*\d+)x([a-z]+(\d+))>", text)
+    }
+    named = [
+        (bytes_per_device(x), jax.tree_util.keystr(path, simple=True, separator="/"))
+        for path, x in jax.tree_util.tree_leaves_with_path(arguments)
+    ]
+
+    def largest(sizes, what):
+        return [
+            f"{size / 2**20:,.0f} MiB {what} {x}" for size, x in sorted(sizes, reverse=True)[:5]
+        ]
+
+    return {
+        "reason": reason.partition("RESOURCE_EXHAUSTED: ")[2],
+        "largest": largest(tensors, "on all devices:") + largest(named, "per device:"),
+    }

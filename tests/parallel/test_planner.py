@@ -1,0 +1,165 @@
+"""Counts of operations, communication and memory against what is known of small programs."""
+
+import dataclasses
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from gnvc_jax import cli, planner
+from gnvc_jax.parallel import MeshConfig, chips, flops, hlo, make_mesh, rules
+from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
+from gnvc_jax.training.config import DataConfig, Experiment
+from gnvc_jax.training.stages import Stage
+
+WIDTH = 64
+
+
+class Layers(Stage):
+    """Four scanned layers on frames of eight pixels, and a frozen one."""
+
+    def init(self, key):
+        return {"layers": jax.random.normal(key, (4, WIDTH, WIDTH))}
+
+    def frozen_shapes(self):
+        return {"last": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)}
+
+    def loss(self, params, frozen, batch, key, step):
+        x = batch.reshape(batch.shape[0], -1)[:, :WIDTH].astype(jnp.float32)
+        x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
+        return jnp.mean((x @ frozen["last"]) ** 2), {}
+
+
+@pytest.fixture
+def experiment(monkeypatch):
+    monkeypatch.setattr(planner, "make_stage", Layers)
+    monkeypatch.setattr(rules, "SMALL", 0)
+    return Experiment("layers", data=DataConfig(frames=1, size=(8, 8), batch=1024))
+
+
+def plans(experiment, **mesh):
+    experiment = dataclasses.replace(experiment, mesh=MeshConfig(**mesh))
+    return planner.plan_for(experiment, jax.devices(), chips.CHIPS["v5p"])
+
+
+def test_a_plan_of_a_known_step(experiment):
+    found = plans(experiment, data=1, fsdp=8)
+    assert found["parameters"] == {"trained": 4 * WIDTH**2, "frozen": WIDTH**2}
+    # Weights, average and two moments of four layers; the last; 128 clips; two counters and a key.
+    expected = (4 * 4 + 1) * WIDTH**2 * 4 / 8 + 128 * 8 * 8 * 3
+    assert expected <= found["argument_bytes"] <= expected + 16
+    # Forward, then gradients of activations, and of the weights that are not frozen.
+    product = 2 * 1024 * WIDTH**2
+    assert found["flops"]["model"] == (5 + 5 + 4) * product
+    assert found["fits"] and found["mfu_bound"] <= 1
+    gathered = next(c for c in found["collectives"] if c["kind"] == "all-gather")
+    assert gathered["sent"] >= 2 * 4 * WIDTH**2 * 4 * 7 / 8  # each layer, forward and backward
+    json.dumps(found)
+
+
+def test_memory_falls_with_the_devices(experiment):
+    copied, spread = plans(experiment, data=8), plans(experiment, data=1, fsdp=8)
+    batch = 128 * 8 * 8 * 3  # on each device in both
+    before, after = (found["argument_bytes"] - batch for found in (copied, spread))
+    assert before / after == pytest.approx(8, rel=0.01)
+    assert not any(c["kind"] == "all-gather" for c in copied["collectives"])
+
+
+def test_sizes_are_checked_first(experiment):
+    with pytest.raises(ValueError, match="batch 1024 does not divide by 5"):
+        planner.plan_for(
+            dataclasses.replace(experiment, mesh=MeshConfig(5)),
+            jax.devices()[:5],
+            chips.CHIPS["v4"],
+        )
+
+
+def test_operations_of_the_dit():
+    """The formula of the refiner, whose totals are the published ones."""
+    cfg = DiTConfig(96, 256, 2, 3, 8, 4, text_width=12, text_length=8, context_channels=6)
+    cfg = dataclasses.replace(cfg, context_every=3)
+    inputs = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 2, 8, 8, 4), (1,), (1, 8, 12))]
+    inputs.append(jax.ShapeDtypeStruct((1, 2, 8, 8, 6), jnp.float32))
+    model = DiT(cfg, attention="xla")
+    params = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    found = flops.count(model.apply, params, *inputs)
+    time = 2 * (8 * 96 + 96 * 96 + 6 * 96 * 96)  # left out in the formula
+    assert found == cfg.flops(2, 8, 8) + time
+    assert VACE_1_3B.flops(21, 60, 104) == pytest.approx(427e12, rel=0.003)
+
+
+def test_operations_of_convolutions():
+    def conv(x, kernel):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=dims)
+
+    x, kernel = jnp.zeros((1, 8, 8, 3)), jnp.zeros((3, 3, 3, 5))
+    forward = 2 * 4 * 4 * 5 * 27
+    assert flops.count(conv, x, kernel) == forward
+    back = flops.count(jax.grad(lambda x: conv(x, kernel).sum()), x)
+    assert back - forward == pytest.approx(forward, rel=0.3)  # it counts outputs, cut at the edge
+
+
+def test_communication_in_a_loop():
+    mesh = make_mesh(MeshConfig(data=2, context=4))
+
+    def turn(x, _):
+        x = lax.ppermute(x, "context", [(i, (i + 1) % 4) for i in range(4)])
+        return lax.psum(x, "data") * 0.5, None
+
+    def body(x):
+        return lax.scan(turn, x, None, length=5)[0]
+
+    spec = P(None, "context")
+    f = jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    text = jax.jit(f).lower(jnp.zeros((32, 64))).compile().as_text()
+    found = {c.kind: c for c in hlo.collectives(text)}
+    part = 32 * 16 * 4
+    assert set(found) == {"all-reduce", "collective-permute"}
+    assert found["collective-permute"].count == found["all-reduce"].count == 5
+    assert found["collective-permute"].sent == found["all-reduce"].sent == 5 * part
+    assert 5 * 4 * part <= hlo.traffic(text) <= 5 * 12 * part
+
+
+def test_traffic_of_a_loop_over_slices():
+    """A layer is read when its turn comes, not all layers each time."""
+    layers, x = jnp.zeros((16, 256, 256)), jnp.zeros((4, 256))
+    f = jax.jit(lambda layers, x: lax.scan(lambda x, w: (x @ w, None), x, layers)[0])
+    read = hlo.traffic(f.lower(layers, x).compile().as_text())
+    assert layers.nbytes <= read <= 3.5 * layers.nbytes
+
+
+def test_names_of_topologies():
+    assert chips.parse_topology("v5p:4x4x8") == (chips.CHIPS["v5p"], (4, 4, 8))
+    for wrong in ("v9:2x2", "v5p", "v5e:2y2", "v5p:2x2"):
+        with pytest.raises(ValueError, match="topology"):
+            chips.parse_topology(wrong)
+
+
+def test_without_libtpu(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    args = ["plan", "--config", "configs/wan_1_3b/codec.py", "--topology", "v5p:2x2x1"]
+    assert cli.main(args) == 2
+    assert "needs libtpu: pip install" in capsys.readouterr().err
+
+
+def test_what_does_not_fit(experiment, monkeypatch):
+    """The figure and the largest tensors, from the compiler's own words."""
+    words = "the total memory required for HLO temporaries (82.68G) exceeds available HBM (15.75G)."
+
+    def give_up(*_, **__):
+        raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: E1000: {words}\nSee a page.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
+    found = plans(experiment, data=1, fsdp=8) | {"topology": "v5p:2x2x2"}
+    assert found["fits"] is False and words in found["reason"]
+    assert any(f"x 1024 x {WIDTH} f32" in line for line in found["largest"])
+    assert any("per device: 0/params/layers" in line for line in found["largest"])
+    assert words in planner.report(found)
+    assert "does not fit" in planner.table([found])
+    with pytest.raises(RuntimeError, match="something else"):
+        planner.too_large("something else\n", "", ())
