@@ -11,7 +11,7 @@ import sys
 import jax
 
 from gnvc_jax.media.errors import MediaError
-from gnvc_jax.runtime import use_compilation_cache
+from gnvc_jax.runtime import join_processes, use_compilation_cache
 from gnvc_jax.training import config
 from gnvc_jax.training.loop import train
 from gnvc_jax.training.stages import make_stage
@@ -26,9 +26,11 @@ def main() -> None:
 
     try:
         experiment = config.override(config.load(args.config), overrides)
+        join_processes()
         use_compilation_cache()
         device = jax.devices()[0]
-        print(f"{experiment.stage} on {jax.device_count()} x {device.device_kind}", flush=True)
+        if jax.process_index() == 0:
+            print(f"{experiment.stage} on {jax.device_count()} x {device.device_kind}", flush=True)
         train(experiment, make_stage(experiment))
     except (FileNotFoundError, ValueError, FloatingPointError, MediaError) as error:
         sys.exit(f"train.py: {error}")

@@ -1,5 +1,6 @@
 """Settings of the process that the programs share."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -9,6 +10,42 @@ import jax
 def cache_folder() -> Path:
     """The project's folder below the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gnvc_jax"
+
+
+# What tells that a process has others beside it: of Slurm, Open MPI, and an indexed Kubernetes job.
+COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
+BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+GANG_SECONDS = 1800  # in which all processes of a large run start
+
+
+def join_processes() -> None:
+    """Make the processes of one run one JAX program; before anything else of JAX is used.
+
+    On TPU slices, under Slurm, Open MPI and in Kubernetes jobs JAX finds the others by itself; by
+    hand, the variables BY_HAND name HOST:PORT of the first process, the number of processes and
+    that of this one. A process that is alone goes on by itself. Raises ValueError if some of the
+    variables are missing, RuntimeError if the others do not come.
+    """
+    given = [os.environ.get(name) for name in BY_HAND]
+    if any(given):
+        if not all(given):
+            raise ValueError(f"set all of {', '.join(BY_HAND)}, or none")
+        address, count, number = given
+        if int(count) > 1:
+            jax.distributed.initialize(
+                address, int(count), int(number), initialization_timeout=GANG_SECONDS
+            )
+        return
+    several = any(int(os.environ.get(name, 1)) > 1 for name in COUNTS)
+    if several or all(name in os.environ for name in KUBERNETES) or on_tpu_host():
+        jax.distributed.initialize(initialization_timeout=GANG_SECONDS)
+
+
+def on_tpu_host() -> bool:
+    """Whether this machine has TPUs; the hosts of a slice find each other, alone or not."""
+    devices = (*Path("/dev").glob("accel*"), *Path("/dev/vfio").glob("[0-9]*"))
+    return bool(devices) and importlib.util.find_spec("libtpu") is not None
 
 
 def use_compilation_cache() -> None:

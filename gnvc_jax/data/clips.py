@@ -109,6 +109,28 @@ def clip_dataset(
     )
 
 
+class InRows(grain.MapDataset):
+    """Elements in such an order that reading every nth gives each process rows that follow.
+
+    Process p of n takes the elements p, p + n, p + 2n, ...; here these are the rows p * rows to
+    (p + 1) * rows of each batch, so that a global batch is the same for any number of processes.
+    """
+
+    def __init__(self, parent: grain.MapDataset, rows: int, processes: int):
+        super().__init__(parent)
+        self.rows, self.processes = rows, processes
+
+    def __len__(self) -> int:
+        return len(self.parents[0])
+
+    def __getitem__(self, index: int | slice):
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, self.rows * self.processes)
+        row, process = divmod(place, self.processes)
+        return self.parents[0][(batch * self.processes + process) * self.rows + row]
+
+
 def endless_batches(
     count: int,
     draw: grain.transforms.RandomMap,
@@ -134,7 +156,7 @@ def endless_batches(
         num_workers=num_workers, per_worker_buffer_size=worker_buffer
     )
     return grain.experimental.ElasticIterator(
-        order.repeat().random_map(draw),
+        InRows(order.repeat().random_map(draw), batch, processes),
         batch * processes,
         grain.sharding.ShardOptions(number, processes),
         read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=worker_buffer),

@@ -306,7 +306,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
             state, values = train_step(state, frozen, batch)
             step += 1
             if step == first + 1:
-                print(f"compiled in {time.perf_counter() - called:.1f} s", flush=True)
+                say(f"compiled in {time.perf_counter() - called:.1f} s")
                 meter.restart()  # the rates are those of the steps alone
             if pending:
                 meter.add(*pending)  # of the step before, while the device works on this one
@@ -318,9 +318,15 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
             meter.add(*pending)
             checkpoints.save(step, state, data.get_state())
     if step < last:
-        print(f"stopped after step {step} of {last}; the same command continues", flush=True)
+        say(f"stopped after step {step} of {last}; the same command continues")
         return None
     return state
+
+
+def say(text: str) -> None:
+    """Once, not by every process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 def put(batch: Tree, sharding: NamedSharding) -> Tree:

@@ -5,13 +5,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnvc_jax.data.clips import endless_batches
 from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
 from gnvc_jax.training.stages import Stage
 
 
-def sample(_: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    x = rng.standard_normal(4, np.float32)
-    return {"x": x, "y": x @ np.arange(8, dtype=np.float32).reshape(4, 2) + 1}
+class Sample(grain.transforms.RandomMap):
+    def random_map(self, _: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        x = rng.standard_normal(4, np.float32)
+        return {"x": x, "y": x @ np.arange(8, dtype=np.float32).reshape(4, 2) + 1}
 
 
 class ToyStage(Stage):
@@ -27,8 +29,9 @@ class ToyStage(Stage):
         return jnp.mean(error**2), {"largest": jnp.max(jnp.abs(error))}
 
     def dataset(self, frames=None):
-        data = grain.MapDataset.range(32).seed(self.experiment.data.seed).shuffle().repeat()
-        return data.random_map(sample).to_iter_dataset().batch(self.experiment.data.batch)
+        count, data = jax.process_count(), self.experiment.data
+        shard = jax.process_index(), count
+        return endless_batches(32, Sample(), batch=data.batch // count, seed=data.seed, shard=shard)
 
 
 def experiment() -> Experiment:

@@ -1,0 +1,103 @@
+"""Two real processes on one machine: the same run, killed, resumed by one, and on another mesh."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = 8
+
+
+def start(out, processes, *more, devices=2):
+    """`train.py` in so many processes, with so many devices each."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    command = [sys.executable, str(ROOT / "train.py")]
+    command += ["--config", str(Path(__file__).with_name("toy_stage.py")), "--run.out", str(out)]
+    # A constant rate, so that runs of other lengths take the same steps.
+    command += ["--run.checkpoint_every", "2", "--optim.final_lr_ratio", "1", *map(str, more)]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(Path(__file__).parent)]),
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    }
+    if processes > 1:
+        environment |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}
+        environment |= {"JAX_NUM_PROCESSES": str(processes)}
+    return [
+        subprocess.Popen(
+            command,
+            env=environment | ({"JAX_PROCESS_ID": str(i)} if processes > 1 else {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for i in range(processes)
+    ]
+
+
+def finish(processes):
+    """What each process printed; all must end well."""
+    outputs = [p.communicate(timeout=240)[0] for p in processes]
+    assert [p.returncode for p in processes] == [0] * len(processes), outputs
+    return outputs
+
+
+def losses(out):
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    return {(r := json.loads(line))["step"]: r["loss"] for line in lines}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """Losses of an uninterrupted run in one process."""
+    out = tmp_path_factory.mktemp("alone")
+    finish(start(out, 1, "--optim.steps", STEPS))
+    return losses(out)
+
+
+def test_two_processes_train_as_one_and_print_once(alone, tmp_path):
+    first, second = finish(start(tmp_path, 2, "--optim.steps", STEPS, "--mesh", "data=2,fsdp=2"))
+    assert "on 4 x" in first and "step 8/8" in first
+    assert "step" not in second
+    assert losses(tmp_path).keys() == alone.keys() == set(range(1, STEPS + 1))
+    np.testing.assert_allclose(list(losses(tmp_path).values()), list(alone.values()), rtol=1e-5)
+
+
+def test_killed_hard_then_resumed_by_one_process_on_another_mesh(alone, tmp_path):
+    running = start(tmp_path, 2, "--optim.steps", 10**9, "--mesh", "data=4")
+    checkpoints = tmp_path / "checkpoints"
+    deadline = time.monotonic() + 200
+    while time.monotonic() < deadline and not any(
+        p.name.isdigit() for p in (checkpoints.iterdir() if checkpoints.exists() else ())
+    ):
+        assert all(p.poll() is None for p in running)
+        time.sleep(0.02)
+    for process in running:
+        process.kill()
+        process.wait()
+    saved = max(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+    (output,) = finish(start(tmp_path, 1, "--optim.steps", saved + 4, "--mesh", "data=1,fsdp=2"))
+    assert f"step {saved + 4}/{saved + 4}" in output
+    found = losses(tmp_path)
+    assert found.keys() == set(range(1, saved + 5))  # at most the checkpoint interval was lost
+    shared = found.keys() & alone.keys()
+    np.testing.assert_allclose(
+        [found[k] for k in sorted(shared)], [alone[k] for k in sorted(shared)], rtol=1e-5
+    )
+
+
+def test_variables_by_hand_come_together():
+    environment = os.environ | {"JAX_NUM_PROCESSES": "2", "PYTHONPATH": str(ROOT)}
+    code = "from gnvc_jax.runtime import join_processes; join_processes()"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert "set all of JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in done.stderr
