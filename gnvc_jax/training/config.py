@@ -92,7 +92,8 @@ class RunConfig:
 
     out: run folder, a command repeated with the same one resumes; log_every: steps;
     checkpoint_every_s: seconds; checkpoint_every: steps, replaces the seconds if given; keep:
-    newest checkpoints that stay.
+    newest checkpoints that stay; profile: first and last step of which a trace for XProf or
+    TensorBoard is written to `out`/profile.
     """
 
     out: str = "runs/unnamed"
@@ -102,6 +103,11 @@ class RunConfig:
     keep: int = 2
     seed: int = 0
     tensorboard: bool = False
+    profile: tuple[int, int] | None = None
+
+    def __post_init__(self):
+        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
+            raise ValueError(f"run.profile: {self.profile} are no first and last step")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -186,6 +186,29 @@ class Clips:
         return {"frames": self.frames, "batches": self.batches.get_state()}
 
 
+class Profiler:
+    """Traces the steps `run.profile`; on the first process only."""
+
+    def __init__(self, run: RunConfig):
+        self.first, self.last = run.profile or (0, -1)
+        self.folder, self.running = Path(run.out) / "profile", False
+
+    def before(self, step: int) -> None:
+        """Called before each step, counted from 1."""
+        wanted = self.first <= step <= self.last and jax.process_index() == 0
+        if wanted and not self.running:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+        elif not wanted:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced, which the device may still be working on."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+
+
 class Meter:
     """Collects the metrics of each step and writes their means every `log_every` steps."""
 
@@ -208,7 +231,7 @@ class Meter:
             keys = sorted(values, key=lambda k: k != "loss")
             means = {k: float(np.mean([v[k] for v in self.values])) for k in keys}
             rates = {"steps_per_s": len(self.values) / seconds, "data_wait": self.waited / seconds}
-            self.writer.write(step, means | rates)
+            self.writer.write(step, means | rates | device_memory())
             self.restart()
 
 
@@ -297,13 +320,16 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
 
         step = first = int(state.step)
         writer = stack.enter_context(closing(make_writer(experiment, first)))
+        profiler = stack.enter_context(closing(Profiler(run)))
         meter, pending, saved_at = Meter(experiment, writer), None, time.monotonic()
         while step < last and not stop.received and not checkpoints.preempted(step):
             waiting = time.perf_counter()
             batch = put(data.take(step), over_batch)
             meter.waited += time.perf_counter() - waiting
             called = time.perf_counter()
-            state, values = train_step(state, frozen, batch)
+            profiler.before(step + 1)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                state, values = train_step(state, frozen, batch)
             step += 1
             if step == first + 1:
                 say(f"compiled in {time.perf_counter() - called:.1f} s")
@@ -332,6 +358,13 @@ def say(text: str) -> None:
 def put(batch: Tree, sharding: NamedSharding) -> Tree:
     """This process's part of a batch (numpy) as global arrays."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def device_memory() -> dict[str, float]:
+    """Largest use of a device of this process so far, in GiB; empty where it is not known."""
+    found = [d.memory_stats() or {} for d in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] / 2**30 for stats in found if "peak_bytes_in_use" in stats]
+    return {"device_gib": max(peaks)} if peaks else {}
 
 
 def due(run: RunConfig, step: int, saved_at: float) -> bool:

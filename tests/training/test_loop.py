@@ -15,7 +15,7 @@ import toy_stage
 
 from gnvc_jax.parallel import MeshConfig, rules
 from gnvc_jax.training import loop
-from gnvc_jax.training.config import OptimConfig
+from gnvc_jax.training.config import OptimConfig, RunConfig
 
 
 def toy(out, *, steps=4, **run):
@@ -172,6 +172,14 @@ def test_run_without_finite_gradients_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(toy_stage.ToyStage, "frozen", lambda self: {"scale": jnp.float32("nan")})
     with pytest.raises(FloatingPointError, match=r"step 3: the last 3 gradients not finite"):
         train(toy(tmp_path, steps=9))
+
+
+def test_a_trace_of_the_named_steps_is_written(tmp_path):
+    train(toy(tmp_path, profile=(2, 3)))
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
+    with pytest.raises(ValueError, match=r"run.profile: \(3, 2\)"):
+        RunConfig(profile=(3, 2))
 
 
 def test_loss_falls(tmp_path):
