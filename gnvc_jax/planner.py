@@ -126,7 +126,7 @@ def report(found: dict) -> str:
         "  at peak      " + ", ".join(f"{k} {v:.4f} s" for k, v in found["roofline_s"].items()),
         f"  step         {low:.4f} s if all overlaps, {high:.4f} s if nothing does",
         f"  MFU          at most {found['mfu_bound']:.0%}",
-        f"  {found['clips_per_epoch']:,} clips: {epoch[0]:,.0f} to {epoch[1]:,.0f} chip hours",
+        f"  {found['clips_per_epoch']:,} clips: {epoch[0]:.3g} to {epoch[1]:.3g} chip hours",
     ]
     return "\n".join(lines)
 
