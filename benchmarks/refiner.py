@@ -4,30 +4,50 @@
 
 Decodes a group of 25 frames (7 latents) in memory, with each number of steps, after one decoding
 that compiles; medians. The group without refinement is the peer: `ratio` is how many times longer
-decoding takes. Tokens: of one window of latents, all of which attend to each other.
+decoding takes. Tokens: of one window of latents, all of which attend to each other. A model without
+a refiner gets one of REFINER's sizes with random weights.
 """
 
 import argparse
+import dataclasses
 import io
 import statistics
 import time
 from pathlib import Path
 
+import jax
+import numpy as np
 from codec_speed import scene
 
 from gnvc_jax.bitstream import StreamReader
+from gnvc_jax.coder import Coder
 from gnvc_jax.evaluation.environment import environment
 from gnvc_jax.evaluation.records import write_json
 from gnvc_jax.pretrained import load_pretrained
+from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig
 
+DIT = DiTConfig(192, 576, 3, 4, 64, text_length=0, context_every=2, context_channels=16)
+REFINER = RefinerConfig(DIT, window=5, deviation=0.3)
 FRAMES = 25
 STEPS = (0, 1, 5)
+
+
+def with_refiner(codec: Coder) -> Coder:
+    """The same with a refiner of random weights."""
+    width, channels = codec.model.codec_config.width, DIT.channels
+    config = dataclasses.replace(REFINER, features=width)
+    latents, one = np.zeros((1, 1, 2, 2, channels)), np.zeros(1)
+    inputs = latents, one, latents, np.zeros((1, 1, 2, 2, width)), one.astype(int)
+    shapes = jax.eval_shape(Refiner(config).init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(0)
+    weights = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), shapes)
+    return Coder(dataclasses.replace(codec.model, refiner_config=config, refiner=weights))
 
 
 def measure(model: str, width: int, height: int, repeats: int) -> list[dict]:
     codec, stream = load_pretrained(model), io.BytesIO()
     if codec.model.refiner is None:
-        raise SystemExit(f"benchmarks/refiner.py: {model} has no refiner")
+        codec = with_refiner(codec)
     header = codec.header(width, height, (25, 1), gop=FRAMES)
     codec.encode_frames(scene(width, height, FRAMES), stream, header, 32)
     reader = StreamReader(stream.getvalue())
