@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
         plan,
         "What a training step costs on a TPU pod, without the pod. Settings of the experiment are "
         "changed as for train.py.",
-        "gnvc plan --config configs/wan_1_3b/latent.py --topology v5p:4x4x4 --mesh fsdp=64 "
+        "gnvc plan --config configs/wan_1_3b/latent.py --topology v5p:4x4x4 --mesh fsdp=16 "
         "--data.batch 64 --data.latents cache",
     )
     pod.add_argument("--config", required=True, help="of an experiment; nothing it names is read")
@@ -292,11 +292,10 @@ def cache_latents(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> int:
-    import json
-
     import jax
 
     from gnvc_jax import planner
+    from gnvc_jax.evaluation.records import write_json
     from gnvc_jax.training import config
 
     jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none
@@ -307,7 +306,7 @@ def plan(args: argparse.Namespace) -> int:
         print(planner.report(found), flush=True)
         plans.append(found)
         if args.out:  # after each, since a large one takes minutes
-            Path(args.out).write_text(json.dumps(plans, indent=1) + "\n")
+            write_json(Path(args.out), plans)
     if len(plans) > 1:
         print(planner.table(plans))
     return 0 if all(found["fits"] for found in plans) else EXIT_DAMAGED
