@@ -1,4 +1,5 @@
-"""The command line: gnvc encode | decode | info | demo | port | export | cache-latents | plan.
+"""The command line: gnvc encode | decode | info | demo | encode-all | cache-latents | port | export
+| plan.
 
 Exit codes: 0 good; 2 wrong use; 3 done, but damaged groups or videos were left out, or a plan does
 not fit into memory; 10-24 a stream or model is wrong (gnvc_jax.bitstream.errors); 25 weights to
@@ -112,6 +113,19 @@ def parser() -> argparse.ArgumentParser:
     exp.add_argument("--to", required=True, help="new folder")
     exp.add_argument("--shard-gib", type=float, default=2.0, help="largest file (default: 2)")
     exp.add_argument("--no-progress", action="store_true", help="no progress bar")
+
+    every = command(
+        "encode-all",
+        encode_all,
+        "Streams of many videos and a manifest; processes started together share the work.",
+        "gnvc encode-all --data clips --to streams --qp 24",
+    )
+    every.add_argument("--data", required=True, help="folder, list (.txt) or video")
+    every.add_argument("--to", required=True, help="folder; the same command goes on in it")
+    every.add_argument("--qp", type=int, default=24, help="0..63, lower is better (default: 24)")
+    every.add_argument("--gop", type=int, default=97, help="frames per group (default: 97)")
+    every.add_argument("--model", default="tiny", help="name or file (default: tiny)")
+    every.add_argument("--no-progress", action="store_true", help="no progress bar")
 
     cache = command(
         "cache-latents",
@@ -282,10 +296,28 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def encode_all(args: argparse.Namespace) -> int:
+    from gnvc_jax.corpus import encode_all
+    from gnvc_jax.pretrained import load_pretrained
+    from gnvc_jax.runtime import join_processes
+
+    join_processes()
+    coder = load_pretrained(args.model)
+    failed = encode_all(args.data, args.to, coder, args.qp, args.gop, not args.no_progress)
+    return left_out(failed)
+
+
 def cache_latents(args: argparse.Namespace) -> int:
     from gnvc_jax.caching import cache_latents
+    from gnvc_jax.runtime import join_processes
 
+    join_processes()
     failed = cache_latents(args.data, args.to, args.vae, args.frames, not args.no_progress)
+    return left_out(failed)
+
+
+def left_out(failed: dict[str, str]) -> int:
+    """The exit code after saying which videos failed."""
     for reason in failed.values():
         print(f"gnvc: left out: {reason}", file=sys.stderr)
     return EXIT_DAMAGED if failed else 0

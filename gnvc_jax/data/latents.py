@@ -71,7 +71,7 @@ def write_latents(
     videos = sorted(set(find_videos(Path(source))))[shard[0] :: shard[1]]
     failed = {}
     for video in tqdm(videos, unit="video", desc="latents", disable=not progress or None):
-        stem = folder / f"{video.stem}-{_key(video)}"
+        stem = folder / f"{video.stem}-{video_key(video)}"
         done = stem.with_suffix(".json")
         if done.exists():
             continue
@@ -116,7 +116,7 @@ def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
                 clip = []
 
 
-def _key(video: Path) -> str:
+def video_key(video: Path) -> str:
     """Tells videos of one name apart."""
     facts = video.stat()
     text = f"{video.absolute()} {facts.st_size} {facts.st_mtime_ns}"
