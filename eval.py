@@ -87,12 +87,15 @@ def parse(arguments=None) -> argparse.Namespace:
         help=f"of {','.join(METRICS)}, or all (default: {','.join(DEFAULT)}; "
         "lpips_vgg and dists take seconds a frame without an accelerator)",
     )
-    add("--frames", type=int, help="first frames of each video (default: all)")
+    add("--frames", type=int, default=96, help="first frames of each video (default: 96)")
+    add("--gop", type=int, default=25, help="frames of a group, 1 + 4k (default: 25)")
     add("--out", type=Path, required=True, help="folder for records and results")
     add("--force", action="store_true", help="measure again what is on record")
     options = parser.parse_args(arguments)
-    if options.frames is not None and options.frames < 1:
+    if options.frames < 1:
         parser.error("--frames must be positive")
+    if options.gop < 1 or (options.gop - 1) % 4:
+        parser.error(f"--gop {options.gop} is not 1 + 4k")
     return options
 
 
@@ -135,7 +138,11 @@ def main(arguments=None) -> int:
         name: functools.partial(read_clip, path, name, options.frames)
         for name, path in paths.items()
     }
-    points = [FilePoint(options.model, qp, n) for qp in options.qp for n in options.steps]
+    points = [
+        FilePoint(options.model, qp, steps, options.gop)
+        for qp in options.qp
+        for steps in options.steps
+    ]
     points += [AutoencoderPoint(options.model)] * options.vae
     total = len(clips) * (len(points) + len(options.qp) * len(options.anchors))
     with tqdm(total=total, unit="point", disable=None) as bar:

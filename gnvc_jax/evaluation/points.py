@@ -62,12 +62,13 @@ class FilePoint:
     """A .gnvc file, written and read by separate processes of the command line tool.
 
     model: a name or a path; qp: 0 (best) to 63 (smallest); steps: of refinement, None for what
-    `gnvc decode` does by itself.
+    `gnvc decode` does by itself; gop: frames of a group, None for what `gnvc encode` does.
     """
 
     model: str
     qp: int
     steps: int | None = None
+    gop: int | None = None
     suffix = ".gnvc"
 
     @property
@@ -75,11 +76,11 @@ class FilePoint:
         return f"gnvc-qp{self.qp}" + (f"-steps{self.steps}" if self.steps is not None else "")
 
     def identity(self) -> dict[str, Any]:
-        facts = {"codec": "gnvc", "qp": self.qp, "steps": self.steps}
+        facts = {"codec": "gnvc", "qp": self.qp, "steps": self.steps, "gop": self.gop}
         return facts | model_identity(self.model)
 
     def code(self, clip: Clip) -> Coded:
-        bitstream, encode_seconds = _encoded(clip, self.model, self.qp)
+        bitstream, encode_seconds = _encoded(clip, self.model, self.qp, self.gop)
         with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
             coded, decoded = Path(folder) / "coded.gnvc", Path(folder) / "decoded.mkv"
             coded.write_bytes(bitstream)
@@ -153,12 +154,14 @@ def model_identity(model: str) -> dict[str, str]:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoded(clip: Clip, model: str, qp: int) -> tuple[bytes, float]:
+def _encoded(clip: Clip, model: str, qp: int, gop: int | None) -> tuple[bytes, float]:
     """The file and the seconds it took; points that differ in decoding only share it."""
     with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
         source, coded = Path(folder) / "source.mkv", Path(folder) / "coded.gnvc"
         write_clip(clip, source)
-        seconds = _run_tool(["encode", source, coded, "--qp", str(qp), "--model", model])
+        options = ["--qp", str(qp), "--model", model]
+        options += [] if gop is None else ["--gop", str(gop)]
+        seconds = _run_tool(["encode", source, coded, *options])
         return coded.read_bytes(), seconds
 
 

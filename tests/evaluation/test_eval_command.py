@@ -32,7 +32,9 @@ def test_arguments(command):
     assert command.parse("--data a --anchors all --out o".split()).anchors == ANCHORS
 
 
-@pytest.mark.parametrize("wrong", ["--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--x"])
+@pytest.mark.parametrize(
+    "wrong", ["--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--gop 24", "--x"]
+)
 def test_wrong_use_ends_with_2(command, wrong, capsys):
     with pytest.raises(SystemExit) as caught:
         command.parse(f"--data a --out o {wrong}".split())
