@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from gnvc_jax.cli import MAX_STEPS
+from gnvc_jax.arguments import MAX_STEPS
 from gnvc_jax.evaluation.anchors import ANCHORS
 from gnvc_jax.evaluation.clips import find_clips, read_clip
 from gnvc_jax.evaluation.compare import ResultsError, compare, read_results
