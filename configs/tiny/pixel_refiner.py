@@ -3,7 +3,7 @@
 python train.py --config configs/tiny/pixel_refiner.py --data.path CLIPS
 
 Half of the updates refine in one step, the others in five. The loss is balanced (1): where nothing
-but the refiner trains, all quality levels count alike.
+but the refiner trains, all quality levels count alike. Two CPU cores: 3 to 7 s per step.
 """
 
 from configs.tiny.models import CODEC, REFINER, VAE
