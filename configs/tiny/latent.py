@@ -3,7 +3,7 @@
 gnvc cache-latents is not worth it here: the linear encoder costs next to nothing.
 python train.py --config configs/tiny/latent.py --data.path CLIPS
 
-Two CPU cores: 1 min of compilation, then 2 s per step. What came of it: gnvc_jax/pretrained/tiny.md.
+Two CPU cores: 1 min of compilation, then 2 s per step. Result: gnvc_jax/pretrained/tiny.md.
 """
 
 from configs.tiny.models import CODEC, REFINER, VAE
