@@ -54,4 +54,6 @@ $(VENV)/.installed-test: requirements.txt pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-parity: requirements.txt pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
+	# Without torchvision, which it asks for: few builds of it fit a build of torch.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lpips==0.1.4
 	@touch $@ $(VENV)/.installed $(VENV)/.installed-test

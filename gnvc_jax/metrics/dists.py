@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from gnvc_jax.metrics.trunks import features, load_weights
+from gnvc_jax.metrics.trunks import check_images, features, load_weights
 
-MIN_SIDE = 32
 WEIGHTS = Path(__file__).with_name("dists.safetensors")
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -35,12 +34,7 @@ def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
         ValueError: wrong shape, or a side shorter than 32.
         TypeError: integer images.
     """
-    if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
-        raise ValueError(f"dists needs two (b, h, w, 3) arrays, got {x.shape} and {y.shape}")
-    if min(x.shape[1:3]) < MIN_SIDE:
-        raise ValueError(f"dists needs sides of at least {MIN_SIDE}, got {x.shape[1:3]}")
-    if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
-        raise TypeError(f"dists needs float images in [0, 1], got {x.dtype} and {y.dtype}")
+    check_images("dists", x, y, "[0, 1]")
     structure, texture = [], []
     for a, b in zip(_stages(params["trunk"], x), _stages(params["trunk"], y)):
         mean_a, mean_b = a.mean((1, 2)), b.mean((1, 2))

@@ -11,9 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnvc_jax.metrics.trunks import features
-
-MIN_SIDE = 32
+from gnvc_jax.metrics.trunks import check_images, features
 
 # ImageNet mean and standard deviation, moved from [0, 1] to [-1, 1].
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -35,12 +33,7 @@ def lpips(params: dict, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Ar
         ValueError: wrong shape, or a side shorter than 32.
         TypeError: integer images.
     """
-    if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
-        raise ValueError(f"lpips needs two (b, h, w, 3) arrays, got {x.shape} and {y.shape}")
-    if min(x.shape[1:3]) < MIN_SIDE:
-        raise ValueError(f"lpips needs sides of at least {MIN_SIDE}, got {x.shape[1:3]}")
-    if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
-        raise TypeError(f"lpips needs float images in [-1, 1], got {x.dtype} and {y.dtype}")
+    check_images("lpips", x, y, "[-1, 1]")
     # Two passes rather than one on the concatenation: where only one side is differentiated,
     # the other then costs no backward pass and keeps no activations.
     fx = features(params["trunk"], (x - _SHIFT) / _SCALE, dtype)

@@ -18,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+MIN_SIDE = 32
+
 # Per network: the layer each convolution feeds. "tap" keeps the activation, "pool" halves it.
 _ALEX = ("tap pool", "tap pool", "tap", "tap", "tap")
 _VGG = ("", "tap pool", "", "tap pool", "", "", "tap pool", "", "", "tap pool", "", "", "tap")
@@ -42,6 +44,16 @@ _PACKAGE_FILES = {  # net: file inside the package, SHA-256, name of the trunk i
         "VGG16_0",
     ),
 }
+
+
+def check_images(metric: str, x: jax.Array, y: jax.Array, values: str) -> None:
+    """ValueError unless both are (b, h, w, 3) with sides from MIN_SIDE, TypeError unless float."""
+    if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
+        raise ValueError(f"{metric} needs two (b, h, w, 3) arrays, got {x.shape} and {y.shape}")
+    if min(x.shape[1:3]) < MIN_SIDE:
+        raise ValueError(f"{metric} needs sides of at least {MIN_SIDE}, got {x.shape[1:3]}")
+    if not (jnp.issubdtype(x.dtype, jnp.floating) and jnp.issubdtype(y.dtype, jnp.floating)):
+        raise TypeError(f"{metric} needs float images in {values}, got {x.dtype} and {y.dtype}")
 
 
 def max_pool(z: jax.Array, size: int) -> jax.Array:

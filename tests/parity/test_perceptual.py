@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 
 from gnvc_jax.metrics.dists import dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.porting.perceptual import port_perceptual
 
-torch = pytest.importorskip("torch", reason="needs torch: make test-parity installs it")
+torch = pytest.importorskip("torch", reason="torch is not installed: make test-parity")
 pytestmark = pytest.mark.parity
 
 VGG = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
@@ -125,6 +125,7 @@ def test_dists(torchvision, images, tmp_path, record_property):
         for name, value in reference.state_dict().items()
         if name.startswith("stage") and not name.endswith("filter")
     } | {f"lin{k}.model.1.weight": torch.ones(1, 1, 1, 1) for k in range(5)}
+    tensors = {name: np.ascontiguousarray(value.numpy()) for name, value in tensors.items()}
     save_file(tensors, tmp_path / "vgg.safetensors")
     weights = {
         k: jnp.asarray(getattr(reference, k).detach().numpy().reshape(-1))
