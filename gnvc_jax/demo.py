@@ -70,7 +70,7 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     common = "--model", model, "--force"
     seconds = {"encode": gnvc("encode", out / "source.mkv", stream, "--qp", qp, *common)}
     steps = {"decoded": 0}
-    if load_pretrained(model).refiner is not None:
+    if load_pretrained(model).model.refiner is not None:
         steps["refined"] = 1
     videos = {"source": source}
     for name, count in steps.items():
