@@ -91,7 +91,7 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     for name in steps:
         quality = meter(source, videos[name]).quality
         values = "  ".join(f"{k} {v:.4f}" for k, v in quality.items() if v is not None)
-        print(f"{name} ({steps[name]} steps of refinement): {values}")
+        print(f"{name} (--steps {steps[name]}): {values}")
     print("  ".join(f"{k} {t / s:.2f} frames/s" for k, s in seconds.items()))
     print(f"(whole processes, start and compilation included)\nSee {out}/contact_sheet.png and")
     order = ", ".join(videos)
