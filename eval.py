@@ -17,10 +17,10 @@ from gnvc_jax.evaluation.compare import ResultsError, compare, read_results
 from gnvc_jax.evaluation.environment import environment
 from gnvc_jax.evaluation.points import AutoencoderPoint, FilePoint
 from gnvc_jax.evaluation.quality import DEFAULT, METRICS, Meter
-from gnvc_jax.evaluation.records import write_whole
 from gnvc_jax.evaluation.report import write_report
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
+from gnvc_jax.files import write_whole
 from gnvc_jax.runtime import use_compilation_cache
 
 EXAMPLE = """example:

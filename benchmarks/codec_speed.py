@@ -26,6 +26,8 @@ from pathlib import Path
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
+from gnvc_jax.files import write_json
+
 GOP = 17
 SIZES = ((256, 256), (832, 480))
 MEMORY_FRAMES = (34, 340)
@@ -153,12 +155,7 @@ def main() -> None:
         "qp": args.qp,
         "repeats": args.repeats,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f".{args.out.name}.tmp")
-    temporary.write_text(
-        json.dumps({"facts": facts, "rows": rows, "memory": memory}, indent=1) + "\n"
-    )
-    os.replace(temporary, args.out)
+    write_json(args.out, {"facts": facts, "rows": rows, "memory": memory})
 
 
 if __name__ == "__main__":

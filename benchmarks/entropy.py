@@ -9,7 +9,6 @@ bytes take more than the information content under the integer tables.
 """
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -26,6 +25,7 @@ from gnvc_jax.bitstream import (
     frequencies_from_probabilities,
     gaussian_frequencies,
 )
+from gnvc_jax.files import write_json
 
 SCALES = 0.11 * (16 / 0.11) ** (np.arange(64) / 63)
 K_SKIP = 8
@@ -107,10 +107,7 @@ def main() -> None:
         "numpy": np.__version__,
         "repeats": args.repeats,
     }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f".{args.out.name}.tmp")
-    temporary.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    os.replace(temporary, args.out)
+    write_json(args.out, {"facts": facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from codec_speed import scene
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.coder import Coder
 from gnvc_jax.evaluation.environment import environment
-from gnvc_jax.evaluation.records import write_json
+from gnvc_jax.files import write_json
 from gnvc_jax.pretrained import load_pretrained
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig
 
@@ -100,7 +100,6 @@ def main() -> None:
     for size in args.sizes.split(","):
         rows += measure(args.model, *map(int, size.split("x")), args.repeats)
     facts = {"model": args.model, "repeats": args.repeats, **environment()}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, {"facts": facts, "rows": rows})
 
 

@@ -8,7 +8,6 @@ share the cores of one machine.
 """
 
 import argparse
-import json
 import os
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnvc_jax.files import write_json
 from gnvc_jax.parallel import MeshConfig, hlo, make_mesh
 from gnvc_jax.planner import abstract_arguments, bytes_per_device
 from gnvc_jax.refiner import DiT, DiTConfig
@@ -111,8 +111,7 @@ def main() -> None:
             )
             rows.append(row)
     facts = {"jax": jax.__version__, "dit": str(DIT)}
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
+    write_json(args.out, {"facts": facts, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--force", "-y", action="store_true", help="overwrite the output")
         sub.add_argument("--no-progress", action="store_true", help="no progress bar")
 
+    def many_videos(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--data", required=True, help="folder, list (.txt) or video")
+        sub.add_argument("--to", required=True, help="folder; the same command goes on in it")
+        sub.add_argument("--no-progress", action="store_true", help="no progress bar")
+
     enc = command("encode", "Video to stream.", "gnvc encode clip.mp4 clip.gnvc --qp 24")
     enc.add_argument("input", help="video, .y4m, raw .yuv, folder of PNG, or - for y4m on stdin")
     enc.add_argument("output", nargs="?", help="default: INPUT.gnvc")
@@ -98,23 +103,19 @@ def parser() -> argparse.ArgumentParser:
         "Streams of many videos and a manifest; processes started together share the work.",
         "gnvc encode-all --data clips --to streams --qp 24",
     )
-    every.add_argument("--data", required=True, help="folder, list (.txt) or video")
-    every.add_argument("--to", required=True, help="folder; the same command goes on in it")
+    many_videos(every)
     every.add_argument("--qp", type=int, default=24, help="0..63, lower is better (default: 24)")
     every.add_argument("--gop", type=int, default=97, help="frames per group (default: 97)")
     every.add_argument("--model", default="tiny", help="name or file (default: tiny)")
-    every.add_argument("--no-progress", action="store_true", help="no progress bar")
 
     cache = command(
         "cache-latents",
         "Latents of videos by a frozen VAE, for training on them.",
         "gnvc cache-latents --data clips --vae weights/vace --to cache",
     )
-    cache.add_argument("--data", required=True, help="folder, list (.txt) or video")
+    many_videos(cache)
     cache.add_argument("--vae", required=True, help="folder of `gnvc port`, or a model")
-    cache.add_argument("--to", required=True, help="folder; the same command goes on in it")
     cache.add_argument("--frames", type=int, default=13, help="per clip, 1 + 4k (default: 13)")
-    cache.add_argument("--no-progress", action="store_true", help="no progress bar")
 
     pod = command(
         "plan",

@@ -137,6 +137,8 @@ def port(args: argparse.Namespace) -> int:
     from gnvc_jax.porting.port import port
 
     if open_perceptual(args.source):
+        if args.prompt or args.heads or args.dtype != "stored":
+            raise ValueError("--dtype, --prompt and --heads are of no use for LPIPS")
         print(port_perceptual(args.source, args.to))
         return 0
     parts = port(
@@ -193,7 +195,7 @@ def plan(args: argparse.Namespace) -> int:
     import jax
 
     from gnvc_jax import planner
-    from gnvc_jax.evaluation.records import write_json
+    from gnvc_jax.files import write_json
     from gnvc_jax.training import config
 
     jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none

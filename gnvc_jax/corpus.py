@@ -12,7 +12,7 @@ from tqdm import tqdm
 from gnvc_jax.coder import DEFAULT_GOP, Coder
 from gnvc_jax.data.index import find_videos
 from gnvc_jax.data.latents import video_key
-from gnvc_jax.evaluation.records import write_json, write_whole
+from gnvc_jax.files import write_json, write_whole
 from gnvc_jax.media.errors import MediaError
 from gnvc_jax.media.reader import open_video
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -12,9 +13,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gnvc_jax"
 
 
-# What tells that a process has others beside it: of Slurm, Open MPI, and an indexed Kubernetes job.
-COUNTS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")
+# What a process finds in its environment if others were started with it: the number of processes
+# and a variable that `srun` sets and an allocation's shell lacks, and so on.
+SLURM = ("SLURM_NTASKS", "SLURM_STEP_NODELIST")
+OPEN_MPI = ("OMPI_COMM_WORLD_SIZE",)
+KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")  # of an indexed job
 BY_HAND = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 GANG_SECONDS = 1800  # in which all processes of a large run start
 
@@ -37,9 +40,17 @@ def join_processes() -> None:
                 address, int(count), int(number), initialization_timeout=GANG_SECONDS
             )
         return
-    several = any(int(os.environ.get(name, 1)) > 1 for name in COUNTS)
-    if several or all(name in os.environ for name in KUBERNETES) or on_tpu_host():
+    if started_together(os.environ) or on_tpu_host():
         jax.distributed.initialize(initialization_timeout=GANG_SECONDS)
+
+
+def started_together(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has started several processes that JAX can find."""
+    several = any(
+        all(name in environment for name in names) and int(environment[names[0]]) > 1
+        for names in (SLURM, OPEN_MPI)
+    )
+    return several or all(name in environment for name in KUBERNETES)
 
 
 def on_tpu_host() -> bool:

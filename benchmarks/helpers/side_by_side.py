@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from gnvc_jax.evaluation.environment import environment
+from gnvc_jax.files import write_json
 
 
 def peak_mib() -> float:
@@ -160,7 +161,4 @@ def write(args: argparse.Namespace, row: dict, key: tuple[str, ...]) -> None:
     kept = old["rows"] if old["facts"] == facts else []
     kept = [r for r in kept if any(r[k] != row[k] for k in key)]
     rows = sorted([*kept, row], key=lambda r: [str(r[k]) for k in key])
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_name(f".{args.out.name}.tmp")
-    temporary.write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    os.replace(temporary, args.out)
+    write_json(args.out, {"facts": facts, "rows": rows})

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from gnvc_jax.data.clips import endless_batches
 from gnvc_jax.data.index import find_videos
+from gnvc_jax.files import write_json
 from gnvc_jax.media.errors import MediaError
 from gnvc_jax.media.reader import open_video
 
@@ -81,7 +82,7 @@ def write_latents(
             failed[str(video)] = str(error)
             log.warning("left out: %s", error)
             continue
-        _write_json(done, {"video": str(video), "records": count})
+        write_json(done, {"video": str(video), "records": count})
     return failed
 
 
@@ -131,13 +132,7 @@ def _claim(folder: Path, info: CacheInfo) -> None:
         if known != info:
             raise ValueError(f"{folder}: holds other latents: {known}, not {info}")
         return
-    _write_json(path, dataclasses.asdict(info))
-
-
-def _write_json(path: Path, value: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    write_json(path, dataclasses.asdict(info))
 
 
 def read_info(folder: str | Path) -> CacheInfo:

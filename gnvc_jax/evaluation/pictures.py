@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 
 from gnvc_jax.evaluation.clips import Clip
-from gnvc_jax.evaluation.records import write_json, write_whole
+from gnvc_jax.files import write_json, write_whole
 
 SOURCE = "source"
 

@@ -16,8 +16,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from gnvc_jax.evaluation.records import curve_of, means, write_whole
+from gnvc_jax.evaluation.records import curve_of, means
 from gnvc_jax.evaluation.tables import measured_columns, value_of
+from gnvc_jax.files import write_whole
 
 Columns = Mapping[str, tuple[str, str, str]]
 Colours = Mapping[str, str]

@@ -8,28 +8,15 @@ OUT/pictures/                    frames to look at, see `pictures`
 
 import datetime
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from gnvc_jax.evaluation.clips import Clip
 from gnvc_jax.evaluation.points import Coded, Point
 from gnvc_jax.evaluation.quality import Quality
+from gnvc_jax.files import write_json, write_whole
 
 SCHEMA = "gnvc-eval/1"
-
-
-def write_whole(path: Path, data: bytes | str) -> None:
-    """Writes a file under a temporary name in its folder, then renames it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def now() -> str:

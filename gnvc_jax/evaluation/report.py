@@ -21,8 +21,9 @@ from gnvc_jax.bitstream import BitstreamError, StreamReader
 from gnvc_jax.evaluation.bd_rate import bd_table
 from gnvc_jax.evaluation.pictures import SOURCE, Pictures, View
 from gnvc_jax.evaluation.plots import group_name, inline_svg, rate_groups, write_plots
-from gnvc_jax.evaluation.records import means, write_whole
+from gnvc_jax.evaluation.records import means
 from gnvc_jax.evaluation.tables import cell, measured_columns, percent, value_of
+from gnvc_jax.files import write_whole
 
 MAX_BYTES = 11_000_000  # of all pictures; a third more as text
 QUALITIES = (90, 80, 65, 50)  # of WebP; the first that keeps to MAX_BYTES is taken

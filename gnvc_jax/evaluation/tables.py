@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gnvc_jax.evaluation.bd_rate import bd_csv, bd_table
-from gnvc_jax.evaluation.records import SCHEMA, means, now, write_json, write_whole
+from gnvc_jax.evaluation.records import SCHEMA, means, now
+from gnvc_jax.files import write_json, write_whole
 
 COLUMNS = {  # heading: (section of the record, field, format)
     "bytes": ("rate", "bytes", "d"),

@@ -26,7 +26,6 @@ STORAGES = {
     "DoubleStorage": np.float64,
     "HalfStorage": np.float16,
     "BFloat16Storage": ml_dtypes.bfloat16,
-    "LongStorage": np.int64,  # counters that other networks keep
 }
 OLD_MAGIC = 0x1950A86A20F9469CFC6C
 

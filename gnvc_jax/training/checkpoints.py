@@ -7,7 +7,6 @@ temporary name and renamed when complete; nothing else knows Orbax.
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.files import write_json
 from gnvc_jax.training.config import Experiment, flatten
 
 Tree = Any
@@ -35,12 +35,14 @@ class Checkpoints:
         self.config = json.loads(json.dumps(dataclasses.asdict(experiment)))
         options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
         self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
-        if self.latest() is not None:  # a run that failed before its first one binds nobody
-            check_same_config(out / "config.json", self.config)
+        try:
+            if self.latest() is not None:  # a run that failed before its first one binds nobody
+                check_same_config(out / "config.json", self.config)
+        except ValueError:
+            self.manager.close()
+            raise
         if jax.process_index() == 0:
-            temporary = out / "config.json.tmp"
-            temporary.write_text(json.dumps(self.config, indent=2) + "\n")
-            os.replace(temporary, out / "config.json")
+            write_json(out / "config.json", self.config)
 
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint."""

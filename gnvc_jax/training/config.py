@@ -17,11 +17,11 @@ from gnvc_jax.vae.config import VAEConfig
 
 
 def check_range(group: str, config: object, **ranges: tuple[float, float]) -> None:
-    """ValueError that names the first value outside its range, which NaN always is."""
+    """ValueError that names the first value outside its range; NaN and infinities always are."""
     for key, (low, high) in ranges.items():
         value = getattr(config, key)
-        if not low <= value <= high:
-            raise ValueError(f"{group}.{key}: {value} is not in {low} .. {high}")
+        if not (low <= value <= high and math.isfinite(value)):
+            raise ValueError(f"{group}.{key}: {value} is no number in {low} .. {high}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,11 +6,12 @@ later: it will be written again.
 """
 
 import json
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
+
+from gnvc_jax.files import write_whole
 
 
 class Writer(Protocol):
@@ -42,9 +43,7 @@ class JsonLines:
         # A line that a crash has cut short does not end with a brace.
         lines = path.read_text().splitlines() if path.exists() else []
         kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(x + "\n" for x in kept))
-        os.replace(temporary, path)
+        write_whole(path, "".join(x + "\n" for x in kept))
         self.file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:

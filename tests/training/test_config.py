@@ -45,8 +45,8 @@ def test_overrides_change_what_they_name_and_nothing_else():
         (["--optim.lr", "fast"], "could not convert string to float: 'fast'"),
         (["--data.size", "64"], "Expected 2 values"),
         (["--loss.wait", "1"], "--loss.weight"),
-        (["--optim.lr", "nan"], "optim.lr: nan is not in 0 .. inf"),
-        (["--data.batch", "0"], "data.batch: 0 is not in 1 .. inf"),
+        (["--optim.lr", "nan"], "optim.lr: nan is no number in 0 .. inf"),
+        (["--data.batch", "0"], "data.batch: 0 is no number in 1 .. inf"),
         (["--data.frames", "12"], "data.frames: 12 is not 1 + 4k"),
     ],
 )

@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gnvc_jax.runtime import started_together
+
 ROOT = Path(__file__).parents[2]
 STEPS = 8
 
@@ -92,6 +94,15 @@ def test_killed_hard_then_resumed_by_one_process_on_another_mesh(alone, tmp_path
     np.testing.assert_allclose(
         [found[k] for k in sorted(shared)], [alone[k] for k in sorted(shared)], rtol=1e-5
     )
+
+
+def test_who_was_started_with_others():
+    shell = {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}  # of an allocation: python, not srun
+    assert not started_together({}) and not started_together(shell)
+    assert started_together(shell | {"SLURM_STEP_NODELIST": "n[1-2]"})
+    assert not started_together({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "n1"})
+    assert started_together({"OMPI_COMM_WORLD_SIZE": "2"})
+    assert started_together({"KUBERNETES_SERVICE_HOST": "h", "JOB_COMPLETION_INDEX": "0"})
 
 
 def test_variables_by_hand_come_together():
