@@ -107,6 +107,11 @@ def mend(data: bytes) -> bytes:
     return bytes(data)
 
 
+def edit(data: bytes, at: int, value: bytes) -> bytes:
+    """The same bytes with `value` at a place."""
+    return data[:at] + value + data[at + len(value) :]
+
+
 @pytest.fixture(scope="session")
 def toy():
     """A stream of three groups (9 + 9 + 1 frames), its bytes, coder and symbols."""
@@ -137,4 +142,5 @@ def toy():
         decode=lambda stream: fingerprint(decode(stream, coder)),
         chunks=chunks,
         mend=mend,
+        edit=edit,
     )
