@@ -16,7 +16,7 @@ from gnvc_jax.evaluation.clips import find_clips, read_clip
 from gnvc_jax.evaluation.compare import ResultsError, compare, read_results
 from gnvc_jax.evaluation.environment import environment
 from gnvc_jax.evaluation.points import AutoencoderPoint, FilePoint
-from gnvc_jax.evaluation.quality import DEFAULT, METRICS, Meter
+from gnvc_jax.evaluation.quality import DEFAULT, METRICS, WITH_WEIGHTS, Meter
 from gnvc_jax.evaluation.report import write_report
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
@@ -64,6 +64,16 @@ def numbers(last: int):
     return read
 
 
+def weights(text: str) -> tuple[str, Path]:
+    """Reader of METRIC=FILE."""
+    name, _, file = text.partition("=")
+    if name not in WITH_WEIGHTS or not file:
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no METRIC=FILE with a metric of {', '.join(WITH_WEIGHTS)}"
+        )
+    return name, Path(file)
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -87,6 +97,14 @@ def parse(arguments=None) -> argparse.Namespace:
         help=f"of {','.join(METRICS)}, or all (default: {','.join(DEFAULT)}; "
         "lpips_vgg and dists take seconds a frame without an accelerator)",
     )
+    add(
+        "--weights",
+        nargs="+",
+        type=weights,
+        default=[],
+        metavar="METRIC=FILE",
+        help=f"your .safetensors for {', '.join(WITH_WEIGHTS)}",
+    )
     add("--frames", type=int, default=96, help="first frames of each video (default: 96)")
     add("--gop", type=int, default=25, help="frames of a group, 1 + 4k (default: 25)")
     add("--out", type=Path, required=True, help="folder for records and results")
@@ -96,6 +114,8 @@ def parse(arguments=None) -> argparse.Namespace:
         parser.error("--frames must be positive")
     if options.gop < 1 or (options.gop - 1) % 4:
         parser.error(f"--gop {options.gop} is not 1 + 4k")
+    if unused := [name for name, _ in options.weights if name not in options.metrics]:
+        parser.error(f"--weights for {unused[0]}, which is not among --metrics")
     return options
 
 
@@ -138,6 +158,7 @@ def main(arguments=None) -> int:
         name: functools.partial(read_clip, path, name, options.frames)
         for name, path in paths.items()
     }
+    meter = Meter(options.metrics, dict(options.weights))
     points = [
         FilePoint(options.model, qp, steps, options.gop)
         for qp in options.qp
@@ -153,7 +174,7 @@ def main(arguments=None) -> int:
             if bar.disable or status == "failed":  # not a terminal, or worth keeping in sight
                 bar.write(f"{label}: {status}", file=sys.stderr)
 
-        sweep = Sweep(options.out, Meter(options.metrics), options.force, progress)
+        sweep = Sweep(options.out, meter, options.force, progress)
         records = sweep.run(clips, points, options.anchors)
     print(write_results(options.out, records, sys.argv, environment()), end="")
     results = read_results(options.out / "results.json")

@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import hashlib
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +33,7 @@ FIELDS = {  # metric: what it adds to a record
 }
 METRICS = tuple(FIELDS)
 TEMPORAL = ("temporal", "e_warp")  # values of a whole clip, the others have one for each frame
+WITH_WEIGHTS = ("lpips_alex", "lpips_vgg", "dists")  # metrics that take a file of the user
 DEFAULT = ("psnr", "ms_ssim", "lpips_alex", "temporal")
 BATCH = 8
 _BATCH_PIXELS = 2**21  # bounds the activations of VGG to about half a gigabyte a layer
@@ -56,12 +59,26 @@ class Quality:
 class Meter:
     """Measures clips; weights are loaded once, programs are compiled once for each frame size."""
 
-    def __init__(self, metrics: Sequence[str] = DEFAULT):
-        """metrics: names from METRICS; raises ValueError for another one."""
-        if unknown := [name for name in metrics if name not in METRICS]:
-            raise ValueError(f"unknown metric '{unknown[0]}', expected {', '.join(METRICS)}")
+    def __init__(self, metrics: Sequence[str] = DEFAULT, weights: Mapping[str, Path] | None = None):
+        """metrics: names from METRICS; weights: a .safetensors file for some of WITH_WEIGHTS.
+
+        Raises ValueError for other names. A file that is not there, or not what it should be, is
+        found when its metric is measured, and becomes the reason why it is missing.
+        """
+        weights = dict(weights or {})
+        for names, known in ((metrics, METRICS), (weights, WITH_WEIGHTS)):
+            if unknown := [name for name in names if name not in known]:
+                raise ValueError(f"unknown metric '{unknown[0]}', expected {', '.join(known)}")
         self.metrics = tuple(name for name in METRICS if name in metrics)
+        self.weights = {name: weights[name] for name in self.metrics if name in weights}
         self._programs: dict[tuple, Callable] = {}
+
+    def identity(self) -> dict:
+        """All that decides what is measured, JSON-ready: metrics, SHA-256 of weights by metric."""
+        facts: dict = {"metrics": list(self.metrics)}
+        if self.weights:
+            facts["weights"] = {name: _sha256(path) for name, path in self.weights.items()}
+        return facts
 
     def __call__(self, source: np.ndarray, output: np.ndarray) -> Quality:
         """Measures `output` against `source`, both (t, h, w, 3) uint8.
@@ -104,7 +121,7 @@ class Meter:
         return np.concatenate(values)[: len(x)].astype(np.float64)
 
     def _timed(self, result: Quality, name: str, clips: tuple[np.ndarray, np.ndarray]):
-        arguments = (_weights(name), *clips)
+        arguments = (_weights(name, self.weights.get(name)), *clips)
         key = (name, clips[0].shape)
         if key not in self._programs:
             start = time.perf_counter()
@@ -132,10 +149,23 @@ _ON_HOST = {"vmaf": vmaf, "e_warp": warping_error}  # (source, output) -> values
 
 
 @functools.cache
-def _weights(name: str):
+def _weights(name: str, path: Path | None):
+    if name not in WITH_WEIGHTS:
+        return None
+    if path is not None and not path.is_file():
+        raise FileNotFoundError(f"file {path} missing")
     if name == "dists":
-        return load_dists()
-    return load_weights(name.removeprefix("lpips_")) if name.startswith("lpips_") else None
+        return load_dists(path)
+    return load_weights(name.removeprefix("lpips_"), path)
+
+
+@functools.cache
+def _sha256(path: Path) -> str | None:
+    """None where there is no such file."""
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _summarise(result: Quality, by_name: dict[str, np.ndarray]) -> None:

@@ -70,7 +70,7 @@ class Sweep:
     def measure(self, clip: Clip, point: Point) -> dict:
         """The record of one point on one clip, from disk where it is there."""
         label = f"{clip.name} {point.label}"
-        key = {"source": clip.sha256, "codec": {}, "metrics": list(self.meter.metrics)}
+        key = {"source": clip.sha256, "codec": {}, **self.meter.identity()}
         try:
             key["codec"] = point.identity()
             view = self.pictures.view(clip)

@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 MIN_SIDE = 32
@@ -142,7 +143,10 @@ def _from_package(net: str) -> dict:
 def _from_safetensors(net: str, path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    found = known_tensors(load_file(path))
+    try:
+        found = known_tensors(load_file(path))
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     try:
         return {
             "trunk": [

@@ -29,11 +29,17 @@ def test_arguments(command):
     assert options.anchors == ("x265",)
     assert options.metrics == ("psnr", "lpips_vgg")
     assert [str(path) for path in options.data] == ["a", "b"]
+    weights = command.parse("--data a --metrics dists --weights dists=f --out o".split()).weights
+    assert weights == [("dists", Path("f"))]
     assert command.parse("--data a --anchors all --out o".split()).anchors == ANCHORS
 
 
 @pytest.mark.parametrize(
-    "wrong", ["--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--gop 24", "--x"]
+    "wrong",
+    [
+        *("--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--gop 24", "--x"),
+        *("--weights psnr=a", "--weights dists", "--weights dists=a"),
+    ],
 )
 def test_wrong_use_ends_with_2(command, wrong, capsys):
     with pytest.raises(SystemExit) as caught:

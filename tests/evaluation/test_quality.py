@@ -1,11 +1,15 @@
 """All metrics together: caps of identical clips, batches, missing ones."""
 
+import hashlib
+
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from skimage.metrics import peak_signal_noise_ratio
 
 from gnvc_jax.evaluation import quality
 from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.metrics.trunks import TORCH_INDEX, load_weights
 
 
 def clip(t=3, h=32, w=48, seed=0):
@@ -33,7 +37,7 @@ def test_batches_do_not_show(count):
 
 
 def test_what_cannot_be_measured_is_null_with_a_reason(monkeypatch):
-    def no_weights(net):
+    def no_weights(net, path):
         raise FileNotFoundError(f"no LPIPS weights for {net}")
 
     monkeypatch.setattr(quality, "load_weights", no_weights)
@@ -51,6 +55,35 @@ def test_what_cannot_be_measured_is_null_with_a_reason(monkeypatch):
     assert "161" in q.missing["ms_ssim"]
     assert "no LPIPS weights for vgg" in q.missing["lpips_vgg"]
     assert set(q.missing) == {"ms_ssim", "lpips_vgg", "temporal"}
+
+
+def save_alex(path, scale):
+    """LPIPS on AlexNet as `gnvc port` writes it, its linear weights times `scale`."""
+    weights = load_weights("alex")
+    tensors = {f"lin{k}.model.1.weight": scale * x for k, x in enumerate(weights["lins"])}
+    for index, layer in zip(TORCH_INDEX["alex"], weights["trunk"]):
+        tensors[f"features.{index}.weight"] = layer["kernel"].transpose(3, 2, 0, 1)
+        tensors[f"features.{index}.bias"] = layer["bias"]
+    save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
+
+
+def test_weights_of_the_user_are_what_is_measured(tmp_path):
+    x, y = clip(1, 64, 64), clip(1, 64, 64, seed=1)
+    published = Meter(("lpips_alex",))(x, y).quality["lpips_alex"]
+    path = tmp_path / "alex.safetensors"
+    save_alex(path, 2)
+    own = Meter(("lpips_alex",), {"lpips_alex": path})
+    assert own(x, y).quality["lpips_alex"] == pytest.approx(2 * published, rel=1e-5)
+    assert own.identity()["weights"] == {
+        "lpips_alex": hashlib.sha256(path.read_bytes()).hexdigest()
+    }
+
+
+def test_a_missing_file_of_the_user_is_named_and_the_rest_measured(tmp_path):
+    x, path = clip(1, 64, 64), tmp_path / "vgg.safetensors"
+    q = Meter(("psnr", "dists"), {"dists": path})(x, x)
+    assert q.missing == {"dists": f"file {path} missing"}
+    assert q.quality["psnr_rgb"] == 100 and q.quality["dists"] is None
 
 
 def test_rejects_clips_that_do_not_fit():
