@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.evaluation.vmaf import vmaf
+from gnvc_jax.metrics.clip import clip_measures, load_clip
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.ms_ssim import ms_ssim
@@ -30,10 +31,15 @@ FIELDS = {  # metric: what it adds to a record
     "vmaf": ("vmaf", "vmaf_neg"),
     "temporal": ("tpsnr", "ti_ratio", "pulse"),
     "e_warp": ("e_warp", "e_warp_source", "e_warp_ratio"),
+    "clip": ("clip_f", "clip_f_source", "cmmd"),
 }
 METRICS = tuple(FIELDS)
-TEMPORAL = ("temporal", "e_warp")  # values of a whole clip, the others have one for each frame
-WITH_WEIGHTS = ("lpips_alex", "lpips_vgg", "dists")  # metrics that take a file of the user
+TEMPORAL = (
+    "temporal",
+    "e_warp",
+    "clip",
+)  # values of a whole clip, the others have one for each frame
+WITH_WEIGHTS = ("lpips_alex", "lpips_vgg", "dists", "clip")  # metrics that take a file of the user
 DEFAULT = ("psnr", "ms_ssim", "lpips_alex", "temporal")
 BATCH = 8
 _BATCH_PIXELS = 2**21  # bounds the activations of VGG to about half a gigabyte a layer
@@ -95,7 +101,7 @@ class Meter:
             try:
                 if name in _ON_HOST:
                     start = time.perf_counter()
-                    values = _ON_HOST[name](source, output)
+                    values = _ON_HOST[name](self._weights_of(name), source, output)
                     result.seconds[name] = time.perf_counter() - start
                 elif name == "temporal":
                     values = self._timed(result, name, (source, output))
@@ -120,8 +126,11 @@ class Meter:
             values.append(self._timed(result, name, (x[index], y[index])))
         return np.concatenate(values)[: len(x)].astype(np.float64)
 
+    def _weights_of(self, name: str):
+        return _weights(name, self.weights.get(name))
+
     def _timed(self, result: Quality, name: str, clips: tuple[np.ndarray, np.ndarray]):
-        arguments = (_weights(name, self.weights.get(name)), *clips)
+        arguments = (self._weights_of(name), *clips)
         key = (name, clips[0].shape)
         if key not in self._programs:
             start = time.perf_counter()
@@ -145,7 +154,11 @@ _FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict
     "dists": lambda p, x, y: dists(p, x.astype(jnp.float32) / 255, y.astype(jnp.float32) / 255),
     "temporal": lambda _, x, y: temporal(x, y),
 }
-_ON_HOST = {"vmaf": vmaf, "e_warp": warping_error}  # (source, output) -> values by field
+_ON_HOST = {  # (weights, source, output) -> values by field
+    "vmaf": lambda _, x, y: vmaf(x, y),
+    "e_warp": lambda _, x, y: warping_error(x, y),
+    "clip": clip_measures,
+}
 
 
 @functools.cache
@@ -154,6 +167,10 @@ def _weights(name: str, path: Path | None):
         return None
     if path is not None and not path.is_file():
         raise FileNotFoundError(f"file {path} missing")
+    if name == "clip":
+        if path is None:
+            raise FileNotFoundError("no file given with --weights clip=FILE")
+        return load_clip(path)
     if name == "dists":
         return load_dists(path)
     return load_weights(name.removeprefix("lpips_"), path)

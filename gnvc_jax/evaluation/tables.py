@@ -23,6 +23,9 @@ COLUMNS = {  # heading: (section of the record, field, format)
     "TI ratio": ("temporal", "ti_ratio", ".3f"),
     "pulse": ("temporal", "pulse", ".3f"),
     "E_warp ratio": ("temporal", "e_warp_ratio", ".3f"),
+    "CLIP-F": ("temporal", "clip_f", ".4f"),
+    "source CLIP-F": ("temporal", "clip_f_source", ".4f"),
+    "CMMD": ("temporal", "cmmd", ".3f"),
 }
 _SCALARS = ("source", "codec", "rate", "quality", "temporal", "speed")
 
