@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from gnvc_jax.bitstream import BitstreamError, StreamReader
 from gnvc_jax.evaluation.anchors import ENCODERS, Anchor, ffmpeg_version
 from gnvc_jax.evaluation.clips import Clip, read_clip, write_clip
 from gnvc_jax.pretrained import FOLDER, load_pretrained
@@ -31,7 +33,8 @@ class Coded:
     """A clip after coding.
 
     frames: (t, h, w, 3) uint8, as decoded; bitstream: the whole file, or None where there is none;
-    encode_seconds, decode_seconds: wall clock or None; details: JSON-ready, for the record.
+    encode_seconds, decode_seconds: wall clock or None; details: JSON-ready, for the record;
+    starts: first frames of groups that were coded apart.
     """
 
     frames: np.ndarray
@@ -39,6 +42,7 @@ class Coded:
     encode_seconds: float | None = None
     decode_seconds: float | None = None
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
+    starts: Sequence[int] = ()
 
 
 class Point(Protocol):
@@ -88,7 +92,8 @@ class FilePoint:
             decode = ["decode", coded, decoded, "--model", self.model, *steps]
             decode_seconds = _run_tool(decode)
             frames = read_clip(decoded).frames
-        return Coded(frames, bitstream, encode_seconds, decode_seconds)
+            starts = group_starts(coded)
+        return Coded(frames, bitstream, encode_seconds, decode_seconds, starts=starts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +147,15 @@ class AnchorPoint:
         return Coded(
             result.frames, result.bitstream, result.encode_seconds, result.decode_seconds, details
         )
+
+
+def group_starts(path: Path) -> list[int]:
+    """First frames of the groups of a .gnvc file; empty for what is none, or not there."""
+    try:
+        with StreamReader(path) as reader:
+            return [entry.first_frame for entry in reader.index()]
+    except (FileNotFoundError, BitstreamError):
+        return []
 
 
 def model_identity(model: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.ms_ssim import ms_ssim
 from gnvc_jax.metrics.psnr import decibels, mean_squared_error
-from gnvc_jax.metrics.temporal import temporal
+from gnvc_jax.metrics.temporal import drift, seam, temporal
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.metrics.warping import warping_error
 
@@ -29,7 +29,7 @@ FIELDS = {  # metric: what it adds to a record
     "lpips_vgg": ("lpips_vgg",),
     "dists": ("dists",),
     "vmaf": ("vmaf", "vmaf_neg"),
-    "temporal": ("tpsnr", "ti_ratio", "pulse"),
+    "temporal": ("tpsnr", "ti_ratio", "pulse", "seam"),
     "e_warp": ("e_warp", "e_warp_source", "e_warp_ratio"),
     "clip": ("clip_f", "clip_f_source", "cmmd"),
 }
@@ -86,9 +86,12 @@ class Meter:
             facts["weights"] = {name: _sha256(path) for name, path in self.weights.items()}
         return facts
 
-    def __call__(self, source: np.ndarray, output: np.ndarray) -> Quality:
+    def __call__(
+        self, source: np.ndarray, output: np.ndarray, starts: Sequence[int] = ()
+    ) -> Quality:
         """Measures `output` against `source`, both (t, h, w, 3) uint8.
 
+        starts: first frames of the groups that the output was coded in, for the measure of seams.
         A metric that this frame size or this installation does not allow is listed in `missing`.
         Raises ValueError where the clips differ in shape or are not uint8.
         """
@@ -105,6 +108,7 @@ class Meter:
                     result.seconds[name] = time.perf_counter() - start
                 elif name == "temporal":
                     values = self._timed(result, name, (source, output))
+                    values["seam"] = seam(values.pop("changes"), starts)
                 else:
                     values = {name: self._by_batch(result, name, source, output)}
                 if name in TEMPORAL:
@@ -115,6 +119,9 @@ class Meter:
                 result.missing[name] = str(error)
                 section = result.temporal if name in TEMPORAL else result.quality
                 section.update(dict.fromkeys(FIELDS[name]))
+        if "psnr" in self.metrics:
+            along = drift(result.frames["psnr_rgb"])
+            result.temporal.update({k: _finite(v) for k, v in along.items()})
         return result
 
     def _by_batch(self, result: Quality, name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from gnvc_jax.bitstream import BitstreamError, StreamReader
 from gnvc_jax.evaluation.bd_rate import bd_table
 from gnvc_jax.evaluation.pictures import SOURCE, Pictures, View
 from gnvc_jax.evaluation.plots import group_name, inline_svg, rate_groups, write_plots
+from gnvc_jax.evaluation.points import group_starts
 from gnvc_jax.evaluation.records import means
 from gnvc_jax.evaluation.tables import cell, measured_columns, percent, value_of
 from gnvc_jax.files import write_whole
@@ -113,15 +113,12 @@ def _frame_curves(out: Path, records: Iterable[dict]) -> dict[tuple[str, str], d
 
 def _seams(out: Path, records: Iterable[dict]) -> dict[tuple[str, str], list[int]]:
     """First frames of the groups of every .gnvc file."""
-    seams = {}
-    for record in records:
-        path = out / "bitstreams" / f"{record['clip']}__{record['point']}.gnvc"
-        try:
-            with StreamReader(path) as reader:
-                seams[record["clip"], record["point"]] = [e.first_frame for e in reader.index()]
-        except (FileNotFoundError, BitstreamError):
-            continue  # a codec without groups, or a file that was taken away since
-    return seams
+    labels = [(record["clip"], record["point"]) for record in records]
+    return {
+        (clip, point): starts
+        for clip, point in labels
+        if (starts := group_starts(out / "bitstreams" / f"{clip}__{point}.gnvc"))
+    }
 
 
 def _title(records: Sequence[dict]) -> str:

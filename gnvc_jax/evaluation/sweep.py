@@ -93,7 +93,7 @@ class Sweep:
         if coded.bitstream is not None:
             path = self.records.save_bitstream(clip, point, coded.bitstream)
             size = path.stat().st_size
-        quality = self.meter(clip.frames, coded.frames)
+        quality = self.meter(clip.frames, coded.frames, coded.starts)
         self.records.save_frames(clip, point, quality.frames)
         self.pictures.save(clip.name, point.label, view, coded.frames)
         return rec.finished(key, clip, point, coded, size, quality)

@@ -22,6 +22,8 @@ COLUMNS = {  # heading: (section of the record, field, format)
     "tPSNR": ("temporal", "tpsnr", ".2f"),
     "TI ratio": ("temporal", "ti_ratio", ".3f"),
     "pulse": ("temporal", "pulse", ".3f"),
+    "seam": ("temporal", "seam", ".2f"),
+    "PSNR slope": ("temporal", "psnr_slope", ".3f"),
     "E_warp ratio": ("temporal", "e_warp_ratio", ".3f"),
     "CLIP-F": ("temporal", "clip_f", ".4f"),
     "source CLIP-F": ("temporal", "clip_f_source", ".4f"),

@@ -8,16 +8,23 @@ d_t(a) = a_{t+1} - a_t:
               is smoothed or frozen, above 1 flickers
     pulse     root mean square, over t and blocks of 16x16, of the block mean of d_t(y - x): slow
               breathing and jumps of brightness; noise averages out of it
+    seam      mean of D at the borders of groups over the median of D elsewhere, where
+              D_t = mean |d_t(y - x)|²: 1 is a border that does not show
+    drift     slope of the PSNR over the frames, and the mean of the last frames less the first
 
 None says enough alone: blur, noise and a frozen picture each pass one of them.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gnvc_jax.metrics.psnr import decibels
 
 BLOCK = 16
+ENDS = 8  # frames at either end that drift compares
 _LUMA = (0.2126, 0.7152, 0.0722)
 
 
@@ -29,7 +36,8 @@ def temporal(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
             rows and columns beyond the last whole block are left out of `pulse`.
 
     Returns:
-        tpsnr, ti_ratio (NaN where the source stands still) and pulse, float32 scalars.
+        tpsnr, ti_ratio (NaN where the source stands still) and pulse, float32 scalars, and
+        changes (t - 1,), the D of `seam`.
 
     Raises:
         ValueError: wrong shapes.
@@ -50,6 +58,36 @@ def temporal(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
         "tpsnr": decibels(jnp.mean(square)),
         "ti_ratio": jnp.mean(output) / jnp.mean(source),
         "pulse": jnp.sqrt(jnp.mean(pulse)),
+        "changes": square,
+    }
+
+
+def seam(changes: np.ndarray, starts: Sequence[int]) -> float:
+    """How much more the error changes at borders of groups than elsewhere.
+
+    changes: (t - 1,) of `temporal`; starts: first frames of the groups, 0 left out. NaN without
+    borders or with nothing else, 1 where the error never changes, infinite where only there.
+    """
+    at = np.zeros(len(changes), bool)
+    at[[start - 1 for start in starts if 0 < start <= len(changes)]] = True
+    if at.all() or not at.any():
+        return float("nan")
+    there, elsewhere = np.mean(changes[at]), np.median(changes[~at])
+    return float(there / elsewhere) if elsewhere else (1.0 if not there else float("inf"))
+
+
+def drift(psnr: Sequence[float]) -> dict[str, float]:
+    """Change of the PSNR (dB) along a clip, by the values of its frames.
+
+    psnr_slope: of the line of least squares, dB per frame, NaN below 2 frames; psnr_end_change:
+    mean of the last eight frames less that of the first eight, NaN below 16 frames.
+    """
+    t, nan = len(psnr), float("nan")
+    return {
+        "psnr_slope": float(np.polyfit(np.arange(t), psnr, 1)[0]) if t > 1 else nan,
+        "psnr_end_change": float(np.mean(psnr[-ENDS:]) - np.mean(psnr[:ENDS]))
+        if t >= 2 * ENDS
+        else nan,
     }
 
 

@@ -22,7 +22,8 @@ def test_identical_clips_reach_every_cap():
     assert q.quality["psnr_rgb"] == q.quality["apsnr_rgb"] == 100
     assert q.quality["ms_ssim_rgb"] == pytest.approx(1, abs=1e-6)
     assert q.quality["lpips_alex"] == pytest.approx(0, abs=1e-9)
-    assert q.temporal == pytest.approx({"tpsnr": 100, "ti_ratio": 1, "pulse": 0}, abs=1e-6)
+    flat = {"psnr_slope": 0, "psnr_end_change": None, "seam": None}
+    assert q.temporal == pytest.approx({"tpsnr": 100, "ti_ratio": 1, "pulse": 0} | flat, abs=1e-6)
     assert q.missing == {}
 
 

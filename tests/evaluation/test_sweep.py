@@ -185,3 +185,16 @@ def test_result_files(tmp_path, meter):
     assert f"| q5 | 2 | 500 | {8 * 500 / 5120:.5f} |" in table
     assert "MS-SSIM" not in table.split("Not measured")[0]
     assert "ms_ssim: sides must be at least 161" in table
+
+
+def test_seams_are_those_of_the_groups(tmp_path, meter):
+    class Grouped(Quantiser):
+        def code(self, clip):
+            coded = super().code(clip)
+            frames = coded.frames.copy()
+            frames[2:] -= np.minimum(frames[2:], 90)  # darker from the second group on
+            return dataclasses.replace(coded, frames=frames, starts=[0, 2])
+
+    (record,) = Sweep(tmp_path, meter).run({"a": CLIPS["a"]}, [Grouped(4, [])])
+    assert record["temporal"]["seam"] > 2
+    assert record["temporal"]["psnr_slope"] < -1

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from gnvc_jax.metrics.temporal import temporal
+from gnvc_jax.metrics.temporal import drift, seam, temporal
 
 measure = jax.jit(temporal)
 T, H, W = 6, 37, 50
@@ -78,3 +78,26 @@ def test_rejects_clips_that_are_too_small():
             temporal(bad, bad)
     with pytest.raises(ValueError, match="expected two"):
         temporal(x, x[..., :1])
+
+
+def test_a_seam_is_where_the_error_jumps():
+    x = np.full((12, 32, 32, 3), 100.0)
+    wobble = 2 * np.sin(np.arange(12))[:, None, None, None]
+    groups = x + wobble + 20 * (np.arange(12) // 4 % 2)[:, None, None, None]
+    starts = [0, 4, 8]
+    at_borders = seam(measure(as_bytes(x), as_bytes(groups))["changes"], starts)
+    smooth = seam(measure(as_bytes(x), as_bytes(x + wobble))["changes"], starts)
+    assert at_borders > 20
+    assert 0.2 < smooth < 4
+    assert seam(measure(as_bytes(x), as_bytes(x + 7))["changes"], starts) == 1
+    changes = np.array([1.0, 2.0, 9.0, 3.0])
+    assert seam(changes, [0, 3]) == 9 / 2
+    assert np.isnan(seam(changes, [0])) and np.isnan(seam(changes, [0, 1, 2, 3, 4]))
+    assert seam(np.array([0.0, 1.0, 0.0]), [2]) == np.inf
+
+
+def test_drift_is_the_slope_of_the_psnr():
+    falling = [40 - 0.25 * t for t in range(32)]
+    assert drift(falling) == pytest.approx({"psnr_slope": -0.25, "psnr_end_change": -6})
+    assert drift([30] * 16) == pytest.approx({"psnr_slope": 0, "psnr_end_change": 0}, abs=1e-9)
+    assert np.isnan(list(drift([30]).values())).all()
