@@ -105,6 +105,12 @@ def parse(arguments=None) -> argparse.Namespace:
         metavar="METRIC=FILE",
         help=f"your .safetensors for {', '.join(WITH_WEIGHTS)}",
     )
+    add(
+        "--flow",
+        type=Path,
+        metavar="DIR",
+        help="flow of yours for e_warp: DIR/CLIP/forward_00000.flo, backward_00000.flo, ...",
+    )
     add("--frames", type=int, default=96, help="first frames of each video (default: 96)")
     add("--gop", type=int, default=25, help="frames of a group, 1 + 4k (default: 25)")
     add("--out", type=Path, required=True, help="folder for records and results")
@@ -116,6 +122,10 @@ def parse(arguments=None) -> argparse.Namespace:
         parser.error(f"--gop {options.gop} is not 1 + 4k")
     if unused := [name for name, _ in options.weights if name not in options.metrics]:
         parser.error(f"--weights for {unused[0]}, which is not among --metrics")
+    if options.flow and "e_warp" not in options.metrics:
+        parser.error("--flow, but e_warp is not among --metrics")
+    if options.flow and not options.flow.is_dir():
+        parser.error(f"--flow {options.flow}: no such folder")
     return options
 
 
@@ -174,7 +184,7 @@ def main(arguments=None) -> int:
             if bar.disable or status == "failed":  # not a terminal, or worth keeping in sight
                 bar.write(f"{label}: {status}", file=sys.stderr)
 
-        sweep = Sweep(options.out, meter, options.force, progress)
+        sweep = Sweep(options.out, meter, options.force, progress, options.flow)
         records = sweep.run(clips, points, options.anchors)
     print(write_results(options.out, records, sys.argv, environment()), end="")
     results = read_results(options.out / "results.json")

@@ -87,11 +87,16 @@ class Meter:
         return facts
 
     def __call__(
-        self, source: np.ndarray, output: np.ndarray, starts: Sequence[int] = ()
+        self,
+        source: np.ndarray,
+        output: np.ndarray,
+        starts: Sequence[int] = (),
+        flow: Path | None = None,
     ) -> Quality:
         """Measures `output` against `source`, both (t, h, w, 3) uint8.
 
-        starts: first frames of the groups that the output was coded in, for the measure of seams.
+        starts: first frames of the groups that the output was coded in, for the measure of seams;
+        flow: folder with flow of the source, for e_warp.
         A metric that this frame size or this installation does not allow is listed in `missing`.
         Raises ValueError where the clips differ in shape or are not uint8.
         """
@@ -104,7 +109,8 @@ class Meter:
             try:
                 if name in _ON_HOST:
                     start = time.perf_counter()
-                    values = _ON_HOST[name](self._weights_of(name), source, output)
+                    more = flow if name == "e_warp" else self._weights_of(name)
+                    values = _ON_HOST[name](source, output, more)
                     result.seconds[name] = time.perf_counter() - start
                 elif name == "temporal":
                     values = self._timed(result, name, (source, output))
@@ -161,10 +167,10 @@ _FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict
     "dists": lambda p, x, y: dists(p, x.astype(jnp.float32) / 255, y.astype(jnp.float32) / 255),
     "temporal": lambda _, x, y: temporal(x, y),
 }
-_ON_HOST = {  # (weights, source, output) -> values by field
-    "vmaf": lambda _, x, y: vmaf(x, y),
-    "e_warp": lambda _, x, y: warping_error(x, y),
-    "clip": clip_measures,
+_ON_HOST = {  # (source, output, weights or flow) -> values by field
+    "vmaf": lambda x, y, _: vmaf(x, y),
+    "e_warp": warping_error,
+    "clip": lambda x, y, encoder: clip_measures(encoder, x, y),
 }
 
 

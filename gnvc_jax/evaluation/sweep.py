@@ -20,10 +20,13 @@ class Sweep:
         meter: Meter,
         force: bool = False,
         progress: Callable[[str, str], None] = lambda label, status: None,
+        flow: Path | None = None,
     ):
         """out: folder for records; force: measure again what is on record; progress: is called
-        with a label and 'kept', 'ok' or 'failed' after every point."""
+        with a label and 'kept', 'ok' or 'failed' after every point; flow: folder with a folder of
+        flow for each clip, see `metrics.warping.flow_of_files`."""
         self.records, self.meter, self.force, self.progress = Records(out), meter, force, progress
+        self.flow = flow
         self.pictures = Pictures(out)
 
     def run(
@@ -71,6 +74,8 @@ class Sweep:
         """The record of one point on one clip, from disk where it is there."""
         label = f"{clip.name} {point.label}"
         key = {"source": clip.sha256, "codec": {}, **self.meter.identity()}
+        if self.flow:
+            key["flow"] = [[p.name, p.stat().st_mtime] for p in sorted(self._flow(clip).glob("*"))]
         try:
             key["codec"] = point.identity()
             view = self.pictures.view(clip)
@@ -93,7 +98,10 @@ class Sweep:
         if coded.bitstream is not None:
             path = self.records.save_bitstream(clip, point, coded.bitstream)
             size = path.stat().st_size
-        quality = self.meter(clip.frames, coded.frames, coded.starts)
+        quality = self.meter(clip.frames, coded.frames, coded.starts, self._flow(clip))
         self.records.save_frames(clip, point, quality.frames)
         self.pictures.save(clip.name, point.label, view, coded.frames)
         return rec.finished(key, clip, point, coded, size, quality)
+
+    def _flow(self, clip: Clip) -> Path | None:
+        return self.flow and self.flow / clip.name

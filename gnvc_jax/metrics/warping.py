@@ -1,7 +1,7 @@
 """Warping error: how much a clip flickers along the motion of its source.
 
 Lai et al., "Learning Blind Video Temporal Consistency", ECCV 2018, with the flow of OpenCV's DIS
-(medium preset), which needs no weights, in place of FlowNet2:
+(medium preset), which needs no weights, in place of FlowNet2, or with flow of the user's:
 
     E_warp = mean over t of sum_p M_t |V_t - W(V_{t+1}, F_t)|^2 / sum_p M_t
 
@@ -12,6 +12,10 @@ of motion. A blurred video has less E_warp than its source: the ratio to the sou
 is right, above is flicker.
 """
 
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
 import cv2
 import jax
 import jax.numpy as jnp
@@ -21,28 +25,57 @@ from jax.scipy.ndimage import map_coordinates
 MIN_SIDE = 16
 
 
-def warping_error(source: np.ndarray, output: np.ndarray) -> dict[str, float]:
+def warping_error(
+    source: np.ndarray, output: np.ndarray, flow: Path | None = None
+) -> dict[str, float]:
     """ "e_warp" of the output, "e_warp_source", and "e_warp_ratio", their quotient.
 
-    source, output: (t, h, w, 3) uint8, at least 2 frames and sides of at least 16. Raises
-    ValueError for less. The ratio is infinite where the source stands still and the output does
-    not, and 1 where neither moves.
+    source, output: (t, h, w, 3) uint8, at least 2 frames and sides of at least 16; flow: folder
+    with flow of the source, see `flow_of_files`, None for DIS. The ratio is infinite where the
+    source stands still and the output does not, and 1 where neither moves.
+
+    Raises ValueError for smaller clips and for flow that does not fit, FileNotFoundError.
     """
     if len(source) < 2 or min(source.shape[1:3]) < MIN_SIDE:
         raise ValueError(
             f"e_warp needs 2 frames with sides of at least {MIN_SIDE}, got {source.shape}"
         )
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in source]
-    errors = []
-    for t in range(len(source) - 1):
-        forward = dis.calc(gray[t], gray[t + 1], None)
-        backward = dis.calc(gray[t + 1], gray[t], None)
-        pairs = np.stack([clip[t : t + 2] for clip in (source, output)])
-        errors.append(_errors(pairs, forward, backward))
+    flows = flow_of_dis(source) if flow is None else flow_of_files(flow, source.shape)
+    errors = [
+        _errors(np.stack([clip[t : t + 2] for clip in (source, output)]), forward, backward)
+        for t, (forward, backward) in enumerate(flows)
+    ]
     of_source, of_output = np.mean(errors, axis=0, dtype=np.float64)
     ratio = of_output / of_source if of_source else (1.0 if not of_output else np.inf)
     return {"e_warp": of_output, "e_warp_source": of_source, "e_warp_ratio": ratio}
+
+
+def flow_of_dis(source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Forward and backward flow (h, w, 2: x, y) in pixels of each pair of frames."""
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in source]
+    for before, after in itertools.pairwise(gray):
+        yield dis.calc(before, after, None), dis.calc(after, before, None)
+
+
+def flow_of_files(folder: Path, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """As `flow_of_dis` for a clip of `shape`, from Middlebury's .flo files of any other method.
+
+    forward_00000.flo leads from frame 0 to frame 1, backward_00000.flo from frame 1 to frame 0, and
+    so on. Raises FileNotFoundError, and ValueError for files that are none or of another size.
+    """
+
+    def read(path: Path) -> np.ndarray:
+        if not path.is_file():
+            raise FileNotFoundError(f"file {path} missing")
+        flow = cv2.readOpticalFlow(str(path))
+        if flow is None or flow.shape != (*shape[1:3], 2):
+            found = "no .flo file" if flow is None else f"flow of {flow.shape[1]}x{flow.shape[0]}"
+            raise ValueError(f"{path}: {found}, the clip is {shape[2]}x{shape[1]}")
+        return flow
+
+    for t in range(shape[0] - 1):
+        yield tuple(read(folder / f"{way}_{t:05d}.flo") for way in ("forward", "backward"))
 
 
 @jax.jit

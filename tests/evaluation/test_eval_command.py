@@ -39,6 +39,7 @@ def test_arguments(command):
     [
         *("--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--gop 24", "--x"),
         *("--weights psnr=a", "--weights dists", "--weights dists=a"),
+        *("--flow .", "--flow nowhere --metrics e_warp"),
     ],
 )
 def test_wrong_use_ends_with_2(command, wrong, capsys):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter, map_coordinates
 
-from gnvc_jax.metrics.warping import valid, warp, warping_error
+from gnvc_jax.metrics.warping import flow_of_dis, valid, warp, warping_error
 
 
 def texture(h=48, w=64, seed=0):
@@ -52,3 +52,37 @@ def test_known_clips():
     assert warping_error(noisy, blurred)["e_warp_ratio"] < 0.5
     with pytest.raises(ValueError, match="2 frames"):
         warping_error(source[:1], source[:1])
+
+
+def save_flow(folder, flows):
+    folder.mkdir()
+    for t, pair in enumerate(flows):
+        for way, flow in zip(("forward", "backward"), pair):
+            header = b"PIEH" + np.array(flow.shape[1::-1], "<i4").tobytes()  # Middlebury's format
+            data = header + flow.astype("<f4").tobytes()
+            (folder / f"{way}_{t:05d}.flo").write_bytes(data)
+
+
+def test_flow_of_the_user(tmp_path):
+    source = pan()
+    output = np.clip(source + np.random.default_rng(0).normal(0, 9, source.shape), 0, 255)
+    output = output.astype(np.uint8)
+    save_flow(tmp_path / "dis", flow_of_dis(source))
+    expected = warping_error(source, output)
+    assert warping_error(source, output, tmp_path / "dis") == pytest.approx(expected, rel=1e-6)
+    true = np.zeros((48, 64, 2), np.float32)
+    true[..., 0] = -2  # the picture moves to the left
+    save_flow(tmp_path / "true", [(true, -true)] * 3)
+    assert warping_error(source, output, tmp_path / "true")["e_warp_source"] < 1e-9
+
+
+def test_flow_files_that_do_not_fit(tmp_path):
+    source, folder = pan(), tmp_path / "flow"
+    save_flow(folder, [(np.zeros((48, 60, 2)), np.zeros((48, 60, 2)))])
+    with pytest.raises(ValueError, match=r"forward_00000\.flo: flow of 60x48, the clip is 64x48"):
+        warping_error(source, source, folder)
+    (folder / "forward_00000.flo").write_bytes(b"text")
+    with pytest.raises(ValueError, match=r"forward_00000\.flo: no \.flo file"):
+        warping_error(source, source, folder)
+    with pytest.raises(FileNotFoundError, match=r"forward_00000\.flo missing"):
+        warping_error(source, source, tmp_path)
