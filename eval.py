@@ -20,6 +20,7 @@ from gnvc_jax.evaluation.quality import DEFAULT, METRICS, WITH_WEIGHTS, Meter
 from gnvc_jax.evaluation.report import write_report
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
+from gnvc_jax.evaluation.workers import run_in_processes
 from gnvc_jax.files import write_whole
 from gnvc_jax.runtime import use_compilation_cache
 
@@ -113,11 +114,14 @@ def parse(arguments=None) -> argparse.Namespace:
     )
     add("--frames", type=int, default=96, help="first frames of each video (default: 96)")
     add("--gop", type=int, default=25, help="frames of a group, 1 + 4k (default: 25)")
+    add("--processes", type=int, default=1, help="clips at once (default: 1)")
     add("--out", type=Path, required=True, help="folder for records and results")
     add("--force", action="store_true", help="measure again what is on record")
     options = parser.parse_args(arguments)
     if options.frames < 1:
         parser.error("--frames must be positive")
+    if options.processes < 1:
+        parser.error("--processes must be positive")
     if options.gop < 1 or (options.gop - 1) % 4:
         parser.error(f"--gop {options.gop} is not 1 + 4k")
     if unused := [name for name, _ in options.weights if name not in options.metrics]:
@@ -185,7 +189,10 @@ def main(arguments=None) -> int:
                 bar.write(f"{label}: {status}", file=sys.stderr)
 
         sweep = Sweep(options.out, meter, options.force, progress, options.flow)
-        records = sweep.run(clips, points, options.anchors)
+        if options.processes > 1:
+            records = run_in_processes(options.processes, sweep, clips, points, options.anchors)
+        else:
+            records = sweep.run(clips, points, options.anchors)
     print(write_results(options.out, records, sys.argv, environment()), end="")
     results = read_results(options.out / "results.json")
     print(f"report: {write_report(options.out, results)}", file=sys.stderr)

@@ -37,7 +37,7 @@ def test_arguments(command):
 @pytest.mark.parametrize(
     "wrong",
     [
-        *("--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--gop 24", "--x"),
+        *("--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--gop 24", "--x", "--processes 0"),
         *("--weights psnr=a", "--weights dists", "--weights dists=a"),
         *("--flow .", "--flow nowhere --metrics e_warp"),
     ],
