@@ -19,6 +19,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from gnvc_jax.convolution import conv2d
+
 MIN_SIDE = 32
 
 # Per network: the layer each convolution feeds. "tap" keeps the activation, "pool" halves it.
@@ -76,20 +78,13 @@ def features(
     if len(trunk) not in _PLANS:
         raise ValueError(f"trunk has {len(trunk)} convolutions, expected 5 or 13")
     window = 3 if len(trunk) == len(_ALEX) else 2
-    precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
     taps, z = [], z.astype(dtype)
     for conv, then in zip(trunk, _PLANS[len(trunk)], strict=True):
         kernel = jnp.asarray(conv["kernel"], dtype)
         size = kernel.shape[0]
         stride, pad = (4, 2) if size == 11 else (1, size // 2)
-        z = jax.lax.conv_general_dilated(
-            z,
-            kernel,
-            (stride, stride),
-            [(pad, pad), (pad, pad)],
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-            precision=precision,
-        )
+        with jax.default_matmul_precision("highest"):
+            z = conv2d(z[None], kernel, stride=stride, padding=((pad, pad), (pad, pad)))[0]
         z = jax.nn.relu(z + jnp.asarray(conv["bias"], dtype))
         if "tap" in then:
             taps.append(z)

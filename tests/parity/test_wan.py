@@ -92,7 +92,7 @@ def test_vae(vae, frames, h, w, same):
 
 
 def test_vae_of_full_size(tmp_path, same):
-    """Wide convolutions take another road on CPU (see `gnvc_jax.vae.winograd`)."""
+    """Wide convolutions take another road on CPU (see `gnvc_jax.winograd`)."""
     model = randomise(diffusers.AutoencoderKLWan())
     architecture, params = ported(model, "vae", tmp_path)
     ours = VAE(architecture.config)

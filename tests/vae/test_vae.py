@@ -130,23 +130,6 @@ def test_gradient_is_finite_where_all_channels_are_zero(model):
     assert all(bool(jnp.all(jnp.isfinite(g))) for g in jax.tree.leaves(grads))
 
 
-def test_kernel_gradient_is_that_of_the_convolution():
-    """The CPU form of the kernel gradient against XLA's own."""
-    rng = np.random.default_rng(1)
-    x, kernel, dy = (
-        rng.normal(size=s).astype(np.float32) for s in ((2, 3, 6, 5, 4), (3, 3, 4, 7), (6, 6, 5, 7))
-    )
-
-    def own(x, kernel):
-        return jnp.sum(layers.conv2d(x, kernel).reshape(dy.shape) * dy)
-
-    def plain(x, kernel):
-        return jnp.sum(layers._conv(x.reshape(6, 6, 5, 4), kernel, 1, ((1, 1), (1, 1))) * dy)
-
-    for ours, theirs in zip(jax.grad(own, (0, 1))(x, kernel), jax.grad(plain, (0, 1))(x, kernel)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
 def test_an_untrained_network_treats_frames_one_by_one():
     kernel = layers.present(jax.random.key(0), (3, 3, 3, 4, 5))
     assert np.all(kernel[:2] == 0) and np.std(kernel[2]) > 0.1

@@ -118,7 +118,7 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def conv3d(x: Array, kernel: Array, zeros: int) -> Array:
-    """As `layers.conv3d`, for kernels (kt, 3, 3, c, o).
+    """As `gnvc_jax.convolution.conv3d`, for kernels (kt, 3, 3, c, o).
 
     The gradient of the input is the same algorithm with the kernel reversed; that of the kernel is
     a matrix product per tap.
