@@ -112,6 +112,12 @@ def parse(arguments=None) -> argparse.Namespace:
         metavar="DIR",
         help="flow of yours for e_warp: DIR/CLIP/forward_00000.flo, backward_00000.flo, ...",
     )
+    add(
+        "--range",
+        choices=("file", "full"),
+        default="file",
+        help="range of YUV: what the file says, or full as in DCVC's figures (default: file)",
+    )
     add("--frames", type=int, default=96, help="first frames of each video (default: 96)")
     add("--gop", type=int, default=25, help="frames of a group, 1 + 4k (default: 25)")
     add("--processes", type=int, default=1, help="clips at once (default: 1)")
@@ -169,7 +175,7 @@ def main(arguments=None) -> int:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     clips = {
-        name: functools.partial(read_clip, path, name, options.frames)
+        name: functools.partial(read_clip, path, name, options.frames, options.range == "full")
         for name, path in paths.items()
     }
     meter = Meter(options.metrics, dict(options.weights))

@@ -23,7 +23,7 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 
-from gnvc_jax.media.colour import BT709, rgb_to_yuv420, yuv_to_rgb
+from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420, yuv_to_rgb
 
 TRIES = 3  # libvvenc now and then ends well with an empty file
 
@@ -114,8 +114,9 @@ class Match:
 class Anchor:
     """One codec on one clip; sizes are remembered, so that several rates can be matched cheaply."""
 
-    def __init__(self, codec: str, frames: np.ndarray, fps: Fraction):
-        """codec: one of ANCHORS; frames: (t, h, w, 3) uint8; fps: frames per second.
+    def __init__(self, codec: str, frames: np.ndarray, fps: Fraction, colour: Colour = BT709):
+        """codec: one of ANCHORS; frames: (t, h, w, 3) uint8; fps: frames per second; colour: of
+        the YUV that is coded.
 
         Raises ValueError for another codec or another shape.
         """
@@ -123,9 +124,9 @@ class Anchor:
             raise ValueError(f"unknown anchor '{codec}', expected one of {', '.join(ANCHORS)}")
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not frames.size:
             raise ValueError(f"expected (t, h, w, 3) uint8, got {frames.shape} {frames.dtype}")
-        self.codec, self.fps = codec, Fraction(fps)
+        self.codec, self.fps, self.colour = codec, Fraction(fps), colour
         self.count, self.height, self.width = frames.shape[:3]
-        self._raw = to_raw(frames)
+        self._raw = to_raw(frames, colour)
         self._streams: dict[float, tuple[bytes, float]] = {}
 
     def encode(self, crf: float) -> AnchorResult:
@@ -195,7 +196,7 @@ class Anchor:
                 f"{self.codec}: {self.count} frames of {width}x{height} went in, "
                 f"{len(raw)} of {expected} bytes came out"
             )
-        frames = _from_raw(raw, height, width)
+        frames = _from_raw(raw, height, width, self.colour)
         return np.ascontiguousarray(frames[:, : self.height, : self.width])
 
 
@@ -265,17 +266,17 @@ def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> b
         return path.read_bytes() if path.exists() else b""
 
 
-def to_raw(frames: np.ndarray) -> bytes:
+def to_raw(frames: np.ndarray, colour: Colour = BT709) -> bytes:
     """(t, h, w, 3) uint8 RGB to planar YUV 4:2:0 with even sides."""
     even = [(0, side % 2) for side in frames.shape[1:3]]
     return b"".join(
         plane.tobytes()
         for frame in frames
-        for plane in rgb_to_yuv420(np.pad(frame, (*even, (0, 0)), mode="edge"), BT709)
+        for plane in rgb_to_yuv420(np.pad(frame, (*even, (0, 0)), mode="edge"), colour)
     )
 
 
-def _from_raw(raw: bytes, height: int, width: int) -> np.ndarray:
+def _from_raw(raw: bytes, height: int, width: int, colour: Colour) -> np.ndarray:
     """The inverse of `to_raw`, for even sides, apart from what 4:2:0 loses."""
     luma, chroma = height * width, height * width // 4
     samples = np.frombuffer(raw, np.uint8).reshape(-1, luma + 2 * chroma)
@@ -286,7 +287,7 @@ def _from_raw(raw: bytes, height: int, width: int) -> np.ndarray:
                 frame[:luma].reshape(height, width),
                 frame[luma:-chroma].reshape(half),
                 frame[-chroma:].reshape(half),
-                BT709,
+                colour,
             )
             for frame in samples
         ]

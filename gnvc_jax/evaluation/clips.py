@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gnvc_jax.media.colour import BT709, Colour
 from gnvc_jax.media.reader import open_video
 from gnvc_jax.media.writer import open_writer
 
@@ -18,11 +19,13 @@ SUFFIXES = (".mkv", ".mp4", ".mov", ".webm", ".avi", ".y4m", ".yuv")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """name: of files and tables; frames: (t, h, w, 3) uint8 RGB; fps: frames per second."""
+    """name: of files and tables; frames: (t, h, w, 3) uint8 RGB; fps: frames per second; colour:
+    of the YUV that standard codecs and metrics get made of the frames."""
 
     name: str
     frames: np.ndarray
     fps: Fraction
+    colour: Colour = BT709
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -60,10 +63,18 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
     return clips
 
 
-def read_clip(path: Path, name: str = "", frames: int | None = None) -> Clip:
-    """The video at `path`, or its first `frames` frames; raises MediaError."""
-    with open_video(path) as video:
-        return Clip(name or path.stem, np.stack(list(itertools.islice(video, frames))), video.fps)
+def read_clip(
+    path: Path, name: str = "", frames: int | None = None, full_range: bool = False
+) -> Clip:
+    """The video at `path`, or its first `frames` frames; raises MediaError.
+
+    full_range: YUV is read as BT.709 of full range, whatever the file says, which returns the code
+    values that standard codecs should get.
+    """
+    colour = Colour(full_range=True) if full_range else None
+    with open_video(path, colour=colour) as video:
+        pictures = np.stack(list(itertools.islice(video, frames)))
+        return Clip(name or path.stem, pictures, video.fps, colour or BT709)
 
 
 def write_clip(clip: Clip, path: Path) -> None:

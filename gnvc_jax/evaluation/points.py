@@ -186,7 +186,7 @@ def _load_model(model: str):
 
 @functools.lru_cache(maxsize=2)
 def _anchor(codec: str, clip: Clip) -> Anchor:
-    return Anchor(codec, clip.frames, clip.fps)
+    return Anchor(codec, clip.frames, clip.fps, clip.colour)
 
 
 def _run_tool(arguments: list) -> float:

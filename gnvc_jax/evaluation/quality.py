@@ -13,17 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.evaluation.vmaf import vmaf
+from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420
 from gnvc_jax.metrics.clip import clip_measures, load_clip
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.ms_ssim import ms_ssim
-from gnvc_jax.metrics.psnr import decibels, mean_squared_error
+from gnvc_jax.metrics.psnr import decibels, mean_squared_error, psnr
 from gnvc_jax.metrics.temporal import drift, seam, temporal
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.metrics.warping import warping_error
 
 FIELDS = {  # metric: what it adds to a record
     "psnr": ("psnr_rgb", "apsnr_rgb"),
+    "psnr_yuv": ("psnr_yuv", "psnr_y", "psnr_u", "psnr_v"),
     "ms_ssim": ("ms_ssim_rgb", "ms_ssim_rgb_db"),
     "lpips_alex": ("lpips_alex",),
     "lpips_vgg": ("lpips_vgg",),
@@ -92,11 +94,13 @@ class Meter:
         output: np.ndarray,
         starts: Sequence[int] = (),
         flow: Path | None = None,
+        colour: Colour = BT709,
     ) -> Quality:
         """Measures `output` against `source`, both (t, h, w, 3) uint8.
 
         starts: first frames of the groups that the output was coded in, for the measure of seams;
-        flow: folder with flow of the source, for e_warp.
+        flow: folder with flow of the source, for e_warp; colour: of the YUV 4:2:0 that metrics of
+        YUV make of the frames.
         A metric that this frame size or this installation does not allow is listed in `missing`.
         Raises ValueError where the clips differ in shape or are not uint8.
         """
@@ -105,11 +109,12 @@ class Meter:
                 f"cannot compare {source.shape} {source.dtype} with {output.shape} {output.dtype}"
             )
         result = Quality({}, {}, {}, {}, {}, {})
+        given = {"e_warp": flow, "vmaf": colour, "psnr_yuv": colour}
         for name in self.metrics:
             try:
                 if name in _ON_HOST:
                     start = time.perf_counter()
-                    more = flow if name == "e_warp" else self._weights_of(name)
+                    more = given[name] if name in given else self._weights_of(name)
                     values = _ON_HOST[name](source, output, more)
                     result.seconds[name] = time.perf_counter() - start
                 elif name == "temporal":
@@ -132,7 +137,8 @@ class Meter:
 
     def _by_batch(self, result: Quality, name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         """(t,) values; the last batch is filled up with its last frame."""
-        batch = max(1, min(BATCH, _BATCH_PIXELS // math.prod(x.shape[1:3])))
+        most = max(1, min(BATCH, _BATCH_PIXELS // math.prod(x.shape[1:3])))
+        batch = -(-len(x) // -(-len(x) // most))  # equal shares, which leaves least to fill up
         values = []
         for start in range(0, len(x), batch):
             index = np.minimum(np.arange(start, start + batch), len(x) - 1)
@@ -167,8 +173,20 @@ _FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict
     "dists": lambda p, x, y: dists(p, x.astype(jnp.float32) / 255, y.astype(jnp.float32) / 255),
     "temporal": lambda _, x, y: temporal(x, y),
 }
-_ON_HOST = {  # (source, output, weights or flow) -> values by field
-    "vmaf": lambda x, y, _: vmaf(x, y),
+
+
+def _psnr_yuv(x: np.ndarray, y: np.ndarray, colour: Colour) -> dict[str, np.ndarray]:
+    """PSNR of 8-bit YUV 4:2:0 planes, frame by frame, and their mean with weights 6:1:1 (JVET)."""
+    planes = ([np.stack(p) for p in zip(*(rgb_to_yuv420(f, colour) for f in v))] for v in (x, y))
+    pairs = zip("yuv", *planes)
+    values = {name: np.asarray(psnr(a[..., None], b[..., None])) for name, a, b in pairs}
+    mean = (6 * values["y"] + values["u"] + values["v"]) / 8
+    return {"psnr_yuv": mean} | {f"psnr_{name}": value for name, value in values.items()}
+
+
+_ON_HOST = {  # (source, output, weights, flow or colour) -> values by field
+    "psnr_yuv": _psnr_yuv,
+    "vmaf": vmaf,
     "e_warp": warping_error,
     "clip": lambda x, y, encoder: clip_measures(encoder, x, y),
 }

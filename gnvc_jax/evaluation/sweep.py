@@ -74,6 +74,8 @@ class Sweep:
         """The record of one point on one clip, from disk where it is there."""
         label = f"{clip.name} {point.label}"
         key = {"source": clip.sha256, "codec": {}, **self.meter.identity()}
+        if clip.colour.full_range:
+            key["range"] = "full"
         if self.flow:
             key["flow"] = [[p.name, p.stat().st_mtime] for p in sorted(self._flow(clip).glob("*"))]
         try:
@@ -98,7 +100,7 @@ class Sweep:
         if coded.bitstream is not None:
             path = self.records.save_bitstream(clip, point, coded.bitstream)
             size = path.stat().st_size
-        quality = self.meter(clip.frames, coded.frames, coded.starts, self._flow(clip))
+        quality = self.meter(clip.frames, coded.frames, coded.starts, self._flow(clip), clip.colour)
         self.records.save_frames(clip, point, quality.frames)
         self.pictures.save(clip.name, point.label, view, coded.frames)
         return rec.finished(key, clip, point, coded, size, quality)

@@ -14,6 +14,7 @@ COLUMNS = {  # heading: (section of the record, field, format)
     "bpp": ("rate", "bpp", ".5f"),
     "kbps": ("rate", "kbps", ".1f"),
     "PSNR": ("quality", "psnr_rgb", ".2f"),
+    "PSNR YUV": ("quality", "psnr_yuv", ".2f"),
     "MS-SSIM": ("quality", "ms_ssim_rgb", ".4f"),
     "LPIPS alex": ("quality", "lpips_alex", ".4f"),
     "LPIPS vgg": ("quality", "lpips_vgg", ".4f"),

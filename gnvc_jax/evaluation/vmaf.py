@@ -5,16 +5,18 @@ import json
 import numpy as np
 
 from gnvc_jax.evaluation.anchors import AnchorError, run_ffmpeg, to_raw
+from gnvc_jax.media.colour import BT709, Colour
 
 MODELS = {"vmaf": "vmaf_v0.6.1", "vmaf_neg": "vmaf_v0.6.1neg"}
 MIN_SIDE = 16
 
 
-def vmaf(source: np.ndarray, output: np.ndarray) -> dict[str, np.ndarray]:
+def vmaf(source: np.ndarray, output: np.ndarray, colour: Colour = BT709) -> dict[str, np.ndarray]:
     """ "vmaf" and "vmaf_neg" of every frame, 0 to 100, of 8-bit YUV 4:2:0 made of the frames.
 
     Scores assume 1080p seen from three heights; smaller videos score too high. source, output:
-    (t, h, w, 3) uint8. Raises ValueError for sides below 16 or an ffmpeg without libvmaf.
+    (t, h, w, 3) uint8; colour: of the YUV. Raises ValueError for sides below 16 or an ffmpeg
+    without libvmaf.
     """
     t, h, w, _ = source.shape
     if min(h, w) < MIN_SIDE:
@@ -23,7 +25,7 @@ def vmaf(source: np.ndarray, output: np.ndarray) -> dict[str, np.ndarray]:
     models = "|".join(f"version={model}\\:name={name}" for name, model in MODELS.items())
     graph = f"[0:v][1:v]libvmaf=model='{models}':log_fmt=json:log_path=vmaf.json"
     arguments = f"{size} -i output.yuv {size} -i source.yuv -lavfi {graph} -f null -".split()
-    inputs = {"output.yuv": to_raw(output), "source.yuv": to_raw(source)}
+    inputs = {"output.yuv": to_raw(output, colour), "source.yuv": to_raw(source, colour)}
     try:
         log = json.loads(run_ffmpeg(arguments, inputs, "vmaf.json"))
     except (AnchorError, json.JSONDecodeError) as error:

@@ -5,6 +5,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
+from gnvc_jax.evaluation.anchors import to_raw
 from gnvc_jax.evaluation.clips import Clip, find_clips, read_clip, write_clip
 
 
@@ -62,3 +63,16 @@ def test_what_is_written_is_read_again(tmp_path):
     assert float(back.fps) == pytest.approx(float(clip.fps), rel=1e-3)
     np.testing.assert_array_equal(back.frames, frames)
     np.testing.assert_array_equal(read_clip(tmp_path / "a.mkv", frames=2).frames, frames[:2])
+
+
+def test_full_range_returns_the_code_values(tmp_path):
+    """What DCVC's figures do to UVG: code values in, scaled to RGB, the same code values out."""
+    luma = np.add.outer(np.arange(32), np.arange(48)).astype(np.uint8) + 40
+    planes = luma.tobytes() + bytes([130] * 384) + bytes([120] * 384)
+    path = tmp_path / "Ramp_48x32_25fps_420_8bit_YUV.yuv"
+    path.write_bytes(planes)
+    limited, full = read_clip(path), read_clip(path, full_range=True)
+    assert limited.frames.std() > 1.15 * full.frames.std()  # 255 / 219
+    back = np.frombuffer(to_raw(full.frames, full.colour), np.uint8).astype(int)
+    assert np.abs(back - np.frombuffer(planes, np.uint8)).max() <= 1
+    assert np.abs(np.frombuffer(to_raw(full.frames), np.uint8) - back).max() >= 10

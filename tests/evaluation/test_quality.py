@@ -9,6 +9,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from gnvc_jax.evaluation import quality
 from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.media.colour import rgb_to_yuv420
 from gnvc_jax.metrics.trunks import TORCH_INDEX, load_weights
 
 
@@ -92,3 +93,13 @@ def test_rejects_clips_that_do_not_fit():
         Meter(("psnr",))(clip(3), clip(2))
     with pytest.raises(ValueError, match="unknown metric 'fvd'"):
         Meter(("fvd",))
+
+
+def test_psnr_of_yuv_weighs_planes_six_to_one():
+    x, y = clip(2), clip(2, seed=1)
+    q = Meter(("psnr_yuv",))(x, y)
+    planes = [zip(rgb_to_yuv420(a), rgb_to_yuv420(b), strict=True) for a, b in zip(x, y)]
+    expected = np.array([[peak_signal_noise_ratio(*pair) for pair in frame] for frame in planes])
+    by_plane = [q.quality[f"psnr_{name}"] for name in "yuv"]
+    np.testing.assert_allclose(by_plane, expected.mean(0), atol=1e-5)
+    np.testing.assert_allclose(q.frames["psnr_yuv"], expected @ (0.75, 0.125, 0.125), atol=1e-5)

@@ -1,4 +1,5 @@
-"""LPIPS and DISTS against the authors' packages, values and gradients, with shared random weights.
+"""LPIPS and DISTS against the authors' packages, values and gradients, with shared random weights;
+MS-SSIM against pytorch-msssim.
 
 torchvision, from which both take their trunks, has a stand-in: its packages exist for few builds of
 torch, and all that is needed of it is the order of layers.
@@ -15,6 +16,7 @@ from safetensors.numpy import save_file
 
 from gnvc_jax.metrics.dists import dists
 from gnvc_jax.metrics.lpips import lpips
+from gnvc_jax.metrics.ms_ssim import ms_ssim
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.porting.perceptual import port_perceptual
 
@@ -134,3 +136,18 @@ def test_dists(torchvision, images, tmp_path, record_property):
     params = weights | {"trunk": load_weights("vgg", tmp_path / "vgg.safetensors")["trunk"]}
     expected = theirs(lambda x, y: reference(x, y, require_grad=True), *images)
     close(record_property, "dists", ours(dists, params, *images), expected)
+
+
+@pytest.mark.parametrize("side", [256, 177])
+def test_ms_ssim(side, record_property):
+    from pytorch_msssim import ms_ssim as reference
+
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, 256, (2, 256, side, 3), dtype=np.uint8)
+    y = np.clip(x + rng.normal(0, 60, x.shape), 0, 255).astype(np.uint8)
+    planes = [torch.from_numpy(a.astype(np.float32)).permute(0, 3, 1, 2) for a in (x, y)]
+    expected = reference(*planes, data_range=255, size_average=False).numpy()
+    assert 0.5 < expected.min() < expected.max() < 0.99
+    error = float(np.abs(jax.jit(ms_ssim)(x, y) - expected).max())
+    record_property("MS-SSIM", error)
+    assert error <= 2e-5
