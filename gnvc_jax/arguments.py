@@ -30,6 +30,14 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--force", "-y", action="store_true", help="overwrite the output")
         sub.add_argument("--no-progress", action="store_true", help="no progress bar")
 
+    def devices_option(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--devices",
+            type=int,
+            default=1,
+            help="that share each frame, for large ones (default: 1)",
+        )
+
     def many_videos(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--data", required=True, help="folder, list (.txt) or video")
         sub.add_argument("--to", required=True, help="folder; the same command goes on in it")
@@ -44,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     enc.add_argument("--size", help="WxH of raw .yuv")
     enc.add_argument("--fps", type=Fraction, help="frame rate of raw .yuv and of PNG folders")
     enc.add_argument("--pix-fmt", help="pixel format of raw .yuv (default: yuv420p)")
+    devices_option(enc)
     output_options(enc)
 
     dec = command("decode", "Stream to video.", "gnvc decode clip.gnvc clip.mp4")
@@ -58,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         help="refuse frames of more pixels (default: 33554432, 8K)",
     )
+    devices_option(dec)
     output_options(dec)
 
     inf = command("info", "What a stream says of itself.", "gnvc info clip.gnvc")

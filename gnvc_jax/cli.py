@@ -32,6 +32,7 @@ def encode(args: argparse.Namespace) -> int:
     output = args.output or f"{args.input.rstrip('/')}.gnvc"
     size = _size(args.size)
     with (
+        frames_over(args.devices),
         open_video(args.input, size=size, fps=args.fps, pix_fmt=args.pix_fmt) as video,
         binary_output(output, args.force) as file,
     ):
@@ -61,7 +62,7 @@ def decode(args: argparse.Namespace) -> int:
     damaged = []
     if args.steps is not None and not 0 <= args.steps <= MAX_STEPS:
         raise ValueError(f"--steps {args.steps}: expected 0 to {MAX_STEPS}")
-    with StreamReader(source) as reader:
+    with frames_over(args.devices), StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(args.model)
         coder.check(header, MAX_PIXELS if args.max_pixels is None else args.max_pixels)
         fps = Fraction(*header.fps)
@@ -83,6 +84,17 @@ def decode(args: argparse.Namespace) -> int:
     for line in damaged:
         print(f"gnvc: {args.input}: replaced: {line}", file=sys.stderr)
     return EXIT_DAMAGED if damaged else 0
+
+
+def frames_over(devices: int) -> contextlib.AbstractContextManager:
+    """Within it, so many devices share each frame. ValueError if there are not so many."""
+    import jax
+
+    from gnvc_jax.parallel import MeshConfig, make_mesh
+
+    if devices == 1:
+        return contextlib.nullcontext()
+    return jax.set_mesh(make_mesh(MeshConfig(data=1, context=devices)))
 
 
 def group_frames(coder, header, group, last, damaged, args) -> Iterator[np.ndarray]:

@@ -28,6 +28,7 @@ from gnvc_jax.bitstream.errors import LimitExceeded
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LATENT_MULTIPLE
 from gnvc_jax.model import Functions, Model
+from gnvc_jax.parallel import axis_size
 
 MAX_QP = 63
 MAX_PIXELS = 1 << 25  # of a frame that is decoded unless told otherwise; 7680x4320 fits
@@ -109,10 +110,11 @@ class Coder:
         """Encode uint8 RGB frames (h, w, 3) at qp 0..63 (lower is better); returns the frames.
 
         progress(n) is called whenever n more frames are done. ValueError for a frame of another
-        size, a qp out of range, or no frame at all.
+        size, a qp out of range, a width that the mesh in use does not divide, or no frame at all.
         """
         if not 0 <= qp <= MAX_QP:
             raise ValueError(f"qp {qp}: expected 0..{MAX_QP}")
+        check_columns(header.width)
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
         while gop := self._encode_group(itertools.islice(frames, header.gop_frames),
                                         header, qp, number, first, progress):  # fmt: skip
@@ -165,8 +167,10 @@ class Coder:
         """Before anything is decoded or allocated.
 
         WrongModel or ModelCorrupt unless the stream was made with this model, LimitExceeded if a
-        frame has more than max_pixels: a few bytes can claim a picture that no memory holds.
+        frame has more than max_pixels: a few bytes can claim a picture that no memory holds;
+        ValueError for a width that the mesh in use does not divide.
         """
+        check_columns(header.width)
         header.check_model(*self.model.fingerprints, self.model.tables.crc32())
         pixels = header.width * header.height
         if pixels > max_pixels:
@@ -242,6 +246,16 @@ class Coder:
             frames, decoder = self.functions.decode_latents(decoder, latent)
             out.append(np.asarray(frames[0, :, :h, :w]))
         return np.concatenate(out)[:t]
+
+
+def check_columns(width: int) -> None:
+    """ValueError unless the mesh axis `context` divides the columns of latents of frames."""
+    devices, columns = axis_size("context"), -(-width // 8)
+    if columns % devices:
+        raise ValueError(
+            f"{devices} devices cannot share frames {width} wide: that makes {columns} columns of "
+            "latents, which they do not divide"
+        )
 
 
 def to_float(frames: np.ndarray) -> np.ndarray:

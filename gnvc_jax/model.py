@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -27,6 +29,7 @@ from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LatentCodec, State, pad_latents
+from gnvc_jax.parallel import constrain
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
 
@@ -222,8 +225,18 @@ def self_test(model: Model, network) -> int:
     return crc
 
 
+def shared(tree: Tree) -> Tree:
+    """Arrays (..., h, w, c) with their columns spread over the mesh axis `context`, if it divides
+    them."""
+    return jax.tree.map(lambda x: constrain(x, context=x.ndim - 2), tree)
+
+
 class Functions:
     """The jitted functions of a model; none keeps state. Latents here are normalised, unpadded.
+
+    Made and used under `jax.set_mesh`, they share the columns of each frame, and of all that is
+    made of it, among the devices along the axis `context`; these exchange what convolutions see
+    beyond the edges.
 
     encode_video(cache, frames) -> latents, cache       frames float (1, t, h, w, 3)
     decode_latents(cache, latents) -> uint8 frames, cache
@@ -236,26 +249,33 @@ class Functions:
     def __init__(self, model: Model):
         self.model = model
         vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
-        self.vae_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), model.vae)
-        self.codec_params = jax.device_put(model.codec)
+        mesh = jax.sharding.get_mesh()
+        everywhere = None if mesh.empty else NamedSharding(mesh, P())
+
+        def place(params):
+            return jax.device_put(
+                jax.tree.map(lambda x: np.asarray(x, np.float32), params), everywhere
+            )
+
+        self.vae_params, self.codec_params = place(model.vae), place(model.codec)
         mean, std = model.mean, model.std
 
         @jax.jit
         def encode_video(params, cache, frames):
-            latents, cache = encode_chunk(vae, params, cache, frames)
-            return (latents - mean) / std, cache
+            latents, cache = encode_chunk(vae, params, cache, shared(frames))
+            return (latents - mean) / std, shared(cache)
 
         @jax.jit
         def decode_latents(params, cache, latents):
-            frames, cache = decode_chunk(vae, params, cache, latents * std + mean)
-            return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), cache
+            frames, cache = decode_chunk(vae, params, cache, shared(latents) * std + mean)
+            return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), shared(cache)
 
         def call(params, method, *args):
             return codec.apply({"params": params}, *args, method=method)
 
         @jax.jit
         def analyse(params, latent, state, q_index):
-            latent = pad_latents(latent[:, None])[:, 0]
+            latent = shared(pad_latents(latent[:, None])[:, 0])
             if state is None:
                 out = call(params, "encode_intra", latent, q_index)
             else:
@@ -266,13 +286,13 @@ class Functions:
         def reconstruct(params, integers, state, q_index):
             integers = jax.tree.map(lambda x: x.astype(jnp.float32)[None], integers)
             if state is None:
-                return call(params, "decode_intra", integers, q_index)
-            return call(params, "decode_inter", integers, state, q_index)
+                return shared(call(params, "decode_intra", integers, q_index))
+            return shared(call(params, "decode_inter", integers, state, q_index))
 
         if model.refiner is not None:
             half = jax.default_backend() != "cpu"  # where it is faster, and good enough
             refiner = Refiner(model.refiner_config, jnp.bfloat16 if half else jnp.float32)
-            self.refiner_params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), model.refiner)
+            self.refiner_params = place(model.refiner)
 
             @jax.jit
             def velocity(params, state, tau, decoded, features, q_index):

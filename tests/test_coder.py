@@ -4,6 +4,7 @@ import io
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from gnvc_jax.bitstream import EntropyCoder, PlainCoder, StreamReader
 from gnvc_jax.bitstream.errors import DeviceNotExact, ModelCorrupt, WrongModel
 from gnvc_jax.codec import scales
 from gnvc_jax.coder import Coder
+from gnvc_jax.parallel import MeshConfig, make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,7 @@ def test_symbols_from_one_device(coder, stream, tmp_path):
 import sys, numpy as np
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.coder import Coder
+from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.model import load_model
 coder = Coder(load_model({str(tmp_path / "m.safetensors")!r}))
 reader = StreamReader({str(tmp_path / "s.gnvc")!r})
@@ -201,3 +204,43 @@ def test_a_refiner_survives_its_file(refining, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.refiner, refining.model.refiner)
     plain = models.load_model(path)
     assert plain.fingerprints == refining.model.fingerprints
+
+
+@pytest.fixture
+def four_devices():
+    with jax.set_mesh(make_mesh(MeshConfig(data=1, context=4))):
+        yield
+
+
+def test_devices_share_frames(coder, tiny_model, four_devices):
+    """Another number of devices reads the same integers, and frames that differ by rounding."""
+    video = np.random.default_rng(1).integers(0, 256, (5, 40, 64, 3), np.uint8)
+    spread, out = Coder(tiny_model()), io.BytesIO()
+    spread.encode_frames(video, out, spread.header(64, 40, (25, 1), gop=5), qp=20)
+    with StreamReader(out.getvalue()) as reader:
+        frames = np.stack(list(spread.decode_frames(reader)))
+    assert same(symbols(coder, out.getvalue()), symbols(spread, out.getvalue()))
+    with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
+        with StreamReader(out.getvalue()) as reader:
+            alone = np.stack(list(coder.decode_frames(reader)))
+    assert np.abs(frames.astype(int) - alone).max() <= 1
+
+
+def test_devices_keep_their_columns(tiny_model, four_devices):
+    """Nothing but the keys and values of the VAE's attention is ever whole on a device."""
+    functions = Coder(tiny_model()).functions
+    latents = np.zeros((1, 1, 8, 32, 4), np.float32)
+    _, cache = functions.decode_latents(None, latents)
+    for x in filter(np.size, jax.tree.leaves(cache)):
+        assert x.addressable_shards[0].data.shape[3] == x.shape[3] // 4
+    arguments = functions.vae_params, cache, latents
+    program = functions._decode_latents.lower(*arguments).compile().as_text()
+    gathered = [line for line in program.splitlines() if " all-gather(" in line]
+    assert "collective-permute" in program
+    assert gathered and all("attention" in line for line in gathered)
+
+
+def test_devices_that_do_not_divide_are_named(tiny_model, four_devices):
+    coder, video = Coder(tiny_model()), np.zeros((1, 16, 72, 3), np.uint8)
+    with pytest.raises(ValueError, match="4 devices cannot share frames 72 wide"):
+        coder.encode_frames(video, io.BytesIO(), coder.header(72, 16, (25, 1)), qp=20)
