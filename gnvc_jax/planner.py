@@ -16,12 +16,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gnvc_jax.parallel import MeshConfig, flops, hlo, make_mesh, shardings
+from gnvc_jax.parallel import hlo, make_mesh, shardings
 from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.loop import abstract_state, gradient, jit_step
+from gnvc_jax.training.loop import abstract_state, jit_step
 from gnvc_jax.training.stages import Stage, make_stage
+from gnvc_jax.training.work import operations
 
 Tree = Any
 
@@ -59,7 +60,10 @@ def plan_for(
         "parameters": parameters(arguments[0], arguments[1]),
         "argument_bytes": sum(map(bytes_per_device, arguments)),
         "hbm_bytes": chip.memory // chip.devices,
-        "flops": operations(experiment, devices[0], frames),
+        "flops": {
+            "model": operations(stage, devices[0], frames),
+            "computed": operations(stage, devices[0], frames, experiment.compute.remat),
+        },
     }
     start = time.perf_counter()
     with jax.set_mesh(mesh):
@@ -185,25 +189,6 @@ def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
     return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
 
 
-def operations(experiment: Experiment, device: jax.Device, frames: int) -> dict[str, float]:
-    """Operations of a step over all devices: "model", and "computed", with what is done twice.
-
-    model: forward and backward pass, nothing recomputed; the number that MFU refers to.
-    """
-    mesh = make_mesh(MeshConfig(data=1), [device])  # the platform's layers, undivided
-    found = {}
-    for name, remat in (("model", "none"), ("computed", experiment.compute.remat)):
-        compute = dataclasses.replace(experiment.compute, remat=remat, attention="xla")
-        stage = make_stage(dataclasses.replace(experiment, compute=compute))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        step = jax.ShapeDtypeStruct((), "int32")
-        params = jax.eval_shape(stage.init, key)
-        inputs = params, stage.frozen_shapes(), stage.batch_shapes(frames), key, step
-        with jax.set_mesh(mesh):
-            found[name] = flops.count(gradient(stage.loss, 1), *inputs, turns=stage.turns)
-    return found
-
-
 def memory(compiled: Any, available: int) -> dict:
     """What the compiler says of a device's memory, in bytes."""
     stats = compiled.memory_analysis()
@@ -246,10 +231,7 @@ def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: i
         ],
         "clips_per_epoch": clips,
     }
-    if experiment.refiner is not None:
-        cfg, data = experiment.vae, experiment.data
-        grid = (side // cfg.stride for side in data.size)
-        tokens = experiment.refiner.dit.tokens(1 + (frames - 1) // cfg.temporal_stride, *grid)
+    if tokens := experiment.tokens(frames):
         rate["tokens_per_clip"] = tokens
         rate["tokens_per_s"] = [tokens * x for x in rate["clips_per_s"]]
     return {

@@ -39,6 +39,21 @@ CHIPS = {
     "v7x": Chip("tpu7x", 2307e12, 192 << 30, 7370e9, 100e9, 3, devices=2),
 }
 
+# Dense bfloat16 operations per second of a device, by the name that JAX gives its kind. GPUs: data
+# sheets of NVIDIA, whose figures for sparse matrices are twice as high.
+PEAK_FLOPS = {
+    "TPU v4": CHIPS["v4"].flops,
+    "TPU v5 lite": CHIPS["v5e"].flops,
+    "TPU v5": CHIPS["v5p"].flops,
+    "TPU v6 lite": CHIPS["v6e"].flops,
+    "TPU7x": CHIPS["v7x"].flops / CHIPS["v7x"].devices,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
 
 def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
     """ "v5p:4x4x4" -> its chip and (4, 4, 4). ValueError for an unknown chip or shape."""

@@ -154,6 +154,13 @@ class Experiment:
     run: RunConfig = RunConfig()
     init_from: str | None = None
 
+    def tokens(self, frames: int) -> int:
+        """Tokens of the refiner for a clip of so many frames; 0 without a refiner."""
+        if self.refiner is None:
+            return 0
+        grid = (side // self.vae.stride for side in self.data.size)
+        return self.refiner.dit.tokens(1 + (frames - 1) // self.vae.temporal_stride, *grid)
+
 
 def load(path: str | Path) -> Experiment:
     """The `experiment` (a value, or a function without arguments) that a config file defines."""

@@ -1,5 +1,6 @@
 """The train state, the train step and the loop around them."""
 
+import collections
 import dataclasses
 import signal
 import time
@@ -22,11 +23,15 @@ from gnvc_jax.training import metrics
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import Experiment, OptimConfig, RunConfig
 from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.work import Clock, Work
 
 Tree = Any
 
 # A run whose gradients stay non-finite this long will not recover.
 MAX_SKIPPED_IN_A_ROW = 100
+
+# What the amounts of `Work` become when divided by the time they took.
+RATES = {"frames": "frames_per_s", "tokens": "tokens_per_s", "peak_s": "mfu"}
 
 
 @jax.tree_util.register_dataclass
@@ -210,19 +215,27 @@ class Profiler:
 
 
 class Meter:
-    """Collects the metrics of each step and writes their means every `log_every` steps."""
+    """Collects the metrics of each step and writes their means every `log_every` steps.
 
-    def __init__(self, experiment: Experiment, writer: metrics.Writer):
+    Beside them: step_s (seconds of one), frames_per_s, tokens_per_s (of the refiner), mfu
+    (where the peak of the devices is known), data_wait (share of the time spent waiting for
+    batches), goodput (see `Clock`), device_gib (see `device_memory`).
+    """
+
+    def __init__(self, stage: Stage, writer: metrics.Writer, clock: Clock):
+        experiment = stage.experiment
         self.steps, self.log_every = experiment.optim.steps, experiment.run.log_every
-        self.writer, self.skipped = writer, 0
+        self.work, self.writer, self.clock, self.skipped = Work(stage), writer, clock, 0
         self.restart()
 
     def restart(self) -> None:
-        self.values, self.waited, self.since = [], 0.0, time.perf_counter()
+        self.values, self.done = [], collections.Counter()
+        self.waited, self.since = 0.0, time.perf_counter()
 
-    def add(self, step: int, values: dict[str, jax.Array]) -> None:
-        """FloatingPointError if all of the last updates had to be skipped."""
+    def add(self, step: int, values: dict[str, jax.Array], frames: int) -> None:
+        """frames: per clip. FloatingPointError if all of the last updates had to be skipped."""
         self.values.append(jax.device_get(values))
+        self.done.update(self.work.of(frames))
         self.skipped = self.skipped + 1 if self.values[-1]["skipped"] else 0
         if self.skipped == MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(f"step {step}: the last {self.skipped} gradients not finite")
@@ -230,7 +243,12 @@ class Meter:
             seconds = time.perf_counter() - self.since
             keys = sorted(values, key=lambda k: k != "loss")
             means = {k: float(np.mean([v[k] for v in self.values])) for k in keys}
-            rates = {"steps_per_s": len(self.values) / seconds, "data_wait": self.waited / seconds}
+            rates = {
+                "step_s": seconds / len(self.values),
+                **{RATES[name]: amount / seconds for name, amount in self.done.items()},
+                "data_wait": self.waited / seconds,
+                "goodput": self.clock.goodput(),
+            }
             self.writer.write(step, means | rates | device_memory())
             self.restart()
 
@@ -314,6 +332,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         like = abstract_state(experiment, stage, mesh)
         state, position = start_state(experiment, stage, checkpoints, like)
         data = Clips(stage, int(state.step), position)
+        clock = Clock((position or {}).get("clock"))
         frozen = stage.frozen()
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
         train_step = jit_step(experiment, stage, mesh, state, frozen)
@@ -321,7 +340,12 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         step = first = int(state.step)
         writer = stack.enter_context(closing(make_writer(experiment, first)))
         profiler = stack.enter_context(closing(Profiler(run)))
-        meter, pending, saved_at = Meter(experiment, writer), None, time.monotonic()
+        meter, pending, saved_at = Meter(stage, writer, clock), None, time.monotonic()
+
+        def save() -> None:
+            with clock.paused():
+                checkpoints.save(step, state, data.get_state() | {"clock": clock.get_state()})
+
         while step < last and not stop.received and not checkpoints.preempted(step):
             waiting = time.perf_counter()
             batch = put(data.take(step), over_batch)
@@ -333,16 +357,18 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
             step += 1
             if step == first + 1:
                 say(f"compiled in {time.perf_counter() - called:.1f} s")
+                meter.work.of(data.frames)
                 meter.restart()  # the rates are those of the steps alone
+                clock.run()
             if pending:
                 meter.add(*pending)  # of the step before, while the device works on this one
-            pending = step, values
+            pending = step, values, data.frames
             if due(run, step, saved_at):
-                checkpoints.save(step, state, data.get_state())
+                save()
                 saved_at = time.monotonic()
         if pending:
             meter.add(*pending)
-            checkpoints.save(step, state, data.get_state())
+            save()
     if step < last:
         say(f"stopped after step {step} of {last}; the same command continues")
         return None

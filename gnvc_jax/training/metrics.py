@@ -27,8 +27,8 @@ class Console:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         parts = [f"step {step}/{self.steps}", *(f"{k} {v:.4g}" for k, v in values.items())]
-        if rate := values.get("steps_per_s"):
-            left = int((self.steps - step) / rate)
+        if seconds := values.get("step_s"):
+            left = round((self.steps - step) * seconds)
             parts.append(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
         print("  ".join(parts), flush=True)
 

@@ -36,5 +36,5 @@ def test_tensorboard_gets_the_scalars(tmp_path):
 
 
 def test_console_tells_the_time_left(capsys):
-    Console(steps=7300).write(100, {"loss": 0.123456, "steps_per_s": 2.0})
-    assert capsys.readouterr().out == "step 100/7300  loss 0.1235  steps_per_s 2  eta 1:00:00\n"
+    Console(steps=7300).write(100, {"loss": 0.123456, "step_s": 0.5})
+    assert capsys.readouterr().out == "step 100/7300  loss 0.1235  step_s 0.5  eta 1:00:00\n"

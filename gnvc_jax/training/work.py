@@ -1,0 +1,91 @@
+"""What a step has to do, and how much of a run's time goes into steps."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import jax
+
+from gnvc_jax.parallel import MeshConfig, flops, make_mesh
+from gnvc_jax.parallel.chips import PEAK_FLOPS
+from gnvc_jax.training.stages import Stage
+
+
+def operations(stage: Stage, device: jax.Device, frames: int, remat: str = "none") -> float:
+    """Operations of a step over all devices, forward and backward; see `parallel.flops`.
+
+    frames: per clip; remat: what is computed again counts twice (none: the number that MFU refers
+    to).
+    """
+    compute = dataclasses.replace(stage.experiment.compute, remat=remat, attention="xla")
+    stage = type(stage)(dataclasses.replace(stage.experiment, compute=compute))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    step = jax.ShapeDtypeStruct((), "int32")
+    inputs = jax.eval_shape(stage.init, key), stage.frozen_shapes(), stage.batch_shapes(frames)
+    mesh = make_mesh(MeshConfig(data=1), [device])  # the platform's layers, undivided
+    with jax.set_mesh(mesh):
+        return flops.count(
+            jax.value_and_grad(stage.loss, has_aux=True), *inputs, key, step, turns=stage.turns
+        )
+
+
+class Work:
+    """What a step of a stage has to do."""
+
+    def __init__(self, stage: Stage):
+        self.stage, self.known = stage, {}
+
+    def of(self, frames: int) -> dict[str, float]:
+        """Amounts for clips of so many frames: "frames" and, with a refiner, "tokens" of all clips.
+
+        "peak_s": seconds its operations would take all devices at the published peak, where that is
+        known; over the seconds it took, this is the MFU (PaLM, Chowdhery et al. 2022, appendix B).
+        """
+        if frames not in self.known:
+            experiment, devices = self.stage.experiment, jax.devices()
+            batch = experiment.data.batch
+            found = {"frames": float(batch * frames)}
+            if tokens := experiment.tokens(frames):
+                found["tokens"] = float(batch * tokens)
+            if peak := PEAK_FLOPS.get(devices[0].device_kind):
+                needed = operations(self.stage, devices[0], frames)
+                found["peak_s"] = needed / (peak * jax.sharding.get_mesh().size)
+            self.known[frames] = found
+        return self.known[frames]
+
+
+class Clock:
+    """Goodput: the share of the time since a run first started that went into steps that count.
+
+    What else takes time: starting, compiling, saving, standing still, and steps that were lost
+    because they came after the checkpoint from which the run went on. (Waiting for input has a
+    metric of its own.)
+
+    saved: what `get_state` gave at the checkpoint, None at the start of a run.
+    """
+
+    def __init__(self, saved: dict[str, float] | None = None):
+        saved = saved or {"started": time.time(), "trained_s": 0.0}
+        self.started, self.trained, self.since = saved["started"], saved["trained_s"], None
+
+    def run(self) -> None:
+        """From here on, time counts."""
+        self.since = time.time()
+
+    def trained_s(self) -> float:
+        """Seconds of steps."""
+        return self.trained + (0.0 if self.since is None else time.time() - self.since)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within it, time does not count."""
+        self.trained, self.since = self.trained_s(), None
+        yield
+        self.run()
+
+    def goodput(self) -> float:
+        return self.trained_s() / max(time.time() - self.started, 1e-9)
+
+    def get_state(self) -> dict[str, float]:
+        return {"started": self.started, "trained_s": self.trained_s()}
