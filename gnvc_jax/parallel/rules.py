@@ -28,9 +28,10 @@ RULES = (
     (r"groups/.*/norm_(q|k)/scale", ("tensor",)),
 )
 
-# Elements. A parameter below SMALL is whole on every device: gathering it costs more than it saves.
-# From SMALL to LARGE it is split if the sizes allow, else whole. From LARGE on it must be split.
-SMALL, LARGE = 1 << 14, 1 << 20
+# Numbers. A parameter below SMALL is whole on every device: gathering it costs more than it saves,
+# and the codec's 700 add up to 20 million. From SMALL to LARGE it is split if the sizes allow, else
+# whole. From LARGE on it must be split.
+SMALL, LARGE = 1 << 19, 1 << 20
 
 
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -22,6 +22,7 @@ from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import metrics
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import Experiment, OptimConfig, RunConfig
+from gnvc_jax.training.stacks import Stacks
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.work import Clock, Work
 
@@ -58,12 +59,15 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
 
 
 def optimiser(config: OptimConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW without the learning rate, which the step applies."""
+    """Clipping and AdamW of `Stacks`, without the learning rate, which the step applies.
+
+    Weights of matrices and kernels decay; in stacks they have at least three axes.
+    """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(*config.betas),
         optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree.map(lambda x: x.ndim >= 2, params)
+            config.weight_decay, mask=lambda stacks: jax.tree.map(lambda x: x.ndim >= 3, stacks)
         ),
     )
 
@@ -121,18 +125,21 @@ def make_step(
         (value, parts), grads = gradient(loss, config.accumulate)(
             state.params, frozen, batch, key, state.step
         )
+        stacks = Stacks(state.params)
+        grads, *old = stacks.pack((grads, state.params, state.ema, state.opt_state))
+        params, ema, opt_state = old
         grad_norm = optax.tree.norm(grads)
         lr = schedule(state.step)
-        updates, opt_state = optimise.update(grads, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - lr * u, state.params, updates)
+        updates, opt_state = optimise.update(grads, opt_state, params)
+        params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
         decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
-        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, state.ema, params)
+        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
 
         finite = jnp.isfinite(grad_norm)
-        old = (state.params, state.ema, state.opt_state)
-        params, ema, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (params, ema, opt_state), old
+        new = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), [params, ema, opt_state], old
         )
+        params, ema, opt_state = (stacks.unpack(x) for x in new)
         values = {
             "loss": value,
             **parts,
@@ -231,6 +238,10 @@ class Meter:
     def restart(self) -> None:
         self.values, self.done = [], collections.Counter()
         self.waited, self.since = 0.0, time.perf_counter()
+
+    def leave_out(self, seconds: float) -> None:
+        """These did not go into steps."""
+        self.since += seconds
 
     def add(self, step: int, values: dict[str, jax.Array], frames: int) -> None:
         """frames: per clip. FloatingPointError if all of the last updates had to be skipped."""
@@ -337,28 +348,34 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
         train_step = jit_step(experiment, stage, mesh, state, frozen)
 
-        step = first = int(state.step)
-        writer = stack.enter_context(closing(make_writer(experiment, first)))
+        step = int(state.step)
+        writer = stack.enter_context(closing(make_writer(experiment, step)))
         profiler = stack.enter_context(closing(Profiler(run)))
         meter, pending, saved_at = Meter(stage, writer, clock), None, time.monotonic()
 
         def save() -> None:
-            with clock.paused():
-                checkpoints.save(step, state, data.get_state() | {"clock": clock.get_state()})
+            clock.stop()
+            checkpoints.save(step, state, data.get_state() | {"clock": clock.get_state()})
+            clock.run()
 
+        frames = None  # of the clips that the step is compiled for
         while step < last and not stop.received and not checkpoints.preempted(step):
             waiting = time.perf_counter()
             batch = put(data.take(step), over_batch)
             meter.waited += time.perf_counter() - waiting
+            if compiles := data.frames != frames:
+                frames = data.frames
+                clock.stop()
+                meter.work.of(frames)
             called = time.perf_counter()
             profiler.before(step + 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, values = train_step(state, frozen, batch)
             step += 1
-            if step == first + 1:
-                say(f"compiled in {time.perf_counter() - called:.1f} s")
-                meter.work.of(data.frames)
-                meter.restart()  # the rates are those of the steps alone
+            if compiles:
+                seconds = time.perf_counter() - called
+                say(f"compiled in {seconds:.1f} s")
+                meter.leave_out(seconds)  # the rates are those of the steps alone
                 clock.run()
             if pending:
                 meter.add(*pending)  # of the step before, while the device works on this one

@@ -1,9 +1,7 @@
 """What a step has to do, and how much of a run's time goes into steps."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
 
 import jax
 
@@ -77,12 +75,9 @@ class Clock:
         """Seconds of steps."""
         return self.trained + (0.0 if self.since is None else time.time() - self.since)
 
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Within it, time does not count."""
+    def stop(self) -> None:
+        """From here on, time does not count."""
         self.trained, self.since = self.trained_s(), None
-        yield
-        self.run()
 
     def goodput(self) -> float:
         return self.trained_s() / max(time.time() - self.started, 1e-9)
