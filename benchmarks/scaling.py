@@ -28,7 +28,7 @@ from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
 from gnvc_jax.training.loop import State, init_state, jit_step
 from gnvc_jax.training.stages import Stage
 
-DIT = DiTConfig(256, 1024, 8, 2, 64, 16, text_length=0)
+DIT = DiTConfig(768, 3072, 8, 2, 64, 16, text_length=0)
 AXES = {
     "data": ("data", None),
     "fsdp": ("fsdp", None),
