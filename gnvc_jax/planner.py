@@ -105,9 +105,9 @@ def sweep(
 
 def report(found: dict) -> str:
     """A plan in words."""
-    gib, mesh = 2**30, ", ".join(f"{k} {v}" for k, v in found["mesh"].items() if v > 1)
+    gib = 2**30
     lines = [
-        f"{found['topology']}: {found['experiment']}; {mesh or 'one device'}",
+        f"{found['topology']}: {found['experiment']}; {mesh_text(found)}",
         f"  parameters   {found['parameters']['trained']:,} trained, "
         f"{found['parameters']['frozen']:,} frozen",
         f"  arguments    {found['argument_bytes'] / gib:.2f} GiB per device of "
@@ -135,14 +135,19 @@ def report(found: dict) -> str:
     return "\n".join(lines)
 
 
+def mesh_text(found: dict) -> str:
+    """The mesh of a plan in words."""
+    return ", ".join(f"{k} {v}" for k, v in found["mesh"].items() if v > 1) or "one device"
+
+
 def table(plans: Sequence[dict]) -> str:
     """Plans side by side, as a table in Markdown."""
     rows = [
-        "| topology | chips | batch | peak GiB | step s | MFU at most | clips/s | chip hours |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| topology | mesh | batch | peak GiB | step s | MFU at most | clips/s | chip hours |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in plans:
-        start = f"| {one['topology']} | {one['chips']} | {one['batch']} | "
+        start = f"| {one['topology']} | {mesh_text(one)} | {one['batch']} | "
         if "peak_bytes" not in one:
             rows.append(start + "does not fit | | | | |")
             continue

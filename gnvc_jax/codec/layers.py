@@ -16,11 +16,13 @@ xavier = nn.initializers.xavier_normal()
 quiet = nn.initializers.variance_scaling(0.01, "fan_avg", "truncated_normal")
 
 
+@jax.jit  # traced once per shape, not once per layer; so below
 def wsilu(x: Array) -> Array:
     """x * sigmoid(4x)."""
     return x * nn.sigmoid(4.0 * x)
 
 
+@jax.jit
 def depthwise3x3(x: Array, kernel: Array) -> Array:
     """Depthwise 3x3 convolution with zero padding, as nine shifted multiply-adds.
 

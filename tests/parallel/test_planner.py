@@ -6,6 +6,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
@@ -13,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from gnvc_jax import cli, planner
 from gnvc_jax.parallel import MeshConfig, chips, flops, hlo, make_mesh, rules
 from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
+from gnvc_jax.training import loop
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.stages import Stage
 
@@ -67,6 +69,25 @@ def test_memory_falls_with_the_devices(experiment):
     before, after = (found["argument_bytes"] - batch for found in (copied, spread))
     assert before / after == pytest.approx(8, rel=0.01)
     assert not any(c["kind"] == "all-gather" for c in copied["collectives"])
+
+
+def test_memory_is_that_of_the_step_that_trains(experiment):
+    """Real arrays on simulated devices: what lies there, and what the compiler says of the step."""
+    mesh = MeshConfig(data=2, fsdp=4)
+    found = plans(experiment, **dataclasses.asdict(mesh))
+    stage, mesh = Layers(experiment), make_mesh(mesh)
+    shapes = planner.abstract_arguments(experiment, stage, mesh, frames=1)
+    zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (shapes[0].params, *shapes[1:]))
+    params, frozen, batch = zeros
+    state = loop.init_state(experiment.optim, params, jax.random.key(0))
+    arguments = jax.device_put((state, frozen, batch), jax.tree.map(lambda x: x.sharding, shapes))
+    here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arguments))
+    assert found["argument_bytes"] == here
+    with jax.set_mesh(mesh):
+        step = loop.jit_step(experiment, stage, mesh, *arguments[:2])
+        stats = step.lower(*arguments).compile().memory_analysis()
+    assert found["temp_bytes"] == stats.temp_size_in_bytes > 128 * WIDTH * 4  # one activation
+    assert found["peak_bytes"] >= here + stats.temp_size_in_bytes
 
 
 def test_sizes_are_checked_first(experiment):

@@ -1,0 +1,23 @@
+"""Stage I with VACE-14B in place of VACE-1.3B.
+
+gnvc port --from Wan2.1-VACE-14B --to weights/vace-14b
+python train.py --config configs/wan_14b/latent.py --data.latents cache --mesh fsdp=16
+
+Wan's VAE is the same for both sizes, so cached latents and the codec's warm start are too. Not run
+yet: no accelerator was at hand.
+"""
+
+import dataclasses
+
+from configs.wan_1_3b import latent
+from gnvc_jax.refiner import VACE_14B, RefinerConfig
+from gnvc_jax.training.config import RunConfig
+
+base = latent.experiment
+
+experiment = dataclasses.replace(
+    base,
+    refiner=RefinerConfig(dit=VACE_14B, features=base.codec.width),
+    loss=dataclasses.replace(base.loss, weights="weights/vace-14b"),
+    run=RunConfig(out="runs/wan_14b/latent"),
+)
