@@ -23,6 +23,7 @@ from matplotlib.ticker import ScalarFormatter
 
 from gnvc_jax import planner
 from gnvc_jax.files import write_json
+from gnvc_jax.parallel import chips
 from gnvc_jax.training import config
 
 ROOT = Path(__file__).parents[1]
@@ -77,10 +78,10 @@ def figure(plans: dict, path: Path) -> None:
             known = [p for p in known if p["fits"]]
             if len(known) < 2:
                 continue
-            chips = [p["chips"] for p in known]
+            sizes = [p["chips"] for p in known]
             low, high = zip(*(p["clips_per_s"] for p in known))
-            panel.plot(chips, high, line, marker="o", ms=3, color=f"C{i}", label=f"{case}, {way}")
-            panel.fill_between(chips, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
+            panel.plot(sizes, high, line, marker="o", ms=3, color=f"C{i}", label=f"{case}, {way}")
+            panel.fill_between(sizes, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
     panel.set(
         xscale="log", yscale="log", xlabel="v5p chips", ylabel="clips of 13 frames per second"
     )
@@ -100,6 +101,11 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", help="by default all that a case has")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))  # configurations import each other
+    try:
+        chips.library()
+    except ValueError as error:
+        print(f"nothing is compiled: {error}")
+        args.cases = []
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
     plans = {(row["case"], *row["point"]): row for row in rows}
     for case in args.cases:

@@ -354,9 +354,12 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         meter, pending, saved_at = Meter(stage, writer, clock), None, time.monotonic()
 
         def save() -> None:
+            jax.block_until_ready(state)  # the step in flight counts as one
+            began = time.perf_counter()
             clock.stop()
             checkpoints.save(step, state, data.get_state() | {"clock": clock.get_state()})
             clock.run()
+            meter.leave_out(time.perf_counter() - began)
 
         frames = None  # of the clips that the step is compiled for
         while step < last and not stop.received and not checkpoints.preempted(step):
