@@ -4,7 +4,7 @@
 
 Needs libtpu, and ten minutes for each point; those that benchmarks/results/plan.json has are not
 compiled again, so the command goes on where it was stopped. Every point is the program of one
-`gnvc plan` command. The plot is docs/scaling.svg.
+`gnvc plan` command. The plot, docs/scaling.svg, needs two points of a case.
 """
 
 import argparse
@@ -68,7 +68,10 @@ def plan(case: str, topology: str, mesh: str, batch: int) -> dict:
 
 
 def figure(plans: dict, path: Path) -> None:
-    """Clips per second over chips; bands from all overlapped to nothing overlapped."""
+    """Clips per second over chips, of cases with several points that fit; none, no plot.
+
+    Lines: all overlapped; bands: down to nothing overlapped.
+    """
     matplotlib.rcParams |= {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"}
     drawing = Figure(figsize=(6.4, 4.0), layout="constrained")
     panel = drawing.subplots()
@@ -82,6 +85,8 @@ def figure(plans: dict, path: Path) -> None:
             low, high = zip(*(p["clips_per_s"] for p in known))
             panel.plot(sizes, high, line, marker="o", ms=3, color=f"C{i}", label=f"{case}, {way}")
             panel.fill_between(sizes, low, high, color=f"C{i}", alpha=0.12, linewidth=0)
+    if not panel.lines:
+        return
     panel.set(
         xscale="log", yscale="log", xlabel="v5p chips", ylabel="clips of 13 frames per second"
     )
@@ -118,8 +123,9 @@ def main() -> None:
                 jax.clear_caches()
     for case, ways in CASES.items():
         for way, points in ways.items():
-            print(f"\n{case}, {way} scaling\n")
-            print(planner.table([plans[case, *p] for p in points if (case, *p) in plans]))
+            if known := [plans[case, *p] for p in points if (case, *p) in plans]:
+                print(f"\n{case}, {way} scaling\n")
+                print(planner.table(known))
     figure(plans, ROOT / "docs/scaling.svg")
 
 
