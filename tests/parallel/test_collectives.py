@@ -39,10 +39,12 @@ def split_all(monkeypatch):
     monkeypatch.setattr(rules, "SMALL", 0)
 
 
+@pytest.mark.slow
 def test_clips_cost_the_reduction_of_gradients():
     assert set(collectives("data")) == {"all-reduce"}
 
 
+@pytest.mark.slow
 def test_split_parameters_are_gathered():
     """Each kernel of a layer at least once; XLA on CPU reduces where others scatter."""
     kernels = 4 + 4 + 2  # of both attentions and of the hidden layer
