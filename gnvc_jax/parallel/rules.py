@@ -68,10 +68,23 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     """
 
     def place(path, leaf):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return NamedSharding(mesh, spec(name, leaf.shape, mesh))
+        return NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def path_name(path: tuple) -> str:
+    """A path in a tree as "codec/intra/out/kernel"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def is_split(path: tuple, shape: tuple[int, ...]) -> bool:
+    """Whether the mesh in use splits the parameter at a path of a tree."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return False
+    axes = spec(path_name(path), shape, mesh)
+    return any(axis is not None and mesh.shape[axis] > 1 for axis in axes)
 
 
 def activation_spec(mesh: Mesh, shape: tuple[int, ...], **axes: int) -> P:

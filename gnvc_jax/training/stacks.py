@@ -16,17 +16,18 @@ Tree = Any
 
 
 class Stacks:
-    """Parameters below `rules.SMALL` numbers, which are whole on every device, in stacks.
+    """Parameters below `rules.SMALL` numbers that are whole on every device, in stacks.
 
-    A tree like the parameters becomes a list of arrays with one axis more. Large parameters are
-    stacks of their own.
+    A tree like the parameters becomes a list of arrays with one axis more. All others are stacks of
+    their own: one stack of parameters that are split in different ways would have to be gathered.
     """
 
     def __init__(self, params: Tree):
-        leaves, self.structure = jax.tree.flatten(params)
+        self.structure = jax.tree.structure(params)
         groups: dict[Any, list[int]] = {}
-        for i, x in enumerate(leaves):
-            groups.setdefault((x.shape, x.dtype) if x.size < rules.SMALL else i, []).append(i)
+        for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+            alone = x.size >= rules.SMALL or rules.is_split(path, x.shape)
+            groups.setdefault(i if alone else (x.shape, x.dtype), []).append(i)
         self.groups = list(groups.values())
 
     def pack(self, tree: Tree) -> Tree:
