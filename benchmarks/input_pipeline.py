@@ -8,7 +8,6 @@ this process (0 workers) and by worker processes; medians after a first batch. `
 many times faster than reading video files in this process.
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from codec_speed import scene
+from helpers import options
 
 from gnvc_jax.data.clips import ClipIndex, clip_dataset
 from gnvc_jax.data.latents import CacheInfo, latent_dataset, write_latents
@@ -57,16 +57,8 @@ def clips_per_second(dataset: Iterable, batches: int, repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--videos", type=int, default=8)
-    parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
-    out = Path(__file__).parent / "results/input_pipeline.json"
-    parser.add_argument("--out", type=Path, default=out)
-    args = parser.parse_args()
-    options = {"frames": FRAMES, "size": SIZE, "batch": BATCH, "seed": 0}
+    args = options.parse(__doc__, "input_pipeline", videos=8, batches=8, repeats=3)
+    clips = {"frames": FRAMES, "size": SIZE, "batch": BATCH, "seed": 0}
     rows = []
     print("source           workers   clips/s  over video")
     with tempfile.TemporaryDirectory(prefix="gnvc-input-") as name:
@@ -75,11 +67,11 @@ def main() -> None:
         info = CacheInfo(FRAMES, "none", (0.0,) * CHANNELS, (1.0,) * CHANNELS)
         write_latents(videos, latents, info, random_latents, progress=False)
         sources = {
-            "video files": lambda n: clip_dataset(ClipIndex(videos), num_workers=n, **options),
+            "video files": lambda n: clip_dataset(ClipIndex(videos), num_workers=n, **clips),
             "decoded frames": lambda n: clip_dataset(
-                ClipIndex(videos, decoded), num_workers=n, **options
+                ClipIndex(videos, decoded), num_workers=n, **clips
             ),
-            "cached latents": lambda n: latent_dataset(latents, num_workers=n, **options),
+            "cached latents": lambda n: latent_dataset(latents, num_workers=n, **clips),
         }
         for source, dataset in sources.items():
             for workers in WORKERS:
@@ -88,7 +80,8 @@ def main() -> None:
                 row = {"source": source, "workers": workers, "clips_per_s": rate, "ratio": over}
                 rows.append(row)
                 print(f"{source:16}{workers:8}{rate:10.1f}{over:12.2f}", flush=True)
-    write_json(args.out, {"facts": environment() | vars(args) | {"out": None}, "rows": rows})
+    facts = {"videos": args.videos, "batches": args.batches, "repeats": args.repeats}
+    write_json(args.out, {"facts": facts | environment(), "rows": rows})
 
 
 if __name__ == "__main__":

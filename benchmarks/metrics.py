@@ -8,16 +8,15 @@ is each metric's share of that. Peers, in the same run: scikit-image (PSNR), pyt
 LPIPS and DISTS the convolutions of their network alone in PyTorch. Networks see NETWORK_FRAMES.
 """
 
-import argparse
 import io
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 from codec_speed import scene
+from helpers import options
 from pytorch_msssim import ms_ssim
 from skimage.metrics import peak_signal_noise_ratio
 
@@ -34,11 +33,8 @@ NETWORKS = {"lpips_alex": "alex", "lpips_vgg": "vgg", "dists": "vgg"}
 # Channels and window of a convolution; "M" halves the sides.
 LAYERS = {
     "alex": [(64, 11), "M", (192, 5), "M", (384, 3), (256, 3), (256, 3)],
-    "vgg": [
-        (width, 3) if width != "M" else "M"
-        for width in (64, 64, "M", 128, 128, "M", *2 * (256,), 256, "M", *3 * (512,), "M")
-        + 3 * (512,)
-    ],
+    "vgg": [*2 * [(64, 3)], "M", *2 * [(128, 3)], "M", *3 * [(256, 3)], "M", *3 * [(512, 3)], "M"]
+    + 3 * [(512, 3)],
 }
 
 
@@ -126,16 +122,7 @@ def measure(model: str, width: int, height: int, frames: int, repeats: int) -> l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--size", default="832x480")
-    parser.add_argument("--frames", type=int, default=33)
-    parser.add_argument("--repeats", type=int, default=3)
-    out = Path(__file__).parent / "results/metrics.json"
-    parser.add_argument("--out", type=Path, default=out)
-    args = parser.parse_args()
+    args = options.parse(__doc__, "metrics", model="tiny", size="832x480", frames=33, repeats=3)
     print("metric        s/frame   of decode  peer s/frame  faster")
     width, height = map(int, args.size.split("x"))
     rows = measure(args.model, width, height, args.frames, args.repeats)

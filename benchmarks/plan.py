@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))  # configurations import each other
     try:
-        chips.library()
+        chips.libtpu_path()
     except ValueError as error:
         print(f"nothing is compiled: {error}")
         args.cases = []

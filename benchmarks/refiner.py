@@ -8,16 +8,15 @@ decoding takes. Tokens: of one window of latents, all of which attend to each ot
 a refiner gets one of REFINER's sizes with random weights.
 """
 
-import argparse
 import dataclasses
 import io
 import statistics
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from codec_speed import scene
+from helpers import options
 
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.coder import Coder
@@ -86,15 +85,7 @@ def measure(model: str, width: int, height: int, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--sizes", default="256x256,832x480")
-    parser.add_argument("--repeats", type=int, default=3)
-    out = Path(__file__).parent / "results/refiner.json"
-    parser.add_argument("--out", type=Path, default=out)
-    args = parser.parse_args()
+    args = options.parse(__doc__, "refiner", model="tiny", sizes="256x256,832x480", repeats=3)
     print("size       tokens  steps    s/step  refiner s/frame  decode s/frame   ratio")
     rows = []
     for size in args.sizes.split(","):

@@ -88,12 +88,13 @@ def decode(args: argparse.Namespace) -> int:
 
 def frames_over(devices: int) -> contextlib.AbstractContextManager:
     """Within it, so many devices share each frame. ValueError if there are not so many."""
+    if devices == 1:
+        return contextlib.nullcontext()
+
     import jax
 
     from gnvc_jax.parallel import MeshConfig, make_mesh
 
-    if devices == 1:
-        return contextlib.nullcontext()
     return jax.set_mesh(make_mesh(MeshConfig(data=1, context=devices)))
 
 

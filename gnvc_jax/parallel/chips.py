@@ -80,7 +80,7 @@ def topology_devices(text: str) -> list[jax.Device]:
     chip, sizes = parse_topology(text)
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to be asked
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor claimed
-    os.environ.setdefault("TPU_LIBRARY_PATH", library())
+    os.environ.setdefault("TPU_LIBRARY_PATH", libtpu_path())
     name = f"{chip.platform}:{'x'.join(map(str, sizes))}"
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
@@ -92,7 +92,7 @@ def topology_devices(text: str) -> list[jax.Device]:
     return found.devices
 
 
-def library() -> str:
+def libtpu_path() -> str:
     """Path of libtpu, which compiles for TPUs on any x86 machine."""
     try:
         import libtpu

@@ -316,7 +316,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
     Raises ValueError for sizes that do not fit the mesh and for a run folder of another experiment,
     FloatingPointError if 100 updates in a row had to be skipped.
     """
-    run, last = experiment.run, experiment.optim.steps
+    began, run, last = time.time(), experiment.run, experiment.optim.steps
     mesh = make_mesh(experiment.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     pieces = shards * experiment.optim.accumulate
@@ -343,7 +343,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         like = abstract_state(experiment, stage, mesh)
         state, position = start_state(experiment, stage, checkpoints, like)
         data = Clips(stage, int(state.step), position)
-        clock = Clock((position or {}).get("clock"))
+        clock = Clock(**(position or {}).get("clock", {"started": began}))
         frozen = stage.frozen()
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
         train_step = jit_step(experiment, stage, mesh, state, frozen)
@@ -365,20 +365,21 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         while step < last and not stop.received and not checkpoints.preempted(step):
             waiting = time.perf_counter()
             batch = put(data.take(step), over_batch)
-            meter.waited += time.perf_counter() - waiting
+            called = time.perf_counter()
             if compiles := data.frames != frames:
                 frames = data.frames
                 clock.stop()
                 meter.work.of(frames)
-            called = time.perf_counter()
+            else:
+                meter.waited += called - waiting
             profiler.before(step + 1)
             with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
                 state, values = train_step(state, frozen, batch)
             step += 1
             if compiles:
-                seconds = time.perf_counter() - called
-                say(f"compiled in {seconds:.1f} s")
-                meter.leave_out(seconds)  # the rates are those of the steps alone
+                now = time.perf_counter()
+                say(f"compiled in {now - called:.1f} s")
+                meter.leave_out(now - waiting)  # the rates are those of the steps alone
                 clock.run()
             if pending:
                 meter.add(*pending)  # of the step before, while the device works on this one

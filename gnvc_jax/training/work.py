@@ -60,12 +60,12 @@ class Clock:
     because they came after the checkpoint from which the run went on. (Waiting for input has a
     metric of its own.)
 
-    saved: what `get_state` gave at the checkpoint, None at the start of a run.
+    started: Unix time of the first start; trained_s: seconds of steps up to the checkpoint that the
+    run goes on from. `get_state` gives both.
     """
 
-    def __init__(self, saved: dict[str, float] | None = None):
-        saved = saved or {"started": time.time(), "trained_s": 0.0}
-        self.started, self.trained, self.since = saved["started"], saved["trained_s"], None
+    def __init__(self, started: float, trained_s: float = 0.0):
+        self.started, self.trained, self.since = started, trained_s, None
 
     def run(self) -> None:
         """From here on, time counts."""
@@ -80,7 +80,9 @@ class Clock:
         self.trained, self.since = self.trained_s(), None
 
     def goodput(self) -> float:
+        """The share, 0 to 1."""
         return self.trained_s() / max(time.time() - self.started, 1e-9)
 
     def get_state(self) -> dict[str, float]:
+        """What the clock of a resumed run is made of; JSON-ready."""
         return {"started": self.started, "trained_s": self.trained_s()}

@@ -49,7 +49,7 @@ def test_goodput_of_an_interrupted_run(monkeypatch):
     now = 1000.0
     monkeypatch.setattr(work.time, "time", lambda: now)
 
-    clock = work.Clock()
+    clock = work.Clock(now)
     now += 10  # compilation
     clock.run()
     now += 50
@@ -61,7 +61,7 @@ def test_goodput_of_an_interrupted_run(monkeypatch):
     now += 35  # steps that are lost
     assert clock.goodput() == pytest.approx(85 / 100)
 
-    clock = work.Clock(saved)
+    clock = work.Clock(**saved)
     now += 100  # nobody is there
     clock.run()
     now += 50
