@@ -58,6 +58,7 @@ def test_exchange_of_tokens_for_heads():
     assert found["all-to-all"] == LAYERS * 4 * 2
 
 
+@pytest.mark.slow
 def test_ring():
     """Forward, keys and values go to all others; backward, their gradients too, and home."""
     found = collectives("context", "ring")
@@ -65,6 +66,7 @@ def test_ring():
     assert found["collective-permute"] == LAYERS * ((DEVICES - 1) * (2 + 4) + 2)
 
 
+@pytest.mark.slow
 def test_split_heads_cost_reductions():
     """One per pair of products forward and backward, and those of the norms over all heads."""
     found = collectives("tensor")
