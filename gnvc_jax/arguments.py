@@ -129,8 +129,8 @@ def parser() -> argparse.ArgumentParser:
 
     pod = command(
         "plan",
-        "What a training step costs on a TPU pod, without the pod. Settings of the experiment are "
-        "changed as for train.py.",
+        "What a training step, or coding, costs on a TPU pod, without the pod. Settings of the "
+        "experiment are changed as for train.py.",
         "gnvc plan --config configs/wan_1_3b/latent.py --topology v5p:4x4x4 --mesh fsdp=16 "
         "--data.batch 64 --data.latents cache",
     )
@@ -140,5 +140,11 @@ def parser() -> argparse.ArgumentParser:
         "--per-device", type=int, help="clips per device of data x fsdp, in place of data.batch"
     )
     pod.add_argument("--clips", type=int, default=1_000_000, help="per epoch (default: a million)")
+    pod.add_argument(
+        "--coding",
+        choices=("encode", "decode"),
+        help="groups of data.frames frames of data.size, all devices sharing each frame",
+    )
+    pod.add_argument("--steps", type=int, default=1, help="of refinement in decode (default: 1)")
     pod.add_argument("--out", help="JSON file for the plans")
     return top

@@ -214,13 +214,20 @@ def plan(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none
     sys.path.insert(0, os.getcwd())  # configurations import each other, as under train.py
     experiment = config.override(config.load(args.config), args.settings)
-    plans = []
-    for found in planner.sweep(experiment, args.topology, args.per_device, args.clips):
-        print(planner.report(found), flush=True)
+    plans, report = [], planner.report
+    found_each = planner.sweep(experiment, args.topology, args.per_device, args.clips)
+    if args.coding:
+        report = planner.coding_report
+        found_each = (
+            planner.plan_coding(experiment, topology, args.coding, args.steps)
+            for topology in args.topology
+        )
+    for found in found_each:
+        print(report(found), flush=True)
         plans.append(found)
         if args.out:  # after each, since a large one takes minutes
             write_json(Path(args.out), plans)
-    if len(plans) > 1:
+    if len(plans) > 1 and not args.coding:
         print(planner.table(plans))
     return 0 if all(found["fits"] for found in plans) else EXIT_DAMAGED
 

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,7 @@ from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LatentCodec, State, pad_latents
-from gnvc_jax.parallel import constrain
+from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
 
@@ -231,6 +233,71 @@ def shared(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: constrain(x, context=x.ndim - 2), tree)
 
 
+def refiner_dtype(path: tuple) -> type:
+    """Precision of a refiner's parameter on devices: kernels as in files, which halves memory.
+
+    They are what matters for size, and layers cast them to what they compute in.
+    """
+    return np.float16 if path[-1].key == "kernel" else np.float32
+
+
+class Programs(NamedTuple):
+    """The jitted functions that coding a video consists of; each takes the parameters it needs."""
+
+    encode_video: Callable
+    decode_latents: Callable
+    analyse: Callable
+    reconstruct: Callable
+    velocity: Callable | None
+
+
+def programs(model: Model) -> Programs:
+    """Those of a model, which needs no parameters for it; see `Functions`."""
+    vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
+    mean, std = model.mean, model.std
+
+    @jax.jit
+    def encode_video(params, cache, frames):
+        latents, cache = encode_chunk(vae, params, cache, shared(frames))
+        return (latents - mean) / std, shared(cache)
+
+    @jax.jit
+    def decode_latents(params, cache, latents):
+        frames, cache = decode_chunk(vae, params, cache, shared(latents) * std + mean)
+        return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), shared(cache)
+
+    def call(params, method, *args):
+        return codec.apply({"params": params}, *args, method=method)
+
+    @jax.jit
+    def analyse(params, latent, state, q_index):
+        latent = shared(pad_latents(latent[:, None])[:, 0])
+        if state is None:
+            out = call(params, "encode_intra", latent, q_index)
+        else:
+            out = call(params, "encode_inter", latent, state, q_index)
+        return jax.tree.map(lambda x: x[0].astype(jnp.int32), out)
+
+    @jax.jit
+    def reconstruct(params, integers, state, q_index):
+        integers = jax.tree.map(lambda x: x.astype(jnp.float32)[None], integers)
+        if state is None:
+            return shared(call(params, "decode_intra", integers, q_index))
+        return shared(call(params, "decode_inter", integers, state, q_index))
+
+    velocity = None
+    if model.refiner_config is not None:
+        half = backend() != "cpu"  # where it is faster, and good enough
+        refiner = Refiner(model.refiner_config, jnp.bfloat16 if half else jnp.float32)
+
+        @jax.jit
+        def velocity(params, state, tau, decoded, features, q_index):
+            inputs = decoded, features, q_index, model.text
+            return refiner.apply({"params": params}, state, tau, *inputs)
+
+    return Programs(encode_video, decode_latents, analyse, reconstruct, velocity)
+
+
 class Functions:
     """The jitted functions of a model; none keeps state. Latents here are normalised, unpadded.
 
@@ -247,80 +314,40 @@ class Functions:
     """
 
     def __init__(self, model: Model):
-        self.model = model
-        vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
+        self.model, self.programs = model, programs(model)
         mesh = jax.sharding.get_mesh()
         everywhere = None if mesh.empty else NamedSharding(mesh, P())
 
-        def place(params):
-            return jax.device_put(
-                jax.tree.map(lambda x: np.asarray(x, np.float32), params), everywhere
+        def place(params, dtype=lambda path: np.float32):
+            cast = jax.tree_util.tree_map_with_path(
+                lambda path, x: np.asarray(x, dtype(path)), params
             )
+            return jax.device_put(cast, everywhere)
 
         self.vae_params, self.codec_params = place(model.vae), place(model.codec)
-        mean, std = model.mean, model.std
-
-        @jax.jit
-        def encode_video(params, cache, frames):
-            latents, cache = encode_chunk(vae, params, cache, shared(frames))
-            return (latents - mean) / std, shared(cache)
-
-        @jax.jit
-        def decode_latents(params, cache, latents):
-            frames, cache = decode_chunk(vae, params, cache, shared(latents) * std + mean)
-            return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), shared(cache)
-
-        def call(params, method, *args):
-            return codec.apply({"params": params}, *args, method=method)
-
-        @jax.jit
-        def analyse(params, latent, state, q_index):
-            latent = shared(pad_latents(latent[:, None])[:, 0])
-            if state is None:
-                out = call(params, "encode_intra", latent, q_index)
-            else:
-                out = call(params, "encode_inter", latent, state, q_index)
-            return jax.tree.map(lambda x: x[0].astype(jnp.int32), out)
-
-        @jax.jit
-        def reconstruct(params, integers, state, q_index):
-            integers = jax.tree.map(lambda x: x.astype(jnp.float32)[None], integers)
-            if state is None:
-                return shared(call(params, "decode_intra", integers, q_index))
-            return shared(call(params, "decode_inter", integers, state, q_index))
-
+        self.refiner_params = None
         if model.refiner is not None:
-            half = jax.default_backend() != "cpu"  # where it is faster, and good enough
-            refiner = Refiner(model.refiner_config, jnp.bfloat16 if half else jnp.float32)
-            self.refiner_params = place(model.refiner)
-
-            @jax.jit
-            def velocity(params, state, tau, decoded, features, q_index):
-                inputs = decoded, features, q_index, model.text
-                return refiner.apply({"params": params}, state, tau, *inputs)
-
-            self._velocity = velocity
-
-        self._encode_video, self._decode_latents = encode_video, decode_latents
-        self._analyse, self._reconstruct = analyse, reconstruct
+            self.refiner_params = place(model.refiner, refiner_dtype)
         self._scale_index = jax.jit(
             functools.partial(scales.scale_index, model.codec_config), static_argnames="dtype"
         )
         self._network = self._exact_network()
 
     def encode_video(self, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
-        return self._encode_video(self.vae_params, cache, frames)
+        return self.programs.encode_video(self.vae_params, cache, frames)
 
     def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
-        return self._decode_latents(self.vae_params, cache, latents)
+        return self.programs.decode_latents(self.vae_params, cache, latents)
 
     def analyse(self, latent: Array, state: State | None, q_index: int) -> Integers:
-        return self._analyse(self.codec_params, latent, state, jnp.full((1,), q_index))
+        return self.programs.analyse(self.codec_params, latent, state, jnp.full((1,), q_index))
 
     def reconstruct(
         self, integers: Integers, state: State | None, q_index: int
     ) -> tuple[Array, State]:
-        return self._reconstruct(self.codec_params, integers, state, jnp.full((1,), q_index))
+        return self.programs.reconstruct(
+            self.codec_params, integers, state, jnp.full((1,), q_index)
+        )
 
     def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
         """Refined latents (1, t, h, w, c) of a group; features: memory of the codec after each.
@@ -332,7 +359,7 @@ class Functions:
 
         def velocity(state, tau, decoded, features):
             tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
-            return self._velocity(self.refiner_params, state, tau, decoded, features, q)
+            return self.programs.velocity(self.refiner_params, state, tau, decoded, features, q)
 
         key, config = jax.random.key(seed), self.model.refiner_config
         return refine(velocity, config, latents, features, key, steps)

@@ -1,8 +1,8 @@
-"""What training costs on a pod, from the compiled step and without the pod.
+"""What training and coding cost on a pod, from the compiled programs and without the pod.
 
-The train step of an experiment is compiled ahead of time for devices that are not there; memory,
-communication and memory traffic are read from the program, operations are counted before it.
-Nothing is loaded, all arrays are shapes.
+The train step of an experiment, or the programs that coding a video consists of, are compiled ahead
+of time for devices that are not there; memory, communication and memory traffic are read from the
+programs, operations are counted before. Nothing is loaded, all arrays are shapes.
 """
 
 import dataclasses
@@ -13,12 +13,18 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gnvc_jax.parallel import hlo, make_mesh, shardings
+from gnvc_jax.codec.entropy import Integers
+from gnvc_jax.coder import check_columns
+from gnvc_jax.model import Model, Programs, programs, refiner_dtype
+from gnvc_jax.parallel import MeshConfig, flops, hlo, make_mesh, shardings
 from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
-from gnvc_jax.parallel.rules import BATCH
+from gnvc_jax.parallel.rules import BATCH, activation_spec
+from gnvc_jax.refiner.model import windows
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.loop import abstract_state, jit_step
 from gnvc_jax.training.stages import Stage, make_stage
@@ -80,6 +86,145 @@ def plan_for(
     )
 
 
+def plan_coding(experiment: Experiment, topology: str, command: str, steps: int = 1) -> dict:
+    """Cost of coding groups of `data.frames` frames of `data.size` on a topology.
+
+    command: "encode" or "decode"; steps: of refinement when decoding, 0 without a refiner. All
+    devices share each frame, as `gnvc encode --devices` has it. Raises ValueError as `plan`.
+    """
+    chip, _ = parse_topology(topology)
+    devices = topology_devices(topology)
+    return {"topology": topology} | coding_for(experiment, devices, chip, command, steps)
+
+
+def coding_for(
+    experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, command: str, steps: int = 1
+) -> dict:
+    """`plan_coding` for given devices, whose figures are those of `chip`.
+
+    "programs" are those between the first and the last latent of a group, each with the times that
+    it runs in a group; the host's entropy coder, two copies of integers and the first latent's
+    programs, which do less, are left out.
+    """
+    data, refiner = experiment.data, experiment.refiner
+    steps = steps if command == "decode" and refiner is not None else 0
+    latents = 1 + (data.frames - 1) // experiment.vae.temporal_stride
+    mesh = make_mesh(MeshConfig(data=1, context=len(devices)), devices)
+    found = {
+        "command": command,
+        "experiment": f"{command}, groups of {data.frames} frames of {data.size[0]} x "
+        f"{data.size[1]}" + (f", {steps} steps of refinement" if steps else ""),
+        "mesh": dict(mesh.shape),
+        "devices": len(devices),
+        "chips": len(devices) // chip.devices,
+        "hbm_bytes": chip.memory // chip.devices,
+        "programs": {},
+    }
+    times = dict.fromkeys(("encode_video", "analyse", "reconstruct"), latents)
+    if command == "decode":
+        times = dict.fromkeys(("reconstruct", "decode_latents"), latents)
+    if steps:
+        times["velocity"] = steps * len(windows(latents, refiner.window, refiner.overlap))
+    stage = make_stage(experiment)
+    trained = jax.eval_shape(stage.init, jax.random.key(0))
+    params = jax.eval_shape(stage.model_parts, trained, stage.frozen_shapes())
+    if refiner is not None:
+        params["refiner"] = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, refiner_dtype(path)), params["refiner"]
+        )
+    loaded = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))  # a model, whole
+    with jax.set_mesh(mesh):
+        check_columns(data.size[1])
+        used, arguments = coding_programs(experiment, params, latents)
+        for name, count in times.items():
+            function, inputs = getattr(used, name), arguments[name]
+            if name == "velocity":  # kernels of attention cannot be counted
+                work = refiner.dit.flops(*inputs[1].shape[1:4])
+            else:
+                work = flops.count(function, *inputs)
+            one = program(function, inputs, work / len(devices), chip, loaded)
+            found["programs"][name] = {"times": count, "flops": work} | one
+    found["fits"] = all(one["fits"] for one in found["programs"].values())
+    if found["fits"]:
+        seconds = [(one["times"], one["roofline_s"].values()) for one in found["programs"].values()]
+        best = sum(count * max(each) for count, each in seconds)
+        worst = sum(count * sum(each) for count, each in seconds)
+        found["frames_per_s"] = [data.frames / worst, data.frames / best]
+    return found
+
+
+def coding_programs(
+    experiment: Experiment, params: Tree, latents: int
+) -> tuple[Programs, dict[str, tuple[Tree, ...]]]:
+    """Programs of a model, and their arguments, for the mesh in use, as shapes with shardings.
+
+    params: shapes of those of all parts; latents: of a group.
+    """
+    mesh = jax.sharding.get_mesh()
+    vae, codec, refiner = experiment.vae, experiment.codec, experiment.refiner
+    zeros, text = np.zeros(vae.latent_channels, np.float32), None
+    if refiner is not None and refiner.dit.text_length:
+        text = np.zeros((1, refiner.dit.text_length, refiner.dit.text_width), np.float32)
+    used = programs(
+        Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), None, refiner, None, text)
+    )
+
+    def whole(tree):
+        place = NamedSharding(mesh, P())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    def columns(tree):
+        def one(x):
+            place = activation_spec(mesh, x.shape, context=len(x.shape) - 2)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
+
+        return jax.tree.map(one, tree)
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q_index, (height, width) = whole(array(1, dtype=jnp.int32)), experiment.data.size
+    params = {part: whole(shapes) for part, shapes in params.items()}
+    first, frames = (whole(array(1, count, height, width, 3)) for count in (1, 4))
+    latent, encoder = jax.eval_shape(used.encode_video, params["vae"], None, first)
+    _, decoder = jax.eval_shape(used.decode_latents, params["vae"], None, latent)
+    one = columns(jax.tree.map(lambda x: array(1, *x.shape[2:]), latent))
+    integers = jax.eval_shape(used.analyse, params["codec"], one, None, q_index)
+    integers = whole(Integers(*integers[:3]))
+    decoded, state = jax.eval_shape(used.reconstruct, params["codec"], integers, None, q_index)
+    state = columns(state)
+    arguments = {
+        "encode_video": (params["vae"], columns(encoder), frames),
+        "analyse": (params["codec"], one, state, q_index),
+        "reconstruct": (params["codec"], integers, state, q_index),
+        "decode_latents": (params["vae"], columns(decoder), columns(latent)),
+    }
+    if refiner is not None:
+        size = min(latents, refiner.window)
+        group, features = (columns(array(1, size, *x.shape[1:])) for x in (decoded, state.memory))
+        inputs = group, whole(array(1)), group, features, q_index
+        arguments["velocity"] = params["refiner"], *inputs
+    return used, arguments
+
+
+def program(
+    function: Any, arguments: tuple[Tree, ...], operations: float, chip: Chip, loaded: int
+) -> dict:
+    """Memory and cost of a jitted function of parameters and more, on each device of a mesh.
+
+    loaded: bytes of the whole model's parameters.
+    """
+    lowered, start = function.lower(*arguments), time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
+    found = {"compile_s": round(time.perf_counter() - start, 1)}
+    there = loaded + bytes_per_device(arguments[1:])
+    found |= memory(compiled, chip.memory // chip.devices, there)
+    return found | roofline(compiled.as_text(), operations, chip)
+
+
 def sweep(
     experiment: Experiment,
     topologies: Sequence[str],
@@ -132,6 +277,32 @@ def report(found: dict) -> str:
         f"  MFU          at most {found['mfu_bound']:.0%}",
         f"  {found['clips_per_epoch']:,} clips: {epoch[0]:.3g} to {epoch[1]:.3g} chip hours",
     ]
+    return "\n".join(lines)
+
+
+def coding_report(found: dict) -> str:
+    """A plan of coding in words."""
+    gib = 2**30
+    lines = [f"{found['topology']}: {found['experiment']}; {mesh_text(found)}"]
+    for name, one in found["programs"].items():
+        if "peak_bytes" not in one:
+            lines += [
+                f"  {name}: DOES NOT FIT {one['reason']}",
+                *(f"    {x}" for x in one["largest"]),
+            ]
+            continue
+        sent = sum(x["sent"] for x in one["collectives"]) / gib
+        low, high = max(one["roofline_s"].values()), sum(one["roofline_s"].values())
+        lines.append(
+            f"  {name:15}{one['times']:4} times {low:.4f} to {high:.4f} s, {one['flops']:.3g} "
+            f"operations, peak {one['peak_bytes'] / gib:.2f} of {found['hbm_bytes'] / gib:.0f} GiB"
+            f"{'' if one['fits'] else ' DOES NOT FIT'}, {sent:.3f} GiB sent per device"
+        )
+    if found["fits"]:
+        low, high = found["frames_per_s"]
+        lines.append(
+            f"  frames/s     at most {low:.3g} if nothing overlaps, {high:.3g} if all does"
+        )
     return "\n".join(lines)
 
 
@@ -194,18 +365,19 @@ def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
     return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
 
 
-def memory(compiled: Any, available: int) -> dict:
-    """What the compiler says of a device's memory, in bytes."""
+def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
+    """A device's memory in bytes; arguments: what lies there before, by default what is used."""
     stats = compiled.memory_analysis()
+    arguments = stats.argument_size_in_bytes if arguments is None else arguments
     total = (
-        stats.argument_size_in_bytes
+        arguments
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
     return {
-        "argument_bytes": stats.argument_size_in_bytes,
+        "argument_bytes": arguments,
         "temp_bytes": stats.temp_size_in_bytes,
         "peak_bytes": total,
         "fits": total <= available,
@@ -213,23 +385,15 @@ def memory(compiled: Any, available: int) -> dict:
 
 
 def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: int) -> dict:
-    """Communication, and the roofline: each resource at its peak, one after the other or at once.
-
-    A collective runs in a ring along one axis of the torus, both ways.
-    """
+    """Communication and time of a step: resources at their peaks, in turn or all at once."""
     experiment, devices = stage.experiment, found["devices"]
-    peak = chip.flops / chip.devices
-    sent = hlo.collectives(text, stage.turns)
-    moved = hlo.traffic(text, stage.turns)
-    seconds = {
-        "compute": found["flops"]["computed"] / devices / peak,
-        "hbm": moved / (chip.bandwidth / chip.devices),
-        "ici": sum(one.sent for one in sent) / (2 * chip.link / chip.devices),
-    }
-    best, worst = max(seconds.values()), sum(seconds.values())
+    per_device = found["flops"]["computed"] / devices
+    resources = roofline(text, per_device, chip, stage.turns)
+    seconds = resources["roofline_s"].values()
+    best, worst = max(seconds), sum(seconds)
     rate = {
         "step_s": [best, worst],
-        "mfu_bound": found["flops"]["model"] / devices / peak / best,
+        "mfu_bound": found["flops"]["model"] / devices / (chip.flops / chip.devices) / best,
         "clips_per_s": [experiment.data.batch / worst, experiment.data.batch / best],
         "chip_hours_per_epoch": [
             clips / experiment.data.batch * s * found["chips"] / 3600 for s in (best, worst)
@@ -239,11 +403,24 @@ def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: i
     if tokens := experiment.tokens(frames):
         rate["tokens_per_clip"] = tokens
         rate["tokens_per_s"] = [tokens * x for x in rate["clips_per_s"]]
+    return resources | rate
+
+
+def roofline(text: str, operations: float, chip: Chip, turns: float = 1.0) -> dict:
+    """Communication of a compiled program, and seconds of each resource at its peak.
+
+    operations: of one device. A collective runs in a ring along one axis of the torus, both ways.
+    """
+    sent, moved = hlo.collectives(text, turns), hlo.traffic(text, turns)
     return {
         "collectives": [dataclasses.asdict(one) for one in sent],
         "hbm_traffic_bytes": moved,
-        "roofline_s": seconds,
-    } | rate
+        "roofline_s": {
+            "compute": operations / (chip.flops / chip.devices),
+            "hbm": moved / (chip.bandwidth / chip.devices),
+            "ici": sum(one.sent for one in sent) / (2 * chip.link / chip.devices),
+        },
+    }
 
 
 def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:

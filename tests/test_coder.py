@@ -234,7 +234,7 @@ def test_devices_keep_their_columns(tiny_model, four_devices):
     for x in filter(np.size, jax.tree.leaves(cache)):
         assert x.addressable_shards[0].data.shape[3] == x.shape[3] // 4
     arguments = functions.vae_params, cache, latents
-    program = functions._decode_latents.lower(*arguments).compile().as_text()
+    program = functions.programs.decode_latents.lower(*arguments).compile().as_text()
     gathered = [line for line in program.splitlines() if " all-gather(" in line]
     assert "collective-permute" in program
     assert gathered and all("attention" in line for line in gathered)

@@ -1,9 +1,10 @@
 """Attention whose tokens are spread over the mesh axis `context`, in two ways.
 
 All-to-all (Ulysses, Jacobs et al. 2023, arXiv 2309.14509): each device swaps its part of the tokens
-for all tokens of some heads, so that any kernel can work on them. Ring (Liu et al. 2023, arXiv
-2310.01889): keys and values travel from device to device and the softmax is put together as they
-pass; heads need not divide, and no device ever holds all keys.
+for all tokens of some heads, so that any kernel can work on them; where the devices do not divide
+the heads, heads of zeros fill them up. Ring (Liu et al. 2023, arXiv 2310.01889): keys and values
+travel from device to device and the softmax is put together as they pass; there may be more devices
+than heads, and none ever holds all keys.
 
 Queries (b, n, heads, d), keys and values (b, m, heads, d); scores are scaled by 1/sqrt(d).
 """
@@ -52,11 +53,7 @@ def attention(
     if heads % mesh.shape["tensor"]:
         raise ValueError(f"mesh axis tensor={mesh.shape['tensor']} does not divide {heads} heads")
     heads //= mesh.shape["tensor"]
-    if split_keys and not ring and heads % size:
-        raise ValueError(
-            f"mesh axis context={size} does not divide {heads} heads per device, as the exchange "
-            "of tokens for heads needs; attention 'ring' does without"
-        )
+    extra = -heads % size
     if q.shape[1] % size:
         raise ValueError(f"mesh axis context={size} does not divide {q.shape[1]} tokens")
 
@@ -65,8 +62,9 @@ def attention(
 
     def exchanged(q, k, v):
         swap = functools.partial(lax.all_to_all, axis_name=AXIS, tiled=True)
-        y = whole(*(swap(x, split_axis=2, concat_axis=1) for x in (q, k, v)))
-        return swap(y, split_axis=1, concat_axis=2)
+        fill = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, extra), (0, 0)))
+        y = whole(*(swap(fill(x), split_axis=2, concat_axis=1) for x in (q, k, v)))
+        return swap(y, split_axis=1, concat_axis=2)[:, :, :heads]
 
     def rotated(q, k, v):
         return ring_attention(q, k, v, size, length)

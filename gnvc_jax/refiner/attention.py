@@ -37,13 +37,15 @@ def attention(
     On a mesh, each device works on its clips, tokens and heads. Keys after `length` are padding
     (default: none). With split_keys they are spread over the mesh axis `context` as queries are;
     then tokens are exchanged for heads and the implementation sees all tokens of some heads. "ring"
-    sends keys round instead, and is the default where `context` does not divide the heads.
+    sends keys round instead, and is the default where filling up the heads to a multiple of
+    `context` would make them twice as many or more.
 
-    Raises ValueError for an unknown name and for heads that the mesh does not divide.
+    Raises ValueError for an unknown name and for heads that the mesh axis `tensor` does not divide.
     """
     best = choose(q.dtype, q.shape[-1])
     heads, devices = q.shape[2] // axis_size("tensor"), axis_size("context")
-    ring = implementation == RING or (implementation is None and heads % devices != 0)
+    filled = -(-heads // devices) * devices
+    ring = implementation == RING or (implementation is None and filled >= 2 * heads)
     name = best if implementation in (None, RING) else implementation
     if name not in IMPLEMENTATIONS:
         names = ", ".join((*IMPLEMENTATIONS, RING))

@@ -12,11 +12,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax import cli, planner
+from gnvc_jax.model import Functions
 from gnvc_jax.parallel import MeshConfig, chips, flops, hlo, make_mesh, rules
 from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
 from gnvc_jax.training import loop
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.stages.latent import LatentLoss
 
 WIDTH = 64
 
@@ -88,6 +90,48 @@ def test_memory_is_that_of_the_step_that_trains(experiment):
         stats = step.lower(*arguments).compile().memory_analysis()
     assert found["temp_bytes"] == stats.temp_size_in_bytes > 128 * WIDTH * 4  # one activation
     assert found["peak_bytes"] >= here + stats.temp_size_in_bytes
+
+
+def test_a_plan_of_decoding(tiny_codec, tiny_model):
+    """On four devices that share each frame: parameters whole on each, the rest in columns."""
+    model = tiny_model(refiner=True)
+    experiment = Experiment(
+        "latent",
+        vae=model.vae_config,
+        codec=tiny_codec,
+        refiner=model.refiner_config,
+        train=("refiner/",),
+        init_from="a codec",
+        loss=LatentLoss(vae="a folder"),
+        data=DataConfig(frames=9, size=(64, 128)),
+    )
+    devices, chip = jax.devices()[:4], chips.CHIPS["v5p"]
+    found = planner.coding_for(experiment, devices, chip, "decode", steps=3)
+    parts = found["programs"]
+    # Three latents, refined in two windows of two.
+    assert {name: one["times"] for name, one in parts.items()} == {
+        "reconstruct": 3,
+        "decode_latents": 3,
+        "velocity": 3 * 2,
+    }
+    functions = Functions(model)
+    loaded = functions.vae_params, functions.codec_params, functions.refiner_params
+    loaded = sum(x.nbytes for x in jax.tree.leaves(loaded))
+    for one in parts.values():
+        assert one["peak_bytes"] >= loaded + one["temp_bytes"]
+    assert any(c["kind"] == "collective-permute" for c in parts["decode_latents"]["collectives"])
+    assert parts["velocity"]["flops"] == model.refiner_config.dit.flops(2, 8, 16)
+    low, high = found["frames_per_s"]
+    assert (
+        0
+        < low
+        < high
+        == 9 / sum(x["times"] * max(x["roofline_s"].values()) for x in parts.values())
+    )
+    assert found["fits"] and "velocity" in planner.coding_report(found | {"topology": ""})
+    wrong = dataclasses.replace(experiment, data=DataConfig(frames=9, size=(64, 72)))
+    with pytest.raises(ValueError, match=r"data\.size"):
+        planner.coding_for(wrong, devices, chip, "encode")
 
 
 def test_sizes_are_checked_first(experiment):

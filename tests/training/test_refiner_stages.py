@@ -1,13 +1,17 @@
 """The stages with a refiner: what trains, where weights come from, which losses they have."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.refiner import DiTConfig, RefinerConfig, flow
 from gnvc_jax.training import loop, lora, parts
 from gnvc_jax.training.checkpoints import Checkpoints
@@ -223,3 +227,22 @@ def test_stages_say_what_they_lack(base, tmp_path):
     other = dataclasses.replace(base.codec, width=12)
     with pytest.raises(ValueError, match="shape"):
         started(dataclasses.replace(base, codec=other))
+
+
+@pytest.mark.slow
+def test_devices_share_columns_of_a_clip(base):
+    """Loss and gradients with clips split along `context`, in the codec too, as on one device."""
+    stage, params, frozen = started(dataclasses.replace(base, train=("codec/", "refiner/")))
+    inputs = batch(), jax.random.key(0), jnp.zeros((), jnp.int32)
+    step = jax.value_and_grad(lambda *args: stage.loss(*args)[0])
+    found = []
+    for mesh in (MeshConfig(data=1), MeshConfig(data=1, context=4)):
+        mesh = make_mesh(mesh, jax.devices()[: mesh.context])
+        with jax.set_mesh(mesh):
+            args = jax.device_put((params, frozen, *inputs), NamedSharding(mesh, P()))
+            program = jax.jit(step).lower(*args).compile()
+            found.append(jax.device_get(program(*args)))
+            text = program.as_text()
+    # A halo for convolutions of 8 channels; the DiT's attention exchanges heads otherwise.
+    assert re.search(r"f32\[[\d,]*,8\]\S* collective-permute\(", text)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), *found)

@@ -10,6 +10,7 @@ import numpy as np
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.model import LATENT_MULTIPLE, Coded, LatentCodec
 from gnvc_jax.model import vae_fingerprint
+from gnvc_jax.parallel import constrain
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment, LossConfig
@@ -164,11 +165,12 @@ class CodecStage(Stage):
         params: of the codec; batch: frames, or latents from a cache.
         """
         key_q, key_noise = jax.random.split(key)
-        latents = batch
+        # Devices along `context` share the columns of each clip, here and in the codec.
+        latents = constrain(batch, batch=0, context=3)
         if batch.dtype == jnp.uint8:
-            latents = encode_clip(self.vae, frozen["vae"], pixels(batch))
+            latents = encode_clip(self.vae, frozen["vae"], pixels(latents))
             latents = (latents - frozen["mean"]) / frozen["std"]
-        latents = jax.lax.stop_gradient(latents)
+        latents = constrain(jax.lax.stop_gradient(latents), batch=0, context=3)
         count, t, h, w, _ = latents.shape
         strides = self.vae.config.temporal_stride, self.vae.config.stride
         size = (1 + (t - 1) * strides[0]) * h * w * strides[1] ** 2  # pixels of a clip
