@@ -28,6 +28,7 @@ from gnvc_jax.refiner.model import windows
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.loop import abstract_state, jit_step
 from gnvc_jax.training.stages import Stage, make_stage
+from gnvc_jax.training.stages.codec import CodecStage
 from gnvc_jax.training.work import operations
 
 Tree = Any
@@ -126,6 +127,8 @@ def coding_for(
     if steps:
         times["velocity"] = steps * len(windows(latents, refiner.window, refiner.overlap))
     stage = make_stage(experiment)
+    if not isinstance(stage, CodecStage):
+        raise ValueError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
     trained = jax.eval_shape(stage.init, jax.random.key(0))
     params = jax.eval_shape(stage.model_parts, trained, stage.frozen_shapes())
     if refiner is not None:

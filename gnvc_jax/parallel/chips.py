@@ -19,7 +19,7 @@ class Chip:
 
     platform: name in libtpu's topologies; flops: bfloat16 operations per second; memory: bytes;
     bandwidth: of memory, link: of one link in one direction, bytes per second; axes: of the torus;
-    devices: that JAX shows per chip.
+    devices: that a topology has per chip (v4's cores are one device to a program that runs there).
     """
 
     platform: str
@@ -32,7 +32,7 @@ class Chip:
 
 
 CHIPS = {
-    "v4": Chip("v4", 275e12, 32 << 30, 1228e9, 50e9, 3),
+    "v4": Chip("v4", 275e12, 32 << 30, 1228e9, 50e9, 3, devices=2),
     "v5e": Chip("v5e", 197e12, 16 << 30, 819e9, 50e9, 2),
     "v5p": Chip("v5", 459e12, 95 << 30, 2765e9, 100e9, 3),
     "v6e": Chip("v6e", 918e12, 32 << 30, 1638e9, 100e9, 2),

@@ -19,6 +19,7 @@ from gnvc_jax.training import loop
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.latent import LatentLoss
+from gnvc_jax.training.stages.vae import VAELoss
 
 WIDTH = 64
 
@@ -129,6 +130,9 @@ def test_a_plan_of_decoding(tiny_codec, tiny_model):
         == 9 / sum(x["times"] * max(x["roofline_s"].values()) for x in parts.values())
     )
     assert found["fits"] and "velocity" in planner.coding_report(found | {"topology": ""})
+    with pytest.raises(ValueError, match="`vae` has no codec"):
+        vae = dataclasses.replace(experiment, stage="vae", loss=VAELoss())
+        planner.coding_for(vae, devices, chip, "decode")
     wrong = dataclasses.replace(experiment, data=DataConfig(frames=9, size=(64, 72)))
     with pytest.raises(ValueError, match=r"data\.size"):
         planner.coding_for(wrong, devices, chip, "encode")
