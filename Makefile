@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/gnvc demo $(if $(CLIP),--clip "$(CLIP)")
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 -m "not slow and not parity"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
 
 test-parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -n 2 tests/parity

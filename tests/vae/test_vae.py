@@ -61,7 +61,10 @@ def test_full_size_has_the_parameters_of_wan():
     assert (count(params["quant"]), count(params["post_quant"])) == (1_056, 272)
 
 
-@pytest.mark.parametrize("frames", [1, 2, 5, 17])
+@pytest.mark.parametrize(
+    "frames",
+    [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 5)), 17],
+)
 def test_streaming_equals_whole_clip(model, frames):
     vae, params = model
     video = clip(frames)
