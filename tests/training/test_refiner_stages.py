@@ -1,7 +1,6 @@
 """The stages with a refiner: what trains, where weights come from, which losses they have."""
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
@@ -231,18 +230,18 @@ def test_stages_say_what_they_lack(base, tmp_path):
 
 @pytest.mark.slow
 def test_devices_share_columns_of_a_clip(base):
-    """Loss and gradients with clips split along `context`, in the codec too, as on one device."""
-    stage, params, frozen = started(dataclasses.replace(base, train=("codec/", "refiner/")))
-    inputs = batch(), jax.random.key(0), jnp.zeros((), jnp.int32)
+    """The codec's loss and gradients with clips split along `context`, as on one device."""
+    codec = dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=base.loss.vae))
+    stage = make_stage(codec)
+    inputs = drawn(stage), stage.frozen(), batch(), jax.random.key(0), jnp.zeros((), jnp.int32)
     step = jax.value_and_grad(lambda *args: stage.loss(*args)[0])
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(data=1, context=4)):
         mesh = make_mesh(mesh, jax.devices()[: mesh.context])
         with jax.set_mesh(mesh):
-            args = jax.device_put((params, frozen, *inputs), NamedSharding(mesh, P()))
+            args = jax.device_put(inputs, NamedSharding(mesh, P()))
             program = jax.jit(step).lower(*args).compile()
             found.append(jax.device_get(program(*args)))
             text = program.as_text()
-    # A halo for convolutions of 8 channels; the DiT's attention exchanges heads otherwise.
-    assert re.search(r"f32\[[\d,]*,8\]\S* collective-permute\(", text)
+    assert " collective-permute(" in text  # what convolutions see beyond the edges
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5), *found)
