@@ -41,7 +41,7 @@ class Layers(Stage):
 
 @pytest.fixture
 def experiment(monkeypatch):
-    monkeypatch.setattr(planner, "make_stage", Layers)
+    monkeypatch.setattr(planner.training, "make_stage", Layers)
     monkeypatch.setattr(rules, "SMALL", 0)
     return Experiment("layers", data=DataConfig(frames=1, size=(8, 8), batch=1024))
 

@@ -1,0 +1,192 @@
+"""What coding costs: the programs between the first and the last latent of a group, compiled."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnvc_jax.codec.entropy import Integers
+from gnvc_jax.coder import check_columns
+from gnvc_jax.model import Model, Programs, programs, refiner_dtype
+from gnvc_jax.parallel import MeshConfig, flops, make_mesh
+from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
+from gnvc_jax.parallel.rules import activation_spec
+from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
+from gnvc_jax.refiner.model import windows
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.stages import make_stage
+from gnvc_jax.training.stages.codec import CodecStage
+
+Tree = Any
+
+
+def plan_coding(experiment: Experiment, topology: str, command: str, steps: int = 1) -> dict:
+    """Cost of coding groups of `data.frames` frames of `data.size` on a topology.
+
+    command: "encode" or "decode"; steps: of refinement when decoding, 0 without a refiner. All
+    devices share each frame, as `gnvc encode --devices` has it. Raises ValueError as `plan`.
+    """
+    chip, _ = parse_topology(topology)
+    devices = topology_devices(topology)
+    return {"topology": topology} | coding_for(experiment, devices, chip, command, steps)
+
+
+def coding_for(
+    experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, command: str, steps: int = 1
+) -> dict:
+    """`plan_coding` for given devices, whose figures are those of `chip`.
+
+    "programs" are those between the first and the last latent of a group, each with the times that
+    it runs in a group; the host's entropy coder, two copies of integers and the first latent's
+    programs, which do less, are left out.
+    """
+    data, refiner = experiment.data, experiment.refiner
+    steps = steps if command == "decode" and refiner is not None else 0
+    latents = 1 + (data.frames - 1) // experiment.vae.temporal_stride
+    mesh = make_mesh(MeshConfig(data=1, context=len(devices)), devices)
+    found = {
+        "command": command,
+        "experiment": f"{command}, groups of {data.frames} frames of {data.size[0]} x "
+        f"{data.size[1]}" + (f", {steps} steps of refinement" if steps else ""),
+        "mesh": dict(mesh.shape),
+        "devices": len(devices),
+        "chips": len(devices) // chip.devices,
+        "hbm_bytes": chip.memory // chip.devices,
+        "programs": {},
+    }
+    times = dict.fromkeys(("encode_video", "analyse", "reconstruct"), latents)
+    if command == "decode":
+        times = dict.fromkeys(("reconstruct", "decode_latents"), latents)
+    if steps:
+        times["velocity"] = steps * len(windows(latents, refiner.window, refiner.overlap))
+    stage = make_stage(experiment)
+    if not isinstance(stage, CodecStage):
+        raise ValueError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
+    trained = jax.eval_shape(stage.init, jax.random.key(0))
+    params = jax.eval_shape(stage.model_parts, trained, stage.frozen_shapes())
+    if refiner is not None:
+        params["refiner"] = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, refiner_dtype(path)), params["refiner"]
+        )
+    loaded = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))  # a model, whole
+    with jax.set_mesh(mesh):
+        check_columns(data.size[1])
+        used, arguments = coding_programs(experiment, params, latents)
+        for name, count in times.items():
+            function, inputs = getattr(used, name), arguments[name]
+            if name == "velocity":  # kernels of attention cannot be counted
+                work = refiner.dit.flops(*inputs[1].shape[1:4])
+            else:
+                work = flops.count(function, *inputs)
+            one = planned(function, inputs, work / len(devices), chip, loaded)
+            found["programs"][name] = {"times": count, "flops": work} | one
+    found["fits"] = all(one["fits"] for one in found["programs"].values())
+    if found["fits"]:
+        seconds = [(one["times"], one["roofline_s"].values()) for one in found["programs"].values()]
+        best = sum(count * max(each) for count, each in seconds)
+        worst = sum(count * sum(each) for count, each in seconds)
+        found["frames_per_s"] = [data.frames / worst, data.frames / best]
+    return found
+
+
+def coding_programs(
+    experiment: Experiment, params: Tree, latents: int
+) -> tuple[Programs, dict[str, tuple[Tree, ...]]]:
+    """Programs of a model, and their arguments, for the mesh in use, as shapes with shardings.
+
+    params: shapes of those of all parts; latents: of a group.
+    """
+    mesh = jax.sharding.get_mesh()
+    vae, codec, refiner = experiment.vae, experiment.codec, experiment.refiner
+    zeros, text = np.zeros(vae.latent_channels, np.float32), None
+    if refiner is not None and refiner.dit.text_length:
+        text = np.zeros((1, refiner.dit.text_length, refiner.dit.text_width), np.float32)
+    used = programs(
+        Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), None, refiner, None, text)
+    )
+
+    def whole(tree):
+        place = NamedSharding(mesh, P())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
+
+    def columns(tree):
+        def one(x):
+            place = activation_spec(mesh, x.shape, context=len(x.shape) - 2)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
+
+        return jax.tree.map(one, tree)
+
+    def array(*shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    q_index, (height, width) = whole(array(1, dtype=jnp.int32)), experiment.data.size
+    params = {part: whole(shapes) for part, shapes in params.items()}
+    first, frames = (whole(array(1, count, height, width, 3)) for count in (1, 4))
+    latent, encoder = jax.eval_shape(used.encode_video, params["vae"], None, first)
+    _, decoder = jax.eval_shape(used.decode_latents, params["vae"], None, latent)
+    one = columns(jax.tree.map(lambda x: array(1, *x.shape[2:]), latent))
+    integers = jax.eval_shape(used.analyse, params["codec"], one, None, q_index)
+    integers = whole(Integers(*integers[:3]))
+    decoded, state = jax.eval_shape(used.reconstruct, params["codec"], integers, None, q_index)
+    state = columns(state)
+    arguments = {
+        "encode_video": (params["vae"], columns(encoder), frames),
+        "analyse": (params["codec"], one, state, q_index),
+        "reconstruct": (params["codec"], integers, state, q_index),
+        "decode_latents": (params["vae"], columns(decoder), columns(latent)),
+    }
+    if refiner is not None:
+        size = min(latents, refiner.window)
+        group, features = (columns(array(1, size, *x.shape[1:])) for x in (decoded, state.memory))
+        inputs = group, whole(array(1)), group, features, q_index
+        arguments["velocity"] = params["refiner"], *inputs
+    return used, arguments
+
+
+def planned(
+    function: Any, arguments: tuple[Tree, ...], operations: float, chip: Chip, loaded: int
+) -> dict:
+    """Memory and cost of a jitted function of parameters and more, on each device of a mesh.
+
+    loaded: bytes of the whole model's parameters.
+    """
+    lowered, start = function.lower(*arguments), time.perf_counter()
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
+    found = {"compile_s": round(time.perf_counter() - start, 1)}
+    there = loaded + bytes_per_device(arguments[1:])
+    found |= memory(compiled, chip.memory // chip.devices, there)
+    return found | roofline(compiled.as_text(), operations, chip)
+
+
+def coding_report(found: dict) -> str:
+    """A plan of coding in words."""
+    gib = 2**30
+    lines = [f"{found['topology']}: {found['experiment']}; {mesh_text(found)}"]
+    for name, one in found["programs"].items():
+        if "peak_bytes" not in one:
+            lines += [
+                f"  {name}: DOES NOT FIT {one['reason']}",
+                *(f"    {x}" for x in one["largest"]),
+            ]
+            continue
+        sent = sum(x["sent"] for x in one["collectives"]) / gib
+        low, high = max(one["roofline_s"].values()), sum(one["roofline_s"].values())
+        lines.append(
+            f"  {name:15}{one['times']:4} times {low:.4f} to {high:.4f} s, {one['flops']:.3g} "
+            f"operations, peak {one['peak_bytes'] / gib:.2f} of {found['hbm_bytes'] / gib:.0f} GiB"
+            f"{'' if one['fits'] else ' DOES NOT FIT'}, {sent:.3f} GiB sent per device"
+        )
+    if found["fits"]:
+        low, high = found["frames_per_s"]
+        lines.append(
+            f"  frames/s     at most {low:.3g} if nothing overlaps, {high:.3g} if all does"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,197 @@
+"""What a train step costs: the step itself, compiled."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnvc_jax.parallel import make_mesh, shardings
+from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
+from gnvc_jax.parallel.rules import BATCH
+from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.loop import abstract_state, jit_step
+from gnvc_jax.training.stages import Stage, make_stage
+from gnvc_jax.training.work import operations
+
+Tree = Any
+
+
+def plan(experiment: Experiment, topology: str, clips: int = 1_000_000) -> dict:
+    """Cost of the experiment's train step, its longest clips, on a topology ("v5p:4x4x4").
+
+    clips: of an epoch. Raises ValueError for sizes that do not fit, and without libtpu.
+    """
+    chip, _ = parse_topology(topology)
+    devices = topology_devices(topology)
+    return {"topology": topology} | plan_for(experiment, devices, chip, clips)
+
+
+def plan_for(
+    experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, clips: int = 1_000_000
+) -> dict:
+    """`plan` for given devices, whose figures are those of `chip`."""
+    stage = make_stage(experiment)
+    mesh = make_mesh(experiment.mesh, devices)
+    data = experiment.data
+    pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
+    if data.batch % pieces:
+        raise ValueError(f"data.batch {data.batch} does not divide by {pieces} parts")
+    frames = max([data.frames, *(frames for _, frames in data.longer)])
+    arguments = abstract_arguments(experiment, stage, mesh, frames)
+    step = jit_step(experiment, stage, mesh, *arguments[:2])
+    found = {
+        "experiment": f"{experiment.stage}, {data.batch} clips of {frames} x "
+        f"{data.size[0]} x {data.size[1]}",
+        "batch": data.batch,
+        "mesh": dict(mesh.shape),
+        "devices": len(devices),
+        "chips": len(devices) // chip.devices,
+        "parameters": parameters(arguments[0], arguments[1]),
+        "argument_bytes": sum(map(bytes_per_device, arguments)),
+        "hbm_bytes": chip.memory // chip.devices,
+        "flops": {
+            "model": operations(stage, devices[0], frames),
+            "computed": operations(stage, devices[0], frames, experiment.compute.remat),
+        },
+    }
+    start = time.perf_counter()
+    with jax.set_mesh(mesh):
+        lowered = step.lower(*arguments)
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            return found | {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
+    found["compile_s"] = round(time.perf_counter() - start, 1)
+    return (
+        found
+        | memory(compiled, found["hbm_bytes"])
+        | cost(found, compiled.as_text(), stage, chip, frames, clips)
+    )
+
+
+def sweep(
+    experiment: Experiment,
+    topologies: Sequence[str],
+    per_device: int | None = None,
+    clips: int = 1_000_000,
+) -> Iterator[dict]:
+    """A plan for each topology in turn.
+
+    per_device: clips per device along data x fsdp in place of `data.batch`: the batch grows with
+    the pod (weak scaling), else it stays (strong scaling). Raises ValueError as `plan`.
+    """
+    for topology in topologies:
+        here = experiment
+        if per_device is not None:
+            chip, sizes = parse_topology(topology)
+            mesh = experiment.mesh
+            batch = per_device * math.prod(sizes) * chip.devices // (mesh.context * mesh.tensor)
+            here = dataclasses.replace(
+                experiment, data=dataclasses.replace(experiment.data, batch=batch)
+            )
+        yield plan(here, topology, clips)
+
+
+def report(found: dict) -> str:
+    """A plan in words."""
+    gib = 2**30
+    lines = [
+        f"{found['topology']}: {found['experiment']}; {mesh_text(found)}",
+        f"  parameters   {found['parameters']['trained']:,} trained, "
+        f"{found['parameters']['frozen']:,} frozen",
+        f"  arguments    {found['argument_bytes'] / gib:.2f} GiB per device of "
+        f"{found['hbm_bytes'] / gib:.0f}",
+    ]
+    if "peak_bytes" not in found:
+        lines += [f"  DOES NOT FIT {found['reason']}"]
+        return "\n".join(lines + [f"    {x}" for x in found["largest"]])
+    low, high = found["step_s"]
+    epoch = found["chip_hours_per_epoch"]
+    lines += [
+        f"  temporaries  {found['temp_bytes'] / gib:.2f} GiB; peak {found['peak_bytes'] / gib:.2f}"
+        + ("" if found["fits"] else ", DOES NOT FIT"),
+        f"  operations   {found['flops']['model']:.3g} per step, "
+        f"{found['flops']['computed']:.3g} with what is computed again",
+        *(
+            f"  {x['kind']:19}{x['count']:6.0f} times, {x['sent'] / gib:.3f} GiB sent per device"
+            for x in found["collectives"]
+        ),
+        "  at peak      " + ", ".join(f"{k} {v:.4f} s" for k, v in found["roofline_s"].items()),
+        f"  step         {low:.4f} s if all overlaps, {high:.4f} s if nothing does",
+        f"  MFU          at most {found['mfu_bound']:.0%}",
+        f"  {found['clips_per_epoch']:,} clips: {epoch[0]:.3g} to {epoch[1]:.3g} chip hours",
+    ]
+    return "\n".join(lines)
+
+
+def table(plans: Sequence[dict]) -> str:
+    """Plans side by side, as a table in Markdown."""
+    rows = [
+        "| topology | mesh | batch | peak GiB | step s | MFU at most | clips/s | chip hours |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for one in plans:
+        start = f"| {one['topology']} | {mesh_text(one)} | {one['batch']} | "
+        if "peak_bytes" not in one:
+            rows.append(start + "does not fit | | | | |")
+            continue
+        (low, high), hours = one["step_s"], one["chip_hours_per_epoch"]
+        rows.append(
+            f"{start}{one['peak_bytes'] / 2**30:.1f}{'' if one['fits'] else ' (too much)'} | "
+            f"{low:.3f}–{high:.3f} | {one['mfu_bound']:.0%} | "
+            f"{one['clips_per_s'][0]:.0f}–{one['clips_per_s'][1]:.0f} | "
+            f"{hours[0]:,.0f}–{hours[1]:,.0f} |"
+        )
+    return "\n".join(rows)
+
+
+def abstract_arguments(
+    experiment: Experiment, stage: Stage, mesh: Mesh, frames: int
+) -> tuple[Tree, ...]:
+    """(state, frozen, batch) of the train step as shapes with shardings."""
+
+    def placed(tree, places):
+        def one(x, place):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+        return jax.tree.map(one, tree, places)
+
+    state = abstract_state(experiment, stage, mesh)
+    frozen = stage.frozen_shapes()
+    batch = stage.batch_shapes(frames)
+    over_batch = jax.tree.map(lambda _: NamedSharding(mesh, P(BATCH)), batch)
+    return state, placed(frozen, shardings(frozen, mesh)), placed(batch, over_batch)
+
+
+def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
+    """Numbers that train and that do not, without what stands only in the optimiser."""
+    trees = {"trained": state.params, "frozen": frozen}
+    return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
+
+
+def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: int) -> dict:
+    """Communication and time of a step: resources at their peaks, in turn or all at once."""
+    experiment, devices = stage.experiment, found["devices"]
+    per_device = found["flops"]["computed"] / devices
+    resources = roofline(text, per_device, chip, stage.turns)
+    seconds = resources["roofline_s"].values()
+    best, worst = max(seconds), sum(seconds)
+    rate = {
+        "step_s": [best, worst],
+        "mfu_bound": found["flops"]["model"] / devices / (chip.flops / chip.devices) / best,
+        "clips_per_s": [experiment.data.batch / worst, experiment.data.batch / best],
+        "chip_hours_per_epoch": [
+            clips / experiment.data.batch * s * found["chips"] / 3600 for s in (best, worst)
+        ],
+        "clips_per_epoch": clips,
+    }
+    if tokens := experiment.tokens(frames):
+        rate["tokens_per_clip"] = tokens
+        rate["tokens_per_s"] = [tokens * x for x in rate["clips_per_s"]]
+    return resources | rate
