@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         "gnvc cache-latents --data clips --vae weights/vace --to cache",
     )
     many_videos(cache)
-    cache.add_argument("--vae", required=True, help="folder of `gnvc port`, or a model")
+    cache.add_argument("--vae", required=True, help="folder of `gnvc port`, run, or model")
     cache.add_argument("--frames", type=int, default=13, help="per clip, 1 + 4k (default: 13)")
 
     pod = command(

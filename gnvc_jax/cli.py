@@ -211,6 +211,10 @@ def plan(args: argparse.Namespace) -> int:
     from gnvc_jax.files import write_json
     from gnvc_jax.training import config
 
+    if args.coding and (args.per_device or any(x.startswith("--mesh") for x in args.settings)):
+        raise ValueError(
+            "--mesh and --per-device are of training; with --coding all devices share each frame"
+        )
     jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none
     sys.path.insert(0, os.getcwd())  # configurations import each other, as under train.py
     experiment = config.override(config.load(args.config), args.settings)

@@ -176,7 +176,6 @@ def load_model(path: str | Path) -> Model:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["gnvc"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}
-        tuples = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["vae"].items()}
         nested = unflatten_dict(arrays, sep="/")
         config = CodecConfig(**facts["codec"])
         refiner = facts.get("refiner")
@@ -184,7 +183,7 @@ def load_model(path: str | Path) -> Model:
             refiner = RefinerConfig(**refiner | {"dit": DiTConfig(**refiner["dit"])})
         model = Model(
             facts["name"],
-            VAEConfig(**tuples),
+            VAEConfig.from_json(facts["vae"]),
             config,
             nested["vae"],
             nested["codec"],

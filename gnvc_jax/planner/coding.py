@@ -17,6 +17,7 @@ from gnvc_jax.parallel import MeshConfig, flops, make_mesh
 from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.parallel.rules import activation_spec
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
+from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.refiner.model import windows
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import make_stage
@@ -80,7 +81,8 @@ def coding_for(
         for name, count in times.items():
             function, inputs = getattr(used, name), arguments[name]
             if name == "velocity":  # kernels of attention cannot be counted
-                work = refiner.dit.flops(*inputs[1].shape[1:4])
+                heads = exchanged_heads(refiner.dit.heads, len(devices))
+                work = refiner.dit.flops(*inputs[1].shape[1:4], heads)
             else:
                 work = flops.count(function, *inputs)
             one = planned(function, inputs, work / len(devices), chip, loaded)

@@ -44,14 +44,24 @@ def attention(
     """
     best = choose(q.dtype, q.shape[-1])
     heads, devices = q.shape[2] // axis_size("tensor"), axis_size("context")
-    filled = -(-heads // devices) * devices
-    ring = implementation == RING or (implementation is None and filled >= 2 * heads)
+    ring = implementation == RING or (
+        implementation is None and exchanged_heads(heads, devices) is None
+    )
     name = best if implementation in (None, RING) else implementation
     if name not in IMPLEMENTATIONS:
         names = ", ".join((*IMPLEMENTATIONS, RING))
         raise ValueError(f"attention {name!r}: expected one of {names}")
     options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
     return parallel.attention(IMPLEMENTATIONS[name], q, k, v, **options)
+
+
+def exchanged_heads(heads: int, devices: int) -> int | None:
+    """Heads, those of zeros included, that devices exchange tokens for by default.
+
+    None where zeros would make them twice as many or more, and keys go round instead.
+    """
+    filled = heads + -heads % devices
+    return filled if filled < 2 * heads else None
 
 
 def choose(dtype: jnp.dtype, head_width: int, platform: str | None = None) -> str:

@@ -59,13 +59,15 @@ class DiTConfig:
         """Tokens of latents (t, h, w)."""
         return t * (h // PATCH) * (w // PATCH)
 
-    def flops(self, t: int, h: int, w: int) -> int:
+    def flops(self, t: int, h: int, w: int, heads: int | None = None) -> int:
         """Operations (multiply and add count two) of one forward pass on latents (t, h, w).
 
         Matrix products only, batch 1; the published counts of Wan2.1 come out to three digits.
+        heads: that self-attention works on, where heads of zeros fill up its own.
         """
         n, m, d = self.tokens(t, h, w), self.text_length, self.width
-        block = 8 * n * d**2 + 4 * n**2 * d + 4 * n * d * self.ffn_width
+        attended = (heads or self.heads) * self.head_width
+        block = 8 * n * d**2 + 4 * n**2 * attended + 4 * n * d * self.ffn_width
         if m:
             block += 4 * (n + m) * d**2 + 4 * n * m * d
         patches = 2 * n * d * PATCH**2 * 2 * self.channels

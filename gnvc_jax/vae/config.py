@@ -31,6 +31,11 @@ class VAEConfig:
                 f"the last: {len(self.multipliers) - 1}"
             )
 
+    @classmethod
+    def from_json(cls, facts: dict) -> "VAEConfig":
+        """What `dataclasses.asdict` gave, after a way through JSON, which knows lists only."""
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level, finest first."""

@@ -15,6 +15,7 @@ from gnvc_jax import cli, planner
 from gnvc_jax.model import Functions
 from gnvc_jax.parallel import MeshConfig, chips, flops, hlo, make_mesh, rules
 from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
+from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.training import loop
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.stages import Stage
@@ -159,6 +160,20 @@ def test_operations_of_the_dit():
     time = 2 * (8 * 96 + 96 * 96 + 6 * 96 * 96)  # left out in the formula
     assert found == cfg.flops(2, 8, 8) + time
     assert VACE_1_3B.flops(21, 60, 104) == pytest.approx(427e12, rel=0.003)
+
+
+def test_operations_of_heads_of_zeros():
+    """Eight devices have 12 heads filled up to 16; scores and their products grow by a third."""
+    assert [exchanged_heads(12, n) for n in (1, 4, 8, 24)] == [12, 12, 16, None]
+    attention = 4 * (2 * 4 * 4) ** 2 * 1536 * (30 + 15)  # of 32 tokens in all blocks
+    grown = VACE_1_3B.flops(2, 8, 8, 16) - VACE_1_3B.flops(2, 8, 8)
+    assert grown == attention // 3
+
+
+def test_options_that_coding_has_not(capsys):
+    args = ["plan", "--config", "configs/wan_1_3b/latent.py", "--topology", "v5e:2x4"]
+    assert cli.main([*args, "--coding", "decode", "--mesh", "fsdp=8"]) == 2
+    assert "all devices share each frame" in capsys.readouterr().err
 
 
 def test_operations_of_convolutions():

@@ -10,6 +10,9 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.caching import cache_latents
+from gnvc_jax.data.latents import read_info
+from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.refiner import DiTConfig, RefinerConfig, flow
 from gnvc_jax.training import loop, lora, parts
@@ -127,6 +130,36 @@ def test_weights_come_from_where_they_should(base):
     assert set(model) == {"vae", "codec", "refiner"}
     planned = stage.frozen_shapes()  # without any file
     assert jax.tree.map(np.shape, frozen) == jax.tree.map(np.shape, planned)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path, linear):
+    """A VAE of one's own, its run named to `cache_latents` as to the stage."""
+    vae = dataclasses.replace(VAE, linear_encoder=linear)
+    run, cache = base.loss.vae, tmp_path / "cache"
+    experiment = dataclasses.replace(base, stage="codec", vae=vae)
+    if not linear:
+        run = str(tmp_path / "vae")
+        own = RunConfig(out=run)
+        save_start(
+            dataclasses.replace(base, stage="vae", vae=vae, loss=VAELoss(lpips=0.0), run=own)
+        )
+    with open_writer(tmp_path / "a.mkv", 96, 80, 25) as out:
+        for frame in np.random.default_rng(0).integers(0, 256, (11, 80, 96, 3), np.uint8):
+            out.write(frame)
+    assert cache_latents(tmp_path / "a.mkv", cache, run, 5, progress=False) == {}
+    data = dataclasses.replace(base.data, latents=str(cache))
+    stage = make_stage(dataclasses.replace(experiment, loss=CodecLoss(vae=run), data=data))
+    latents, frozen = next(iter(stage.dataset())), stage.frozen()
+    assert latents.shape == stage.batch_shapes(5).shape
+    if linear:
+        assert (frozen["mean"] == 0).all() and (frozen["std"] == 1).all()
+    else:  # measured on one clip, of which the batch shows a part
+        np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.5)
+        np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.5)
+        np.testing.assert_array_equal(frozen["std"], np.float32(read_info(cache).std))
+    with pytest.raises(ValueError, match="stage `codec`, expected `vae`"):
+        cache_latents(tmp_path / "a.mkv", cache, base.init_from, 5)
 
 
 @pytest.mark.slow
