@@ -5,12 +5,14 @@
 
 import argparse
 import functools
+import shlex
 import sys
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gnvc_jax.arguments import MAX_STEPS
+from gnvc_jax.evaluation import paper
 from gnvc_jax.evaluation.anchors import ANCHORS
 from gnvc_jax.evaluation.clips import find_clips, read_clip
 from gnvc_jax.evaluation.compare import ResultsError, compare, read_results
@@ -26,6 +28,9 @@ from gnvc_jax.runtime import use_compilation_cache
 
 EXAMPLE = """example:
   python eval.py --model tiny --data clips/ --qp 8,24,40,56 --vae --anchors x264,x265 --out results
+
+Options may also stand in a file, named as @FILE; configs/evaluation/gnvc_vd.txt has those of the
+paper's experiments.
 
 Records are kept in OUT/records; the same command again goes on where it stopped. The table is
 printed and written to OUT/results.md, beside results.json, results.csv and plots/. To look at it
@@ -77,11 +82,21 @@ def weights(text: str) -> tuple[str, Path]:
 
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        fromfile_prefix_chars="@",
     )
+    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
     add = parser.add_argument
     add("--model", default="tiny", help="name or path of a model (default: %(default)s)")
     add("--data", nargs="+", type=Path, required=True, help="videos, or folders with videos")
+    add(
+        "--set",
+        choices=paper.SEQUENCES,
+        help="of sequences in --data, told by their names; beside the results stands what the "
+        "paper of GNVC-VD published for it",
+    )
     add("--qp", type=numbers(63), default=(8, 24, 40, 56), help="levels (default: 8,24,40,56)")
     add(
         "--steps",
@@ -171,7 +186,9 @@ def main(arguments=None) -> int:
     use_compilation_cache()
     try:
         paths = find_clips(options.data)
-    except FileNotFoundError as error:
+        if options.set:
+            paths = paper.sequences(options.set, paths)
+    except (FileNotFoundError, ValueError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     clips = {
@@ -199,7 +216,10 @@ def main(arguments=None) -> int:
             records = run_in_processes(options.processes, sweep, clips, points, options.anchors)
         else:
             records = sweep.run(clips, points, options.anchors)
-    print(write_results(options.out, records, sys.argv, environment()), end="")
+    published = None
+    if options.set:
+        published = {"set": options.set, "rows": paper.beside(records, options.set)}
+    print(write_results(options.out, records, sys.argv, environment(), published), end="")
     results = read_results(options.out / "results.json")
     print(f"report: {write_report(options.out, results)}", file=sys.stderr)
     return int(any(record["status"] != "ok" for record in records))

@@ -1,8 +1,8 @@
 """Bjøntegaard delta rate: how much more one codec spends than another for the same quality.
 
 The mean over the common interval of quality of the difference in log rate, curves interpolated by
-piecewise cubics (pchip), as in JVET and AOM conditions; by the package bjontegaard. Curves are
-means over clips. Nothing is extrapolated.
+piecewise cubics (pchip), as in JVET and AOM conditions; by the package bjontegaard. Nothing is
+extrapolated.
 """
 
 import csv
@@ -25,7 +25,8 @@ MEASURES = {  # name: section and field of a record, whether more is better
     "LPIPS vgg": ("quality", "lpips_vgg", False),
     "DISTS": ("quality", "dists", False),
 }
-COLUMNS = ("measure", "curve", "against", "bd_rate_percent", "note")
+FIGURES = ("bd_rate_percent", "bd_rate_clips_percent")
+COLUMNS = ("measure", "curve", "against", *FIGURES, "clips", "note")
 
 
 def bd_rate(
@@ -63,29 +64,73 @@ def rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return kept
 
 
+def bd_quality(
+    anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]
+) -> float | None:
+    """Mean of what `test` has more than `anchor` at the same rate, over the common log rates.
+
+    anchor, test: (rate, value) pairs in any order. None for fewer than MIN_POINTS rates, or none in
+    common.
+    """
+    kept = [sorted(dict(points).items()) for points in (anchor, test)]
+    if min(map(len, kept)) < MIN_POINTS:
+        return None
+    if min(p[-1][0] for p in kept) <= max(p[0][0] for p in kept):
+        return None
+    columns = [column for points in kept for column in zip(*points)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return float(bjontegaard.bd_psnr(*columns, method="pchip", require_matching_points=False))
+
+
 def bd_table(records: Sequence[dict]) -> list[dict]:
     """One row (see COLUMNS) per measure, curve of ours and other curve with files, as `bd_rate`.
 
-    Points that were not measured on all clips are left out, since their means are of other clips.
+    bd_rate_percent is that of the curves of means over clips, bd_rate_clips_percent the mean of the
+    figures of single clips, of which so many (`clips`) have one.
     """
+    done = complete(records)
+    ours = {curve_of(r) for r in done if r["codec"]["codec"] == "gnvc"}
+    clips = dict.fromkeys(r["clip"] for r in done)
+    rows = []
+    for measure, (_, _, more_is_better) in MEASURES.items():
+        sign = 1.0 if more_is_better else -1.0
+        mean = curves(done, measure, sign)
+        single = [curves([r for r in done if r["clip"] == clip], measure, sign) for clip in clips]
+        for name, against in itertools.permutations(mean, 2):
+            if name in ours:
+                value, note = bd_rate(mean[against], mean[name])
+                each = [bd_rate(c.get(against, ()), c.get(name, ()))[0] for c in single]
+                each = [x for x in each if x is not None]
+                own = sum(each) / len(each) if each else None
+                count = f"{len(each)} of {len(clips)}"
+                rows.append(dict(zip(COLUMNS, (measure, name, against, value, own, count, note))))
+    return rows
+
+
+def complete(records: Sequence[dict]) -> list[dict]:
+    """The records of points with files that were measured on all clips, whose means compare."""
     done = [r for r in records if r["status"] == "ok" and r["rate"]["bpp"] is not None]
     clips = len({r["clip"] for r in done})
-    curve = {r["point"]: curve_of(r) for r in done}
-    ours = {curve_of(r) for r in done if r["codec"]["codec"] == "gnvc"}
-    points = {k: m for k, m in means(done).items() if m["clips"] == clips}
-    names = list(dict.fromkeys(curve[label] for label in points))
-    rows = []
-    for measure, (section, field, more_is_better) in MEASURES.items():
-        sign = 1.0 if more_is_better else -1.0
-        found: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-        for label, mean in points.items():
-            if (value := mean[section].get(field)) is not None and math.isfinite(value):
-                found[curve[label]].append((mean["rate"]["bpp"], sign * value))
-        for name, against in itertools.permutations(names, 2):
-            if name in ours and found[name] and found[against]:
-                value, note = bd_rate(found[against], found[name])
-                rows.append(dict(zip(COLUMNS, (measure, name, against, value, note))))
-    return rows
+    whole = {label for label, mean in means(done).items() if mean["clips"] == clips}
+    return [r for r in done if r["point"] in whole]
+
+
+def curves(
+    records: Sequence[dict], measure: str, sign: float = 1.0
+) -> dict[str, list[tuple[float, float]]]:
+    """(bpp, sign x measure) of the points of every curve, means over the clips of the records.
+
+    Curves without points are left out.
+    """
+    section, field, _ = MEASURES[measure]
+    curve = {r["point"]: curve_of(r) for r in records}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for label, mean in means(records).items():
+        value = mean[section].get(field)
+        if value is not None and math.isfinite(value):
+            found.setdefault(curve[label], []).append((mean["rate"]["bpp"], sign * value))
+    return found
 
 
 def bd_csv(rows: Sequence[dict]) -> str:
@@ -94,6 +139,6 @@ def bd_csv(rows: Sequence[dict]) -> str:
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     for row in rows:
-        value = row["bd_rate_percent"]
-        writer.writerow(row | {"bd_rate_percent": "" if value is None else f"{value:.2f}"})
+        figures = {k: "" if row[k] is None else f"{row[k]:.2f}" for k in FIGURES}
+        writer.writerow(row | figures)
     return text.getvalue()

@@ -6,6 +6,7 @@ A point is one way of coding a clip at one quality. Anything with the attributes
 import dataclasses
 import functools
 import hashlib
+import math
 import subprocess
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from safetensors import safe_open
 
 from gnvc_jax.bitstream import BitstreamError, StreamReader
 from gnvc_jax.evaluation.anchors import ENCODERS, Anchor, ffmpeg_version
@@ -93,7 +95,8 @@ class FilePoint:
             decode_seconds = _run_tool(decode)
             frames = read_clip(decoded).frames
             starts = group_starts(coded)
-        return Coded(frames, bitstream, encode_seconds, decode_seconds, starts=starts)
+        details = {"parameters": model_parameters(self.model)}
+        return Coded(frames, bitstream, encode_seconds, decode_seconds, details, starts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,11 +163,23 @@ def group_starts(path: Path) -> list[int]:
 
 def model_identity(model: str) -> dict[str, str]:
     """Name of a shipped model or model file, and its SHA-256; FileNotFoundError."""
+    path = _model_path(model)
+    return {"model": path.stem, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def model_parameters(model: str) -> int:
+    """Numbers in VAE, codec and refiner of a model; FileNotFoundError."""
+    with safe_open(_model_path(model), framework="numpy") as file:
+        names = [name for name in file.keys() if name.startswith(("vae/", "codec/", "refiner/"))]
+        return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
+
+
+def _model_path(model: str) -> Path:
     shipped = FOLDER / f"{model}.safetensors"
     path = shipped if shipped.is_file() else Path(model)
     if not path.is_file():
         raise FileNotFoundError(f"{model}: neither a model file nor a shipped model")
-    return {"model": path.stem, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    return path
 
 
 @functools.lru_cache(maxsize=1)

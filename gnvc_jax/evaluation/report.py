@@ -22,7 +22,15 @@ from gnvc_jax.evaluation.pictures import SOURCE, Pictures, View
 from gnvc_jax.evaluation.plots import group_name, inline_svg, rate_groups, write_plots
 from gnvc_jax.evaluation.points import group_starts
 from gnvc_jax.evaluation.records import means
-from gnvc_jax.evaluation.tables import cell, measured_columns, percent, value_of
+from gnvc_jax.evaluation.tables import (
+    BD_HEADINGS,
+    PAPER_HEADINGS,
+    bd_cells,
+    cell,
+    measured_columns,
+    paper_cells,
+    value_of,
+)
 from gnvc_jax.files import write_whole
 
 MAX_BYTES = 11_000_000  # of all pictures; a third more as text
@@ -59,7 +67,9 @@ def write_report(out: Path, results: dict) -> Path:
         title=_title(finished),
         summary=_summary(results),
         contents="".join(f'<li><a href="#{i}">{escape(h)}</a></li>' for i, h in headings.items()),
-        body="\n".join([_means(finished, drawings), *sections, _gaps(records)]),
+        body="\n".join(
+            [_means(finished, drawings, results.get("paper")), *sections, _gaps(records)]
+        ),
         footer=f"Pictures are WebP of quality {quality}, whole frames at most {MAX_WIDTH} pixels "
         "wide. What was measured are the lossless frames; some are kept as PNG beside this file.",
     )
@@ -159,7 +169,7 @@ def _summary(results: dict) -> str:
     )
 
 
-def _means(records: Sequence[dict], drawings: Mapping[str, str]) -> str:
+def _means(records: Sequence[dict], drawings: Mapping[str, str], paper: dict | None) -> str:
     columns = measured_columns(records)
     rows = [
         [label, str(mean["clips"]), *(cell(mean, *c) for c in columns.values())]
@@ -173,19 +183,28 @@ def _means(records: Sequence[dict], drawings: Mapping[str, str]) -> str:
         "the table alone.</p>"
         + _table("Plain means over the clips", ["point", "clips", *columns], rows)
         + _bd_rates(records)
+        + _paper(paper)
         + "</section>"
     )
 
 
 def _bd_rates(records: Sequence[dict]) -> str:
     rows = [
-        [f"{row['curve']} against {row['against']}", row["measure"], percent(row), row["note"]]
+        [f"{row['curve']} against {row['against']}", row["measure"], *bd_cells(row)]
         for row in bd_table(records)
     ]
     if not rows:
         return ""
     caption = "Rate that a curve takes more than another for the same quality"
-    return _table(caption, ["curves", "measure", "BD-rate", "note"], rows)
+    return _table(caption, ["curves", "measure", *BD_HEADINGS], rows)
+
+
+def _paper(paper: dict | None) -> str:
+    """What was measured beside what was published; paper: see `tables.write_results`."""
+    if not paper:
+        return ""
+    caption = f"Beside the figures of GNVC-VD's paper, {paper['set']}"
+    return _table(caption, PAPER_HEADINGS, [paper_cells(row) for row in paper["rows"]])
 
 
 def _clip(key: str, records: list[dict], drawings: Mapping[str, str], album: Album) -> str:

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from gnvc_jax.evaluation.bd_rate import bd_csv, bd_table
+from gnvc_jax.evaluation.bd_rate import FIGURES, bd_csv, bd_table
 from gnvc_jax.evaluation.records import SCHEMA, means, now
 from gnvc_jax.files import write_json, write_whole
 
@@ -30,12 +30,23 @@ COLUMNS = {  # heading: (section of the record, field, format)
     "source CLIP-F": ("temporal", "clip_f_source", ".4f"),
     "CMMD": ("temporal", "cmmd", ".3f"),
 }
+BD_HEADINGS = ("BD-rate", "mean of clips", "note")
+PAPER_HEADINGS = ("figure", "published", "curve", "measured", "note")
 _SCALARS = ("source", "codec", "rate", "quality", "temporal", "speed")
 
 
-def write_results(out: Path, records: Sequence[dict], command: Sequence[str], env: dict) -> str:
-    """Writes results.json, results.csv, bd.csv and results.md below `out`; returns the Markdown."""
-    table = markdown(records)
+def write_results(
+    out: Path,
+    records: Sequence[dict],
+    command: Sequence[str],
+    env: dict,
+    paper: dict | None = None,
+) -> str:
+    """Writes results.json, results.csv, bd.csv and results.md below `out`; returns the Markdown.
+
+    paper: {"set": its name, "rows": of `paper.beside`}, if the clips are a set of the paper.
+    """
+    table = markdown(records, paper)
     write_json(
         out / "results.json",
         {
@@ -44,6 +55,7 @@ def write_results(out: Path, records: Sequence[dict], command: Sequence[str], en
             "command": list(command),
             "env": env,
             "means": means(records),
+            "paper": paper,
             "records": list(records),
         },
     )
@@ -70,8 +82,8 @@ def as_csv(records: Sequence[dict]) -> str:
     return text.getvalue()
 
 
-def markdown(records: Sequence[dict]) -> str:
-    """The means over clips, every clip, and what failed."""
+def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
+    """The means over clips, every clip, and what failed; paper: see `write_results`."""
     columns = measured_columns(records)
     mean_rows = [
         [label, str(mean["clips"]), *(cell(mean, *column) for column in columns.values())]
@@ -95,13 +107,12 @@ def markdown(records: Sequence[dict]) -> str:
             pipe_table(["clip", "point", *columns], rows),
         ]
     if bd_rows := bd_table(records):
-        cells = [
-            [row["measure"], row["curve"], row["against"], percent(row), row["note"]]
-            for row in bd_rows
-        ]
-        headings = ["measure", "curve", "against", "BD-rate", "note"]
+        cells = [[row["measure"], row["curve"], row["against"], *bd_cells(row)] for row in bd_rows]
         parts += ["Rate that a curve takes more than another for the same quality:"]
-        parts += [pipe_table(headings, cells)]
+        parts += [pipe_table(["measure", "curve", "against", *BD_HEADINGS], cells)]
+    if paper:
+        parts += [f"Beside the figures of GNVC-VD's paper, {paper['set']}:"]
+        parts += [pipe_table(PAPER_HEADINGS, [paper_cells(row) for row in paper["rows"]])]
     if any("*" in row[1] for row in rows):
         parts.append("\\* The coarsest setting of this codec still takes more than the target.")
     reasons = dict.fromkeys(
@@ -143,10 +154,17 @@ def cell(record: dict, section: str, field: str, spec: str) -> str:
     return format(round(value) if spec == "d" else value, spec)
 
 
-def percent(row: dict) -> str:
-    """The figure of a row of `bd_rate.bd_table` as text."""
-    value = row["bd_rate_percent"]
-    return "–" if value is None else f"{value:+.1f} %"
+def bd_cells(row: dict) -> list[str]:
+    """A row of `bd_rate.bd_table` below BD_HEADINGS."""
+    mean, single = ("–" if row[k] is None else f"{row[k]:+.1f} %" for k in FIGURES)
+    return [mean, f"{single} ({row['clips']})", row["note"]]
+
+
+def paper_cells(row: dict) -> list[str]:
+    """A row of `paper.beside` below PAPER_HEADINGS."""
+    published = ", ".join(f"{name} {value:{row['format']}}" for name, value in row["published"])
+    measured = " to ".join(f"{value:{row['format']}}" for value in row["measured"]) or "–"
+    return [row["figure"], published, row["curve"] or "–", measured, row["note"]]
 
 
 def pipe_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

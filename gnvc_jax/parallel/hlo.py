@@ -65,7 +65,8 @@ class Instruction:
             return int(found[1])
         if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.rest):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-            return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", found[2]))
+            axes = re.findall(r"(\w+)'?(?::\(\d+\)(\d+))?", found[2])  # or `axis:(before)size`
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
         return 1
 
 

@@ -68,6 +68,16 @@ def moving_clip(name, seed=0, frames=FRAMES):
     return Clip(name, clip, Fraction(30000, 1001))
 
 
+PAPER_ROW = {
+    "figure": "BD-rate of <waves>, %",
+    "published": [("GNVC-VD", -89.4), ("another", 2.0)],
+    "curve": "gnvc, 5 steps",
+    "measured": [-12.34, 56.0],
+    "format": "+.1f",
+    "note": "lowest to highest",
+}
+
+
 def sweep(out, clips, metrics=("psnr", "ms_ssim", "temporal")):
     """Runs all points on clips and writes results.json; returns its content."""
     points = [
@@ -83,7 +93,10 @@ def sweep(out, clips, metrics=("psnr", "ms_ssim", "temporal")):
 
     readers = {clip.name: (lambda clip=clip: clip) for clip in clips}
     records = Sweep(out, Meter(metrics)).run(readers, points, ["x264"], anchor)
-    write_results(out, records, ["eval.py", "--data", "a b"], {"cpu": "a <cpu>", "devices": ["d"]})
+    paper = {"set": "waves", "rows": [PAPER_ROW]}
+    write_results(
+        out, records, ["eval.py", "--data", "a b"], {"cpu": "a <cpu>", "devices": ["d"]}, paper
+    )
     return json.loads((out / "results.json").read_text())
 
 

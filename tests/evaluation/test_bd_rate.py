@@ -4,7 +4,7 @@ import bjontegaard
 import numpy as np
 import pytest
 
-from gnvc_jax.evaluation.bd_rate import bd_csv, bd_rate, bd_table, rising
+from gnvc_jax.evaluation.bd_rate import bd_csv, bd_quality, bd_rate, bd_table, rising
 
 # Rates and PSNR of two codecs as published in ITU-T VCEG-M33's sheet, used by many ports.
 ANCHOR = [(686.76, 40.28), (309.58, 37.18), (157.11, 34.24), (85.95, 31.42)]
@@ -37,6 +37,17 @@ def test_what_cannot_be_said_is_said():
     assert rising([(2, 1), (1, 1), (1, 0.5), (3, 4)]) == [(1, 1), (3, 4)]
 
 
+def test_quality_at_the_same_rate():
+    offset = [(rate * 2, quality - 0.25) for rate, quality in ANCHOR]
+    same = [(rate, quality + 0.25) for rate, quality in ANCHOR]
+    assert bd_quality(ANCHOR, same) == pytest.approx(0.25)
+    columns = [column for points in (ANCHOR, offset) for column in zip(*sorted(points))]
+    known = bjontegaard.bd_psnr(*columns, "pchip", require_matching_points=False, min_overlap=0)
+    assert bd_quality(ANCHOR, offset) == pytest.approx(known)
+    assert bd_quality(ANCHOR, TEST[:3]) is None
+    assert bd_quality(ANCHOR, [(rate + 1e6, quality) for rate, quality in TEST]) is None
+
+
 def record(clip, point, codec, bpp, lpips, steps=None):
     return {
         "clip": clip,
@@ -62,4 +73,20 @@ def test_table_pairs_curves_and_leaves_out_unfinished_points():
     rows = bd_table(records)
     assert [(r["curve"], r["against"]) for r in rows] == [("gnvc", "x265")]
     assert rows[0]["bd_rate_percent"] == pytest.approx(-50)
-    assert bd_csv(rows).splitlines()[1].startswith("LPIPS alex,gnvc,x265,-50.00,")
+    assert bd_csv(rows).splitlines()[1] == "LPIPS alex,gnvc,x265,-50.00,-50.00,2 of 2,"
+
+
+def test_the_mean_of_single_clips_is_another_figure():
+    """A clip at a hundred times the rate decides the mean curve; each counts the same alone."""
+    records = [
+        record(clip, f"{codec}{k}", codec, scale * factor * 0.01 * 2.0**k, 0.5 - 0.1 * k)
+        for clip, scale, gain in (("a", 1.0, 0.5), ("b", 100.0, 0.8))
+        for codec, factor in (("gnvc", gain), ("x265", 1.0))
+        for k in range(4)
+    ]
+    (row,) = bd_table(records)
+    assert row["bd_rate_percent"] == pytest.approx(100 * (80.5 / 101 - 1))
+    assert row["bd_rate_clips_percent"] == pytest.approx((-50 - 20) / 2)
+    far = [r | {"quality": {"lpips_alex": 9.0}} if r["clip"] == "b" else r for r in records]
+    (row,) = bd_table(far)
+    assert row["clips"] == "1 of 2" and row["bd_rate_clips_percent"] == pytest.approx(-50)

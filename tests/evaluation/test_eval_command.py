@@ -49,6 +49,24 @@ def test_wrong_use_ends_with_2(command, wrong, capsys):
     assert wrong.split()[0] in capsys.readouterr().err
 
 
+def test_the_options_of_the_paper(command, capsys):
+    root = Path(__file__).parents[2]
+    file = f"@{root}/configs/evaluation/gnvc_vd.txt"
+    options = command.parse([file, *"--set uvg --data a --out o --qp 8".split()])
+    assert (options.frames, options.gop, options.range) == (96, 25, "full")
+    assert options.qp == (8,) and options.anchors == ("x265", "vvc")
+    with pytest.raises(SystemExit) as caught:
+        command.parse(["@nowhere.txt", "--data", "a", "--out", "o"])
+    assert caught.value.code == 2 and "nowhere.txt" in capsys.readouterr().err
+
+
+def test_a_set_that_is_not_whole_ends_with_2(command, tmp_path, capsys):
+    (tmp_path / "Beauty_1920x1080_120fps_420_8bit_YUV.yuv").write_bytes(b"")
+    arguments = f"--set uvg --data {tmp_path} --out {tmp_path}/out"
+    assert command.main(arguments.split()) == 2
+    assert "uvg: no Bosphorus" in capsys.readouterr().err
+
+
 def test_no_data_ends_with_2(command, tmp_path, capsys):
     assert command.main(["--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert "no videos" in capsys.readouterr().err

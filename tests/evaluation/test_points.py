@@ -4,12 +4,14 @@ import hashlib
 import sys
 from fractions import Fraction
 
+import jax
 import numpy as np
 import pytest
 
 from gnvc_jax.evaluation import points
 from gnvc_jax.evaluation.clips import Clip
 from gnvc_jax.evaluation.points import AnchorPoint, AutoencoderPoint, CodingError, FilePoint
+from gnvc_jax.pretrained import find_model
 
 TOOL = """
 import pathlib, shutil, sys
@@ -36,16 +38,19 @@ def log(tmp_path, monkeypatch):
 
 
 def test_file_point_codes_in_two_processes(clip, log):
-    coded = FilePoint("some-model", 24, gop=5).code(clip)
+    coded = FilePoint("tiny", 24, gop=5).code(clip)
     np.testing.assert_array_equal(coded.frames, clip.frames)
     assert coded.bitstream[:4] == b"\x1aE\xdf\xa3"  # the copy is still a Matroska file
     assert min(coded.encode_seconds, coded.decode_seconds) > 0
     encode, decode = (line.split()[1:] for line in log.read_text().splitlines())
     assert encode[0] == "encode"
-    assert encode[3:] == ["--qp", "24", "--model", "some-model", "--gop", "5"]
+    assert encode[3:] == ["--qp", "24", "--model", "tiny", "--gop", "5"]
     assert decode[0] == "decode"
-    assert decode[3:] == ["--model", "some-model"]
-    assert coded.bitstream == FilePoint("some-model", 24, 5, 5).code(clip).bitstream
+    assert decode[3:] == ["--model", "tiny"]
+    model = find_model("tiny")
+    parameters = sum(x.size for x in jax.tree.leaves((model.vae, model.codec)))
+    assert coded.details == {"parameters": parameters}
+    assert coded.bitstream == FilePoint("tiny", 24, 5, 5).code(clip).bitstream
     again = [line.split()[1:] for line in log.read_text().splitlines()[2:]]
     assert [(line[0], line[5:]) for line in again] == [("decode", ["--steps", "5"])]  # one encode
 

@@ -84,6 +84,13 @@ def test_every_record_is_there(page):
         assert fact in parsed.text
 
 
+def test_the_papers_figures_are_there(page):
+    _, parsed, _ = page
+    assert "Beside the figures of GNVC-VD's paper, waves" in parsed.text
+    assert "BD-rate of <waves>, %" in parsed.texts and "-12.3 to +56.0" in parsed.texts
+    assert "GNVC-VD -89.4, another +2.0" in parsed.texts
+
+
 def test_nothing_is_loaded(page):
     text, parsed, _ = page
     for tag, attributes in parsed.elements:
