@@ -209,6 +209,22 @@ def test_communication_in_a_loop():
     assert 5 * 4 * part <= hlo.traffic(text) <= 5 * 12 * part
 
 
+@pytest.mark.parametrize(
+    ("groups", "devices"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[4,16]<=[64]", 16),
+        ("mesh['data'=4,'fsdp'=16,'context'=8] {'fsdp'}", 16),
+        ("mesh['data'=4,'fsdp'=16,'context'=8] {'data','context':(1)2}", 8),
+        ("mesh['data'=4,'fsdp'=16,'context'=8] {'context':(2)4}, channel_id=7", 4),
+    ],
+)
+def test_devices_of_a_collective(groups, devices):
+    """The notations of XLA; `(1)2` is a part of an axis, 2 devices in steps of 1."""
+    line = f"  %a = f32[8]{{0}} all-reduce(f32[8]{{0}} %b), replica_groups={groups}"
+    assert hlo.Instruction(False, "a", "f32[8]{0}", "all-reduce", line).group == devices
+
+
 def test_traffic_of_a_loop_over_slices():
     """A layer is read when its turn comes, not all layers each time."""
     layers, x = jnp.zeros((16, 256, 256)), jnp.zeros((4, 256))
