@@ -5,6 +5,7 @@
 
 import argparse
 import functools
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -29,8 +30,8 @@ from gnvc_jax.runtime import use_compilation_cache
 EXAMPLE = """example:
   python eval.py --model tiny --data clips/ --qp 8,24,40,56 --vae --anchors x264,x265 --out results
 
-Options may also stand in a file, named as @FILE; configs/evaluation/gnvc_vd.txt has those of the
-paper's experiments.
+Options may also stand in a file, given as @FILE and quoted as in a shell; lines that begin with #
+are comments. configs/evaluation/gnvc_vd.txt has those of the paper's experiments.
 
 Records are kept in OUT/records; the same command again goes on where it stopped. The table is
 printed and written to OUT/results.md, beside results.json, results.csv and plots/. To look at it
@@ -70,6 +71,17 @@ def numbers(last: int):
     return read
 
 
+def multiples(text: str) -> tuple[float, ...]:
+    """Reader of a comma-separated list of positive numbers."""
+    try:
+        values = tuple(map(float, filter(None, text.split(","))))
+    except ValueError:
+        values = (0.0,)
+    if not values or not all(0 < value < math.inf for value in values):
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of positive numbers")
+    return values
+
+
 def weights(text: str) -> tuple[str, Path]:
     """Reader of METRIC=FILE."""
     name, _, file = text.partition("=")
@@ -80,6 +92,13 @@ def weights(text: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
+def as_text(value):
+    """The value of an option as JSON takes it."""
+    if isinstance(value, list | tuple):
+        return [as_text(x) for x in value]
+    return str(value) if isinstance(value, Path) else value
+
+
 def parse(arguments=None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__,
@@ -87,7 +106,9 @@ def parse(arguments=None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         fromfile_prefix_chars="@",
     )
-    parser.convert_arg_line_to_args = functools.partial(shlex.split, comments=True)
+    parser.convert_arg_line_to_args = lambda line: (
+        [] if line.lstrip().startswith("#") else shlex.split(line)
+    )
     add = parser.add_argument
     add("--model", default="tiny", help="name or path of a model (default: %(default)s)")
     add("--data", nargs="+", type=Path, required=True, help="videos, or folders with videos")
@@ -106,6 +127,13 @@ def parse(arguments=None) -> argparse.Namespace:
     )
     add("--vae", action="store_true", help="also the autoencoder alone")
     add("--anchors", type=names(ANCHORS), default=(), help=f"of {','.join(ANCHORS)}, or all")
+    add(
+        "--anchor-rates",
+        type=multiples,
+        default=(1.0,),
+        help="of the anchors, as multiples of the rate of each of our files (default: 1); BD-rates "
+        "need rates at which the qualities of both meet",
+    )
     add(
         "--metrics",
         type=names(METRICS),
@@ -202,7 +230,8 @@ def main(arguments=None) -> int:
         for steps in options.steps
     ]
     points += [AutoencoderPoint(options.model)] * options.vae
-    total = len(clips) * (len(points) + len(options.qp) * len(options.anchors))
+    anchored = len(options.qp) * len(options.anchors) * len(options.anchor_rates)
+    total = len(clips) * (len(points) + anchored)
     with tqdm(total=total, unit="point", disable=None) as bar:
 
         def progress(label: str, status: str) -> None:
@@ -211,15 +240,19 @@ def main(arguments=None) -> int:
             if bar.disable or status == "failed":  # not a terminal, or worth keeping in sight
                 bar.write(f"{label}: {status}", file=sys.stderr)
 
-        sweep = Sweep(options.out, meter, options.force, progress, options.flow)
+        sweep = Sweep(
+            *(options.out, meter, options.force, progress, options.flow, options.anchor_rates)
+        )
         if options.processes > 1:
             records = run_in_processes(options.processes, sweep, clips, points, options.anchors)
         else:
             records = sweep.run(clips, points, options.anchors)
     published = None
     if options.set:
-        published = {"set": options.set, "rows": paper.beside(records, options.set)}
-    print(write_results(options.out, records, sys.argv, environment(), published), end="")
+        published = paper.beside(records, options.set, options.range == "full")
+    given = {name: as_text(value) for name, value in vars(options).items()}
+    text = write_results(options.out, records, sys.argv, environment(), published, given)
+    print(text, end="")
     results = read_results(options.out / "results.json")
     print(f"report: {write_report(options.out, results)}", file=sys.stderr)
     return int(any(record["status"] != "ok" for record in records))

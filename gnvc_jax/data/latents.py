@@ -91,7 +91,7 @@ def _write_video(video: Path, stem: Path, info: CacheInfo, encode: Callable) -> 
     temporary = stem.with_name(f".{stem.name}.{os.getpid()}.tmp")
     writer, count = ArrayRecordWriter(str(temporary), "group_size:1"), 0
     try:
-        for clip in clips_of(video, info.frames, 2 * info.stride):
+        for clip in _clips(video, info.frames, 2 * info.stride):
             buffer = io.BytesIO()
             np.save(buffer, np.asarray(encode(clip), np.float16))
             data = buffer.getvalue()
@@ -106,8 +106,7 @@ def _write_video(video: Path, stem: Path, info: CacheInfo, encode: Callable) -> 
     return count
 
 
-def clips_of(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
-    """The clips (frames, h, w, 3) uint8 of a video, cut to sizes that are multiples."""
+def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
     with open_video(str(path)) as video:
         h, w = (size - size % multiple for size in (video.height, video.width))
         clip: list[np.ndarray] = []

@@ -108,9 +108,13 @@ def bd_table(records: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def complete(records: Sequence[dict]) -> list[dict]:
-    """The records of points with files that were measured on all clips, whose means compare."""
+def complete(records: Sequence[dict], measured=lambda record: True) -> list[dict]:
+    """The records of points with files that are there for all clips, so that means compare.
+
+    measured: whether a record has what is asked for; clips without any such record do not count.
+    """
     done = [r for r in records if r["status"] == "ok" and r["rate"]["bpp"] is not None]
+    done = [r for r in done if measured(r)]
     clips = len({r["clip"] for r in done})
     whole = {label for label, mean in means(done).items() if mean["clips"] == clips}
     return [r for r in done if r["point"] in whole]
@@ -119,18 +123,22 @@ def complete(records: Sequence[dict]) -> list[dict]:
 def curves(
     records: Sequence[dict], measure: str, sign: float = 1.0
 ) -> dict[str, list[tuple[float, float]]]:
-    """(bpp, sign x measure) of the points of every curve, means over the clips of the records.
+    """(bpp, sign x measure) of the points of every curve, means over the clips that have it.
 
-    Curves without points are left out.
+    Points that are not measured on all of these are left out, and curves without points.
     """
     section, field, _ = MEASURES[measure]
-    curve = {r["point"]: curve_of(r) for r in records}
+    done = complete(records, lambda r: _finite(r[section].get(field)))
+    curve = {r["point"]: curve_of(r) for r in done}
     found: dict[str, list[tuple[float, float]]] = {}
-    for label, mean in means(records).items():
-        value = mean[section].get(field)
-        if value is not None and math.isfinite(value):
-            found.setdefault(curve[label], []).append((mean["rate"]["bpp"], sign * value))
+    for label, mean in means(done).items():
+        pair = mean["rate"]["bpp"], sign * mean[section][field]
+        found.setdefault(curve[label], []).append(pair)
     return found
+
+
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
 
 
 def bd_csv(rows: Sequence[dict]) -> str:

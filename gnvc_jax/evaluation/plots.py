@@ -38,13 +38,15 @@ def rate_groups(records: Sequence[dict]) -> list[list[dict]]:
     """The finished records of one clip, those that go together in rate side by side.
 
     Points of ours with files of one size share a group; a standard codec joins the point whose
-    rate it was given. By rising rate, points without a file last.
+    rate it was given, and is left out at multiples of it. By rising rate, points without a file
+    last.
     """
     groups: dict[int | None, list[dict]] = {}
     sizes = {r["point"]: r["rate"]["bytes"] for r in records if not is_anchor(r)}
     for record in records:
         point = record["codec"].get("like", record["point"])
-        groups.setdefault(sizes.get(point), []).append(record)
+        if point in sizes:
+            groups.setdefault(sizes[point], []).append(record)
     return [groups[size] for size in sorted(groups, key=lambda size: size or math.inf)]
 
 

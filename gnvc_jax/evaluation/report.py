@@ -28,6 +28,7 @@ from gnvc_jax.evaluation.tables import (
     bd_cells,
     cell,
     measured_columns,
+    paper_caption,
     paper_cells,
     value_of,
 )
@@ -203,8 +204,7 @@ def _paper(paper: dict | None) -> str:
     """What was measured beside what was published; paper: see `tables.write_results`."""
     if not paper:
         return ""
-    caption = f"Beside the figures of GNVC-VD's paper, {paper['set']}"
-    return _table(caption, PAPER_HEADINGS, [paper_cells(row) for row in paper["rows"]])
+    return _table(paper_caption(paper), PAPER_HEADINGS, [paper_cells(row) for row in paper["rows"]])
 
 
 def _clip(key: str, records: list[dict], drawings: Mapping[str, str], album: Album) -> str:

@@ -21,12 +21,14 @@ class Sweep:
         force: bool = False,
         progress: Callable[[str, str], None] = lambda label, status: None,
         flow: Path | None = None,
+        anchor_rates: Sequence[float] = (1.0,),
     ):
         """out: folder for records; force: measure again what is on record; progress: is called
         with a label and 'kept', 'ok' or 'failed' after every point; flow: folder with a folder of
-        flow for each clip, see `metrics.warping.flow_of_files`."""
+        flow for each clip, see `metrics.warping.flow_of_files`; anchor_rates: of standard codecs,
+        as multiples of the rates of our points."""
         self.records, self.meter, self.force, self.progress = Records(out), meter, force, progress
-        self.flow = flow
+        self.flow, self.anchor_rates = flow, anchor_rates
         self.pictures = Pictures(out)
 
     def run(
@@ -36,7 +38,7 @@ class Sweep:
         anchors: Sequence[str] = (),
         anchor_point: Callable[[str, str, int], Point] = AnchorPoint,
     ) -> list[dict]:
-        """Measures every point on every clip, then each anchor at the rate of each point.
+        """Measures every point on every clip, then each anchor at `anchor_rates` of each point.
 
         Args:
             clips: names, and functions that read the clips.
@@ -64,8 +66,10 @@ class Sweep:
                 if size is not None:
                     like.setdefault(size, record["point"])
             result += [
-                self.measure(clip, anchor_point(codec, label, size))
+                self.measure(clip, anchor_point(codec, f"{prefix}{label}", round(rate * size)))
                 for size, label in like.items()
+                for rate in self.anchor_rates
+                for prefix in ("" if rate == 1 else f"{rate:g}x-",)
                 for codec in anchors
             ]
         return result

@@ -41,10 +41,11 @@ def write_results(
     command: Sequence[str],
     env: dict,
     paper: dict | None = None,
+    options: dict | None = None,
 ) -> str:
     """Writes results.json, results.csv, bd.csv and results.md below `out`; returns the Markdown.
 
-    paper: {"set": its name, "rows": of `paper.beside`}, if the clips are a set of the paper.
+    paper: what `paper.beside` gives, if the clips are a set of the paper; options: of the run.
     """
     table = markdown(records, paper)
     write_json(
@@ -53,6 +54,7 @@ def write_results(
             "schema": SCHEMA,
             "created": now(),
             "command": list(command),
+            "options": options,
             "env": env,
             "means": means(records),
             "paper": paper,
@@ -111,7 +113,7 @@ def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
         parts += ["Rate that a curve takes more than another for the same quality:"]
         parts += [pipe_table(["measure", "curve", "against", *BD_HEADINGS], cells)]
     if paper:
-        parts += [f"Beside the figures of GNVC-VD's paper, {paper['set']}:"]
+        parts += [f"{paper_caption(paper)}:"]
         parts += [pipe_table(PAPER_HEADINGS, [paper_cells(row) for row in paper["rows"]])]
     if any("*" in row[1] for row in rows):
         parts.append("\\* The coarsest setting of this codec still takes more than the target.")
@@ -158,6 +160,12 @@ def bd_cells(row: dict) -> list[str]:
     """A row of `bd_rate.bd_table` below BD_HEADINGS."""
     mean, single = ("–" if row[k] is None else f"{row[k]:+.1f} %" for k in FIGURES)
     return [mean, f"{single} ({row['clips']})", row["note"]]
+
+
+def paper_caption(paper: dict) -> str:
+    """What the rows of `paper.beside` are, and what is not as in the paper."""
+    differs = f" (not as there: {', '.join(paper['differs'])})" if paper["differs"] else ""
+    return f"Beside the figures of GNVC-VD's paper, {paper['set']}{differs}"
 
 
 def paper_cells(row: dict) -> list[str]:

@@ -93,7 +93,7 @@ def sweep(out, clips, metrics=("psnr", "ms_ssim", "temporal")):
 
     readers = {clip.name: (lambda clip=clip: clip) for clip in clips}
     records = Sweep(out, Meter(metrics)).run(readers, points, ["x264"], anchor)
-    paper = {"set": "waves", "rows": [PAPER_ROW]}
+    paper = {"set": "waves", "differs": ["8 frames"], "rows": [PAPER_ROW]}
     write_results(
         out, records, ["eval.py", "--data", "a b"], {"cpu": "a <cpu>", "devices": ["d"]}, paper
     )

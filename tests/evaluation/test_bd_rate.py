@@ -90,3 +90,15 @@ def test_the_mean_of_single_clips_is_another_figure():
     far = [r | {"quality": {"lpips_alex": 9.0}} if r["clip"] == "b" else r for r in records]
     (row,) = bd_table(far)
     assert row["clips"] == "1 of 2" and row["bd_rate_clips_percent"] == pytest.approx(-50)
+
+
+def test_a_measure_that_a_clip_lacks_is_that_of_the_others():
+    """Rates, too: else the clip's rate would stand beside the quality of others."""
+    records = [
+        record(clip, f"{codec}{k}", codec, scale * factor * 2.0**k, value and value - 0.1 * k)
+        for clip, scale, value in (("a", 0.01, 0.5), ("small", 1.0, None))
+        for codec, factor in (("gnvc", 0.5 if clip == "a" else 7.0), ("x265", 1.0))
+        for k in range(4)
+    ]
+    (row,) = bd_table(records)
+    assert row["bd_rate_percent"] == pytest.approx(-50) and row["clips"] == "1 of 2"

@@ -38,6 +38,7 @@ def test_arguments(command):
     "wrong",
     [
         *("--qp 64", "--qp x", "--anchors vp8", "--frames 0", "--gop 24", "--x", "--processes 0"),
+        *("--anchor-rates 0", "--anchor-rates x", "--anchor-rates inf"),
         *("--weights psnr=a", "--weights dists", "--weights dists=a"),
         *("--flow .", "--flow nowhere --metrics e_warp"),
     ],
@@ -54,7 +55,8 @@ def test_the_options_of_the_paper(command, capsys):
     file = f"@{root}/configs/evaluation/gnvc_vd.txt"
     options = command.parse([file, *"--set uvg --data a --out o --qp 8".split()])
     assert (options.frames, options.gop, options.range) == (96, 25, "full")
-    assert options.qp == (8,) and options.anchors == ("x265", "vvc")
+    assert options.qp == (8,) and options.anchors == ("vvc",)
+    assert options.anchor_rates == (1.0, 32.0)
     with pytest.raises(SystemExit) as caught:
         command.parse(["@nowhere.txt", "--data", "a", "--out", "o"])
     assert caught.value.code == 2 and "nowhere.txt" in capsys.readouterr().err
@@ -85,6 +87,7 @@ def test_failures_end_with_1_and_are_in_the_results(command, tmp_path, capsys):
         ("b", "", "failed"),
     ]
     assert results["env"]["packages"]["jax"]
+    assert results["options"]["qp"] == [8] and results["options"]["data"] == [str(tmp_path)]
     report = (tmp_path / "out/report.html").read_text()
     assert all(name in report for name in ("gnvc-qp8", "vae", "nowhere: neither"))
     out, err = capsys.readouterr()

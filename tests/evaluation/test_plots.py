@@ -63,7 +63,8 @@ def test_points_of_one_codec_and_number_of_steps_make_a_curve():
 
 
 def test_groups_of_one_rate():
-    labels = [[r["point"] for r in group] for group in rate_groups(RECORDS)]
+    dearer = record("x-2x-p1", 20, 28.0, like="2x-p1")
+    labels = [[r["point"] for r in group] for group in rate_groups([*RECORDS, dearer])]
     assert labels == [["p1", "q1", "x-p1"], ["p2", "x-p2"], ["v"]]
 
 

@@ -86,7 +86,7 @@ def test_every_record_is_there(page):
 
 def test_the_papers_figures_are_there(page):
     _, parsed, _ = page
-    assert "Beside the figures of GNVC-VD's paper, waves" in parsed.text
+    assert "Beside the figures of GNVC-VD's paper, waves (not as there: 8 frames)" in parsed.text
     assert "BD-rate of <waves>, %" in parsed.texts and "-12.3 to +56.0" in parsed.texts
     assert "GNVC-VD -89.4, another +2.0" in parsed.texts
 

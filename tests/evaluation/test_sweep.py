@@ -151,6 +151,10 @@ def test_anchors_follow_the_rates_of_the_points(tmp_path, meter):
     records = Sweep(tmp_path, meter).run({"a": CLIPS["a"]}, points, ["x264", "x265"], anchor_point)
     assert asked == [("x264", "q2", 200), ("x265", "q2", 200)]
     assert [r["point"] for r in records] == ["q2", "q3", "lossless", "q7", "q6"]
+    asked.clear()
+    sweep = Sweep(tmp_path, meter, anchor_rates=(1.0, 2.5))
+    sweep.run({"a": CLIPS["a"]}, points[:1], ["x264"], anchor_point)
+    assert asked == [("x264", "q2", 200), ("x264", "2.5x-q2", 500)]
 
 
 def test_real_anchor_at_a_matched_rate(tmp_path, meter):

@@ -91,10 +91,8 @@ class CodecStage(Stage):
         """The VAE's weights, and mean and deviation of each channel of its latents.
 
         Those of a linear encoder are 0 and 1 as they are: the transform keeps distances, so that
-        equal errors in any two channels are equal errors of pixels. Cached latents have theirs.
+        equal errors in any two channels are equal errors of pixels.
         """
-        from gnvc_jax.data.latents import read_info
-
         params, statistics = self.load_vae()
         if self.experiment.vae.linear_encoder:
             channels = self.experiment.vae.latent_channels
@@ -102,9 +100,6 @@ class CodecStage(Stage):
                 "mean": np.zeros(channels, np.float32),
                 "std": np.ones(channels, np.float32),
             }
-        elif self.experiment.data.latents is not None:
-            info = read_info(self.experiment.data.latents)
-            statistics = {k: np.asarray(getattr(info, k), np.float32) for k in ("mean", "std")}
         return {"vae": params} | (statistics or self.measure(params))
 
     def frozen_shapes(self) -> Tree:
