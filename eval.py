@@ -240,9 +240,8 @@ def main(arguments=None) -> int:
             if bar.disable or status == "failed":  # not a terminal, or worth keeping in sight
                 bar.write(f"{label}: {status}", file=sys.stderr)
 
-        sweep = Sweep(
-            *(options.out, meter, options.force, progress, options.flow, options.anchor_rates)
-        )
+        settings = options.force, progress, options.flow, options.anchor_rates
+        sweep = Sweep(options.out, meter, *settings)
         if options.processes > 1:
             records = run_in_processes(options.processes, sweep, clips, points, options.anchors)
         else:

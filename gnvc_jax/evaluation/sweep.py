@@ -66,10 +66,10 @@ class Sweep:
                 if size is not None:
                     like.setdefault(size, record["point"])
             result += [
-                self.measure(clip, anchor_point(codec, f"{prefix}{label}", round(rate * size)))
+                self.measure(clip, anchor_point(codec, name, round(rate * size)))
                 for size, label in like.items()
                 for rate in self.anchor_rates
-                for prefix in ("" if rate == 1 else f"{rate:g}x-",)
+                for name in [label if rate == 1 else f"{rate:g}x-{label}"]
                 for codec in anchors
             ]
         return result
