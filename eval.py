@@ -92,10 +92,10 @@ def weights(text: str) -> tuple[str, Path]:
     return name, Path(file)
 
 
-def as_text(value):
+def plain(value):
     """The value of an option as JSON takes it."""
     if isinstance(value, list | tuple):
-        return [as_text(x) for x in value]
+        return [plain(x) for x in value]
     return str(value) if isinstance(value, Path) else value
 
 
@@ -249,7 +249,7 @@ def main(arguments=None) -> int:
     published = None
     if options.set:
         published = paper.beside(records, options.set, options.range == "full")
-    given = {name: as_text(value) for name, value in vars(options).items()}
+    given = {name: plain(value) for name, value in vars(options).items()}
     text = write_results(options.out, records, sys.argv, environment(), published, given)
     print(text, end="")
     results = read_results(options.out / "results.json")
