@@ -3,8 +3,10 @@
 gnvc cache-latents --data CLIPS --vae weights/vace-1.3b --to cache
 python train.py --config configs/wan_1_3b/latent.py --data.latents cache
 
-100,000 steps at lambda 0.5: 40,000 on 5 frames, 30,000 each on 9 and 13, as in the paper. Not run
-yet: no accelerator was at hand.
+100,000 steps: 40,000 on 5 frames, 30,000 each on 9 and 13, as in the paper. The paper trains this
+stage at lambda 0.5 alone. Here it starts from a codec of 64 quality levels and keeps their lambdas,
+0.05 to 0.5: one lambda for all levels would make them one again. Not run yet: no accelerator was at
+hand.
 """
 
 from configs.wan_1_3b.models import ADAPTER, CODEC, REFINER, VAE, WEIGHTS
@@ -24,7 +26,7 @@ experiment = Experiment(
     refiner=REFINER,
     compute=ComputeConfig(dtype="bfloat16", remat="attention"),
     train=("codec/", *ADAPTER),
-    loss=LatentLoss(lambda_low=0.5, lambda_high=0.5, balance=0.0, vae=WEIGHTS, weights=WEIGHTS),
+    loss=LatentLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=WEIGHTS, weights=WEIGHTS),
     data=DataConfig(frames=5, longer=((40_000, 9), (70_000, 13)), size=(256, 256), batch=8),
     optim=OptimConfig(lr=1e-4, warmup=1000, steps=100_000, final_lr_ratio=1.0),
     init_from="runs/wan_1_3b/codec",

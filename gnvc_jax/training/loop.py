@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import metrics
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import Experiment, OptimConfig, RunConfig
-from gnvc_jax.training.stacks import Stacks
+from gnvc_jax.training.stacks import Stacks, is_kernel
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.work import Clock, Work
 
@@ -58,27 +59,26 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     )
 
 
-def optimiser(config: OptimConfig) -> optax.GradientTransformation:
-    """Clipping and AdamW of `Stacks`, without the learning rate, which the step applies.
+def optimiser(config: OptimConfig, decayed: Tree) -> optax.GradientTransformation:
+    """Clipping and AdamW, without the learning rate, which the step applies.
 
-    Weights of matrices and kernels decay; in stacks they have at least three axes.
+    decayed: a tree of bools like the parameters or their stacks: which of them decay.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(*config.betas),
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda stacks: jax.tree.map(lambda x: x.ndim >= 3, stacks)
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
 
 
 def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
     """The state before the first step."""
+    kernels = jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
     return State(
         step=jnp.int32(0),
         params=params,
         ema=jax.tree.map(jnp.copy, params),  # a second buffer: the state is donated
-        opt_state=optimiser(config).init(params),
+        opt_state=optimiser(config, kernels).init(params),
         key=key,
     )
 
@@ -118,7 +118,7 @@ def make_step(
     An update whose gradient norm is not finite is left out: weights, moments and average stay, only
     the step counts on, and the metric `skipped` is 1.
     """
-    schedule, optimise = learning_rate(config), optimiser(config)
+    schedule = learning_rate(config)
 
     def step(state: State, frozen: Tree, batch: Tree) -> tuple[State, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
@@ -130,7 +130,8 @@ def make_step(
         params, ema, opt_state = old
         grad_norm = optax.tree.norm(grads)
         lr = schedule(state.step)
-        updates, opt_state = optimise.update(grads, opt_state, params)
+        update = optimiser(config, stacks.kernels).update
+        updates, opt_state = update(grads, opt_state, params)
         params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
         decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
@@ -176,26 +177,31 @@ class StopRequest:
 class Clips:
     """The batches of a run, in order; a new iterator wherever clips change their length.
 
+    The new iterator goes on with the number of the next clip: draws are numbered through the whole
+    run. One that began again at 0 would draw the same clips in every phase.
+
     position: what `get_state` gave, None at the start of a run.
     """
 
     def __init__(self, stage: Stage, step: int, position: dict | None):
         self.stage, self.lengths = stage, stage.experiment.data
-        self.start(self.lengths.frames_at(step))
-        if position is not None and position["frames"] == self.frames:
-            self.batches.set_state(position["batches"])
+        self.start(self.lengths.frames_at(step), position and position["batches"])
 
-    def start(self, frames: int) -> None:
+    def start(self, frames: int, batches: dict | None) -> None:
+        """batches: the state of the iterator before."""
         self.frames, self.batches = frames, iter(self.stage.dataset(frames))
+        if batches is not None:
+            self.batches.set_state(batches)
 
     def take(self, step: int) -> Tree:
         """The batch of the step after `step` others."""
-        if self.lengths.frames_at(step) != self.frames:
-            self.start(self.lengths.frames_at(step))
+        frames = self.lengths.frames_at(step)
+        if frames != self.frames:
+            self.start(frames, self.batches.get_state())
         return next(self.batches)
 
     def get_state(self) -> dict:
-        return {"frames": self.frames, "batches": self.batches.get_state()}
+        return {"batches": self.batches.get_state()}
 
 
 class Profiler:
@@ -224,9 +230,10 @@ class Profiler:
 class Meter:
     """Collects the metrics of each step and writes their means every `log_every` steps.
 
-    Beside them: step_s (seconds of one), frames_per_s, tokens_per_s (of the refiner), mfu
-    (where the peak of the devices is known), data_wait (share of the time spent waiting for
-    batches), goodput (see `Clock`), device_gib (see `device_memory`).
+    A mean is over the steps where the metric is finite, so that a skipped step spoils none. Beside
+    them: step_s (seconds of one), frames_per_s, tokens_per_s (of the refiner), mfu (where the peak
+    of the devices is known), data_wait (share of the time spent waiting for batches), goodput (see
+    `Clock`), device_gib (see `device_memory`).
     """
 
     def __init__(self, stage: Stage, writer: metrics.Writer, clock: Clock):
@@ -253,7 +260,7 @@ class Meter:
         if step % self.log_every == 0 or step == self.steps:
             seconds = time.perf_counter() - self.since
             keys = sorted(values, key=lambda k: k != "loss")
-            means = {k: float(np.mean([v[k] for v in self.values])) for k in keys}
+            means = {k: mean_of_finite([v[k] for v in self.values]) for k in keys}
             rates = {
                 "step_s": seconds / len(self.values),
                 **{RATES[name]: amount / seconds for name, amount in self.done.items()},
@@ -262,6 +269,12 @@ class Meter:
             }
             self.writer.write(step, means | rates | device_memory())
             self.restart()
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Mean of those values that are finite; NaN if none is."""
+    finite = [x for x in values if np.isfinite(x)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def abstract_state(experiment: Experiment, stage: Stage, mesh: Mesh) -> State:

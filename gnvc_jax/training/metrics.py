@@ -6,6 +6,7 @@ later: it will be written again.
 """
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +38,10 @@ class Console:
 
 
 class JsonLines:
-    """The primary record: one JSON object per write, with step and Unix time."""
+    """The primary record: one JSON object per write, with step and Unix time.
+
+    A value that is not finite becomes null, since JSON has no NaN and many readers refuse it.
+    """
 
     def __init__(self, path: Path, step: int):
         # A line that a crash has cut short does not end with a brace.
@@ -47,7 +51,9 @@ class JsonLines:
         self.file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, "time": time.time(), **values}) + "\n")
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        record = {"step": step, "time": time.time(), **finite}
+        self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:

@@ -5,6 +5,7 @@ one makes a program of tens of thousands of operations, which compilers for acce
 minutes on.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -14,21 +15,41 @@ from gnvc_jax.parallel import rules
 
 Tree = Any
 
+# Kernels of layers ("codec/intra/out/kernel") and of the integer scale networks ("P0_kernel"), and
+# the two factors of a low-rank change of a kernel ("kernel/a").
+KERNEL = re.compile(r"(.*[/_])?kernel(/[ab])?")
+
+
+def is_kernel(path: tuple) -> bool:
+    """Whether the parameter at a path of a tree is a kernel, the only kind that weight decay suits.
+
+    Biases, norm scales, modulation, gains, densities and the basis of a linear encoder are not:
+    decay would pull them towards zero, which means nothing to them. Their shapes do not tell them
+    apart, since scanned layers and stacks add axes.
+    """
+    return KERNEL.fullmatch(rules.path_name(path)) is not None
+
 
 class Stacks:
     """Parameters below `rules.SMALL` numbers that are whole on every device, in stacks.
 
     A tree like the parameters becomes a list of arrays with one axis more. All others are stacks of
     their own: one stack of parameters that are split in different ways would have to be gathered.
+
+    Attributes:
+        kernels: for each stack, whether it holds kernels (see `is_kernel`) or none.
     """
 
     def __init__(self, params: Tree):
         self.structure = jax.tree.structure(params)
         groups: dict[Any, list[int]] = {}
-        for i, (path, x) in enumerate(jax.tree_util.tree_leaves_with_path(params)):
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        for i, (path, x) in enumerate(leaves):
             alone = x.size >= rules.SMALL or rules.is_split(path, x.shape)
-            groups.setdefault(i if alone else (x.shape, x.dtype), []).append(i)
+            kind = i if alone else (x.shape, x.dtype, is_kernel(path))
+            groups.setdefault(kind, []).append(i)
         self.groups = list(groups.values())
+        self.kernels = [is_kernel(leaves[group[0]][0]) for group in self.groups]
 
     def pack(self, tree: Tree) -> Tree:
         """`tree` with every part that is structured as the parameters replaced by its stacks."""

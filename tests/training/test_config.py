@@ -8,6 +8,7 @@ import toy_stage
 
 from gnvc_jax.training.config import Experiment, LossConfig, flatten, load, override
 from gnvc_jax.training.stages import STAGES, make_stage
+from gnvc_jax.training.stages.codec import CodecLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +57,12 @@ def test_wrong_overrides_end_with_a_hint(args, told, capsys, monkeypatch):
         override(BASE, args)
     assert stop.value.code == 2
     assert told in capsys.readouterr().err
+
+
+def test_quality_levels_differ():
+    for low, high in ((0.5, 0.5), (0.5, 0.05), (0.0, 0.5)):
+        with pytest.raises(ValueError, match="lambda_low: expected 0 < lambda_low < lambda_high"):
+            CodecLoss(lambda_low=low, lambda_high=high)
 
 
 def test_config_file_may_hold_a_value_or_a_function(tmp_path):

@@ -36,11 +36,13 @@ def records(out):
 
 
 def quadratic(params, frozen, batch, key, step):
-    return jnp.sum(params["w"] ** 2 * batch) + jnp.sum(params["b"] * batch), {}
+    rest = params["first_basis"] ** 2 + params["modulation"] ** 2 + params["kernel"] ** 2
+    return jnp.sum(rest * batch) + jnp.sum(params["bias"] * batch), {}
 
 
 def run_steps(config, batches):
-    params = {"w": jnp.full((2, 3), 0.5), "b": jnp.full(3, -0.25)}
+    params = {"kernel": jnp.full((2, 3), 0.5), "bias": jnp.full(3, -0.25)}
+    params |= {"modulation": jnp.full((2, 3), 0.75), "first_basis": jnp.full((2, 3), -0.5)}
     state = loop.init_state(config, params, jax.random.key(0))
     step = jax.jit(loop.make_step(config, quadratic))
     history = [(state, {})]
@@ -61,7 +63,7 @@ def test_learning_rate_is_a_warm_up_and_a_cosine():
         assert schedule(step) == pytest.approx(expected, rel=1e-5)
 
 
-def test_step_is_optax_adamw_with_decay_on_matrices_only():
+def test_step_is_optax_adamw_with_decay_on_kernels_only():
     config = OptimConfig(lr=0.1, warmup=2, steps=6, weight_decay=0.3, clip=1.0, ema=0.9)
     history = run_steps(config, [1.0, 2.0, 30.0, 0.1, 1.0])
     reference = optax.chain(
@@ -70,7 +72,7 @@ def test_step_is_optax_adamw_with_decay_on_matrices_only():
             loop.learning_rate(config),
             *config.betas,
             weight_decay=0.3,
-            mask={"w": True, "b": False},
+            mask={"kernel": True, "bias": False, "modulation": False, "first_basis": False},
         ),
     )
     params = history[0][0].params
@@ -131,6 +133,10 @@ def test_clips_grow_at_the_steps_that_are_named(tmp_path):
     clips = loop.Clips(stage, 0, None)
     taken = [clips.take(step) for step in range(6)]
     assert [int(b["x"][0, 0]) for b in taken] == [5, 5, 5, 9, 13, 13]
+    # What is drawn does not depend on the length: no draw comes twice and none is left out.
+    plain = iter(toy_stage.ToyStage(base).dataset())
+    for batch in taken:
+        np.testing.assert_array_equal(batch["y"], next(plain)["y"])
 
     # Resumed at any step, the rest is the same.
     for stop in range(6):
@@ -148,11 +154,11 @@ def test_clips_grow_at_the_steps_that_are_named(tmp_path):
 
 def test_ema_warms_up_to_its_decay():
     history = run_steps(OptimConfig(lr=0.1, warmup=1, steps=40, ema=0.7), np.ones(40))
-    average = np.asarray(history[0][0].params["w"], np.float64)
+    average = np.asarray(history[0][0].params["kernel"], np.float64)
     for step, (state, _) in enumerate(history[1:]):
         decay = min(0.7, (1 + step) / (10 + step))
-        average = decay * average + (1 - decay) * np.asarray(state.params["w"], np.float64)
-        np.testing.assert_allclose(state.ema["w"], average, rtol=1e-5)
+        average = decay * average + (1 - decay) * np.asarray(state.params["kernel"], np.float64)
+        np.testing.assert_allclose(state.ema["kernel"], average, rtol=1e-5)
 
 
 def test_non_finite_update_is_skipped_and_counted():
@@ -163,8 +169,35 @@ def test_non_finite_update_is_skipped_and_counted():
     jax.tree.map(np.testing.assert_array_equal, *kept)
     assert after.step == before.step + 1
     assert later["skipped"] == 0
-    assert np.all(np.isfinite(recovered.params["w"]))
-    assert not np.array_equal(recovered.params["w"], after.params["w"])
+    assert np.all(np.isfinite(recovered.params["kernel"]))
+    assert not np.array_equal(recovered.params["kernel"], after.params["kernel"])
+
+
+def test_a_skipped_step_leaves_the_means_of_the_others(tmp_path):
+    """Every line of the record is JSON as the standard has it."""
+
+    class Broken(toy_stage.ToyStage):
+        def loss(self, params, frozen, batch, key, step):
+            value, metrics = super().loss(params, frozen, batch, key, step)
+            return value * jnp.where(step == 2, jnp.nan, 1.0), metrics | {"never": jnp.nan}
+
+    experiment = toy(tmp_path, steps=4, log_every=4)
+    loop.train(experiment, Broken(experiment))
+    every = toy(tmp_path / "every", steps=4)
+    loop.train(every, Broken(every))
+
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    def read(out):
+        lines = (out / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line, parse_constant=refuse) for line in lines]
+
+    steps = [r["loss"] for r in read(tmp_path / "every")]
+    assert steps[2] is None
+    (line,) = read(tmp_path)
+    assert line["loss"] == pytest.approx(np.mean([x for x in steps if x is not None]), rel=1e-5)
+    assert line["skipped"] == 0.25 and line["never"] is None
 
 
 def test_run_without_finite_gradients_ends(tmp_path, monkeypatch):

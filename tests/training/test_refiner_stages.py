@@ -13,9 +13,10 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.caching import cache_latents
+from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh
-from gnvc_jax.refiner import DiTConfig, RefinerConfig, flow
+from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, flow
 from gnvc_jax.training import loop, lora, parts
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import DataConfig, Experiment, RunConfig
@@ -132,6 +133,23 @@ def test_weights_come_from_where_they_should(base):
     assert set(model) == {"vae", "codec", "refiner"}
     planned = stage.frozen_shapes()  # without any file
     assert jax.tree.map(np.shape, frozen) == jax.tree.map(np.shape, planned)
+
+
+def test_each_part_has_a_key_of_its_own(base, monkeypatch):
+    """Neither parameters nor noise of two parts come from the same random numbers."""
+    keys = []
+
+    def noted(*key):
+        keys.extend(key)
+        return {"params": {"kernel": jnp.zeros(1)}}
+
+    module = "gnvc_jax.training.stages.latent."
+    monkeypatch.setattr(module + "init_vae", lambda _, key: noted(key)["params"])
+    monkeypatch.setattr(LatentCodec, "init", lambda _, key, x, q, noise: noted(key, noise))
+    monkeypatch.setattr(Refiner, "init", lambda _, key, *args: noted(key))
+    monkeypatch.setattr(lora, "init", lambda parts, rank, key: noted(key)["params"])
+    make_stage(dataclasses.replace(base, lora=2)).init(jax.random.key(0))
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 5
 
 
 def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path):

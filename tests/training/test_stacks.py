@@ -5,8 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gnvc_jax.parallel import MeshConfig, make_mesh
-from gnvc_jax.training.stacks import Stacks
+from gnvc_jax.parallel import MeshConfig, make_mesh, rules
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.stacks import Stacks, is_kernel
+from gnvc_jax.training.stages import make_stage
+from gnvc_jax.training.stages.codec import CodecLoss
 
 
 def params():
@@ -25,6 +28,26 @@ def test_there_and_back():
         x.shape for x in packed[0]
     ]
     jax.tree.map(np.testing.assert_array_equal, stacks.unpack(packed), (tree, state))
+
+
+def test_kernels_are_told_from_what_has_their_shape(tiny_codec):
+    """Of a real codec: kernels of layers, of the integer networks, and of low-rank changes."""
+    stage = make_stage(Experiment(stage="codec", codec=tiny_codec, loss=CodecLoss()))
+    found = jax.tree_util.tree_leaves_with_path(jax.eval_shape(stage.init, jax.random.key(0)))
+    kernels = {rules.path_name(path) for path, _ in found if is_kernel(path)}
+    rest = {rules.path_name(path) for path, _ in found if not is_kernel(path)}
+    assert "inter/entropy/scales/P0_kernel" in kernels and "intra/out/kernel" in kernels
+    ends = {name.rpartition("/")[2].rpartition("_")[2] for name in rest}
+    assert ends == {"bias", "mult", "gain", "a", "b", "h"}
+    low_rank = {"refiner": {"dit": {"q": {"kernel": {"a": 1, "b": 2}, "bias": 3}}}}
+    (path_a, _), (path_b, _), *_ = sorted(
+        jax.tree_util.tree_leaves_with_path(low_rank), key=lambda leaf: leaf[1]
+    )
+    assert is_kernel(path_a) and is_kernel(path_b)
+
+    tree = {"a": {"kernel": jnp.ones((2, 8))}, "b": {"modulation": jnp.ones((2, 8))}}
+    stacks = Stacks(tree)
+    assert len(stacks.pack(tree)) == 2 and sorted(stacks.kernels) == [False, True]
 
 
 def test_what_devices_split_is_not_stacked():

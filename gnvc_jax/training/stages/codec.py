@@ -38,6 +38,13 @@ class CodecLoss(LossConfig):
     vae: str = "runs/tiny/vae"
     statistics_batches: int = 8
 
+    def __post_init__(self):
+        if not 0 < self.lambda_low < self.lambda_high:
+            raise ValueError(
+                f"loss.lambda_low: expected 0 < lambda_low < lambda_high, got {self.lambda_low} and"
+                f" {self.lambda_high}; equal ones would make all quality levels the same"
+            )
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,8 @@ class CodecStage(Stage):
 
     def init(self, key: Array) -> Tree:
         latents = jnp.zeros((1, 2, 8, 8, self.experiment.codec.latent_channels))
-        return self.codec.init(key, latents, jnp.zeros((1,), jnp.int32), key)["params"]
+        key_params, key_noise = jax.random.split(key)
+        return self.codec.init(key_params, latents, jnp.zeros((1,), jnp.int32), key_noise)["params"]
 
     @property
     def vae_shapes(self) -> Tree:

@@ -70,7 +70,8 @@ class LatentStage(CodecStage):
 
     def init_parts(self, key: Array) -> Tree:
         """All parameters, at random."""
-        parts = {"vae": init_vae(self.vae, key), "codec": super().init(key)}
+        key_vae, key_codec, key_refiner = jax.random.split(key, 3)
+        parts = {"vae": init_vae(self.vae, key_vae), "codec": super().init(key_codec)}
         if self.refiner is not None:
             cfg = self.experiment.refiner
             b, t, h, w = 1, 1, 2, 2
@@ -79,7 +80,7 @@ class LatentStage(CodecStage):
             text = jnp.zeros((b, 1, cfg.dit.text_width)) if cfg.dit.text_length else None
             one = jnp.zeros((b,))
             inputs = latents, one, latents, features, one.astype(jnp.int32), text
-            parts["refiner"] = self.refiner.init(key, *inputs)["params"]
+            parts["refiner"] = self.refiner.init(key_refiner, *inputs)["params"]
         return parts
 
     @functools.cached_property
@@ -88,9 +89,10 @@ class LatentStage(CodecStage):
         return jax.eval_shape(self.init_parts, jax.random.key(0))
 
     def init(self, key: Array) -> Tree:
-        parts = self.init_parts(key)
+        key_parts, key_lora = jax.random.split(key)
+        parts = self.init_parts(key_parts)
         chosen, _ = split(parts, self.experiment.train)
-        return chosen | self.low_rank(parts, self.experiment.lora, key)
+        return chosen | self.low_rank(parts, self.experiment.lora, key_lora)
 
     def low_rank(self, parts: Tree, rank: int, key: Array) -> Tree:
         """{"lora": its parameters at random}, nothing for rank 0."""
