@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from gnvc_jax.arguments import MAX_STEPS, parser
 from gnvc_jax.bitstream import BitstreamError, Group, StreamReader
+from gnvc_jax.files import atomic_output, would_overwrite
 from gnvc_jax.media.colour import Colour
 from gnvc_jax.media.errors import DiskFull, MediaError, OutputExists, UnwritableOutput
 from gnvc_jax.porting.errors import PortError
@@ -30,6 +31,7 @@ def encode(args: argparse.Namespace) -> int:
     if args.output is None and args.input == "-":
         raise ValueError("name an output when the input is stdin")
     output = args.output or f"{args.input.rstrip('/')}.gnvc"
+    refuse_same_file(args.input, output)
     size = _size(args.size)
     with (
         frames_over(args.devices),
@@ -58,6 +60,7 @@ def decode(args: argparse.Namespace) -> int:
     from gnvc_jax.media.writer import open_writer
     from gnvc_jax.pretrained import load_pretrained
 
+    refuse_same_file(args.input, args.output)
     source = sys.stdin.buffer if args.input == "-" else args.input
     damaged = []
     if args.steps is not None and not 0 <= args.steps <= MAX_STEPS:
@@ -268,27 +271,40 @@ class Counting:
         return self.count
 
 
+def refuse_same_file(source: str, output: str) -> None:
+    """UnwritableOutput if the output is the input, also by a link or through a redirected stdin."""
+    target = Path(output)
+    if output == "-" or not target.is_file():
+        return
+    with contextlib.suppress(OSError):  # no such input: said when it is opened
+        read = os.fstat(sys.stdin.fileno()) if source == "-" else os.stat(source)
+        if os.path.samestat(read, target.stat()):
+            raise UnwritableOutput(output, "is the input; name another output")
+
+
 @contextlib.contextmanager
 def binary_output(path: str, force: bool) -> Iterator[Counting]:
-    """The output file under a temporary name; renamed at the end, removed if anything fails."""
+    """The output file, which appears at `path` if the block succeeds; "-" is standard output.
+
+    Raises OutputExists without `force`, UnwritableOutput for a folder and where nothing can be
+    made.
+    """
     if path == "-":
         yield Counting(sys.stdout.buffer)
         sys.stdout.buffer.flush()
         return
     target = Path(path)
-    if target.exists() and not force:
+    if target.is_dir() or path.endswith("/"):
+        raise UnwritableOutput(path, "is a folder, expected the name of a file")
+    if would_overwrite(target) and not force:
         raise OutputExists(path, "exists; use --force to overwrite")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        file = open(temporary, "xb")
-    except OSError as error:
-        raise UnwritableOutput(path, error.strerror or str(error)) from error
-    try:
-        with file:
-            yield Counting(file)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(atomic_output(target))
+            file = stack.enter_context(open(temporary, "wb"))
+        except OSError as error:
+            raise UnwritableOutput(path, error.strerror or str(error)) from error
+        yield Counting(file)
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from gnvc_jax.coder import DEFAULT_GOP, Coder
 from gnvc_jax.data.index import find_videos
 from gnvc_jax.data.latents import video_key
-from gnvc_jax.files import write_json, write_whole
+from gnvc_jax.files import keyed_name, write_json, write_whole
 from gnvc_jax.media.errors import MediaError
 from gnvc_jax.media.reader import open_video
 
@@ -44,8 +44,8 @@ def encode_all(
     videos = sorted(set(find_videos(Path(source))))[jax.process_index() :: jax.process_count()]
     failed = {}
     for video in tqdm(videos, unit="video", desc="encoding", disable=not progress or None):
-        stream = folder / f"{video.stem}-{video_key(video)}.gnvc"
-        row = stream.with_suffix(".json")
+        name = keyed_name(video.stem, video_key(video))
+        stream, row = folder / f"{name}.gnvc", folder / f"{name}.json"
         if row.exists() and json.loads(row.read_text())["settings"] == settings:
             continue
         try:

@@ -1,22 +1,75 @@
-"""Files that are whole or not there."""
+"""Output that is whole or not there.
 
+`atomic_output` is the one place where the package writes under a temporary name and renames. All
+output goes through it: whole values by `write_whole` and `write_json`, large files and folders
+piece by piece at the path that it gives.
+"""
+
+import contextlib
 import json
 import os
+import stat
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+MAX_NAME = 200  # bytes of a name that leave room for a key and a suffix in the 255 of file systems
+
+
+@contextlib.contextmanager
+def temporary_path(folder: Path, name: str) -> Iterator[Path]:
+    """A path of this name where nothing is yet, in a hidden folder that is removed afterwards.
+
+    The hidden folder lies in `folder`, thus on its file system. Its name is drawn by `tempfile`,
+    because process ids repeat between containers that share a disk. Raises OSError.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix=".", suffix=".tmp", dir=folder, ignore_cleanup_errors=True
+    ) as hidden:
+        yield Path(hidden, name)
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """The path at which to make a file or folder; it replaces `path` if the block succeeds.
+
+    If the block fails, `path` is left as it was. A symbolic link stays one and what it points to is
+    replaced. A device or named pipe is not replaced: the block writes straight into it. The folder
+    of `path` must exist. Raises OSError.
+    """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        yield path
+        return
+    target = Path(os.path.realpath(path))
+    with temporary_path(target.parent, target.name) as temporary:
+        yield temporary
+        os.replace(temporary, target)
+
+
+def would_overwrite(path: Path) -> bool:
+    """Whether writing to `path` destroys something; writing to a pipe or a terminal does not."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    return not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode))
+
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file under a temporary name in its folder, which is made, then rename it. OSError."""
+    """Write a file with `atomic_output`; its folder is created if needed. Raises OSError."""
+    if isinstance(data, str):  # names of files may hold bytes that are not UTF-8
+        data = data.encode(errors="backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_output(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_json(path: Path, value: Any) -> None:
     """`write_whole` of a value as JSON. ValueError for NaN and infinities, which JSON lacks."""
     write_whole(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def keyed_name(name: str, key: str) -> str:
+    """`NAME-KEY`, with the name cut so that any suffix can follow within what file systems take."""
+    return f"{os.fsencode(name)[:MAX_NAME].decode(errors='ignore')}-{key}"

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LatentCodec, State, pad_latents
+from gnvc_jax.files import atomic_output
 from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
@@ -151,7 +151,7 @@ def _digest(arrays: dict[str, np.ndarray], config) -> bytes:
 
 
 def save_model(path: str | Path, model: Model) -> None:
-    """Write the model file, under a temporary name first."""
+    """Write the model file; its folder is created if needed. Raises OSError."""
     path = Path(path)
     facts = {
         "format": "gnvc-model/1",
@@ -163,9 +163,8 @@ def save_model(path: str | Path, model: Model) -> None:
         "fingerprints": [f.hex() for f in model.fingerprints],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file(to_arrays(model), temporary, metadata={"gnvc": json.dumps(facts)})
-    os.replace(temporary, path)
+    with atomic_output(path) as temporary:
+        save_file(to_arrays(model), temporary, metadata={"gnvc": json.dumps(facts)})
 
 
 def load_model(path: str | Path) -> Model:

@@ -2,7 +2,10 @@
 
 import errno
 import io
+import os
+import stat
 import struct
+import threading
 import zlib
 
 import av
@@ -38,6 +41,7 @@ def place(tmp_path_factory, tiny_model):
     args = ("encode", folder / "clip.mp4", folder / "clip.gnvc", "--gop", 5, "--qp", 20)
     assert run(*args, "--model", folder / "m.safetensors") == 0
     stream = (folder / "clip.gnvc").read_bytes()
+    (folder / "stream.mkv").write_bytes(stream)
     (folder / "short.gnvc").write_bytes(stream[: len(stream) // 2])
     flipped = bytearray(stream)
     flipped[200] ^= 4
@@ -86,6 +90,12 @@ WRONG = [
     ("encode dot.gif o.gnvc", 13, "dot.gif"),
     ("encode . o.gnvc", None, "."),
     ("encode clip.mp4 clip.gnvc", 73, "clip.gnvc"),
+    ("encode clip.mp4 clip.mp4 --force", 73, "is the input"),
+    ("encode clip.mp4 ./clip.mp4 --force", 73, "is the input"),
+    ("encode clip.mp4 .", 73, "is a folder"),
+    ("encode clip.mp4 . --force", 73, "is a folder"),
+    ("encode clip.mp4 new/", 73, "is a folder"),
+    ("decode stream.mkv stream.mkv --force", 73, "is the input"),
     ("encode clip.mp4 nowhere/o.gnvc", 73, "nowhere/o.gnvc"),
     ("encode clip.mp4 o.gnvc --qp 64", 2, "qp 64"),
     ("encode clip.mp4 o.gnvc --gop 6", 2, "gop 6"),
@@ -120,6 +130,30 @@ def test_wrong_use_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, li
     assert got == code if code else got > 0
     assert error.startswith("gnvc: ") and text in error
     assert {p.name: p.stat().st_mtime_ns for p in place.iterdir()} == before
+
+
+def test_the_input_is_known_behind_links_and_as_stdin(place, tmp_path, monkeypatch, capsys):
+    (tmp_path / "clip.mp4").write_bytes((place / "clip.mp4").read_bytes())
+    (tmp_path / "soft").symlink_to("clip.mp4")
+    os.link(tmp_path / "clip.mp4", tmp_path / "hard")
+    for name in ("soft", "hard"):
+        assert run("encode", tmp_path / "clip.mp4", tmp_path / name, "--force") == 73
+    with open(tmp_path / "clip.mp4") as opened:
+        monkeypatch.setattr("sys.stdin", opened)
+        assert run("encode", "-", tmp_path / "hard", "--force") == 73
+    assert capsys.readouterr().err.count("is the input") == 3
+    assert (tmp_path / "clip.mp4").read_bytes() == (place / "clip.mp4").read_bytes()
+
+
+def test_a_stream_into_a_pipe(place, tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
+    reader.start()
+    args = "--gop", 5, "--qp", 20, "--model", place / "m.safetensors"
+    assert run("encode", place / "clip.mp4", pipe, *args) == 0
+    reader.join()
+    assert got == [(place / "clip.gnvc").read_bytes()] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(place, monkeypatch, capsys):

@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from gnvc_jax.files import atomic_output, keyed_name, write_json
 from gnvc_jax.media.errors import (
     MediaError,
     MissingInput,
@@ -170,11 +171,8 @@ def _load_known(cache: Path) -> dict[str, list]:
 
 
 def _save_known(cache: Path, known: dict[str, list]) -> None:
-    temporary = cache / f"index.{os.getpid()}.tmp"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(known, indent=0), encoding="utf-8")
-        os.replace(temporary, cache / "index.json")
+        write_json(cache / "index.json", known)
     except OSError as error:
         raise write_error(cache, error) from None
 
@@ -182,16 +180,14 @@ def _save_known(cache: Path, known: dict[str, list]) -> None:
 def _decode(video: Video, cache: Path) -> Video:
     """The video with its array in the cache, which is made on first use."""
     file = Path(video.path)
-    target = cache / f"{file.stem}-{hashlib.sha256(_key(file).encode()).hexdigest()[:16]}.npy"
+    digest = hashlib.sha256(os.fsencode(_key(file))).hexdigest()
+    target = cache / f"{keyed_name(file.stem, digest[:16])}.npy"
     if not target.exists():
-        temporary = target.with_suffix(f".{os.getpid()}.tmp")
         try:
-            _write_array(video, temporary)
-            os.replace(temporary, target)
+            with atomic_output(target) as temporary:
+                _write_array(video, temporary)
         except OSError as error:
             raise write_error(target, error) from None
-        finally:
-            temporary.unlink(missing_ok=True)
     return dataclasses.replace(video, decoded=str(target))
 
 

@@ -8,12 +8,12 @@ NumPy's format, normalised per channel. Nothing here uses JAX.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import json
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from gnvc_jax.data.clips import endless_batches
 from gnvc_jax.data.index import find_videos
-from gnvc_jax.files import write_json
+from gnvc_jax.files import atomic_output, keyed_name, write_json
 from gnvc_jax.media.errors import MediaError
 from gnvc_jax.media.reader import open_video
 
@@ -72,12 +72,13 @@ def write_latents(
     videos = sorted(set(find_videos(Path(source))))[shard[0] :: shard[1]]
     failed = {}
     for video in tqdm(videos, unit="video", desc="latents", disable=not progress or None):
-        stem = folder / f"{video.stem}-{video_key(video)}"
-        done = stem.with_suffix(".json")
+        name = keyed_name(video.stem, video_key(video))
+        done = folder / f"{name}.json"
         if done.exists():
             continue
         try:
-            count = _write_video(video, stem, info, encode)
+            with atomic_output(folder / f"{name}.array_record") as target:
+                count = _write_video(video, target, info, encode)
         except MediaError as error:
             failed[str(video)] = str(error)
             log.warning("left out: %s", error)
@@ -86,23 +87,16 @@ def write_latents(
     return failed
 
 
-def _write_video(video: Path, stem: Path, info: CacheInfo, encode: Callable) -> int:
-    """Writes the records of one video; how many. The file gets its name when it is complete."""
-    temporary = stem.with_name(f".{stem.name}.{os.getpid()}.tmp")
-    writer, count = ArrayRecordWriter(str(temporary), "group_size:1"), 0
-    try:
+def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -> int:
+    """Writes the records of one video to a new file; returns how many."""
+    writer, count = ArrayRecordWriter(str(target), "group_size:1"), 0
+    with contextlib.closing(writer):
         for clip in _clips(video, info.frames, 2 * info.stride):
             buffer = io.BytesIO()
             np.save(buffer, np.asarray(encode(clip), np.float16))
             data = buffer.getvalue()
             writer.write(zlib.crc32(data).to_bytes(HEAD, "little") + data)
             count += 1
-        writer.close()
-        os.replace(temporary, stem.with_suffix(".array_record"))
-    finally:
-        if writer.is_open():
-            writer.close()
-        temporary.unlink(missing_ok=True)
     return count
 
 

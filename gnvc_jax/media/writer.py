@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from fractions import Fraction
@@ -30,6 +29,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from gnvc_jax.files import atomic_output, temporary_path, would_overwrite
 from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420, rgb_to_yuv444
 from gnvc_jax.media.errors import OutputExists, UnwritableOutput, WriteFailed, write_error
 
@@ -191,28 +191,17 @@ def _check_target(target: Path, name: str, folder: bool, force: bool) -> None:
             raise OutputExists(name, "the folder has pictures that are no numbered frames")
     elif folder and target.exists():
         raise UnwritableOutput(name, "exists and is not a folder")
-    elif target.exists() and not force:
+    elif would_overwrite(target) and not force:
         raise OutputExists(name, "exists already; not overwritten")
 
 
-def _finish(temporary: Path, target: Path) -> None:
-    """Put the complete output in its place; in a folder, only frames are replaced."""
-    if not target.is_dir():
-        os.replace(temporary, target)
-        return
+def _replace_frames(temporary: Path, target: Path) -> None:
+    """Put complete frames in the place of those of an existing folder; other files in it stay."""
     for old in target.iterdir():
         if _FRAME_NAME.fullmatch(old.name):
             old.unlink()
     for new in sorted(temporary.iterdir()):
         os.replace(new, target / new.name)
-    temporary.rmdir()
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -255,12 +244,14 @@ def open_writer(
         return
 
     folder, target = _is_folder(path), Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    sink = None
+    into = target.is_dir()
     with _named_errors(name):
         _check_target(target, name, folder, force)
-    try:
+    with contextlib.ExitStack() as place:
         with _named_errors(name):
+            # Frames for a folder that is there wait inside it: what is above may be another disk.
+            output = temporary_path(target, "frames") if into else atomic_output(target)
+            temporary = place.enter_context(output)
             if folder:
                 sink = _Pictures(temporary)
             elif target.suffix.lower() == ".y4m":
@@ -269,15 +260,17 @@ def open_writer(
                 kind = target.suffix.lower()
                 sink = _Container(temporary, kind, width, height, fps, colour)
         writer = VideoWriter(name, shape, sink)
-        yield writer
-        if writer.count == 0:
-            raise WriteFailed(name, "there were no frames to write")
-        with _named_errors(name):
-            sink.close()
-            _finish(temporary, target)
-    except BaseException:
-        if sink is not None:
+        try:
+            yield writer
+            if writer.count == 0:
+                raise WriteFailed(name, "there were no frames to write")
+            with _named_errors(name):
+                sink.close()
+        except BaseException:
             with contextlib.suppress(Exception):
                 sink.close()
-        _remove(temporary)
-        raise
+            raise
+        with _named_errors(name):
+            if into:
+                _replace_frames(temporary, target)
+            place.close()

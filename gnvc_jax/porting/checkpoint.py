@@ -11,8 +11,6 @@ and `prompt.npy`, the text condition, if one was given.
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from gnvc_jax.files import atomic_output
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.refiner import DiTConfig
@@ -40,17 +39,14 @@ CHUNK_BYTES = 64 << 20  # a host reads only the chunks that its devices need
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A folder under a temporary name; renamed to the target at the end, removed on failure."""
+    """A new folder to fill, which becomes `target` if the block succeeds. FileExistsError."""
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target}: exists")
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_output(target) as temporary:
+        temporary.mkdir()
         yield temporary
-        os.replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_component(

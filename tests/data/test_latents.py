@@ -89,6 +89,15 @@ def test_it_goes_on_where_it_stopped(videos, tmp_path):
         write_latents(videos, cache, CacheInfo(9, "ab", (0.0, 1.0), (1.0, 2.0)), encode)
 
 
+def test_names_with_dots_are_told_apart(videos, tmp_path):
+    cache = tmp_path / "cache"
+    for number, name in enumerate(("a", "b")):
+        (videos / f"{name}.mkv").rename(videos / f"clip.v{number}.mkv")
+    write_latents(videos, cache, INFO, encode, progress=False)
+    assert len(list(cache.glob("clip.v0-*.array_record"))) == 1
+    assert len(list(cache.glob("clip.v1-*.array_record"))) == 1
+
+
 def test_processes_share_the_videos(videos, tmp_path):
     for i in range(2):
         write_latents(videos, tmp_path / "shared", INFO, encode, (i, 2), progress=False)
