@@ -35,6 +35,7 @@ _CODE_MATRIX = {0: "rgb", 1: "bt709", 5: "bt601", 6: "bt601", 9: "bt2020", 10: "
 _PRIMARIES = {"rgb": 1, "bt709": 1, "bt601": 6, "bt2020": 9}
 _TRANSFER = {"rgb": 13, "bt709": 1, "bt601": 6, "bt2020": 14}
 _STRIP = 1 << 17  # luma samples converted at a time
+SUPPORTED_MATRICES = frozenset(_CODE_MATRIX)  # H.273 matrix coefficients
 UNSPECIFIED = 2  # H.273: "unknown or determined by the application"
 
 

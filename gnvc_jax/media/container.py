@@ -7,7 +7,6 @@ repacks samples (nv12, palettes) and reduces RGB of more than 8 bits.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import os
 import re
@@ -17,35 +16,66 @@ from fractions import Fraction
 import av
 import numpy as np
 
-from gnvc_jax.media.colour import RGB, Colour, yuv_to_rgb
+from gnvc_jax.media.colour import SUPPORTED_MATRICES, UNSPECIFIED, Colour, yuv_to_rgb
 from gnvc_jax.media.errors import (
-    AudioOnly,
-    MissingInput,
+    DamagedVideo,
     NoFrames,
-    NotAVideo,
     TruncatedVideo,
     UnsupportedFormat,
 )
-from gnvc_jax.media.video import DEFAULT_FPS, Crop, VideoInfo, VideoReader, crop_frame
+from gnvc_jax.media.packets import (
+    ends_inside_a_part,
+    format_names,
+    has_complete_index,
+    index_timeline,
+    open_stream,
+    packets,
+    promised_frames,
+    read_timeline,
+    stream_seconds,
+    video_streams,
+)
+from gnvc_jax.media.video import (
+    CUT_NOTE,
+    DEFAULT_FPS,
+    Crop,
+    Findings,
+    VideoInfo,
+    VideoReader,
+    crop_frame,
+    pixel_shape_note,
+)
 
 _PLANAR = re.compile(r"yuv[aj]?(420|422|440|444)p(\d+[lb]e)?")
 _GREY = re.compile(r"gray(\d+[lb]e)?")
-_NOT_VIDEO = {"tty", "concat", "hls", "image2"}  # text, and lists that name other files
+_PACKED_BIG_ENDIAN = re.compile(r"(?:rgb|bgr)5[56]5be")
 _LIMITED, _FULL = 1, 2  # AVColorRange
+_GBR = 0  # H.273 matrix coefficients of RGB
 
 
 # Frames
 
 
+def _is_rgb(frame: av.VideoFrame) -> bool:
+    return frame.format.is_rgb or frame.format.has_palette
+
+
 def frame_colour(frame: av.VideoFrame) -> Colour:
-    """What the stream says, or BT.709. Untagged YUV has limited range, untagged grey full range."""
-    name = frame.format.name
-    if frame.format.is_rgb or frame.format.has_palette:
-        return RGB
-    full = frame.color_range == _FULL or name.startswith("yuvj")
-    if _GREY.fullmatch(name) and frame.color_range != _LIMITED:
+    """What the stream says, or BT.709. Untagged YUV has limited range, untagged grey full range.
+
+    YUV that is tagged as RGB, as phones and messengers do, has the matrix of its size: BT.709 for
+    HD and BT.601 below.
+    """
+    tags = frame.color_primaries, frame.color_trc
+    if _is_rgb(frame):
+        return Colour.from_code_points(*tags, _GBR, full_range=True)
+    full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
+    if len(frame.format.components) < 3 and frame.color_range != _LIMITED:
         full = True
-    return Colour.from_code_points(frame.color_primaries, frame.color_trc, frame.colorspace, full)
+    matrix = frame.colorspace
+    if matrix == _GBR:
+        matrix = 1 if frame.width >= 1280 or frame.height > 576 else 6
+    return Colour.from_code_points(*tags, matrix, full)
 
 
 def _array(plane: av.video.plane.VideoPlane, dtype: str) -> np.ndarray:
@@ -59,10 +89,10 @@ def _planar_name(frame: av.VideoFrame, name: str) -> str:
     parts = form.components
     depth = max(part.bits for part in parts)
     suffix = "" if depth <= 8 else f"{depth}le"
+    if form.name.startswith(("xyz", "bayer")) or depth > 16:
+        raise UnsupportedFormat(name, f"pixel format {form.name} is not supported")
     if len(parts) < 3:
         return f"gray{suffix}"
-    if form.name.startswith(("xyz", "bayer")):
-        raise UnsupportedFormat(name, f"pixel format {form.name} is not supported")
     halves = tuple(
         full > part
         for full, part in zip((frame.width, frame.height), (parts[1].width, parts[1].height))
@@ -72,16 +102,49 @@ def _planar_name(frame: av.VideoFrame, name: str) -> str:
     return f"yuv{'444' if quarter else layout}p{suffix}"
 
 
+def _little_endian(frame: av.VideoFrame) -> av.VideoFrame:
+    """The same picture in 16-bit pixels of the other byte order, which swscale converts rightly."""
+    swapped = av.VideoFrame(frame.width, frame.height, frame.format.name.replace("be", "le"))
+    source, target = (
+        np.frombuffer(f.planes[0], "u2").reshape(f.height, -1) for f in (frame, swapped)
+    )
+    target[:, : frame.width] = source[:, : frame.width].byteswap()
+    return swapped
+
+
+def _upright(rgb: np.ndarray, matrix: bytes, name: str) -> np.ndarray:
+    """The picture (h, w, c) turned and mirrored as a display matrix asks.
+
+    The matrix sends column x and row y of the coded picture to a x + c y and b x + d y, up to an
+    offset; multiples of 90 degrees and mirrors have either b = c = 0 or a = d = 0.
+    """
+    a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
+    straight, turned = abs(a) + abs(d), abs(b) + abs(c)
+    if 50 * min(straight, turned) > max(straight, turned):  # more than a degree away
+        raise UnsupportedFormat(name, "is rotated by an angle that is no multiple of 90 degrees")
+    if straight >= turned:
+        columns, rows = a, d
+    else:
+        rgb, columns, rows = rgb.swapaxes(0, 1), c, b
+    return np.ascontiguousarray(rgb[:: -1 if rows < 0 else 1, :: -1 if columns < 0 else 1])
+
+
 def frame_to_rgb(
-    frame: av.VideoFrame, colour: Colour, name: str, crop: Crop | None = None
+    frame: av.VideoFrame, colour: Colour | None, name: str, crop: Crop | None = None
 ) -> np.ndarray:
-    """A decoded frame, or a part of it, as uint8 RGB (h, w, 3), rotated as it is to be shown."""
-    quarter_turns = round(frame.rotation / 90) % 4
-    inner = None if quarter_turns else crop
+    """A decoded frame, or a part of it, as uint8 RGB (h, w, 3), upright as it is to be shown.
+
+    colour: of YUV, in place of what the frame says.
+    """
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    inner = None if matrix else crop
     form = frame.format
-    if form.is_rgb or form.has_palette:
+    if _is_rgb(frame):
+        if _PACKED_BIG_ENDIAN.fullmatch(form.name):
+            frame = _little_endian(frame)
         rgb = crop_frame(frame.to_ndarray(format="rgb24"), inner)
     else:
+        colour = colour or frame_colour(frame)
         if not (_PLANAR.fullmatch(form.name) or _GREY.fullmatch(form.name)):
             frame = frame.reformat(format=_planar_name(frame, name))
             form = frame.format
@@ -90,161 +153,171 @@ def frame_to_rgb(
         planes = [_array(plane, dtype) for plane in frame.planes[:3]]
         y, u, v = planes if len(planes) == 3 else (planes[0], None, None)
         rgb = yuv_to_rgb(y, u, v, colour, depth, inner)
-    if not quarter_turns:
-        return rgb
-    return np.ascontiguousarray(crop_frame(np.rot90(rgb, quarter_turns), crop))
+    return crop_frame(_upright(rgb, matrix, name), crop) if matrix else rgb
 
 
 # Files
 
 
-@contextlib.contextmanager
-def _named_errors(name: str):
-    """PyAV's exceptions as ours."""
-    try:
-        yield
-    except (av.FileNotFoundError, av.PermissionError) as error:
-        raise MissingInput(name, f"cannot be read ({error.strerror})") from None
-    except (av.FFmpegError, UnicodeDecodeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise NotAVideo(name, f"not a video that can be read ({reason})") from None
+def _decode(
+    name: str,
+    container,
+    stream,
+    promised: int | None = None,
+    tolerant: bool = False,
+    findings: Findings | None = None,
+) -> Iterator[av.VideoFrame]:
+    """All frames in order of display.
 
-
-def _open(path: str | os.PathLike) -> tuple[av.container.InputContainer, av.video.VideoStream]:
-    name = os.fspath(path)
-    with _named_errors(name):
-        # "file:" keeps a colon in the name from being read as a protocol.
-        container = av.open(f"file:{name}", options={"protocol_whitelist": "file"})
-    try:
-        if _NOT_VIDEO & set(container.format.name.split(",")):
-            raise NotAVideo(name, "not a video that can be read")
-        # A cover picture is not a film.
-        streams = [
-            s
-            for s in container.streams.video
-            if not s.disposition & av.stream.Disposition.attached_pic
-        ]
-        if not streams:
-            if container.streams.audio:
-                raise AudioOnly(name, "has sound but no picture")
-            raise NotAVideo(name, "has no video stream")
-        return container, streams[0]
-    except BaseException:
-        container.close()
-        raise
-
-
-def _fps(stream: av.video.VideoStream) -> Fraction:
-    return stream.average_rate or stream.guessed_rate or DEFAULT_FPS
-
-
-def _complete_index(stream: av.video.VideoStream) -> bool:
-    """Whether the container lists every frame, as mp4 and avi do."""
-    return stream.frames > 0 and len(stream.index_entries) == stream.frames
-
-
-def _packets(container, stream) -> Iterator[av.Packet]:
-    """Packets from the first key frame on; nothing before it can be decoded."""
-    return itertools.dropwhile(lambda packet: not packet.is_keyframe, container.demux(stream))
-
-
-def _is_leading(packet: av.Packet, first: av.Packet) -> bool:
-    """Whether a picture is shown before the first key frame.
-
-    It then refers to pictures that were cut off, and decoders leave it out. Matroska has no times
-    below zero, which is where such pictures lie.
+    A last frame that is incomplete is left out, with a note. Damage before it raises DamagedVideo,
+    and frames that end too early raise TruncatedVideo; if tolerant, both are noted instead.
     """
-    if packet.pts is None or first.pts is None:
-        return packet.pts is None and "matroska" in packet.stream.container.format.name
-    return packet.pts < first.pts
-
-
-def _count(name: str, container, stream) -> int | None:
-    """Frames by the container's own list; None without one. TruncatedVideo if data is missing."""
-    if not _complete_index(stream):
-        return stream.frames or None
-    entries = itertools.dropwhile(lambda e: not e.is_keyframe, stream.index_entries)
-    entries = [e for e in entries if e.size and not e.is_discard]
-    present = sum(e.pos + e.size <= container.size for e in entries)
-    if present < len(entries):
-        raise TruncatedVideo(
-            name, f"truncated: promises {len(entries)} frames, holds {present} of them"
-        )
-    return len(entries) - _count_leading(name)
-
-
-def _count_leading(name: str) -> int:
-    container, stream = _open(name)
-    with container, _named_errors(name):
-        packets = _packets(container, stream)
-        first = next(packets, None)  # leading pictures come right after it
-        leading = itertools.takewhile(lambda p: p.size and _is_leading(p, first), packets)
-        return sum(not packet.is_discard for packet in leading)
-
-
-def _decode(name: str, container, stream, promised: int | None) -> Iterator[av.VideoFrame]:
-    """All frames in order of display; TruncatedVideo where they end too early."""
-    done, end, longest = 0, 0.0, 1 / float(_fps(stream))
-    reason = ""
+    findings = findings or Findings()
+    stream.codec_context.copy_opaque = True  # each frame gets the number of its packet
+    done, damaged, lost, flagged, end = 0, 0, 0, 0, 0.0
+    longest = 1 / float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
+    number, incomplete, reason = -1, False, ""
     try:
-        for packet in _packets(container, stream):
-            for frame in packet.decode():
+        # One packet ahead, to know the last; None makes the decoder give what it still holds.
+        ahead = itertools.chain(packets(container, stream), (None, None))
+        for packet, following in itertools.pairwise(ahead):
+            if packet is not None:
+                number += 1
+                packet.opaque = number
+                if packet.is_corrupt and following is None:
+                    incomplete = True
+                    continue
+                flagged += packet.is_corrupt
+            try:
+                frames = stream.decode(packet)
+            except av.FFmpegError as error:
+                if not tolerant:
+                    raise
+                lost, reason = lost + 1, f" ({error.strerror})"
+                continue
+            for frame in frames:
+                if frame.is_corrupt and following is None and frame.opaque == number:
+                    incomplete = True
+                    continue
+                if frame.is_corrupt and not tolerant:
+                    raise DamagedVideo(
+                        name, f"damaged: the decoder had to make up parts of frame {done}"
+                    )
                 yield frame
-                done += 1
-                if frame.time is not None:
-                    longest = max(longest, frame.time - end) if done > 1 else longest
-                    end = max(end, frame.time)
+                done, damaged = done + 1, damaged + frame.is_corrupt
+                if frame.pts is not None:
+                    time = float(frame.pts * stream.time_base)
+                    longest = max(longest, time - end) if done > 1 else longest
+                    end = max(end, time)
     except av.FFmpegError as error:
-        reason = f" ({error.strerror})"
+        if not tolerant:
+            raise DamagedVideo(
+                name, f"damaged: decoding stopped after {done} frames ({error.strerror})"
+            ) from None
+        lost, reason = lost + 1, f" ({error.strerror})"
+    if incomplete:
+        findings.note(CUT_NOTE)
+        findings.note("the last frame is incomplete and left out")
+    if flagged:
+        findings.note(f"data may be missing before {flagged} of {done} frames")
+    if damaged or lost:
+        findings.damage(
+            f"damaged: the decoder had to make up parts of {damaged} of {done} frames,"
+            f" {lost} more could not be decoded{reason}"
+        )
+    length = stream_seconds(container, stream)
     if promised is not None and done < promised:
-        raise TruncatedVideo(
-            name, f"truncated: promises {promised} frames, {done} could be read{reason}"
-        )
-    if reason:
-        raise TruncatedVideo(name, f"damaged: decoding stopped after {done} frames{reason}")
-    length = _stream_seconds(container, stream)
+        missing = f"promises {promised} frames, {done} could be read"
     # The last frame may be shown as long as any other, and times are rounded.
-    if promised is None and length - end > 1.5 * longest + 0.01:
-        raise TruncatedVideo(
-            name, f"truncated: promises {length:.2f} s, {done} frames could be read, to {end:.2f} s"
+    elif promised is None and length - end > 1.5 * longest + 0.01:
+        missing = f"promises {length:.2f} s, {done} frames could be read, to {end:.2f} s"
+    else:
+        return
+    if not tolerant:
+        raise TruncatedVideo(name, f"truncated: {missing}")
+    findings.damage(f"truncated: {missing}")
+
+
+def _rate(name: str, stream, number: int | None) -> tuple[Fraction, bool]:
+    """Frames a second, and whether their distance varies."""
+    nominal = stream.average_rate or stream.codec_context.framerate
+    rate, varies = nominal or DEFAULT_FPS, False
+    listed = has_complete_index(stream) and stream.duration
+    if listed:
+        rate, varies = index_timeline(stream).rate(nominal)
+    # Lists have times of decoding; where those vary, times of display lie elsewhere. What is no
+    # regular file can be read only once.
+    if (varies or not listed) and os.path.isfile(name):
+        rate, varies = read_timeline(name, number).rate(nominal)
+    return rate, varies
+
+
+def _describe(name: str, container, stream, number: int | None, findings: Findings) -> Fraction:
+    """The rate in frames a second; what is not carried or was decided goes to the findings."""
+    rate, varies = _rate(name, stream, number)
+    if varies:
+        findings.note(f"the frame rate varies; its mean of {float(rate):.3f} frames/s is used")
+    streams = video_streams(container)
+    if number is None and len(streams) > 1:
+        findings.note(
+            f"has {len(streams)} video streams; number {streams.index(stream)},"
+            f" {stream.width}x{stream.height}, is used"
         )
+    findings.note(pixel_shape_note(stream.sample_aspect_ratio))
+    if os.path.isfile(name) and ends_inside_a_part(name, container):
+        findings.note(CUT_NOTE)
+    return rate
 
 
-def _stream_seconds(container, stream) -> float:
-    """How long a container without a frame list says that its video is; 0 if it does not."""
-    tag = stream.metadata.get("DURATION", "")  # Matroska: hours:minutes:seconds
-    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", tag):
-        hours, minutes, seconds = match.groups()
-        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
-    if "matroska" in container.format.name and len(container.streams) == 1 and container.duration:
-        return container.duration / av.time_base
-    return 0.0
+def _matrix_note(frame: av.VideoFrame) -> str:
+    """What to say of a colour matrix that was not taken as it is tagged; empty if it was."""
+    matrix = frame.colorspace
+    if _is_rgb(frame) or matrix == UNSPECIFIED or (matrix in SUPPORTED_MATRICES and matrix != _GBR):
+        return ""
+    used = frame_colour(frame).matrix.upper().replace("BT", "BT.")
+    if matrix == _GBR:
+        return f"is tagged as RGB but holds YUV; the matrix of {used} is used"
+    return f"matrix {matrix} of ITU-T H.273 is not supported; that of {used} is used"
 
 
 def open_container(
-    path: str | os.PathLike, fps: Fraction | None = None, colour: Colour | None = None
+    path: str | os.PathLike,
+    fps: Fraction | None = None,
+    colour: Colour | None = None,
+    number: int | None = None,
+    tolerant: bool = False,
 ) -> VideoReader:
-    """A reader of the first video stream; `fps` and `colour` replace what the file says."""
-    name = os.fspath(path)
-    container, stream = _open(path)
+    """A reader of video stream `number`; `fps` and `colour` replace what the file says."""
+    name, findings = os.fspath(path), Findings()
+    container, stream = open_stream(path, number)
     try:
-        stream.thread_type = "AUTO"
-        count = _count(name, container, stream)
-        frames = _decode(name, container, stream, count)
-        first = next(frames, None)
-        if first is None:
-            raise NoFrames(name, "no frame could be decoded")
-        tagged = frame_colour(first)
-        chosen = colour if colour is not None and tagged.matrix != "rgb" else tagged
-        height, width = frame_to_rgb(first, chosen, name).shape[:2]
+        if stream.codec_context is None:
+            raise UnsupportedFormat(name, "there is no decoder for its video stream")
+        # Threads of frames report an error late, when frames decoded before it are lost.
+        stream.thread_type = "SLICE" if tolerant else "AUTO"
+        try:
+            promised = promised_frames(name, container, stream, number)
+        except TruncatedVideo as error:
+            if not tolerant:
+                raise
+            promised = None
+            findings.damage(error.reason)
+        frames = _decode(name, container, stream, promised, tolerant, findings)
+        first = _first(name, container, frames)
+        rgb = _is_rgb(first)
+        shown = frame_colour(first) if colour is None or rgb else colour
+        if colour is None:
+            findings.note(_matrix_note(first))
+        height, width = frame_to_rgb(first, colour, name).shape[:2]
+        rate = _describe(name, container, stream, number, findings)
         info = VideoInfo(
             name=name,
             width=width,
             height=height,
-            fps=Fraction(fps or _fps(stream)),
-            frames=count,
-            colour=chosen,
-            bit_depth=8 if chosen.matrix == "rgb" else first.format.components[0].bits,
+            fps=rate if fps is None else fps,
+            frames=promised,
+            colour=shown,
+            bit_depth=8 if rgb else first.format.components[0].bits,
             has_audio=bool(container.streams.audio),
         )
     except BaseException:
@@ -252,66 +325,57 @@ def open_container(
         raise
 
     def rgb_frames() -> Iterator[np.ndarray]:
-        for number, frame in enumerate(itertools.chain([first], frames)):
+        for place, frame in enumerate(itertools.chain([first], frames)):
             if (frame.width, frame.height) != (first.width, first.height):
                 raise UnsupportedFormat(
                     name,
-                    f"frame {number} is {frame.width}x{frame.height},"
+                    f"frame {place} is {frame.width}x{frame.height},"
                     f" the first one {first.width}x{first.height}",
                 )
-            yield frame_to_rgb(frame, chosen, name)
+            if _is_rgb(frame) != rgb:
+                kinds = ("YUV", "RGB") if rgb else ("RGB", "YUV")
+                raise UnsupportedFormat(
+                    name, f"frame {place} is {kinds[0]}, the first one {kinds[1]}"
+                )
+            yield frame_to_rgb(frame, colour, name)
 
-    return VideoReader(info, rgb_frames(), container.close)
+    return VideoReader(info, rgb_frames(), container.close, findings)
 
 
-def count_frames(path: str | os.PathLike) -> int:
+def _first(name: str, container, frames: Iterator[av.VideoFrame]) -> av.VideoFrame:
+    try:
+        first = next(frames, None)
+    except DamagedVideo:
+        if "webp_pipe" not in format_names(container):
+            raise
+        first = None
+    if first is None and "webp_pipe" in format_names(container):
+        raise UnsupportedFormat(name, "animated WebP pictures are not supported")
+    if first is None:
+        raise NoFrames(name, "no frame could be decoded")
+    return first
+
+
+def count_frames(path: str | os.PathLike, number: int | None = None) -> int:
     """Frames of the video stream; if the container has no list, by reading all packets."""
     name = os.fspath(path)
-    container, stream = _open(path)
+    container, stream = open_stream(path, number)
     with container:
-        promised = _count(name, container, stream)
-        if _complete_index(stream):
+        promised = promised_frames(name, container, stream, number)
+        if has_complete_index(stream):
             return promised
-        with _named_errors(name):
-            count = len(_shown_packets(container, stream))
+    count = read_timeline(path, number).count
     if promised is not None and count < promised:
         raise TruncatedVideo(name, f"truncated: promises {promised} frames, holds {count} of them")
     return count
 
 
-def _shown_packets(container, stream) -> list[tuple[int | None, bool]]:
-    """(time, is key frame) of every frame that will be shown, in order of decoding."""
-    packets = _packets(container, stream)
-    first = next(packets, None)
-    return [
-        (packet.pts, packet.is_keyframe)
-        for packet in itertools.chain([first] if first else [], packets)
-        if packet.size and not packet.is_discard and not _is_leading(packet, first)
-    ]
-
-
 # Random access
-
-
-@functools.lru_cache(maxsize=256)
-def _timeline(path: str, size: int, mtime_ns: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Times of all frames and of the key frames, ascending; None if the packets do not say."""
-    del size, mtime_ns  # part of the key: a file that changed is read again
-    container, stream = _open(path)
-    with container, _named_errors(path):
-        packets = _shown_packets(container, stream)
-    if any(time is None for time, _ in packets):
-        return None
-    times = np.sort(np.array([time for time, _ in packets], np.int64))
-    keys = np.sort(np.array([time for time, is_key in packets if is_key], np.int64))
-    if not len(keys) or len(np.unique(times)) < len(times):
-        return None
-    return times, keys
 
 
 def _seek_frames(path: str, wanted: np.ndarray, keys: np.ndarray) -> list[av.VideoFrame]:
     """The frames shown at the times `wanted`, decoded from the key frame before; may miss some."""
-    container, stream = _open(path)
+    container, stream = open_stream(path)
     found: dict[int, av.VideoFrame] = {}
     with container, contextlib.suppress(av.FFmpegError):
         stream.codec_context.thread_count = 1
@@ -330,22 +394,17 @@ def read_container_clip(
     path: str | os.PathLike, start: int, count: int, crop: Crop | None = None
 ) -> np.ndarray:
     """Frames start .. start + count - 1 as uint8 RGB (count, h, w, 3); see `reader.read_clip`."""
-    name = os.fspath(path)
-    stat = os.stat(name)
-    timeline = _timeline(name, stat.st_size, stat.st_mtime_ns)
+    name, timeline = os.fspath(path), read_timeline(path)
     frames = []
-    if timeline is not None and start + count <= len(timeline[0]):
-        times, keys = timeline
-        frames = _seek_frames(name, times[start : start + count], keys)
+    if timeline.times is not None and len(timeline.keys) and start + count <= timeline.count:
+        frames = _seek_frames(name, timeline.times[start : start + count], timeline.keys)
     if len(frames) < count:
         # No times, or a stream that cannot be entered at its key frames: count from the beginning.
-        container, stream = _open(name)
+        container, stream = open_stream(name)
         with container:
-            decoded = _decode(name, container, stream, promised=None)
-            frames = list(itertools.islice(decoded, start, start + count))
+            frames = list(itertools.islice(_decode(name, container, stream), start, start + count))
     if len(frames) < count:
         raise TruncatedVideo(
             name, f"frames {start} to {start + count - 1} asked for, {len(frames)} of them found"
         )
-    colour = frame_colour(frames[0])
-    return np.stack([frame_to_rgb(frame, colour, name, crop) for frame in frames])
+    return np.stack([frame_to_rgb(frame, None, name, crop) for frame in frames])

@@ -6,7 +6,7 @@ The codes follow sysexits.h:
 code  name       raised as
 ====  =========  ==================================================================
 65    DATAERR    EmptyInput, NoFrames, NotAVideo, AudioOnly, TruncatedVideo,
-                 UnsupportedFormat, BadRawSize
+                 DamagedVideo, UnsupportedFormat, BadRawSize
 66    NOINPUT    MissingInput
 73    CANTCREAT  OutputExists, UnwritableOutput
 74    IOERR      WriteFailed, DiskFull
@@ -59,6 +59,10 @@ class AudioOnly(MediaError):
 
 class TruncatedVideo(MediaError):
     """The file promises more frames than can be read from it."""
+
+
+class DamagedVideo(MediaError):
+    """The decoder could not decode a part of the video, or had to make it up."""
 
 
 class UnsupportedFormat(MediaError):

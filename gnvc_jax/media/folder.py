@@ -27,7 +27,11 @@ def frame_files(path: str | os.PathLike) -> list[Path]:
         raise NoFrames(path, "the folder has no PNG frames")
     return sorted(
         files,
-        key=lambda file: [int(s) if s.isdigit() else s for s in re.split(r"([0-9]+)", file.name)],
+        # Every other part is a number, in ASCII digits; str.isdigit would take others for one too.
+        key=lambda file: [
+            int(part) if place % 2 else part
+            for place, part in enumerate(re.split(r"([0-9]+)", file.name))
+        ],
     )
 
 
@@ -54,7 +58,7 @@ def open_folder(path: str | os.PathLike, fps: Fraction | None = None) -> VideoRe
         name=os.fspath(path),
         width=width,
         height=height,
-        fps=Fraction(fps or DEFAULT_FPS),
+        fps=DEFAULT_FPS if fps is None else fps,
         frames=len(files),
         colour=RGB,
         bit_depth=8,

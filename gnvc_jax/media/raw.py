@@ -21,7 +21,14 @@ from gnvc_jax.media.errors import (
     TruncatedVideo,
     UnsupportedFormat,
 )
-from gnvc_jax.media.video import DEFAULT_FPS, Crop, VideoInfo, VideoReader
+from gnvc_jax.media.video import (
+    DEFAULT_FPS,
+    Crop,
+    Findings,
+    VideoInfo,
+    VideoReader,
+    pixel_shape_note,
+)
 
 _MAX_LINE = 4096  # a y4m header is some tens of bytes
 _MAX_SIDE = 1 << 15
@@ -75,18 +82,24 @@ class _RawVideo:
     fps: Fraction
     colour: Colour
     offsets: range | np.ndarray | None = None  # first byte of each frame; None for a pipe
+    pixel_aspect: Fraction | None = None  # width of a pixel over its height
 
     def info(self, name: str, fps: Fraction | None, colour: Colour | None) -> VideoInfo:
         return VideoInfo(
             name=name,
             width=self.layout.width,
             height=self.layout.height,
-            fps=Fraction(fps or self.fps),
+            fps=self.fps if fps is None else fps,
             frames=None if self.offsets is None else len(self.offsets),
             colour=colour or self.colour,
             bit_depth=self.layout.bit_depth,
             has_audio=False,
         )
+
+    def findings(self) -> Findings:
+        found = Findings()
+        found.note(pixel_shape_note(self.pixel_aspect))
+        return found
 
 
 # Headerless files
@@ -156,17 +169,24 @@ def _y4m_header(file: BinaryIO, name: str) -> _RawVideo:
     layout = next(group for group in match.groups()[:4] if group)
     try:
         width, height = int(tags["W"]), int(tags["H"])
-        rate = Fraction(tags.get("F", "0:1").replace(":", "/"))
-    except (KeyError, ValueError, ZeroDivisionError):
+        rate, aspect = (_ratio(tags.get(tag, "0:0")) for tag in "FA")
+    except (KeyError, ValueError):
         raise NotAVideo(name, "the YUV4MPEG2 header has no valid size and rate") from None
     if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
         raise UnsupportedFormat(name, f"a frame size of {width}x{height} is not supported")
     full = "XCOLORRANGE=FULL" in words or (layout == "mono" and "XCOLORRANGE=LIMITED" not in words)
     return _RawVideo(
         layout=RawLayout(width, height, layout, int(match.group(5) or 8)),
-        fps=rate if rate > 0 else DEFAULT_FPS,
+        fps=rate or DEFAULT_FPS,
         colour=Colour(full_range=full),
+        pixel_aspect=aspect,
     )
+
+
+def _ratio(text: str) -> Fraction | None:
+    """'a:b' as a / b, or None where a or b is zero, which means unknown; ValueError otherwise."""
+    over, under = map(int, text.split(":"))
+    return Fraction(over, under) if over > 0 and under > 0 else None
 
 
 def _y4m_frame_start(file: BinaryIO, name: str, number: int) -> bool:
@@ -240,7 +260,7 @@ def open_raw(
             file.seek(offset)
             yield video.layout.rgb(_read(file, info.name, video.layout, number), info.colour)
 
-    return VideoReader(info, frames(), file.close)
+    return VideoReader(info, frames(), file.close, video.findings())
 
 
 def open_y4m_pipe(
@@ -249,7 +269,8 @@ def open_y4m_pipe(
     """A reader of a y4m stream that cannot seek; the frame count is not known. Leaves it open."""
     video = _y4m_header(file, name)
     info = video.info(name, fps, colour)
-    return VideoReader(info, _y4m_stream(file, name, video.layout, info.colour), lambda: None)
+    frames = _y4m_stream(file, name, video.layout, info.colour)
+    return VideoReader(info, frames, lambda: None, video.findings())
 
 
 def read_raw_clip(

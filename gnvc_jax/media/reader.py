@@ -2,11 +2,13 @@
 
 Sources: whatever PyAV reads (mp4, mkv, webm, avi, gif, ...), .y4m, headerless .yuv, a folder of PNG
 pictures, and '-' for y4m on standard input. Frames come out one for one, exactly and in order of
-display; a variable frame rate is passed through, never resampled. Rotation stored in the file is
-applied; sample aspect ratio, interlacing, alpha and sound are ignored.
+display; a variable frame rate is passed through, never resampled, at its mean. Rotation
+and mirroring stored in the file are applied; sample aspect ratio, interlacing, alpha and sound are
+ignored. `VideoReader.notes` says what was ignored or decided.
 
 Colour follows `gnvc_jax.media.colour`: BT.709 limited range unless tagged or told otherwise, full
-range for grey. RGB sources are passed through. Errors are those of `gnvc_jax.media.errors`.
+range for grey; YUV tagged as RGB has the matrix of its size. RGB sources are passed through. Errors
+are those of `gnvc_jax.media.errors`.
 """
 
 from __future__ import annotations
@@ -52,15 +54,23 @@ def open_video(
     fps: Fraction | float | None = None,
     pix_fmt: str | None = None,
     colour: Colour | None = None,
+    stream: int | None = None,
+    tolerant: bool = False,
 ) -> VideoReader:
     """A VideoReader of `path`.
 
     size: (width, height) and pix_fmt: 'yuv420p', 'yuv422p10le', 'gray', ... of a headerless .yuv
     file, otherwise taken from its name (see `raw.parse_raw_name`); other sources ignore them. fps
     and colour replace what the source says; colour has no effect on RGB sources. Without a rate
-    it is 25. Raises MediaError.
+    it is 25. stream: number of the video stream of a container, counted from 0; by default the one
+    flagged as default, else the largest. tolerant: read what can be decoded of a damaged or
+    truncated container and say so in `notes`, instead of DamagedVideo and TruncatedVideo. Raises
+    MediaError, ValueError for a rate that is not positive.
     """
-    fps = None if fps is None else Fraction(fps).limit_denominator(1_000_000)
+    if fps is not None:
+        fps = Fraction(fps).limit_denominator(1_000_000)
+        if fps <= 0:
+            raise ValueError(f"the frame rate must be positive, got {fps}")
     if os.fspath(path) == "-":
         return raw.open_y4m_pipe(sys.stdin.buffer, "-", fps, colour)
     kind = _kind(path)
@@ -68,7 +78,7 @@ def open_video(
         return folder.open_folder(path, fps)
     if kind == "raw":
         return raw.open_raw(path, size, fps, pix_fmt, colour)
-    return container.open_container(path, fps, colour)
+    return container.open_container(path, fps, colour, stream, tolerant)
 
 
 def read_clip(
@@ -98,6 +108,7 @@ def probe(
     fps: Fraction | float | None = None,
     pix_fmt: str | None = None,
     colour: Colour | None = None,
+    stream: int | None = None,
 ) -> VideoInfo:
     """Describe a file or folder as `open_video` would see it, with its true number of frames.
 
@@ -106,8 +117,10 @@ def probe(
     """
     if os.fspath(path) == "-":
         raise MissingInput(path, "standard input cannot be read twice")
-    with open_video(path, size=size, fps=fps, pix_fmt=pix_fmt, colour=colour) as video:
+    with open_video(
+        path, size=size, fps=fps, pix_fmt=pix_fmt, colour=colour, stream=stream
+    ) as video:
         info = video.info
     if _kind(path) != "container":
         return info
-    return dataclasses.replace(info, frames=container.count_frames(path))
+    return dataclasses.replace(info, frames=container.count_frames(path, stream))

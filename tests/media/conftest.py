@@ -35,6 +35,7 @@ def encode(picture):
         frames=20,
         times=None,
         rotation=0,
+        flip="",
         tags=None,
         size=(36, 52),
         audio=False,
@@ -43,8 +44,8 @@ def encode(picture):
             stream = container.add_stream(codec, rate=25, options=options or {})
             stream.height, stream.width = size
             stream.pix_fmt = pix_fmt
-            if rotation:
-                stream.set_display_rotation(rotation)
+            if rotation or flip:
+                stream.set_display_rotation(rotation, flip == "hflip", flip == "vflip")
             for field, value in (tags or {}).items():
                 setattr(stream.codec_context, field, value)
             if times is not None:

@@ -1,0 +1,333 @@
+"""What a container says of its video without decoding it: stream, frames, times, and missing data.
+
+`open_stream` chooses the stream. `Timeline` holds the times of all frames, from the container's own
+list where it has a complete one (mp4, avi) and else from reading every packet once; rates, seeking
+and frame counts rest on it. `ends_inside_a_part` finds recordings that were cut off.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import os
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from gnvc_jax.media.errors import AudioOnly, MissingInput, NotAVideo, TruncatedVideo
+from gnvc_jax.media.video import DEFAULT_FPS
+
+Disposition = av.stream.Disposition
+_NOT_VIDEO = {"tty", "concat", "hls", "image2"}  # text, and lists that name other files
+_LONGEST_GAP = 10.0  # seconds; ffmpeg's limit too, beyond which time stamps are taken to jump
+_LARGEST_DENOMINATOR = 100_000  # of a mean rate, so that every output can hold it
+
+
+@contextlib.contextmanager
+def named_errors(name: str):
+    """PyAV's exceptions as ours."""
+    try:
+        yield
+    except (av.FileNotFoundError, av.PermissionError) as error:
+        raise MissingInput(name, f"cannot be read ({error.strerror})") from None
+    except (av.FFmpegError, UnicodeDecodeError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise NotAVideo(name, f"not a video that can be read ({reason})") from None
+
+
+def format_names(container: av.container.InputContainer) -> set[str]:
+    """Names of the container's format: one demuxer serves several, such as mov and mp4."""
+    return set(container.format.name.split(","))
+
+
+# Streams
+
+
+def open_stream(
+    path: str | os.PathLike, number: int | None = None
+) -> tuple[av.container.InputContainer, av.video.VideoStream]:
+    """The open container and its video stream `number`, counted from 0 among `video_streams`.
+
+    By default it is the stream flagged as default, and of several, or of none, the one with the
+    largest pictures. Raises MissingInput, NotAVideo, AudioOnly.
+    """
+    name = os.fspath(path)
+    with named_errors(name):
+        # "file:" keeps a colon in the name from being read as a protocol.
+        container = av.open(f"file:{name}", options={"protocol_whitelist": "file"})
+    try:
+        if _NOT_VIDEO & format_names(container):
+            raise NotAVideo(name, "not a video that can be read")
+        streams = video_streams(container)
+        if not streams and container.streams.audio:
+            raise AudioOnly(name, "has sound but no picture")
+        if not streams:
+            raise NotAVideo(name, "has no video stream")
+        if number is None:
+            return container, max(streams, key=_preference)
+        if not 0 <= number < len(streams):
+            raise NotAVideo(
+                name, f"has no video stream {number}; there are {len(streams)}, counted from 0"
+            )
+        return container, streams[number]
+    except BaseException:
+        container.close()
+        raise
+
+
+def video_streams(container: av.container.InputContainer) -> list[av.video.VideoStream]:
+    """The video streams without cover pictures."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
+def _preference(stream: av.video.VideoStream) -> tuple[bool, int]:
+    context = stream.codec_context  # None without a decoder
+    pixels = context.width * context.height if context else 0
+    return bool(stream.disposition & Disposition.default), pixels
+
+
+# Packets
+
+
+def packets(container, stream) -> Iterator[av.Packet]:
+    """Packets with data, from the first key frame on; nothing before it can be decoded."""
+    every = (packet for packet in container.demux(stream) if packet.size)
+    return itertools.dropwhile(lambda packet: not packet.is_keyframe, every)
+
+
+def _is_leading(packet: av.Packet, first: av.Packet) -> bool:
+    """Whether a picture is shown before the first key frame.
+
+    It then refers to pictures that were cut off, and decoders leave it out. Matroska has no times
+    below zero, which is where such pictures lie.
+    """
+    if packet.pts is None or first.pts is None:
+        return packet.pts is None and "matroska" in format_names(packet.stream.container)
+    return packet.pts < first.pts
+
+
+def _shown_packets(container, stream) -> list[tuple[int | None, int, bool]]:
+    """(time, duration, is key frame) of each frame that will be shown, in order of decoding."""
+    every = packets(container, stream)
+    shown, first, packet = [], next(every, None), None
+    for packet in itertools.chain([first] if first else [], every):
+        if not packet.is_discard and not _is_leading(packet, first):
+            shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
+    if shown and packet.is_corrupt:
+        shown.pop()  # the demuxer ran out of data inside it
+    return shown
+
+
+def has_complete_index(stream) -> bool:
+    """Whether the container lists every frame, as mp4 and avi do."""
+    entries = len(stream.index_entries)
+    # In avi, `frames` is a duration: dropped frames take time and have no entry. Without its list,
+    # which comes last, there is an entry for the first frame.
+    return stream.frames > 0 and (entries == stream.frames or (entries > 1 and _is_avi(stream)))
+
+
+def _is_avi(stream) -> bool:
+    return "avi" in format_names(stream.container)
+
+
+def _index(stream) -> list:
+    """Entries of the container's list for frames that will be shown, leading ones among them."""
+    entries = itertools.dropwhile(lambda e: not e.is_keyframe, stream.index_entries)
+    return [entry for entry in entries if entry.size and not entry.is_discard]
+
+
+def promised_frames(name: str, container, stream, number: int | None) -> int | None:
+    """Frames that the container says it has; None if it does not. TruncatedVideo if data lacks."""
+    if not has_complete_index(stream):
+        dropped = _is_avi(stream) and not ends_inside_a_part(name, container)
+        return None if dropped else stream.frames or None
+    entries = _index(stream)
+    present = sum(e.pos + e.size <= container.size for e in entries)
+    if present < len(entries):
+        raise TruncatedVideo(
+            name, f"truncated: promises {len(entries)} frames, holds {present} of them"
+        )
+    return len(entries) - _count_leading(name, number)
+
+
+def _count_leading(name: str, number: int | None) -> int:
+    container, stream = open_stream(name, number)
+    with container, named_errors(name):
+        every = packets(container, stream)
+        first = next(every, None)  # leading pictures come right after it
+        leading = itertools.takewhile(lambda packet: _is_leading(packet, first), every)
+        return sum(not packet.is_discard for packet in leading)
+
+
+# Times
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """When frames are shown, in seconds of `tick` each.
+
+    Attributes:
+      count: number of frames.
+      times: int64 (count,) ascending, or None where packets have no times or times are repeated.
+      keys: those of `times` at which decoding can begin.
+      end: when the last frame ends.
+      tick: seconds in a unit of time.
+    """
+
+    count: int
+    times: np.ndarray | None
+    keys: np.ndarray | None
+    end: int
+    tick: Fraction
+
+    def rate(self, nominal: Fraction | None) -> tuple[Fraction, bool]:
+        """Frames a second, and whether their distance varies.
+
+        It is the nominal rate if that puts every frame within half a frame of its time, and else
+        the mean over the whole duration. Frames are at variable distance if the mean rate does not
+        do so either.
+        """
+        times = self.times
+        if times is None or not len(times) or self.end <= times[0]:
+            return nominal or DEFAULT_FPS, False
+        if len(times) > 1 and float(np.diff(times).max() * self.tick) > _LONGEST_GAP:
+            return nominal or DEFAULT_FPS, False  # a clock that jumps says nothing of the rate
+        mean = self.count / (int(self.end - times[0]) * self.tick)
+        mean = mean.limit_denominator(_LARGEST_DENOMINATOR)
+        seconds = (times - times[0]) * float(self.tick)
+        # A single frame fits every rate: only its duration counts.
+        for rate in (nominal, mean) if len(times) > 1 else ():
+            places = seconds * float(rate or 0) - np.arange(len(times))
+            if rate and np.abs(places).max() <= 0.5:
+                return rate, False
+        return mean, len(times) > 1
+
+
+def index_timeline(stream) -> Timeline:
+    """The timeline of a container with a complete index, in the order of decoding times."""
+    entries = _index(stream)
+    times = np.array([entry.timestamp for entry in entries], np.int64)
+    end = int(times[0]) + (stream.duration or 0) if entries else 0
+    return Timeline(len(entries), times, None, end, stream.time_base)
+
+
+def read_timeline(path: str | os.PathLike, number: int | None = None) -> Timeline:
+    """The timeline from all packets of a file, kept while the file does not change."""
+    stat = os.stat(path)
+    return _read_timeline(os.fspath(path), stat.st_size, stat.st_mtime_ns, number)
+
+
+@functools.lru_cache(maxsize=256)
+def _read_timeline(path: str, size: int, mtime_ns: int, number: int | None) -> Timeline:
+    del size, mtime_ns  # part of the key: a file that changed is read again
+    container, stream = open_stream(path, number)
+    with container, named_errors(path):
+        shown = _shown_packets(container, stream)
+        tick, stated = stream.time_base, _stated_end(container, stream)
+    pts = [time for time, _, _ in shown]
+    if not shown or None in pts or len(set(pts)) < len(pts):
+        return Timeline(len(shown), None, None, 0, tick)
+    times = np.sort(np.array(pts, np.int64))
+    keys = np.sort(np.array([time for time, _, is_key in shown if is_key], np.int64))
+    _, last, _ = max(shown)
+    last = last or (int(np.median(np.diff(times))) if len(times) > 1 else 0)
+    return Timeline(len(shown), times, keys, max(int(times[-1]) + last, stated), tick)
+
+
+def _stated_end(container, stream) -> int:
+    """When the container says that the stream ends, in its units; 0 if it does not."""
+    if stream.duration:
+        return (stream.start_time or 0) + stream.duration
+    return int(stream_seconds(container, stream) / stream.time_base)
+
+
+def stream_seconds(container, stream) -> float:
+    """How long a container without a frame list says that its video is; 0 if it does not."""
+    tag = stream.metadata.get("DURATION", "")  # Matroska: hours:minutes:seconds
+    if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", tag):
+        hours, minutes, seconds = match.groups()
+        return 3600 * int(hours) + 60 * int(minutes) + float(seconds)
+    matroska = "matroska" in format_names(container)
+    if matroska and len(container.streams) == 1 and container.duration:
+        return container.duration / av.time_base
+    return 0.0
+
+
+# Recordings that were cut off
+
+
+def ends_inside_a_part(path: str | os.PathLike, container) -> bool:
+    """Whether a file ends before its last part does, although the demuxer does not mind.
+
+    Parts are boxes in mp4, elements in Matroska, packets in MPEG-TS and the whole in avi. False for
+    other formats. A cut between two parts cannot be seen.
+    """
+    size, formats = os.path.getsize(path), format_names(container)
+    with open(path, "rb") as file:
+        if "mpegts" in formats:
+            return _ends_inside_packet(file, size)
+        if "mp4" in formats:
+            return _ends_inside_box(file, size)
+        if "avi" in formats:
+            return 8 + int.from_bytes(file.read(8)[4:], "little") > size
+        if "matroska" in formats:
+            return _ends_inside_element(file, size)
+    return False
+
+
+def _ends_inside_packet(file: BinaryIO, size: int) -> bool:
+    start = file.read(256)
+    for length, offset in ((188, 0), (192, 4), (204, 0)):  # plain, with times, with parity
+        if start[offset : offset + 1] == start[offset + length :][:1] == b"G":  # sync bytes
+            return size % length != 0
+    return False
+
+
+def _ends_inside_box(file: BinaryIO, size: int) -> bool:
+    at = 0
+    while at < size:
+        file.seek(at)
+        header = file.read(16)
+        if len(header) < 8:
+            return True
+        length = int.from_bytes(header[:4], "big")
+        if length == 1:  # 64 bits follow the name
+            length = int.from_bytes(header[8:], "big")
+        if length < 8:  # 0 reaches to the end of the file; the rest is none of ours
+            return False
+        at += length
+    return at > size
+
+
+_SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+
+
+def _ends_inside_element(file: BinaryIO, size: int) -> bool:
+    at = 0
+    while at < size:
+        file.seek(at)
+        header = file.read(12)
+        id_bytes = 9 - header[0].bit_length()
+        length_bytes = 9 - (header[id_bytes] if id_bytes < len(header) else 255).bit_length()
+        if max(id_bytes, length_bytes) > 8:
+            return False
+        body = id_bytes + length_bytes
+        if body > len(header):
+            return True
+        length = int.from_bytes(header[id_bytes:body], "big") & ((1 << 7 * length_bytes) - 1)
+        unknown = length == (1 << 7 * length_bytes) - 1
+        name = header[:id_bytes]
+        if name == _SEGMENT or (unknown and name == _CLUSTER):
+            if not unknown and at + body + length > size:
+                return True
+            length = 0  # go on with what is inside
+        elif unknown:
+            return False
+        at += body + length
+    return at > size
