@@ -5,11 +5,32 @@ from fractions import Fraction
 
 MAX_STEPS = 100
 EXIT_CODES = """\
-Exit codes: 0 good; 2 wrong use; 3 done, but damaged groups or videos were left out, or a plan does
-not fit into memory; 10-24 a stream or model is wrong (gnvc_jax.bitstream.errors); 25 weights to
-port do not fit; 66-74 a video cannot be read or written (gnvc_jax.media.errors); 130 interrupted.
+Exit codes: 0 good; 2 wrong use; 3 done, but damaged frames, groups or videos were left out or
+replaced, or a plan does not fit into memory; 10-24 a stream or model is wrong
+(gnvc_jax.bitstream.errors); 25 weights to port do not fit; 65-74 a video cannot be read or written
+(gnvc_jax.media.errors); 130 interrupted.
 Errors go to stderr, a line per problem; a command that fails leaves no output behind.
 """
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got '{text}'")
+    return int(text)
+
+
+def rate(text: str) -> Fraction:
+    """A positive number of frames a second, as 25, 29.97 or 30000/1001."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        value = Fraction(0)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(
+            f"must be a positive number such as 25, 29.97 or 30000/1001, got '{text}'"
+        )
+    return value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,10 +69,20 @@ def parser() -> argparse.ArgumentParser:
     enc.add_argument("output", nargs="?", help="default: INPUT.gnvc")
     enc.add_argument("--qp", type=int, default=24, help="0..63, lower is better (default: 24)")
     enc.add_argument("--gop", type=int, default=97, help="frames per group, 1 + 4k (default: 97)")
-    enc.add_argument("--frames", type=int, help="only the first so many frames")
+    enc.add_argument("--frames", type=count, help="encode at most this many frames")
     enc.add_argument("--size", help="WxH of raw .yuv")
-    enc.add_argument("--fps", type=Fraction, help="frame rate of raw .yuv and of PNG folders")
+    enc.add_argument("--fps", type=rate, help="frame rate, in place of what the input says")
     enc.add_argument("--pix-fmt", help="pixel format of raw .yuv (default: yuv420p)")
+    enc.add_argument(
+        "--stream",
+        type=int,
+        help="number of the video stream, from 0 (default: the default one, else the largest)",
+    )
+    enc.add_argument(
+        "--tolerant",
+        action="store_true",
+        help="encode what can be decoded of a damaged or truncated video, with exit code 3",
+    )
     devices_option(enc)
     output_options(enc)
 
@@ -76,7 +107,7 @@ def parser() -> argparse.ArgumentParser:
     dem = command("demo", "Code a clip, decode it in a new process, compare.", "gnvc demo")
     dem.add_argument("--clip", help="video to use (default: a camera move over a photograph)")
     dem.add_argument("--qp", type=int, default=24)
-    dem.add_argument("--frames", type=int, default=33)
+    dem.add_argument("--frames", type=count, default=33)
     dem.add_argument("--model", default="tiny")
     dem.add_argument("--out", default="demo_out", help="folder for the results")
 
@@ -125,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     )
     many_videos(cache)
     cache.add_argument("--vae", required=True, help="folder of `gnvc port`, run, or model")
-    cache.add_argument("--frames", type=int, default=13, help="per clip, 1 + 4k (default: 13)")
+    cache.add_argument("--frames", type=count, default=13, help="per clip, 1 + 4k (default: 13)")
 
     pod = command(
         "plan",

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import itertools
 import os
 import sys
 import time
@@ -25,6 +26,7 @@ AUDIO_NOTE = "audio is not carried"
 
 
 def encode(args: argparse.Namespace) -> int:
+    from gnvc_jax.coder import check_video
     from gnvc_jax.media.reader import open_video
     from gnvc_jax.pretrained import load_pretrained
 
@@ -32,12 +34,19 @@ def encode(args: argparse.Namespace) -> int:
         raise ValueError("name an output when the input is stdin")
     output = args.output or f"{args.input.rstrip('/')}.gnvc"
     refuse_same_file(args.input, output)
-    size = _size(args.size)
+    options = {
+        "size": _size(args.size),
+        "fps": args.fps,
+        "pix_fmt": args.pix_fmt,
+        "stream": args.stream,
+        "tolerant": args.tolerant,
+    }
     with (
         frames_over(args.devices),
-        open_video(args.input, size=size, fps=args.fps, pix_fmt=args.pix_fmt) as video,
+        open_video(args.input, **options) as video,
         binary_output(output, args.force) as file,
     ):
+        check_video(video.info)
         coder = load_pretrained(args.model)
         fps = (video.fps.numerator, video.fps.denominator)
         header = coder.header(
@@ -46,13 +55,13 @@ def encode(args: argparse.Namespace) -> int:
         total = min(filter(None, (video.frame_count, args.frames)), default=None)
         start = time.perf_counter()
         with bar(total, args, "encoding") as progress:
-            frames = (f for f, _ in zip(video, range(args.frames))) if args.frames else video
+            frames = itertools.islice(video, args.frames)
             count = coder.encode_frames(frames, file, header, args.qp, progress.update)
         written, seconds = file.tell(), time.perf_counter() - start
-        if video.has_audio:
-            print(f"gnvc: {args.input}: {AUDIO_NOTE}", file=sys.stderr)
+        for note in [*video.notes, *[AUDIO_NOTE] * video.has_audio]:
+            print(f"gnvc: {args.input}: {note}", file=sys.stderr)
     report(output, written, count, header, seconds)
-    return 0
+    return EXIT_DAMAGED if video.damaged else 0
 
 
 def decode(args: argparse.Namespace) -> int:

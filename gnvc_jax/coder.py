@@ -25,8 +25,11 @@ from gnvc_jax.bitstream import (
     encode_group,
 )
 from gnvc_jax.bitstream.errors import LimitExceeded
+from gnvc_jax.bitstream.header import check_picture
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LATENT_MULTIPLE
+from gnvc_jax.media.errors import UnsupportedFormat
+from gnvc_jax.media.video import VideoInfo
 from gnvc_jax.model import Functions, Model
 from gnvc_jax.parallel import axis_size
 
@@ -45,6 +48,14 @@ class Timing:
     codec: float = 0.0
     entropy: float = 0.0
     refiner: float = 0.0
+
+
+def check_video(info: VideoInfo) -> None:
+    """UnsupportedFormat, naming the video, if a stream cannot hold its size or rate."""
+    try:
+        check_picture(info.width, info.height, info.fps.as_integer_ratio())
+    except LimitExceeded as error:
+        raise UnsupportedFormat(info.name, str(error)) from None
 
 
 class _Clock:

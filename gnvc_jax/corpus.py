@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from gnvc_jax.coder import DEFAULT_GOP, Coder
+from gnvc_jax.coder import DEFAULT_GOP, Coder, check_video
 from gnvc_jax.data.index import find_videos
 from gnvc_jax.data.latents import video_key
 from gnvc_jax.files import keyed_name, write_json, write_whole
@@ -63,10 +63,13 @@ def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> di
     """Write one stream whole; its row of the manifest. Raises MediaError."""
     data = io.BytesIO()
     with open_video(str(video)) as frames:
+        check_video(frames.info)
         fps = frames.fps.numerator, frames.fps.denominator
         size = frames.width, frames.height
         header = coder.header(*size, fps, gop=gop, colour=frames.colour.code_points)
         count = coder.encode_frames(frames, data, header, qp)
+        for note in frames.notes:
+            log.warning("%s: %s", video, note)
     write_whole(stream, data.getvalue())
     pixels = size[0] * size[1] * count
     facts = str(video), stream.name, *size, count, data.tell(), 8 * data.tell() / pixels

@@ -1,5 +1,6 @@
 """The demonstration: a clip through the real codec, with a decoder in a process of its own."""
 
+import itertools
 import subprocess
 import sys
 import time
@@ -39,8 +40,7 @@ def camera_move(frames: int) -> np.ndarray:
 def read_all(path: Path | str, frames: int | None = None) -> tuple[np.ndarray, Fraction]:
     """The (first) frames of a video, uint8 (t, h, w, 3), and its frame rate."""
     with open_video(str(path)) as video:
-        pairs = zip(video, range(frames)) if frames else ((f, 0) for f in video)
-        return np.stack([frame for frame, _ in pairs]), video.fps
+        return np.stack(list(itertools.islice(video, frames))), video.fps
 
 
 def write_all(path: Path, video: np.ndarray, fps: Fraction) -> None:

@@ -36,6 +36,7 @@ def place(tmp_path_factory, tiny_model):
         for packet in stream.encode():
             out.mux(packet)
     imageio.imwrite(folder / "dot.gif", rng.integers(0, 256, (2, 1, 1, 3), np.uint8))
+    (folder / "damaged.mkv").write_bytes(damaged_at_frame(12, rng))
     (folder / "empty.mp4").touch()
     (folder / "text.mp4").write_text("not a video\n" * 100)
     args = ("encode", folder / "clip.mp4", folder / "clip.gnvc", "--gop", 5, "--qp", 20)
@@ -55,6 +56,24 @@ def place(tmp_path_factory, tiny_model):
     swapped += stream[end:]
     (folder / "swapped.gnvc").write_bytes(swapped)
     return folder
+
+
+def damaged_at_frame(number: int, rng) -> bytes:
+    """A .mkv of 20 frames that the decoder can read before frame `number`."""
+    file = io.BytesIO()
+    with av.open(file, "w", format="matroska") as out:
+        video = out.add_stream("mjpeg", rate=25)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuvj420p"
+        for place in range(20):
+            picture = rng.integers(0, 256, (48, 64, 3), np.uint8)
+            for packet in video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                if place == number:
+                    damaged = av.Packet(bytes(packet)[:20] + bytes(packet.size - 20))
+                    damaged.pts, damaged.dts, damaged.stream = packet.pts, packet.dts, video
+                    damaged.time_base, damaged.is_keyframe = packet.time_base, True
+                    packet = damaged
+                out.mux(packet)
+    return file.getvalue()
 
 
 def resized(stream: bytes, width: int, height: int) -> bytes:
@@ -87,7 +106,10 @@ WRONG = [
     ("encode absent.mp4 o.gnvc", 66, "absent.mp4"),
     ("encode empty.mp4 o.gnvc", None, "empty.mp4"),
     ("encode text.mp4 o.gnvc", 65, "text.mp4"),
-    ("encode dot.gif o.gnvc", 13, "dot.gif"),
+    ("encode dot.gif o.gnvc", 65, "dot.gif: the frame size (width x height) is 1x1"),
+    ("encode clip.mp4 o.gnvc --fps 2000", 65, "clip.mp4: the frame rate is 2000/1"),
+    ("encode damaged.mkv o.gnvc", 65, "damaged.mkv: damaged:"),
+    ("encode clip.mp4 o.gnvc --stream 1", 65, "clip.mp4: has no video stream 1"),
     ("encode . o.gnvc", None, "."),
     ("encode clip.mp4 clip.gnvc", 73, "clip.gnvc"),
     ("encode clip.mp4 clip.mp4 --force", 73, "is the input"),
@@ -130,6 +152,38 @@ def test_wrong_use_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, li
     assert got == code if code else got > 0
     assert error.startswith("gnvc: ") and text in error
     assert {p.name: p.stat().st_mtime_ns for p in place.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--fps 30/0", "must be a positive number such as 25"),
+        ("--fps 0", "must be a positive number"),
+        ("--fps -25", "must be a positive number"),
+        ("--fps nan", "must be a positive number"),
+        ("--frames 0", "must be a whole number of at least 1, got '0'"),
+        ("--frames -3", "must be a whole number of at least 1"),
+        ("--frames 1.5", "must be a whole number of at least 1"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_wrong_use(option, text, capsys):
+    name, value = option.split()
+    with pytest.raises(SystemExit) as caught:
+        run("encode", "clip.mp4", "o.gnvc", f"{name}={value}")
+    assert caught.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"gnvc encode: error: argument {name}: ") and text in error
+
+
+def test_first_frames_need_no_frame_after_them(place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    model = "--model", "m.safetensors", "--force"
+    assert run("encode", "damaged.mkv", "o.gnvc", "--frames", 12, *model) == 0
+    assert "12 frames" in capsys.readouterr().err
+    assert run("encode", "damaged.mkv", "o.gnvc", "--frames", 13, *model) == 65
+    assert run("encode", "damaged.mkv", "o.gnvc", "--tolerant", *model) == cli.EXIT_DAMAGED
+    assert "damaged.mkv: damaged: the decoder had to make up" in capsys.readouterr().err
+    (place / "o.gnvc").unlink()
 
 
 def test_the_input_is_known_behind_links_and_as_stdin(place, tmp_path, monkeypatch, capsys):

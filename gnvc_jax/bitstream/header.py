@@ -20,7 +20,27 @@ FIXED = struct.Struct("<8sHHIIIIIIIQHH4B4BHH32s16sI4BQ")
 UNKNOWN_COUNT = 2**64 - 1
 MAX_HEADER = 65536
 MAX_SIDE, MIN_SIDE, MAX_PIXELS = 16384, 16, 1 << 27
+MIN_FPS, MAX_FPS = 0.001, 1000
 assert FIXED.size == 128
+
+
+def check_picture(width: int, height: int, fps: tuple[int, int]) -> None:
+    """LimitExceeded if a stream cannot hold frames of this size in pixels or at this rate."""
+    if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:
+        raise LimitExceeded(
+            f"the frame size (width x height) is {width}x{height}; each side must be in"
+            f" [{MIN_SIDE}, {MAX_SIDE}] pixels"
+        )
+    if width * height > MAX_PIXELS:
+        raise LimitExceeded(
+            f"the frame size (width x height) is {width}x{height}; frames may have at most"
+            f" {MAX_PIXELS} pixels"
+        )
+    # Each number of the fraction must fit into 32 bits.
+    if not (all(1 <= part < 1 << 32 for part in fps) and MIN_FPS <= fps[0] / fps[1] <= MAX_FPS):
+        raise LimitExceeded(
+            f"the frame rate is {fps[0]}/{fps[1]}; it must be in [{MIN_FPS}, {MAX_FPS}] per second"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +78,7 @@ class Header:
             if not low <= value <= high:
                 raise LimitExceeded(f"header field {name} is {value}, allowed {low}..{high}")
 
-        limit("width", self.width, MIN_SIDE, MAX_SIDE)
-        limit("height", self.height, MIN_SIDE, MAX_SIDE)
-        limit("width * height", self.width * self.height, 1, MAX_PIXELS)
-        limit("fps_num", self.fps[0], 1, 2**32 - 1)
-        limit("fps_den", self.fps[1], 1, 2**32 - 1)
-        limit("fps", self.fps[0] / self.fps[1], 1e-3, 1000)
+        check_picture(self.width, self.height, self.fps)
         limit("gop_latents", self.gop_latents, 1, 256)
         limit("gop_frames", self.gop_frames, 1, 4 * (self.gop_latents - 1) + 1)
         limit("latent_stride", self.latent_stride, 8, 8)

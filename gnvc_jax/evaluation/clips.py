@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import logging
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 from gnvc_jax.media.colour import BT709, Colour
 from gnvc_jax.media.reader import open_video
 from gnvc_jax.media.writer import open_writer
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".mkv", ".mp4", ".mov", ".webm", ".avi", ".y4m", ".yuv")
 
@@ -74,6 +77,8 @@ def read_clip(
     colour = Colour(full_range=True) if full_range else None
     with open_video(path, colour=colour) as video:
         pictures = np.stack(list(itertools.islice(video, frames)))
+        for note in video.notes:
+            log.warning("%s: %s", path, note)
         return Clip(name or path.stem, pictures, video.fps, colour or BT709)
 
 
