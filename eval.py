@@ -13,6 +13,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gnvc_jax.arguments import MAX_STEPS
+from gnvc_jax.errors import GnvcError
 from gnvc_jax.evaluation import paper
 from gnvc_jax.evaluation.anchors import ANCHORS
 from gnvc_jax.evaluation.clips import find_clips, read_clip
@@ -216,7 +217,7 @@ def main(arguments=None) -> int:
         paths = find_clips(options.data)
         if options.set:
             paths = paper.sequences(options.set, paths)
-    except (FileNotFoundError, ValueError) as error:
+    except (GnvcError, FileNotFoundError) as error:
         print(f"eval.py: {error}", file=sys.stderr)
         return 2
     clips = {

@@ -10,7 +10,7 @@ import sys
 
 import jax
 
-from gnvc_jax.media.errors import MediaError
+from gnvc_jax.errors import GnvcError
 from gnvc_jax.runtime import join_processes, use_compilation_cache
 from gnvc_jax.training import config
 from gnvc_jax.training.loop import train
@@ -32,7 +32,7 @@ def main() -> None:
         if jax.process_index() == 0:
             print(f"{experiment.stage} on {jax.device_count()} x {device.device_kind}", flush=True)
         train(experiment, make_stage(experiment))
-    except (FileNotFoundError, ValueError, FloatingPointError, MediaError) as error:
+    except (GnvcError, OSError) as error:
         sys.exit(f"train.py: {error}")
 
 

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
 from gnvc_jax import planner
+from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
 from gnvc_jax.parallel import chips
 from gnvc_jax.training import config
@@ -108,7 +109,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))  # configurations import each other
     try:
         chips.libtpu_path()
-    except ValueError as error:
+    except UsageError as error:
         print(f"nothing is compiled: {error}")
         args.cases = []
     rows = json.loads(RESULTS.read_text()) if RESULTS.is_file() else []

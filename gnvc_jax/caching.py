@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from gnvc_jax.data.latents import CacheInfo, write_latents
+from gnvc_jax.errors import UsageError
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.pretrained import find_model
@@ -26,7 +27,7 @@ def cache_latents(
     and `find_vae`.
     """
     if frames < 1 or (frames - 1) % 4:
-        raise ValueError(f"frames {frames}: expected 1 + 4k")
+        raise UsageError(f"frames {frames}: expected 1 + 4k")
     encode, info = frozen_encoder(vae, frames)
     shard = jax.process_index(), jax.process_count()
     return write_latents(source, folder, info, encode, shard, progress)
@@ -56,7 +57,7 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
     """Sizes and float32 parameters of a VAE; mean and deviation (c,) of its latents.
 
     vae: folder of `gnvc port`, a run of the stage `vae` with a linear encoder, name of a shipped
-    model, or a model file. Errors as `load_weights`, `load_params` and `find_model`; ValueError for
+    model, or a model file. Errors as `load_weights`, `load_params` and `find_model`; UsageError for
     another run: the statistics of a learned encoder are measured by the stage that trains on it.
     """
     if has_component(vae, "vae"):
@@ -65,10 +66,10 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
     elif (Path(vae) / "config.json").is_file():
         facts = config_of(vae)
         if facts["stage"] != "vae":
-            raise ValueError(f"{vae}: a run of the stage `{facts['stage']}`, expected `vae`")
+            raise UsageError(f"{vae}: a run of the stage `{facts['stage']}`, expected `vae`")
         config = VAEConfig.from_json(facts["vae"])
         if not config.linear_encoder:
-            raise ValueError(f"{vae}: its encoder is learned; codecs for it train on frames")
+            raise UsageError(f"{vae}: its encoder is learned; codecs for it train on frames")
         like = jax.eval_shape(lambda key: init_vae(VAE(config), key), jax.random.key(0))
         params = load_params(vae, like)
         mean, std = np.zeros(config.latent_channels), np.ones(config.latent_channels)

@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from gnvc_jax.arguments import MAX_STEPS, parser
 from gnvc_jax.bitstream import BitstreamError, Group, StreamReader
+from gnvc_jax.errors import GnvcError, UsageError
 from gnvc_jax.files import atomic_output, would_overwrite
 from gnvc_jax.media.colour import Colour
-from gnvc_jax.media.errors import DiskFull, MediaError, OutputExists, UnwritableOutput
-from gnvc_jax.porting.errors import PortError
+from gnvc_jax.media.errors import DiskFull, OutputExists, UnwritableOutput
 
-EXIT_USAGE, EXIT_DAMAGED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_DAMAGED, EXIT_INTERRUPTED = 3, 130
 AUDIO_NOTE = "audio is not carried"
 
 
@@ -31,7 +31,7 @@ def encode(args: argparse.Namespace) -> int:
     from gnvc_jax.pretrained import load_pretrained
 
     if args.output is None and args.input == "-":
-        raise ValueError("name an output when the input is stdin")
+        raise UsageError("name an output when the input is stdin")
     output = args.output or f"{args.input.rstrip('/')}.gnvc"
     refuse_same_file(args.input, output)
     options = {
@@ -73,7 +73,7 @@ def decode(args: argparse.Namespace) -> int:
     source = sys.stdin.buffer if args.input == "-" else args.input
     damaged = []
     if args.steps is not None and not 0 <= args.steps <= MAX_STEPS:
-        raise ValueError(f"--steps {args.steps}: expected 0 to {MAX_STEPS}")
+        raise UsageError(f"--steps {args.steps}: expected 0 to {MAX_STEPS}")
     with frames_over(args.devices), StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(args.model)
         coder.check(header, MAX_PIXELS if args.max_pixels is None else args.max_pixels)
@@ -99,7 +99,7 @@ def decode(args: argparse.Namespace) -> int:
 
 
 def frames_over(devices: int) -> contextlib.AbstractContextManager:
-    """Within it, so many devices share each frame. ValueError if there are not so many."""
+    """Within it, so many devices share each frame. UsageError if there are not so many."""
     if devices == 1:
         return contextlib.nullcontext()
 
@@ -163,7 +163,7 @@ def port(args: argparse.Namespace) -> int:
 
     if open_perceptual(args.source):
         if args.prompt or args.heads or args.dtype != "stored":
-            raise ValueError("--dtype, --prompt and --heads are of no use for LPIPS")
+            raise UsageError("--dtype, --prompt and --heads are of no use for LPIPS")
         print(port_perceptual(args.source, args.to))
         return 0
     parts = port(
@@ -182,7 +182,7 @@ def export(args: argparse.Namespace) -> int:
     from gnvc_jax.porting.export import export
 
     if args.shard_gib <= 0:
-        raise ValueError(f"--shard-gib {args.shard_gib}: expected more than 0")
+        raise UsageError(f"--shard-gib {args.shard_gib}: expected more than 0")
     size = int(args.shard_gib * 2**30)
     for folder in export(args.source, args.to, size, progress=not args.no_progress):
         print(folder)
@@ -224,7 +224,7 @@ def plan(args: argparse.Namespace) -> int:
     from gnvc_jax.training import config
 
     if args.coding and (args.per_device or any(x.startswith("--mesh") for x in args.settings)):
-        raise ValueError(
+        raise UsageError(
             "--mesh and --per-device are of training; with --coding all devices share each frame"
         )
     jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none
@@ -323,7 +323,7 @@ def _size(text: str | None) -> tuple[int, int] | None:
     try:
         width, height = map(int, text.lower().split("x"))
     except ValueError:
-        raise ValueError(f"--size {text}: expected WxH, as 1920x1080") from None
+        raise UsageError(f"--size {text}: expected WxH, as 1920x1080") from None
     return width, height
 
 
@@ -345,11 +345,9 @@ def main(argv: list[str] | None = None) -> int:
         return commands[args.command](args)
     except KeyboardInterrupt:
         return _fail("interrupted", EXIT_INTERRUPTED)
-    except MediaError as error:
-        return _fail(str(error), error.exit_code)
-    except BitstreamError as error:
+    except (BitstreamError, UsageError) as error:  # they do not know the file
         return _fail(f"{name}: {error}", error.exit_code)
-    except PortError as error:
+    except GnvcError as error:
         return _fail(str(error), error.exit_code)
     except BrokenPipeError:
         sys.stderr.close()
@@ -359,8 +357,6 @@ def main(argv: list[str] | None = None) -> int:
             return _fail(str(error), 66)
         code = DiskFull.exit_code if error.errno == errno.ENOSPC else 66
         return _fail(f"{error.filename or name}: {error.strerror or error}", code)
-    except ValueError as error:
-        return _fail(f"{name}: {error}", EXIT_USAGE)
 
 
 def _fail(message: str, code: int) -> int:

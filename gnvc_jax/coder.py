@@ -28,6 +28,7 @@ from gnvc_jax.bitstream.errors import LimitExceeded
 from gnvc_jax.bitstream.header import check_picture
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LATENT_MULTIPLE
+from gnvc_jax.errors import UsageError
 from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
 from gnvc_jax.model import Functions, Model
@@ -88,9 +89,9 @@ class Coder:
         frame_count: int | None = None,
         **extra,
     ) -> Header:
-        """Header of a new stream. ValueError if gop is not 1 + 4k with k < 256."""
+        """Header of a new stream. UsageError if gop is not 1 + 4k with k < 256."""
         if gop < 1 or (gop - 1) % 4 or gop > 1021:
-            raise ValueError(f"gop {gop}: expected 1 + 4k frames, 1..1021")
+            raise UsageError(f"gop {gop}: expected 1 + 4k frames, 1..1021")
         cfg = self.model.codec_config
         codec, vae = self.model.fingerprints
         return Header(
@@ -120,11 +121,11 @@ class Coder:
     ) -> int:
         """Encode uint8 RGB frames (h, w, 3) at qp 0..63 (lower is better); returns the frames.
 
-        progress(n) is called whenever n more frames are done. ValueError for a frame of another
+        progress(n) is called whenever n more frames are done. UsageError for a frame of another
         size, a qp out of range, a width that the mesh in use does not divide, or no frame at all.
         """
         if not 0 <= qp <= MAX_QP:
-            raise ValueError(f"qp {qp}: expected 0..{MAX_QP}")
+            raise UsageError(f"qp {qp}: expected 0..{MAX_QP}")
         check_columns(header.width)
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
         while gop := self._encode_group(itertools.islice(frames, header.gop_frames),
@@ -133,7 +134,7 @@ class Coder:
             writer.write_group(payload)
             number, first = number + 1, first + count
         if not first:
-            raise ValueError("there is no frame to encode")
+            raise UsageError("there is no frame to encode")
         writer.close()
         return first
 
@@ -143,7 +144,7 @@ class Coder:
         while chunk := list(itertools.islice(frames, 4 if latents else 1)):
             for frame in chunk:
                 if frame.shape != (header.height, header.width, 3):
-                    raise ValueError(
+                    raise UsageError(
                         f"frame {first + count} is {frame.shape}, expected "
                         f"{(header.height, header.width, 3)}"
                     )
@@ -179,7 +180,7 @@ class Coder:
 
         WrongModel or ModelCorrupt unless the stream was made with this model, LimitExceeded if a
         frame has more than max_pixels: a few bytes can claim a picture that no memory holds;
-        ValueError for a width that the mesh in use does not divide.
+        UsageError for a width that the mesh in use does not divide.
         """
         check_columns(header.width)
         header.check_model(*self.model.fingerprints, self.model.tables.crc32())
@@ -260,10 +261,10 @@ class Coder:
 
 
 def check_columns(width: int) -> None:
-    """ValueError unless the mesh axis `context` divides the columns of latents of frames."""
+    """UsageError unless the mesh axis `context` divides the columns of latents of frames."""
     devices, columns = axis_size("context"), -(-width // 8)
     if columns % devices:
-        raise ValueError(
+        raise UsageError(
             f"{devices} devices cannot share frames {width} wide: that makes {columns} columns of "
             "latents, which they do not divide"
         )

@@ -30,6 +30,7 @@ from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LatentCodec, State, pad_latents
+from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output
 from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
@@ -350,10 +351,10 @@ class Functions:
     def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
         """Refined latents (1, t, h, w, c) of a group; features: memory of the codec after each.
 
-        The same seed gives the same result on one device. ValueError without a refiner.
+        The same seed gives the same result on one device. UsageError without a refiner.
         """
         if self.model.refiner is None and steps:
-            raise ValueError(f"model {self.model.name!r} has no refiner; use 0 steps")
+            raise UsageError(f"model {self.model.name!r} has no refiner; use 0 steps")
 
         def velocity(state, tau, decoded, features):
             tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 
+from gnvc_jax.errors import UsageError
+
 
 def cache_folder() -> Path:
     """The project's folder below the user's cache folder."""
@@ -27,13 +29,13 @@ def join_processes() -> None:
 
     On TPU slices, under Slurm, Open MPI and in Kubernetes jobs JAX finds the others by itself; by
     hand, the variables BY_HAND name HOST:PORT of the first process, the number of processes and
-    that of this one. A process that is alone goes on by itself. Raises ValueError if some of the
+    that of this one. A process that is alone goes on by itself. Raises UsageError if some of the
     variables are missing, RuntimeError if the others do not come.
     """
     given = [os.environ.get(name) for name in BY_HAND]
     if any(given):
         if not all(given):
-            raise ValueError(f"set all of {', '.join(BY_HAND)}, or none")
+            raise UsageError(f"set all of {', '.join(BY_HAND)}, or none")
         address, count, number = given
         if int(count) > 1:
             jax.distributed.initialize(

@@ -235,3 +235,15 @@ def test_counting_output_knows_its_size():
     out.write(b"123")
     out.write(b"45")
     assert out.tell() == 5
+
+
+def test_a_fault_keeps_its_traceback(place, monkeypatch):
+    error = ValueError("in a kernel")
+
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("gnvc_jax.coder.Coder.encode_frames", fail)
+    with pytest.raises(ValueError) as caught:
+        run("encode", place / "clip.mp4", place / "o.gnvc", "--model", place / "m.safetensors")
+    assert caught.value is error and not (place / "o.gnvc").exists()

@@ -1,7 +1,9 @@
 """Everything that can be wrong with a stream, one class and one exit code each."""
 
+from gnvc_jax.errors import GnvcError
 
-class BitstreamError(Exception):
+
+class BitstreamError(GnvcError):
     """Base of all stream errors; `exit_code` is what the command line ends with.
 
     n_frames: what a tolerant reader lost to this error, None if it cannot tell.

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from gnvc_jax.errors import UsageError
+
 QUALITIES = 64  # quality levels in one model; a larger q_index is better quality
 KNOTS = 9  # levels 0, 8, ..., 64 have parameters; those between are interpolated
 SCALES = 64  # zero-mean Gaussian tables
@@ -34,9 +36,9 @@ class CodecConfig:
     def __post_init__(self):
         inputs = self.scale_width + 2 * self.y_channels
         if inputs > 512:
-            raise ValueError(
+            raise UsageError(
                 f"scale_width + 2 * y_channels is {inputs}; at most 512 inputs keep the integer "
                 "scale network exact in float32"
             )
         if self.y_channels % 4:
-            raise ValueError(f"y_channels {self.y_channels} is not a multiple of 4")
+            raise UsageError(f"y_channels {self.y_channels} is not a multiple of 4")

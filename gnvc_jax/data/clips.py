@@ -15,6 +15,7 @@ import numpy as np
 from absl import flags
 
 from gnvc_jax.data.index import ClipIndex, Video
+from gnvc_jax.errors import UsageError
 
 __all__ = ["ClipIndex", "RandomClip", "clip_dataset"]
 
@@ -85,11 +86,11 @@ def clip_dataset(
 
     The iterator's state is the number of the next clip, {"global_next_index": n}: get_state and
     set_state resume with exactly the next batch, whatever the workers, and also on another number
-    of processes. Raises ValueError if no video has `frames` frames.
+    of processes. Raises UsageError if no video has `frames` frames.
     """
     videos = tuple(video for video in index if video.frames >= frames)
     if not videos:
-        raise ValueError(f"none of the {len(index)} training videos has {frames} frames")
+        raise UsageError(f"none of the {len(index)} training videos has {frames} frames")
     if len(videos) < len(index):
         log.warning(
             "left out: %d of %d videos with fewer than %d frames",

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from gnvc_jax.data.clips import endless_batches
 from gnvc_jax.data.index import find_videos
+from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, keyed_name, write_json
 from gnvc_jax.media.errors import MediaError
 from gnvc_jax.media.reader import open_video
@@ -64,7 +65,7 @@ def write_latents(
     video is cut at the right and below to multiples of twice the stride, and into clips that follow
     each other; a rest is left out. Returns the videos that failed, with the reason.
 
-    Raises MissingInput for the source, ValueError if the folder holds other latents.
+    Raises MissingInput for the source, UsageError if the folder holds other latents.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,18 +120,18 @@ def video_key(video: Path) -> str:
 
 
 def _claim(folder: Path, info: CacheInfo) -> None:
-    """Note what the folder holds; ValueError if it holds something else."""
+    """Note what the folder holds; UsageError if it holds something else."""
     path = folder / "cache.json"
     if path.exists():
         known = read_info(folder)
         if known != info:
-            raise ValueError(f"{folder}: holds other latents: {known}, not {info}")
+            raise UsageError(f"{folder}: holds other latents: {known}, not {info}")
         return
     write_json(path, dataclasses.asdict(info))
 
 
 def read_info(folder: str | Path) -> CacheInfo:
-    """FileNotFoundError if there is no cache, ValueError if its description is damaged."""
+    """FileNotFoundError if there is no cache, UsageError if its description is damaged."""
     path = Path(folder) / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no latents here; gnvc cache-latents makes them")
@@ -138,7 +139,7 @@ def read_info(folder: str | Path) -> CacheInfo:
         facts = json.loads(path.read_text())
         return CacheInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
     except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: not the description of a cache ({error})") from error
+        raise UsageError(f"{path}: not the description of a cache ({error})") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +158,10 @@ class RandomLatents(grain.transforms.RandomMap):
     def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
         record = self._source[element]
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
-            raise ValueError(f"{self.folder}: record {element} is damaged")
+            raise UsageError(f"{self.folder}: record {element} is damaged")
         latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.count]
         if any(s > n for s, n in zip(self.size, latents.shape[1:3])):
-            raise ValueError(
+            raise UsageError(
                 f"{self.folder}: latents of {latents.shape[1:3]}, wanted are crops of {self.size}"
             )
         starts = [int(rng.integers(n - s + 1)) for n, s in zip(latents.shape[1:3], self.size)]
@@ -175,14 +176,14 @@ def latent_dataset(
 
     frames, size: as of the clips that the latents stand for, in frames and pixels; the other
     arguments: see `endless_batches`. Crops start at multiples of the stride. Raises
-    FileNotFoundError for an empty cache, ValueError if its clips are shorter or smaller.
+    FileNotFoundError for an empty cache, UsageError if its clips are shorter or smaller.
     """
     info, folder = read_info(folder), Path(folder)
     paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())
     if not paths:
         raise FileNotFoundError(f"{folder}: no latents here; gnvc cache-latents makes them")
     if frames > info.frames:
-        raise ValueError(f"{folder}: its clips have {info.frames} frames, wanted are {frames}")
+        raise UsageError(f"{folder}: its clips have {info.frames} frames, wanted are {frames}")
     size = tuple(side // info.stride for side in size)
     draw = RandomLatents(str(folder), tuple(paths), 1 + (frames - 1) // 4, size)
     draw.random_map(0, np.random.default_rng(0))  # says now if crops do not fit

@@ -7,6 +7,7 @@ paper names neither the network of LPIPS, nor flow and scale of E_warp (taken to
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.evaluation.bd_rate import bd_quality, bd_table, complete, curves
 from gnvc_jax.evaluation.records import curve_of
 
@@ -42,16 +43,16 @@ MILLISECONDS = {"encode": 153.0, "decode": 1557.0}
 def sequences(name: str, clips: Mapping[str, Path]) -> dict[str, Path]:
     """The clips of a set (`SEQUENCES`), told by how the names of their files begin, in its order.
 
-    Raises ValueError where one is not there or there several times.
+    Raises UsageError where one is not there or there several times.
     """
     chosen = {}
     for sequence in SEQUENCES[name]:
         found = [k for k, path in clips.items() if path.name.lower().startswith(sequence.lower())]
         if not found:
-            raise ValueError(f"{name}: no {sequence}")
+            raise UsageError(f"{name}: no {sequence}")
         if len(found) > 1:
             several = ", ".join(str(clips[k]) for k in found)
-            raise ValueError(f"{name}: several clips for {sequence}: {several}")
+            raise UsageError(f"{name}: several clips for {sequence}: {several}")
         chosen[found[0]] = clips[found[0]]
     return chosen
 

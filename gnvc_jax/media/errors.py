@@ -20,8 +20,10 @@ from __future__ import annotations
 import errno
 import os
 
+from gnvc_jax.errors import GnvcError
 
-class MediaError(Exception):
+
+class MediaError(GnvcError):
     """A video that cannot be read or written; ``exit_code`` is the process status to end with."""
 
     exit_code = 65

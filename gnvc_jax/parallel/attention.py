@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel.rules import activation_spec
 
 Array = jax.Array
@@ -43,7 +44,7 @@ def attention(
     many are padding; split_keys: whether keys and values are spread over `context` as queries are;
     ring: these go round instead of being exchanged for heads.
 
-    Raises ValueError if the mesh does not divide the heads.
+    Raises UsageError if the mesh does not divide the heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -51,11 +52,11 @@ def attention(
     size, heads = mesh.shape[AXIS], q.shape[2]
     split_keys = split_keys and size > 1
     if heads % mesh.shape["tensor"]:
-        raise ValueError(f"mesh axis tensor={mesh.shape['tensor']} does not divide {heads} heads")
+        raise UsageError(f"mesh axis tensor={mesh.shape['tensor']} does not divide {heads} heads")
     heads //= mesh.shape["tensor"]
     extra = -heads % size
     if q.shape[1] % size:
-        raise ValueError(f"mesh axis context={size} does not divide {q.shape[1]} tokens")
+        raise UsageError(f"mesh axis context={size} does not divide {q.shape[1]} tokens")
 
     def whole(q, k, v):
         return local(q, k[:, :length], v[:, :length])

@@ -12,6 +12,8 @@ import re
 
 import jax
 
+from gnvc_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
@@ -60,20 +62,20 @@ PEAK_FLOPS = {
 
 
 def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
-    """ "v5p:4x4x4" -> its chip and (4, 4, 4). ValueError for an unknown chip or shape."""
+    """ "v5p:4x4x4" -> its chip and (4, 4, 4). UsageError for an unknown chip or shape."""
     name, _, shape = text.partition(":")
     if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise ValueError(f"topology {text!r}: expected CHIP:AxB[xC], CHIP of {', '.join(CHIPS)}")
+        raise UsageError(f"topology {text!r}: expected CHIP:AxB[xC], CHIP of {', '.join(CHIPS)}")
     sizes = tuple(map(int, shape.split("x")))
     if len(sizes) != CHIPS[name].axes:
-        raise ValueError(f"topology {text!r}: {name} has {CHIPS[name].axes} dimensions")
+        raise UsageError(f"topology {text!r}: {name} has {CHIPS[name].axes} dimensions")
     return CHIPS[name], sizes
 
 
 def topology_devices(text: str) -> list[jax.Device]:
     """Devices that programs can be compiled for, but not run on.
 
-    Raises ValueError for a topology that does not exist, and without libtpu.
+    Raises UsageError for a topology that does not exist, and without libtpu.
     """
     from jax.experimental import topologies
 
@@ -85,10 +87,10 @@ def topology_devices(text: str) -> list[jax.Device]:
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
-        raise ValueError(f"topology {text!r}: {str(error).splitlines()[0]}") from None
+        raise UsageError(f"topology {text!r}: {str(error).splitlines()[0]}") from None
     expected = math.prod(sizes) * chip.devices
     if len(found.devices) != expected:
-        raise ValueError(f"topology {text!r}: {len(found.devices)} devices, expected {expected}")
+        raise UsageError(f"topology {text!r}: {len(found.devices)} devices, expected {expected}")
     return found.devices
 
 
@@ -97,5 +99,5 @@ def libtpu_path() -> str:
     try:
         import libtpu
     except ImportError:
-        raise ValueError("compiling for TPUs needs libtpu: pip install 'jax[tpu]'") from None
+        raise UsageError("compiling for TPUs needs libtpu: pip install 'jax[tpu]'") from None
     return libtpu.get_library_path()

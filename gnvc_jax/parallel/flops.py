@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from gnvc_jax.errors import UsageError
+
 
 def count(function, *args: Any, turns: float = 1.0) -> float:
     """Operations of `function(*args)`; multiply and add are two. args: arrays or shapes.
@@ -35,7 +37,7 @@ def _of_equation(equation, turns: float) -> float:
         zeros = math.prod(params["lhs_dilation"])
         return 2.0 * math.prod(out) * math.prod(kernel) / features / zeros
     if name == "pallas_call":
-        raise ValueError("kernels cannot be counted; choose an attention without them")
+        raise UsageError("kernels cannot be counted; choose an attention without them")
     if name == "cond":
         return max(_of(branch.jaxpr, turns) for branch in params["branches"])
     inner = [getattr(x, "jaxpr", x) for x in params.values()]

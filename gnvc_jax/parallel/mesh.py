@@ -12,6 +12,8 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from gnvc_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
@@ -24,13 +26,13 @@ class MeshConfig:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """The mesh that "data=2,fsdp=4" names; ValueError for what is no list of axes and sizes."""
+    """The mesh that "data=2,fsdp=4" names; UsageError for what is no list of axes and sizes."""
     names = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in names or name in sizes or not size.lstrip("-").isdigit():
-            raise ValueError(f"mesh {text!r}: expected AXIS=SIZE,... of {', '.join(names)}")
+            raise UsageError(f"mesh {text!r}: expected AXIS=SIZE,... of {', '.join(names)}")
         sizes[name] = int(size)
     return MeshConfig(**sizes)
 
@@ -38,7 +40,7 @@ def parse_mesh(text: str) -> MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Mesh over the first of `devices`, by default those of all hosts.
 
-    Raises ValueError if the sizes do not fit the number of devices. With several processes, and
+    Raises UsageError if the sizes do not fit the number of devices. With several processes, and
     with devices that are named, none may be left over.
     """
     given, sizes = devices is not None, dataclasses.asdict(config)
@@ -49,7 +51,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     used = math.prod(sizes.values())
     whole = given or jax.process_count() > 1
     if min(sizes.values()) < 1 or used > len(devices) or (used < len(devices) and whole):
-        raise ValueError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
+        raise UsageError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
     shape = tuple(sizes.values())
     # Neighbours in the mesh become neighbours in the machine where its shape is known.
     grid = mesh_utils.create_device_mesh(shape, devices[:used], allow_split_physical_axes=True)

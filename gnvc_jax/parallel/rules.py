@@ -15,6 +15,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.errors import UsageError
+
 Tree = Any
 
 BATCH = ("data", "fsdp")
@@ -37,7 +39,7 @@ SMALL, LARGE = 1 << 19, 1 << 20
 def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
     """Axes of the parameter at `path` ("codec/intra/out/kernel").
 
-    Raises ValueError if the mesh does not divide the sizes of a parameter that must be split.
+    Raises UsageError if the mesh does not divide the sizes of a parameter that must be split.
     """
     axes = [None] * len(shape)
     named = next((axes for end, axes in RULES if re.search(f"(^|/){end}$", path)), None)
@@ -53,7 +55,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
             axes[i] = None
         elif shape[i] % mesh.shape[axis]:
             if axis == "tensor" or count >= LARGE:
-                raise ValueError(
+                raise UsageError(
                     f"mesh axis {axis}={mesh.shape[axis]} does not divide dimension {i} of "
                     f"parameter {path} {tuple(shape)}"
                 )
@@ -64,7 +66,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
     """The sharding of every leaf (array or shape) of a tree of parameters, or of what follows them.
 
-    Raises ValueError: see `spec`.
+    Raises UsageError: see `spec`.
     """
 
     def place(path, leaf):

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.coder import check_columns
+from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model, Programs, programs, refiner_dtype
 from gnvc_jax.parallel import MeshConfig, flops, make_mesh
 from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
@@ -30,7 +31,7 @@ def plan_coding(experiment: Experiment, topology: str, command: str, steps: int 
     """Cost of coding groups of `data.frames` frames of `data.size` on a topology.
 
     command: "encode" or "decode"; steps: of refinement when decoding, 0 without a refiner. All
-    devices share each frame, as `gnvc encode --devices` has it. Raises ValueError as `plan`.
+    devices share each frame, as `gnvc encode --devices` has it. Raises UsageError as `plan`.
     """
     chip, _ = parse_topology(topology)
     devices = topology_devices(topology)
@@ -67,7 +68,7 @@ def coding_for(
         times["velocity"] = steps * len(windows(latents, refiner.window, refiner.overlap))
     stage = make_stage(experiment)
     if not isinstance(stage, CodecStage):
-        raise ValueError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
+        raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
     trained = jax.eval_shape(stage.init, jax.random.key(0))
     params = jax.eval_shape(stage.model_parts, trained, stage.frozen_shapes())
     if refiner is not None:

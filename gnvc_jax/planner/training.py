@@ -10,6 +10,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.parallel.rules import BATCH
@@ -25,7 +26,7 @@ Tree = Any
 def plan(experiment: Experiment, topology: str, clips: int = 1_000_000) -> dict:
     """Cost of the experiment's train step, its longest clips, on a topology ("v5p:4x4x4").
 
-    clips: of an epoch. Raises ValueError for sizes that do not fit, and without libtpu.
+    clips: of an epoch. Raises UsageError for sizes that do not fit, and without libtpu.
     """
     chip, _ = parse_topology(topology)
     devices = topology_devices(topology)
@@ -41,7 +42,7 @@ def plan_for(
     data = experiment.data
     pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
     if data.batch % pieces:
-        raise ValueError(f"data.batch {data.batch} does not divide by {pieces} parts")
+        raise UsageError(f"data.batch {data.batch} does not divide by {pieces} parts")
     frames = max([data.frames, *(frames for _, frames in data.longer)])
     arguments = abstract_arguments(experiment, stage, mesh, frames)
     step = jit_step(experiment, stage, mesh, *arguments[:2])
@@ -84,7 +85,7 @@ def sweep(
     """A plan for each topology in turn.
 
     per_device: clips per device along data x fsdp in place of `data.batch`: the batch grows with
-    the pod (weak scaling), else it stays (strong scaling). Raises ValueError as `plan`.
+    the pod (weak scaling), else it stays (strong scaling). Raises UsageError as `plan`.
     """
     for topology in topologies:
         here = experiment

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner import DiTConfig
 from gnvc_jax.refiner.config import PATCH
 from gnvc_jax.vae import VAEConfig
@@ -132,9 +133,9 @@ def block(cfg: DiTConfig, name: str, path: str, index: int) -> Iterator[Tensor]:
 
 
 def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
-    """All tensors of the VAE. Raises ValueError for a VAE that has no public form."""
+    """All tensors of the VAE. Raises UsageError for a VAE that has no public form."""
     if cfg.linear_encoder or cfg.patch != 1:
-        raise ValueError("only a VAE of Wan2.1's architecture has public names")
+        raise UsageError("only a VAE of Wan2.1's architecture has public names")
     z, widths, window = cfg.latent_channels, cfg.widths, (3, 3, 3)
     tensors = [
         *layer("conv1", "quant_conv", "quant", (2 * z, 2 * z, 1, 1, 1)),

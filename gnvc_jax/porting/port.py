@@ -9,6 +9,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.architectures import Architecture, recognise
 from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, new_folder, write_component
 from gnvc_jax.porting.errors import PortError
@@ -48,7 +49,7 @@ def port(
     that is missing, unexpected or of a wrong shape; nothing is written then.
     """
     if dtype not in DTYPES:
-        raise ValueError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     sources = open_sources(path)
     found = [(source, recognise(source, heads)) for source in sources]
     for source, architecture in found:

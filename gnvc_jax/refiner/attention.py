@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import attention as parallel
 from gnvc_jax.parallel import axis_size, backend
 
@@ -40,7 +41,7 @@ def attention(
     sends keys round instead, and is the default where filling up the heads to a multiple of
     `context` would make them twice as many or more.
 
-    Raises ValueError for an unknown name and for heads that the mesh axis `tensor` does not divide.
+    Raises UsageError for an unknown name and for heads that the mesh axis `tensor` does not divide.
     """
     best = choose(q.dtype, q.shape[-1])
     heads, devices = q.shape[2] // axis_size("tensor"), axis_size("context")
@@ -50,7 +51,7 @@ def attention(
     name = best if implementation in (None, RING) else implementation
     if name not in IMPLEMENTATIONS:
         names = ", ".join((*IMPLEMENTATIONS, RING))
-        raise ValueError(f"attention {name!r}: expected one of {names}")
+        raise UsageError(f"attention {name!r}: expected one of {names}")
     options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
     return parallel.attention(IMPLEMENTATIONS[name], q, k, v, **options)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner.flow import START
 
 PATCH = 2  # latents per token in each spatial direction; one latent frame in time
@@ -18,7 +19,7 @@ class DiTConfig:
     for a plain DiT, s for VACE's adapter with one context block per s blocks (the first before
     block 0); context_channels: of the adapter's condition, on the grid of the latents.
 
-    Raises ValueError for sizes that do not divide.
+    Raises UsageError for sizes that do not divide.
     """
 
     width: int = 1536
@@ -34,11 +35,11 @@ class DiTConfig:
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
-            raise ValueError(f"width {self.width} over {self.heads} heads: no even head width")
+            raise UsageError(f"width {self.width} over {self.heads} heads: no even head width")
         if self.frequencies % 2:
-            raise ValueError(f"frequencies is {self.frequencies}, expected an even number")
+            raise UsageError(f"frequencies is {self.frequencies}, expected an even number")
         if self.layers % self.group_size:
-            raise ValueError(
+            raise UsageError(
                 f"{self.layers} layers cannot be split into groups of {self.context_every}"
             )
 
@@ -89,7 +90,7 @@ class RefinerConfig:
     deviation: 0 where the DiT gives the velocity itself, as Wan's does; else it corrects
     `flow.linear_velocity` with this deviation of coding errors, which small models need.
 
-    Raises ValueError for sizes that do not fit.
+    Raises UsageError for sizes that do not fit.
     """
 
     dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))
@@ -102,12 +103,12 @@ class RefinerConfig:
     def __post_init__(self):
         known = self.dit.channels, self.vace_channels
         if not self.dit.context_every or self.dit.context_channels not in known:
-            raise ValueError(
+            raise UsageError(
                 f"the refiner needs context blocks with {known[0]} or {known[1]} channels, "
                 f"not {self.dit.context_channels} every {self.dit.context_every} blocks"
             )
         if not 0 <= self.overlap < self.window:
-            raise ValueError(f"overlap {self.overlap} does not fit windows of {self.window}")
+            raise UsageError(f"overlap {self.overlap} does not fit windows of {self.window}")
 
     @property
     def vace_channels(self) -> int:

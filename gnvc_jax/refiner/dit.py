@@ -20,6 +20,7 @@ from flax import linen as nn
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import axis_size, constrain
 from gnvc_jax.refiner.attention import attention
 from gnvc_jax.refiner.config import PATCH, DiTConfig
@@ -234,7 +235,7 @@ class DiT(nn.Module):
         time_extra (b, width), context_extra (b, n, width): added to the embeddings of time and of
         the context's tokens.
 
-        Raises ValueError for sizes that do not fit.
+        Raises UsageError for sizes that do not fit.
         """
         cfg = self.config
         check_sizes(cfg, latents, text, context)
@@ -279,18 +280,18 @@ class DiT(nn.Module):
 
 
 def check_sizes(cfg: DiTConfig, latents: Array, text: Array | None, context: Array | None) -> None:
-    """ValueError that says which input does not fit the model."""
+    """UsageError that says which input does not fit the model."""
     b, t, h, w, c = latents.shape
     if c != cfg.channels or h % PATCH or w % PATCH:
-        raise ValueError(
+        raise UsageError(
             f"latents {latents.shape}: expected {cfg.channels} channels, even height and width"
         )
     expected = (b, cfg.text_length, cfg.text_width) if cfg.text_length else None
     found = None if text is None else text.shape
     fits = found == expected or (found and expected and found[::2] == expected[::2])
     if not fits or (found and found[1] > expected[1]):
-        raise ValueError(f"text {found}: expected {expected}, or fewer rows")
+        raise UsageError(f"text {found}: expected {expected}, or fewer rows")
     expected = (b, t, h, w, cfg.context_channels) if cfg.context_every else None
     found = None if context is None else context.shape
     if found != expected:
-        raise ValueError(f"context {found}: expected {expected}")
+        raise UsageError(f"context {found}: expected {expected}")

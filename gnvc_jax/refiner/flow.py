@@ -15,6 +15,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from gnvc_jax.errors import UsageError
+
 Array = jax.Array
 
 START = 0.7  # t_N: where refinement begins
@@ -105,10 +107,10 @@ def noise_estimate(state: Array, velocity: Array, tau: float | Array) -> Array:
 def step_times(steps: int, start: float = START, shift: float = 1.0) -> Array:
     """steps + 1 flow times from `start` to 1, uniform before the shift. (steps + 1,) float32.
 
-    Raises ValueError for fewer than one step or a start outside 0 .. 1.
+    Raises UsageError for fewer than one step or a start outside 0 .. 1.
     """
     if steps < 1 or not 0.0 <= start < 1.0:
-        raise ValueError(f"{steps} steps from {start}: expected at least 1 step, start in [0, 1)")
+        raise UsageError(f"{steps} steps from {start}: expected at least 1 step, start in [0, 1)")
     # The shift must leave `start` in place: shift the uniform times of its preimage.
     first = shifted(start, 1.0 / shift)
     return shifted(jnp.linspace(first, 1.0, steps + 1, dtype=jnp.float32), shift)

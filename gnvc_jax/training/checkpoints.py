@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
 from gnvc_jax.training.config import Experiment, flatten
 
@@ -26,12 +27,16 @@ FREE_KEYS = ("run.", "mesh.", "optim.steps")
 class Checkpoints:
     """The checkpoints of one run, the newest `experiment.run.keep` of them.
 
-    Raises ValueError if the folder belongs to a run with another configuration; `run.*`, `mesh.*`
+    Raises UsageError if the folder belongs to a run with another configuration; `run.*`, `mesh.*`
     and `optim.steps` may differ.
     """
 
     def __init__(self, experiment: Experiment):
         out = Path(experiment.run.out).absolute()
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:  # such as a file at this place or above it
+            raise UsageError(f"run.out: no folder {out} can be made ({error.strerror})") from None
         self.config = json.loads(json.dumps(dataclasses.asdict(experiment)))
         options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
         self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
@@ -78,18 +83,18 @@ class Checkpoints:
 
 
 def check_same_config(path: Path, config: dict) -> None:
-    """ValueError if the saved configuration differs in a key that a resumed run may not change."""
+    """UsageError if the saved configuration differs in a key that a resumed run may not change."""
     if not path.exists():
         return
     # Keys that only the new configuration has came with a newer version of the program.
-    new, old = flatten(config), flatten(json.loads(path.read_text()))
+    new, old = flatten(config), flatten(read_config(path))
     differing = [
         f"{key} was {value!r}, is {new.get(key)!r}"
         for key, value in old.items()
         if not key.startswith(FREE_KEYS) and value != new.get(key)
     ]
     if differing:
-        raise ValueError(f"{path}: belongs to another configuration: {'; '.join(differing)}")
+        raise UsageError(f"{path}: belongs to another configuration: {'; '.join(differing)}")
 
 
 def config_of(run: str | Path) -> dict:
@@ -97,7 +102,20 @@ def config_of(run: str | Path) -> dict:
     path = Path(run) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run}: no training run")
-    return json.loads(path.read_text())
+    return read_config(path)
+
+
+def read_config(path: Path) -> dict:
+    """The configuration that a run folder holds. UsageError if the file is damaged."""
+    try:
+        found = json.loads(path.read_text())
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+    except ValueError as error:
+        raise UsageError(
+            f"{path}: damaged configuration ({error}); each folder of checkpoints/ has a copy of it"
+        ) from None
+    return found
 
 
 def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
@@ -106,7 +124,7 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
     like: a tree of arrays or of abstract arrays; those without a sharding come as NumPy arrays.
     partial: only what the run and `like` have in common.
 
-    Raises FileNotFoundError if there is no checkpoint, ValueError if a name or shape differs.
+    Raises FileNotFoundError if there is no checkpoint, UsageError if a name or shape differs.
     """
     folder = Path(run).absolute() / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
@@ -121,7 +139,7 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
         wanted = shapes(like)
         for name in sorted(wanted if partial else found | wanted):
             if found.get(name) != wanted.get(name):
-                raise ValueError(
+                raise UsageError(
                     f"{run}: parameter {name} has shape {found.get(name)}, "
                     f"expected {wanted.get(name)}"
                 )

@@ -11,17 +11,18 @@ from typing import Any
 import tyro
 
 from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, parse_mesh
 from gnvc_jax.refiner.config import RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
 
 def check_range(group: str, config: object, **ranges: tuple[float, float]) -> None:
-    """ValueError that names the first value outside its range; NaN and infinities always are."""
+    """UsageError that names the first value outside its range; NaN and infinities always are."""
     for key, (low, high) in ranges.items():
         value = getattr(config, key)
         if not (low <= value <= high and math.isfinite(value)):
-            raise ValueError(f"{group}.{key}: {value} is no number in {low} .. {high}")
+            raise UsageError(f"{group}.{key}: {value} is no number in {low} .. {high}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,10 @@ class DataConfig:
         check_range("data", self, batch=(1, math.inf), downscale_prob=(0, 1), workers=(0, math.inf))
         steps = [step for step, _ in self.longer]
         if steps != sorted(set(steps)) or min(steps, default=1) < 1:
-            raise ValueError(f"data.longer: steps {steps} are not positive and rising")
+            raise UsageError(f"data.longer: steps {steps} are not positive and rising")
         for frames in (self.frames, *(frames for _, frames in self.longer)):
             if frames < 1 or (frames - 1) % 4:
-                raise ValueError(f"data.frames: {frames} is not 1 + 4k")
+                raise UsageError(f"data.frames: {frames} is not 1 + 4k")
 
     def frames_at(self, step: int) -> int:
         """Frames per clip in the step after `step` others."""
@@ -107,7 +108,7 @@ class RunConfig:
 
     def __post_init__(self):
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
-            raise ValueError(f"run.profile: {self.profile} are no first and last step")
+            raise UsageError(f"run.profile: {self.profile} are no first and last step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,14 +173,14 @@ def load(path: str | Path) -> Experiment:
     found = getattr(module, "experiment", None)
     found = found() if callable(found) else found
     if not isinstance(found, Experiment):
-        raise ValueError(f"{path}: defines no `experiment` of type Experiment")
+        raise UsageError(f"{path}: defines no `experiment` of type Experiment")
     return found
 
 
 def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
     """Apply `--group.key value` arguments; a wrong key or type ends the program with a message.
 
-    `--mesh data=2,fsdp=4` stands for its parts. Raises ValueError for a mesh of other axes.
+    `--mesh data=2,fsdp=4` stands for its parts. Raises UsageError for a mesh of other axes.
     """
     mesh = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mesh.add_argument("--mesh")

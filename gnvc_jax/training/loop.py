@@ -18,6 +18,7 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.errors import TrainingDiverged, UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import metrics
@@ -251,12 +252,12 @@ class Meter:
         self.since += seconds
 
     def add(self, step: int, values: dict[str, jax.Array], frames: int) -> None:
-        """frames: per clip. FloatingPointError if all of the last updates had to be skipped."""
+        """frames: per clip. TrainingDiverged if all of the last updates had to be skipped."""
         self.values.append(jax.device_get(values))
         self.done.update(self.work.of(frames))
         self.skipped = self.skipped + 1 if self.values[-1]["skipped"] else 0
         if self.skipped == MAX_SKIPPED_IN_A_ROW:
-            raise FloatingPointError(f"step {step}: the last {self.skipped} gradients not finite")
+            raise TrainingDiverged(f"step {step}: the last {self.skipped} gradients not finite")
         if step % self.log_every == 0 or step == self.steps:
             seconds = time.perf_counter() - self.since
             keys = sorted(values, key=lambda k: k != "loss")
@@ -280,7 +281,7 @@ def mean_of_finite(values: Sequence[float]) -> float:
 def abstract_state(experiment: Experiment, stage: Stage, mesh: Mesh) -> State:
     """The train state as shapes, types and shardings: averages and moments lie as parameters do.
 
-    Raises ValueError for parameters that the mesh does not divide.
+    Raises UsageError for parameters that the mesh does not divide.
     """
 
     def make(key):
@@ -326,25 +327,25 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
     """Train to `optim.steps`, resuming from the newest checkpoint in `run.out` if there is one.
 
     Returns the last state, or None if a signal ended the run early, after a checkpoint.
-    Raises ValueError for sizes that do not fit the mesh and for a run folder of another experiment,
-    FloatingPointError if 100 updates in a row had to be skipped.
+    Raises UsageError for sizes that do not fit the mesh and for a run folder of another experiment,
+    TrainingDiverged if 100 updates in a row had to be skipped.
     """
     began, run, last = time.time(), experiment.run, experiment.optim.steps
     mesh = make_mesh(experiment.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     pieces = shards * experiment.optim.accumulate
     if experiment.data.batch % pieces:
-        raise ValueError(
+        raise UsageError(
             f"data.batch {experiment.data.batch} does not divide by {shards} devices"
             f" times optim.accumulate {experiment.optim.accumulate}"
         )
     if shards % jax.process_count():
-        raise ValueError(
+        raise UsageError(
             f"mesh data x fsdp = {shards}: each of {jax.process_count()} processes must feed "
             "devices of its own"
         )
     if jax.process_count() > 1 and run.checkpoint_every is None:
-        raise ValueError("run.checkpoint_every: needed here, clocks of several processes differ")
+        raise UsageError("run.checkpoint_every: needed here, clocks of several processes differ")
     over_batch = NamedSharding(mesh, P(BATCH))
 
     with (

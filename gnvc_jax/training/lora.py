@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.errors import UsageError
+
 Tree = Any
 
 TARGETS = r"refiner/dit/groups/.*/(q|k|v|o|ffn_in|ffn_out)/kernel"
@@ -19,11 +21,11 @@ TARGETS = r"refiner/dit/groups/.*/(q|k|v|o|ffn_in|ffn_out)/kernel"
 def init(params: Tree, rank: int, key: jax.Array) -> Tree:
     """A and B for every kernel of `params` (arrays or shapes) that TARGETS names.
 
-    Raises ValueError if there is none.
+    Raises UsageError if there is none.
     """
     kernels = {p: x for p, x in flatten_dict(params, sep="/").items() if re.fullmatch(TARGETS, p)}
     if not kernels:
-        raise ValueError("lora: the model has no refiner to adapt")
+        raise UsageError("lora: the model has no refiner to adapt")
     flat = {}
     for (path, kernel), one in zip(kernels.items(), jax.random.split(key, len(kernels))):
         *rows, inner, outer = kernel.shape

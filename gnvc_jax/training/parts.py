@@ -6,6 +6,8 @@ from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.errors import UsageError
+
 Tree = Any
 
 
@@ -13,13 +15,13 @@ def split(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
     """The parameters whose path ("codec/intra/out/kernel") begins as one of the patterns says, and
     the others.
 
-    Raises ValueError for a pattern that fits no parameter.
+    Raises UsageError for a pattern that fits no parameter.
     """
     flat = flatten_dict(tree, sep="/")
     for pattern in patterns:
         if not any(re.match(pattern, path) for path in flat):
             parts = ", ".join(sorted({path.split("/")[0] for path in flat}))
-            raise ValueError(f"train: {pattern!r} fits no parameter; the parts are {parts}")
+            raise UsageError(f"train: {pattern!r} fits no parameter; the parts are {parts}")
     chosen = {p for p in flat if any(re.match(pattern, p) for pattern in patterns)}
     return tuple(
         unflatten_dict({p: x for p, x in flat.items() if (p in chosen) == wanted}, sep="/")

@@ -12,6 +12,7 @@ import sys
 import jax
 
 from gnvc_jax import model
+from gnvc_jax.errors import GnvcError
 from gnvc_jax.training import config
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.stages import make_stage
@@ -42,7 +43,7 @@ def main() -> None:
             frozen.get("text"),
         )
         model.save_model(args.out, made)
-    except (FileNotFoundError, ValueError) as error:
+    except (GnvcError, OSError) as error:
         sys.exit(f"release: {error}")
     print(
         f"{args.out}: codec {made.fingerprints[0].hex()[:8]}, VAE {made.fingerprints[1].hex()[:8]}"

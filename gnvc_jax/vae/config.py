@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from gnvc_jax.errors import UsageError
+
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
@@ -26,7 +28,7 @@ class VAEConfig:
 
     def __post_init__(self):
         if len(self.temporal_down) != len(self.multipliers) - 1:
-            raise ValueError(
+            raise UsageError(
                 f"temporal_down has {len(self.temporal_down)} entries, expected one per level but "
                 f"the last: {len(self.multipliers) - 1}"
             )

@@ -7,6 +7,7 @@ import grain
 import jax
 import numpy as np
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.training.config import Experiment
 
 Tree = Any
@@ -88,8 +89,8 @@ def placed_like(old: Tree, new: Tree) -> Tree:
 
 
 def make_stage(experiment: Experiment) -> Stage:
-    """The stage that the experiment names; ValueError if there is none of that name."""
+    """The stage that the experiment names; UsageError if there is none of that name."""
     module, _, name = STAGES.get(experiment.stage, experiment.stage).partition(":")
     if not name:
-        raise ValueError(f"unknown stage {experiment.stage!r}; there are: {', '.join(STAGES)}")
+        raise UsageError(f"unknown stage {experiment.stage!r}; there are: {', '.join(STAGES)}")
     return getattr(importlib.import_module(module), name)(experiment)

@@ -9,6 +9,7 @@ import numpy as np
 
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.model import LATENT_MULTIPLE, Coded, LatentCodec
+from gnvc_jax.errors import UsageError
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.parallel import constrain
 from gnvc_jax.porting.checkpoint import has_component, load_weights
@@ -40,7 +41,7 @@ class CodecLoss(LossConfig):
 
     def __post_init__(self):
         if not 0 < self.lambda_low < self.lambda_high:
-            raise ValueError(
+            raise UsageError(
                 f"loss.lambda_low: expected 0 < lambda_low < lambda_high, got {self.lambda_low} and"
                 f" {self.lambda_high}; equal ones would make all quality levels the same"
             )
@@ -71,7 +72,7 @@ class CodecStage(Stage):
         super().__init__(experiment)
         unit = experiment.vae.stride * LATENT_MULTIPLE
         if any(side < unit or side % unit for side in experiment.data.size):
-            raise ValueError(f"data.size: {experiment.data.size} are no multiples of {unit}")
+            raise UsageError(f"data.size: {experiment.data.size} are no multiples of {unit}")
         self.vae = VAE(experiment.vae)
         self.codec = LatentCodec(experiment.codec)
 
@@ -90,7 +91,7 @@ class CodecStage(Stage):
         if has_component(folder, "vae"):
             architecture, params = load_weights(folder, "vae", np.float32)
             if architecture.config != self.experiment.vae:
-                raise ValueError(f"{folder}: holds {architecture.config}, not {self.vae.config}")
+                raise UsageError(f"{folder}: holds {architecture.config}, not {self.vae.config}")
             statistics = architecture.latents_mean, architecture.latents_std
             return params, dict(zip(("mean", "std"), np.asarray(statistics, np.float32)))
         return load_params(folder, self.vae_shapes), {}
@@ -145,7 +146,7 @@ class CodecStage(Stage):
     def dataset(self, frames: int | None = None) -> grain.IterDataset:
         """As of every stage; or float32 (b, t, h, w, c), normalised latents from `data.latents`.
 
-        Raises ValueError for latents of another VAE.
+        Raises UsageError for latents of another VAE.
         """
         from gnvc_jax.data.latents import latent_dataset, read_info
 
@@ -154,7 +155,7 @@ class CodecStage(Stage):
             return super().dataset(frames)
         fingerprint = vae_fingerprint(self.experiment.vae, self.load_vae()[0])
         if read_info(data.latents).vae != fingerprint:
-            raise ValueError(
+            raise UsageError(
                 f"{data.latents}: latents of another VAE than {self.experiment.loss.vae}"
             )
         return latent_dataset(

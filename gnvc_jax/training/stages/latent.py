@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, load_weights
 from gnvc_jax.refiner import Refiner, flow
 from gnvc_jax.training import lora
@@ -55,13 +56,13 @@ class LatentStage(CodecStage):
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
         if experiment.init_from is None:
-            raise ValueError(
+            raise UsageError(
                 f"init_from: the stage `{experiment.stage}` starts from a run of the stage `codec`"
             )
         if not experiment.train:
-            raise ValueError(f"train: say what the stage `{experiment.stage}` trains")
+            raise UsageError(f"train: say what the stage `{experiment.stage}` trains")
         if self.needs_refiner and experiment.refiner is None:
-            raise ValueError(f"refiner: the stage `{experiment.stage}` trains one, name its sizes")
+            raise UsageError(f"refiner: the stage `{experiment.stage}` trains one, name its sizes")
         compute, self.refiner = experiment.compute, None
         if experiment.refiner is not None:
             self.refiner = Refiner(
@@ -106,7 +107,7 @@ class LatentStage(CodecStage):
         if self.refiner is not None and loss.weights:
             architecture, dit = load_weights(loss.weights, "dit", np.float32)
             if architecture.config != self.experiment.refiner.dit:
-                raise ValueError(
+                raise UsageError(
                     f"{loss.weights}: holds {architecture.config}, "
                     f"the refiner is {self.experiment.refiner.dit}"
                 )
@@ -144,14 +145,14 @@ class LatentStage(CodecStage):
     def frozen(self) -> Tree:
         """Statistics of latents, text, and "fixed": the parameters that do not train.
 
-        Raises ValueError if one of these is nowhere to be found.
+        Raises UsageError if one of these is nowhere to be found.
         """
         fixed, start = (
             flatten_dict(tree, sep="/")
             for tree in (split(self.shapes, self.experiment.train)[1], self.loaded)
         )
         if missing := sorted(fixed.keys() - start.keys()):
-            raise ValueError(
+            raise UsageError(
                 f"{len(missing)} parameters neither train nor come from a run or ported folder, "
                 f"{missing[0]} is the first"
             )

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.refiner import flow
 from gnvc_jax.training.config import Experiment
@@ -48,7 +49,7 @@ class PixelStage(LatentStage):
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
         if experiment.data.latents is not None:
-            raise ValueError(f"data.latents: the stage `{experiment.stage}` needs frames")
+            raise UsageError(f"data.latents: the stage `{experiment.stage}` needs frames")
         self.perceptual = load_weights(experiment.loss.lpips_net, experiment.loss.lpips_weights)
 
     def frozen(self) -> Tree:
