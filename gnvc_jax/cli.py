@@ -90,11 +90,13 @@ def decode(args: argparse.Namespace) -> int:
                         out.write(frame)
                         last, count = frame, count + 1
                         progress.update(1)
+                if damaged and not count:
+                    raise damaged[-1]
             seconds = time.perf_counter() - start
     rate = f"{count / seconds:.2f} frames/s with compilation"
     print(f"{args.output}: {count} frames, {rate}", file=sys.stderr)
-    for line in damaged:
-        print(f"gnvc: {args.input}: replaced: {line}", file=sys.stderr)
+    for error in damaged:
+        print(f"gnvc: {args.input}: {error.n_frames} frames replaced: {error}", file=sys.stderr)
     return EXIT_DAMAGED if damaged else 0
 
 
@@ -121,11 +123,10 @@ def group_frames(coder, header, group, last, damaged, args) -> Iterator[np.ndarr
         except BitstreamError as caught:
             if not args.tolerant:
                 raise
-            error = caught
-    damaged.append(str(error))
+            error, caught.n_frames = caught, group.n_frames
+    damaged.append(error)
     grey = np.full((header.height, header.width, 3), 128, np.uint8)
-    count = header.gop_frames if group.n_frames is None else group.n_frames
-    yield from [grey if last is None else last] * count
+    yield from [grey if last is None else last] * group.n_frames
 
 
 def info(args: argparse.Namespace) -> int:
@@ -249,6 +250,8 @@ def plan(args: argparse.Namespace) -> int:
 
 
 def rate_text(size: int, frames: int, header) -> str:
+    if not frames:
+        return "none, there are no frames"
     bpp = 8 * size / (frames * header.width * header.height)
     kbps = 8 * size * header.fps[0] / header.fps[1] / frames / 1000
     return f"{bpp:.5f} bpp, {kbps:.2f} kb/s"

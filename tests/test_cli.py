@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax import cli
-from gnvc_jax.bitstream import StreamReader
+from gnvc_jax.bitstream import StreamReader, StreamWriter
 from gnvc_jax.model import save_model
 
 
@@ -228,6 +228,31 @@ def test_tolerant_decoding_keeps_the_frame_count(place, monkeypatch, capsys):
     args = ("decode", "flipped.gnvc", "t.mkv", "--model", "m.safetensors", "--tolerant")
     assert run(*args) == cli.EXIT_DAMAGED
     assert "replaced" in capsys.readouterr().err
+
+
+def test_tolerant_decoding_of_a_cut_stream_invents_no_frames(place, tmp_path, capsys):
+    """The clip of 6 frames has groups of 5 and 1; the file does not say 6 anywhere else."""
+    stream = (place / "clip.gnvc").read_bytes()
+    with StreamReader(stream) as reader:
+        one, two = reader.index()
+    for cut, frames in ((one.offset + one.size // 2, 5), (two.offset + two.size - 1, 6)):
+        (tmp_path / "cut.gnvc").write_bytes(stream[:cut])
+        out = tmp_path / f"{cut}.mkv"
+        args = "--model", place / "m.safetensors", "--tolerant"
+        assert run("decode", tmp_path / "cut.gnvc", out, *args) == cli.EXIT_DAMAGED
+        with av.open(str(out)) as video:
+            assert len(list(video.decode(video=0))) == frames
+    (tmp_path / "cut.gnvc").write_bytes(stream[: one.offset + 20])
+    assert run("decode", tmp_path / "cut.gnvc", tmp_path / "none.mkv", *args) == 20
+    assert "missing bytes" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "none.mkv").exists()
+
+
+def test_info_on_a_stream_without_groups(place, tmp_path, capsys):
+    with StreamReader(place / "clip.gnvc") as reader, open(tmp_path / "empty", "wb") as file:
+        StreamWriter(file, reader.header).close()
+    assert run("info", tmp_path / "empty") == 0
+    assert "70x40, 0 frames" in capsys.readouterr().out
 
 
 def test_counting_output_knows_its_size():

@@ -21,7 +21,7 @@ from gnvc_jax.bitstream.errors import (
     MalformedChunk,
     Truncated,
 )
-from gnvc_jax.bitstream.group import Group, parse_group
+from gnvc_jax.bitstream.group import Group, claimed_frames, parse_group
 from gnvc_jax.bitstream.header import Header, read_header
 
 MAX_CHUNK = 1 << 28
@@ -133,7 +133,9 @@ class StreamReader:
 
         Raises the kinds of BitstreamError; a file that ends early raises Truncated at the end.
         Warns with IndexRebuilt if only the index is damaged. tolerant: nothing is raised; an error
-        stands in the place of each lost group, the last one for all that cannot be found.
+        stands in the place of each lost group, the last one for all that cannot be found. Its
+        `n_frames` come from the groups around it, from the header or index, or else from the head
+        of the damaged group itself.
         """
         if not tolerant:
             yield from self._groups(None)
@@ -238,10 +240,12 @@ class StreamReader:
     def _read_chunk(self, at: int, number: int) -> tuple[bytes, bytes, int]:
         """Type, payload and size of the chunk at the current position."""
 
-        def truncated(missing: int) -> Truncated:
-            return Truncated(
+        def truncated(missing: int, kind: bytes = b"", start: bytes = b"") -> Truncated:
+            error = Truncated(
                 f"ends at offset {at} + {missing} missing bytes; {number} complete groups"
             )
+            error.n_frames = self._claimed_frames(kind, start, number)
+            return error
 
         head = self._read(8)
         if len(head) < 8:
@@ -251,10 +255,10 @@ class StreamReader:
             raise LimitExceeded(f"chunk {kind!r} at offset {at}: {length} bytes > {MAX_CHUNK}")
         left = self._left()
         if left is not None and length + 4 > left:
-            raise truncated(length + 4 - left)
+            raise truncated(length + 4 - left, kind, self._read(min(left, length)))
         body = self._read(length + 4)
         if len(body) < length + 4:
-            raise truncated(length + 4 - len(body))
+            raise truncated(length + 4 - len(body), kind, body)
         found, expected = zlib.crc32(head + body[:-4]), struct.unpack("<I", body[-4:])[0]
         if found != expected:
             error = ChecksumMismatch(
@@ -262,8 +266,14 @@ class StreamReader:
                 f"{expected:08x}"
             )
             error.kind, error.size = kind, length + CHUNK_OVERHEAD
+            error.n_frames = self._claimed_frames(kind, body, number)
             raise error
         return kind, body[:-4], length + CHUNK_OVERHEAD
+
+    def _claimed_frames(self, kind: bytes, start: bytes, number: int) -> int:
+        """Frames that the head of a damaged group claims; 0 if it is cut or not plausible."""
+        frames = claimed_frames(start, number) if kind == b"GOPC" else None
+        return frames if frames is not None and frames <= self.header.gop_frames else 0
 
     def _read(self, size: int) -> bytes:
         """Size bytes, fewer only at the end; a pipe may give less at once, and a claimed length is

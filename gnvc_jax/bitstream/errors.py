@@ -6,11 +6,11 @@ from gnvc_jax.errors import GnvcError
 class BitstreamError(GnvcError):
     """Base of all stream errors; `exit_code` is what the command line ends with.
 
-    n_frames: what a tolerant reader lost to this error, None if it cannot tell.
+    n_frames: how many frames a tolerant reader lost to this error, as far as the file tells.
     """
 
     exit_code = 1
-    n_frames: int | None = None
+    n_frames: int = 0
 
 
 class NotThisFormat(BitstreamError):

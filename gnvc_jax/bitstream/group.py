@@ -135,6 +135,18 @@ def parse_group(payload: bytes) -> Group:
     )  # fmt: skip
 
 
+def claimed_frames(start: bytes, number: int) -> int | None:
+    """Frames of group `number` by the beginning of its payload, the rest of which is damaged.
+
+    None if the fixed fields are cut off or contradict each other.
+    """
+    if len(start) < FIXED.size:
+        return None
+    found, _, n_frames, count = FIXED.unpack_from(start)[:4]
+    plausible = found == number and count <= MAX_LATENTS and 1 <= n_frames <= 4 * (count - 1) + 1
+    return n_frames if plausible else None
+
+
 def decode_group(
     group: Group,
     coder: EntropyCoder,

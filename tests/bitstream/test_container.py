@@ -316,7 +316,16 @@ def test_tolerant_reading_of_a_stream_of_unknown_length(toy):
     data = toy.mend(toy.edit(toy.data, 40, b"\xff" * 8))
     at = toy.chunks(data)[2][0]
     assert lost_frames(toy.edit(data, at + 60, b"\0\0\0\0")) == [-9, -9, 1]  # from the index
-    assert lost_frames(data[: at + 60]) == [-9, -9, None]
+    for source in (lambda d: d, Pipe):
+        # The head of the cut group has 40 bytes, behind 8 of its chunk.
+        assert lost_frames(data[: at + 48], source) == [-9, -9, 1]
+        assert lost_frames(data[: at + 47], source) == [-9, -9, 0]
+        assert lost_frames(data[: at + 5], source) == [-9, -9, 0]
+        assert lost_frames(data[:at], source) == [-9, -9, 0]  # only the index is missing
+        damaged = toy.edit(data, at + 60, b"\0\0\0\0")
+        assert lost_frames(damaged[: toy.chunks(data)[3][0]], source) == [-9, -9, 1, 0]
+        lying = toy.edit(damaged, at + 20, b"\xff\xff")
+        assert lost_frames(lying[: toy.chunks(data)[3][0]], source) == [-9, -9, 0, 0]
 
 
 def test_truncated_at_every_length(toy):
