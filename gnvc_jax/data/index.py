@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gnvc_jax.files import atomic_output, keyed_name, write_json
+from gnvc_jax.media import search
 from gnvc_jax.media.errors import (
     MediaError,
     MissingInput,
@@ -37,7 +38,6 @@ from gnvc_jax.media.video import Crop
 
 log = logging.getLogger(__name__)
 
-VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".gif", ".y4m", ".yuv"}
 LIST_SUFFIXES = {".txt", ".list"}
 
 
@@ -107,15 +107,7 @@ def find_videos(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise MissingInput(path, "no such file or folder of training videos")
-    found = []
-    for folder, _, names in os.walk(path, followlinks=True):
-        suffixes = {name: Path(name).suffix.lower() for name in names if name[0] != "."}
-        found += [
-            Path(folder, name) for name, suffix in suffixes.items() if suffix in VIDEO_SUFFIXES
-        ]
-        if ".png" in suffixes.values():
-            found.append(Path(folder))
-    return found
+    return search.find_videos(path)
 
 
 def _in_parallel(title: str, function: Callable, items: list) -> list:

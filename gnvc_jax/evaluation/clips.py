@@ -13,11 +13,10 @@ import numpy as np
 
 from gnvc_jax.media.colour import BT709, Colour
 from gnvc_jax.media.reader import open_video
+from gnvc_jax.media.search import find_videos
 from gnvc_jax.media.writer import open_writer
 
 log = logging.getLogger(__name__)
-
-SUFFIXES = (".mkv", ".mp4", ".mov", ".webm", ".avi", ".y4m", ".yuv")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -46,10 +45,8 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
     """
     found = []
     for path in paths:
-        if path.is_dir() and not any(path.glob("*.png")):
-            inside = sorted(path.rglob("*"))
-            found += [p for p in inside if p.suffix.lower() in SUFFIXES and p.is_file()]
-            found += sorted({p.parent for p in inside if p.suffix.lower() == ".png"})
+        if path.is_dir():
+            found += find_videos(path)
         elif path.exists():
             found.append(path)
         else:

@@ -28,6 +28,12 @@ def test_finds_videos_and_frame_folders(tmp_path):
     assert find_clips([tmp_path / "c"]) == {"c": tmp_path / "c"}
 
 
+def test_picture_beside_videos_is_no_clip(tmp_path, caplog):
+    touch(tmp_path, "v1.mp4", "v2.flv", "001.png", ".thumbnails/1.png")
+    assert list(find_clips([tmp_path])) == ["v1", "v2"]
+    assert "001.png" not in caplog.text and "PNG pictures beside videos" in caplog.text
+
+
 def test_equal_names_are_told_apart(tmp_path):
     touch(tmp_path, "x/a.mkv", "y/a.mkv", "y/a.mp4")
     clips = find_clips([tmp_path])

@@ -1,0 +1,53 @@
+"""Finding the videos in a folder: for training, batches and evaluation alike."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+VIDEO_SUFFIXES = frozenset(
+    ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .wmv .asf .flv .f4v .ogv .ogg .mpg .mpeg .m2v"
+    " .vob .ts .mts .m2ts .mxf .nut .gif .264 .h264 .265 .hevc .ivf .obu .y4m .yuv".split()
+)
+# Folders of copies, thumbnails and deleted files that file managers and network drives make.
+_SYSTEM_FOLDERS = frozenset(
+    (
+        "@eaDir",
+        "@Recycle",
+        "@Recently-Snapshot",
+        "@tmp",
+        "#recycle",
+        "#snapshot",
+        "__MACOSX",
+        "lost+found",
+        "$RECYCLE.BIN",
+        "System Volume Information",
+    )
+)
+
+
+def find_videos(folder: str | os.PathLike) -> list[Path]:
+    """Video files in a folder and those below it, then the folders that hold PNG frames, sorted.
+
+    Hidden files and folders and those of network drives are passed over. PNG pictures are frames
+    only if no video lies beside or below them; otherwise they are left out with a warning.
+    """
+    videos, pictures, visited = [], {}, set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in visited:  # links can lead back up
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = [name for name in folders if name[0] != "." and name not in _SYSTEM_FOLDERS]
+        suffixes = {name: Path(name).suffix.lower() for name in names if name[0] != "."}
+        videos += [Path(place, name) for name in suffixes if suffixes[name] in VIDEO_SUFFIXES]
+        if count := list(suffixes.values()).count(".png"):
+            pictures[Path(place)] = count
+    with_videos = {parent for video in videos for parent in video.parents}
+    for place in sorted(with_videos & pictures.keys()):
+        log.warning("%s: PNG pictures beside videos are left out (%d)", place, pictures[place])
+    return sorted(videos) + sorted(pictures.keys() - with_videos)
