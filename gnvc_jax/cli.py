@@ -163,7 +163,7 @@ def port(args: argparse.Namespace) -> int:
     from gnvc_jax.porting.port import port
 
     if open_perceptual(args.source):
-        if args.prompt or args.heads or args.dtype != "stored":
+        if args.prompt or args.heads is not None or args.dtype != "stored":
             raise UsageError("--dtype, --prompt and --heads are of no use for LPIPS")
         print(port_perceptual(args.source, args.to))
         return 0

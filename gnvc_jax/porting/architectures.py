@@ -148,11 +148,18 @@ def _dit(source: Source, heads: int | None) -> DiTConfig:
     places = list(range(0, layers, every)) if every else None
     if facts.get("vace_layers") not in (None, places):
         raise ValueError(f"vace_layers = {facts['vace_layers']}, only every {every}th is known")
-    known = facts.get("num_attention_heads", facts.get("num_heads", width // 128))
+    if heads is None:
+        heads = facts.get("num_attention_heads", facts.get("num_heads"))
+    if heads is None and width % 128:
+        raise ValueError(f"width {width}, no multiple of 128, and no config.json: give --heads")
+    if heads is None:
+        heads = width // 128
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise ValueError(f"width {width} over {heads} heads: expected a divisor of the width")
     config = DiTConfig(
         width=width,
         ffn_width=_sizes(source, ffn, (plain.ffn_width,))[0],
-        heads=heads or known,
+        heads=heads,
         layers=layers,
         frequencies=_sizes(source, time, (width, plain.frequencies))[1],
         channels=channels,

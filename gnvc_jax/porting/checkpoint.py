@@ -27,6 +27,7 @@ from safetensors.numpy import load_file
 from gnvc_jax.files import atomic_output
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.errors import PortError
+from gnvc_jax.porting.sources import check_kind
 from gnvc_jax.refiner import DiTConfig
 
 Tree = Any
@@ -138,6 +139,7 @@ def load_prompt(path: str | Path, config: DiTConfig | None = None) -> np.ndarray
     """
     config = config or DiTConfig()
     path = Path(path)
+    check_kind(path)
     try:
         if path.suffix == ".safetensors":
             (array,) = load_file(path).values()

@@ -9,6 +9,7 @@ from safetensors.numpy import save_file
 from gnvc_jax.metrics.trunks import TORCH_INDEX, known_tensors
 from gnvc_jax.porting.checkpoint import new_folder
 from gnvc_jax.porting.errors import PortError
+from gnvc_jax.porting.port import check_finite
 from gnvc_jax.porting.sources import Entry, list_tensors
 
 # Input and output channels of every convolution, side of its kernel; inputs of LPIPS's weights.
@@ -49,7 +50,8 @@ def port_perceptual(path: str | Path, target: str | Path) -> Path:
     """Write `lpips_alex.safetensors` or `lpips_vgg.safetensors` into the new folder `target`.
 
     The net is known by the shape of its first convolution. Raises FileExistsError, and PortError
-    that lists every tensor that is missing or of another shape; nothing is written then.
+    that lists every tensor that is missing or of another shape, or names one that is not finite;
+    nothing is written then.
     """
     found = open_perceptual(path)
     first = found.get("0.weight")
@@ -69,9 +71,10 @@ def port_perceptual(path: str | Path, target: str | Path) -> Path:
     def public(name: str) -> str:
         return f"{name}.model.1.weight" if name.startswith("lin") else f"features.{name}"
 
-    tensors = {
-        public(name): np.ascontiguousarray(found[name].read(), np.float32) for name in wanted
-    }
+    tensors = {}
+    for name in wanted:
+        tensors[public(name)] = np.ascontiguousarray(found[name].read(), np.float32)
+        check_finite(found[name], public(name), tensors[public(name)])
     name = f"lpips_{net}.safetensors"
     with new_folder(target) as folder:
         save_file(tensors, folder / name)

@@ -13,7 +13,7 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.architectures import Architecture, recognise
 from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, new_folder, write_component
 from gnvc_jax.porting.errors import PortError
-from gnvc_jax.porting.sources import Source, open_sources
+from gnvc_jax.porting.sources import Entry, Source, open_sources
 
 DTYPES = ("stored", "float32", "bfloat16")
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -46,7 +46,8 @@ def port(
     Memory: about four times the largest parameter (one kernel of all layers).
 
     Raises FileNotFoundError, FileExistsError if the target exists, and PortError with every tensor
-    that is missing, unexpected or of a wrong shape; nothing is written then.
+    that is missing, unexpected or of a wrong shape, or the first with NaN or infinities; nothing is
+    written then.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -81,6 +82,16 @@ def check(source: Source, architecture: Architecture) -> None:
         )
 
 
+def check_finite(entry: Entry, name: str, array: np.ndarray) -> None:
+    """PortError that names the tensor if what would be stored of it is not finite."""
+    bad = array.size - np.count_nonzero(np.isfinite(array))
+    if bad:
+        raise PortError(
+            f"{entry.file}: {name} has {bad} of {array.size} values that are NaN or infinite as "
+            f"{array.dtype}"
+        )
+
+
 def port_one(
     source: Source, architecture: Architecture, folder: Path, dtype: str, progress: bool
 ) -> Ported:
@@ -96,7 +107,9 @@ def port_one(
             array = np.empty(shapes[path], stored if dtype == "stored" else dtype)
             for tensor, entry in zip(tensors, entries):
                 place = array[... if tensor.index is None else tensor.index]
-                place[...] = tensor.forward(entry.read(), place.shape)
+                with np.errstate(over="ignore"):  # said below, by name
+                    place[...] = tensor.forward(entry.read(), place.shape)
+                check_finite(entry, tensor.name(source.scheme), place)
                 origin = entry.file, tensor.name(source.scheme), entry.dtype, size_text(entry.shape)
                 goal = path, tensor.index, array.dtype, size_text(place.shape)
                 report.append((*origin, *goal))

@@ -1,12 +1,14 @@
 """Files and folders with public Wan2.1 weights, opened without reading the weights.
 
-Known are safetensors (one file, or several with an index), PyTorch files, and folders of either:
-the component folders of diffusers (vae/, transformer/) and the repositories of Wan-AI.
+Known are safetensors (one file, or shards, with their index or without), PyTorch files, and folders
+of either: the component folders of diffusers (vae/, transformer/) and the repositories of Wan-AI.
 """
 
 import dataclasses
 import functools
 import json
+import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,9 +18,25 @@ from safetensors import SafetensorError, safe_open
 from gnvc_jax.porting import torch_file
 from gnvc_jax.porting.errors import PortError
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-COMFY_PREFIX = "model.diffusion_model."
 INDEX = ".safetensors.index.json"
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+# What other programs put before the public names: ComfyUI, trainers of adapters, wrapping modules.
+PREFIX = re.compile(r"^(model\.diffusion_model|diffusion_model|model|module)\.")
+
+# The second expert of Wan2.2's A14B models, as diffusers and as Wan-AI name its folder.
+SECOND_EXPERTS = {"transformer_2": "transformer", "low_noise_model": "high_noise_model"}
+
+# What people find in place of weights, by how it begins.
+INTRUDERS = {
+    b"version https://git-lfs": "a Git LFS pointer; fetch the weights with `git lfs pull`",
+    b"GGUF": "a GGUF file, which is not supported; use the original safetensors",
+    b"<": "an HTML or XML page; the download failed or needs a login",
+    b"{": "a JSON text; the download failed or this is not the file with the weights",
+}
 
 # (component, scheme) by how some of the names begin.
 MARKS = {
@@ -64,10 +82,19 @@ def open_sources(path: str | Path) -> list[Source]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if path.is_file():
-        source = open_files(path, [path], path.parent)
+        if (shard := SHARD.fullmatch(path.name)) and int(shard[3]) > 1:
+            raise PortError(f"{path}: one of {int(shard[3])} shards; name the folder that has all")
+        files = index_files(path) if path.name.endswith(INDEX) else [path]
+        source = open_files(path, files, path.parent)
         if source is None:
             raise PortError(f"{path}: holds no VAE or DiT of Wan2.1")
         return [source]
+    for second, first in SECOND_EXPERTS.items():
+        if (path / second).is_dir():
+            raise PortError(
+                f"{path}: {first}/ and {second}/ are the two experts of a Wan2.2 model, which is "
+                "not supported; to port one component of it, name its folder"
+            )
     folders = [path / name for name in ("vae", "transformer")]
     folders = [f for f in folders if f.is_dir()] or [path]
     sources = [source for folder in folders for source in open_folder(folder)]
@@ -89,6 +116,9 @@ def open_folder(folder: Path) -> list[Source]:
         files = index_files(index)
         parts.update(files)
         found.append(open_files(index, files, folder))
+    for index, files in shards_without_index(folder, parts).items():
+        parts.update(files)
+        found.append(open_files(index, files, folder))
     for file in sorted((*folder.glob("*.safetensors"), *folder.glob("*.pth"))):
         if file not in parts:
             found.append(open_files(file, [file], folder))
@@ -108,12 +138,33 @@ def index_files(index: Path) -> list[Path]:
     return files
 
 
+def shards_without_index(folder: Path, known: set[Path]) -> dict[Path, list[Path]]:
+    """Complete sets of shards that no index names, by the path where their index should be.
+
+    known: files that an index names. PortError if one of a set is not there.
+    """
+    sets: dict[tuple[str, int], dict[int, Path]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        if file not in known and (shard := SHARD.fullmatch(file.name)) and int(shard[3]) > 1:
+            sets.setdefault((shard[1], int(shard[3])), {})[int(shard[2])] = file
+    found = {}
+    for (stem, count), files in sets.items():
+        index = folder / (stem + INDEX)
+        if absent := ", ".join(str(n) for n in range(1, count + 1) if n not in files):
+            raise PortError(
+                f"{index}: missing, and so are the shards {', '.join(absent)} of {count}"
+            )
+        log.warning("%s: missing; all %d shards are there and are read without it", index, count)
+        found[index] = list(files.values())
+    return found
+
+
 def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
     """The component whose tensors lie in `files`; None if they are of something else."""
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in list_tensors(file).items():
-            name = name.removeprefix(COMFY_PREFIX)
+            name = PREFIX.sub("", name)
             if name in entries:
                 raise PortError(f"{path}: {name} is in {entries[name].file} and in {file}")
             entries[name] = entry
@@ -126,7 +177,8 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
 
 
 def list_tensors(file: Path) -> dict[str, Entry]:
-    """Shape and dtype of each tensor. PortError if the file is damaged."""
+    """Shape and dtype of each tensor. PortError if the file is damaged or something else."""
+    check_kind(file)
     if file.suffix in (".pth", ".pt"):
         return {
             name: Entry(
@@ -151,6 +203,18 @@ def list_tensors(file: Path) -> dict[str, Entry]:
             }
     except SafetensorError as error:
         raise PortError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def check_kind(file: Path) -> None:
+    """PortError if the file begins as something that people find in place of weights."""
+    with open(file, "rb") as opened:
+        # A safetensors file begins with the length of its header, 8 bytes, and then the header.
+        start = opened.read(64).removeprefix(b"\xef\xbb\xbf")
+    if not start:
+        raise PortError(f"{file}: empty")
+    for mark, kind in INTRUDERS.items():
+        if start.lstrip().startswith(mark) and start[8:9] != b"{":
+            raise PortError(f"{file}: {kind}")
 
 
 def read_safetensor(file: Path, name: str) -> np.ndarray:

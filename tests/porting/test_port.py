@@ -3,8 +3,11 @@
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import jax
@@ -175,6 +178,132 @@ def test_folders_of_several_components(public, golden, to_original, tmp_path):
         open_sources(flat)
     with pytest.raises(PortError, match=r"text\.safetensors: holds no VAE or DiT"):
         open_sources(flat / "text.safetensors")
+
+
+@pytest.mark.parametrize("names", [("transformer", "transformer_2"),
+                                   ("high_noise_model", "low_noise_model")])  # fmt: skip
+def test_two_experts_are_refused_by_name(names, public, tmp_path):
+    folder = public("vae")
+    for name in names:
+        shutil.copytree(folder / "vae", folder / name)
+    with pytest.raises(PortError, match=rf"{names[0]}/ and {names[1]}/ are the two experts"):
+        port(folder, tmp_path / "ported", progress=False)
+    assert not (tmp_path / "ported").exists()
+
+
+def save_torch(tensors, path):
+    """The file that torch.save writes for a dictionary of float32 tensors, without torch."""
+
+    def numbers(values):
+        return "(" + "".join(f"I{n}\n" for n in values) + "t"
+
+    text = "(d"
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, (name, x) in enumerate(tensors.items()):
+            storage = f"(S'storage'\nctorch\nFloatStorage\nS'{key}'\nS'cpu'\nI{x.size}\ntQ"
+            strides = [step // x.itemsize for step in np.ascontiguousarray(x).strides]
+            text += f"S'{name}'\nctorch._utils\n_rebuild_tensor_v2\n"
+            text += f"({storage}I0\n{numbers(x.shape)}{numbers(strides)}I00\nNtRs"
+            archive.writestr(f"x/data/{key}", x.tobytes())
+        archive.writestr("x/data.pkl", text + ".")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("file", "save"), [("w.safetensors", save_file), ("w.pth", save_torch)])
+def test_values_that_are_not_finite_are_refused(value, file, save, golden, to_original, tmp_path):
+    tensors = to_original(golden("dit")[2])
+    save(tensors, tmp_path / file)
+    port(tmp_path / file, tmp_path / "ported", heads=2, progress=False)
+    name = "blocks.1.ffn.2.weight"
+    tensors[name] = tensors[name].copy()
+    tensors[name][3, 4] = value
+    save(tensors, tmp_path / file)
+    with pytest.raises(PortError, match=rf"{re.escape(file)}: {re.escape(name)} has 1 of .* NaN"):
+        port(tmp_path / file, tmp_path / "damaged", heads=2, progress=False)
+    assert not (tmp_path / "damaged").exists()
+
+
+def test_values_that_overflow_the_wanted_type_are_refused(public, tmp_path):
+    def edit(tensors):
+        tensors["proj_out.bias"] = tensors["proj_out.bias"].astype(np.float64) + 1e300
+        return tensors
+
+    with pytest.raises(PortError, match=r"proj_out\.bias has .* infinite as float32"):
+        port(public("dit", edit), tmp_path / "ported", "float32", progress=False)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "Git LFS pointer"),
+        (b"\n <!DOCTYPE html>\n<html><body>Sign in</body></html>", "HTML"),
+        (b"\xef\xbb\xbf<html>", "HTML"),
+        (b"<?xml version='1.0'?><Error/>", "XML page"),
+        (b"GGUF\3\0\0\0", "GGUF"),
+        (b'{"error": "unauthorised"}', "JSON"),
+        (b"", "empty"),
+    ],
+)
+@pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "prompt.npy"])
+def test_what_lies_in_place_of_weights_is_said(data, said, name, tmp_path):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PortError, match=rf"{re.escape(name)}: .*{said}"):
+        (load_prompt if name == "prompt.npy" else open_sources)(tmp_path / name)
+
+
+def test_a_header_whose_length_looks_like_a_page_is_read(tmp_path):
+    """The first byte of a safetensors file is the low byte of a length: here '<', 60 + 256 n."""
+    tensors = {"time_embedding.0.weight": np.zeros(1, np.float32)}
+    for padding in range(0, 256, 8):
+        save_file(tensors, tmp_path / "w.safetensors", metadata={"a": "b" * padding})
+        data = (tmp_path / "w.safetensors").read_bytes()
+        length = int.from_bytes(data[:8], "little")
+        wider = length + (60 - length) % 256  # spaces after the header are allowed
+        data = wider.to_bytes(8, "little") + data[8 : 8 + length].ljust(wider) + data[8 + length :]
+        (tmp_path / "w.safetensors").write_bytes(data)
+        assert data[:1] == b"<" and open_sources(tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("prefix", ["diffusion_model.", "model.diffusion_model.", "module."])
+def test_prefixes_of_other_programs(prefix, public, golden, to_original, tmp_path):
+    tensors = to_original(golden("dit")[2])
+    save_file({prefix + k: v for k, v in tensors.items()}, tmp_path / "w.safetensors")
+    port(tmp_path / "w.safetensors", tmp_path / "ported", heads=2, progress=False)
+    port(public("dit"), tmp_path / "plain", progress=False)
+    one, two = (load_weights(tmp_path / f, "dit")[1] for f in ("ported", "plain"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_shards_without_their_index(public, tmp_path, caplog):
+    port(public("dit"), tmp_path / "ported", progress=False)
+    export(tmp_path / "ported", tmp_path / "out", shard_bytes=100_000, progress=False)
+    (index,) = (tmp_path / "out" / "transformer").glob("*.index.json")
+    port(index, tmp_path / "named", progress=False)  # an index may be named itself
+    index.unlink()
+    port(tmp_path / "out", tmp_path / "again", progress=False)
+    assert index.name in caplog.text
+    one, two = (load_weights(tmp_path / f, "dit")[1] for f in ("ported", "again"))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    shards = sorted(index.parent.glob("*-of-*.safetensors"))
+    with pytest.raises(PortError, match=rf"one of {len(shards)} shards; name the folder"):
+        open_sources(shards[0])
+    shards[1].unlink()
+    with pytest.raises(PortError, match=rf"{index.name}: missing, and so are the shards 2 of"):
+        open_sources(tmp_path / "out")
+
+
+@pytest.mark.parametrize("heads", [0, -2, 5, 64])
+def test_impossible_numbers_of_heads(heads, public, tmp_path):
+    with pytest.raises(PortError, match=rf"64 over {heads} heads"):
+        port(public("dit"), tmp_path / "ported", heads=heads, progress=False)
+
+
+def test_a_narrow_model_needs_its_number_of_heads(public, tmp_path):
+    folder = public("dit")
+    (folder / "transformer" / "config.json").unlink()
+    with pytest.raises(PortError, match="give --heads"):
+        port(folder, tmp_path / "ported", progress=False)
+    port(folder, tmp_path / "ported", heads=2, progress=False)
 
 
 def test_damaged_files_and_targets(public, tmp_path):
