@@ -157,16 +157,7 @@ class Anchor:
 
     def _arguments(self, crf: float) -> list[str]:
         height, width = self._padded()
-        encoder = ENCODERS[self.codec]
-        return [
-            *f"-f rawvideo -pix_fmt yuv420p -s {width}x{height} -r {self.fps}".split(),
-            *_COLOUR_TAGS,
-            *"-i source.yuv".split(),
-            *encoder.options.split(),
-            *f"{encoder.rate} {crf:g}".split(),
-            *_COLOUR_TAGS,
-            *f"-f {encoder.format} coded.{encoder.format}".split(),
-        ]
+        return encode_arguments(self.codec, f"{width}x{height}", str(self.fps), f"{crf:g}")
 
     def _stream(self, crf: float) -> tuple[bytes, float]:
         """The elementary stream and the seconds it took."""
@@ -185,11 +176,7 @@ class Anchor:
     def _decode(self, stream: bytes) -> np.ndarray:
         height, width = self._padded()
         source = f"coded.{ENCODERS[self.codec].format}"
-        arguments = (
-            f"-f {ENCODERS[self.codec].format} -i {source} -fps_mode passthrough "
-            "-f rawvideo -pix_fmt yuv420p decoded.yuv"
-        ).split()
-        raw = run_ffmpeg(arguments, {source: stream}, "decoded.yuv")
+        raw = run_ffmpeg(decode_arguments(self.codec), {source: stream}, "decoded.yuv")
         expected = self.count * height * width * 3 // 2
         if len(raw) != expected:
             raise AnchorError(
@@ -198,6 +185,42 @@ class Anchor:
             )
         frames = _from_raw(raw, height, width, self.colour)
         return np.ascontiguousarray(frames[:, : self.height, : self.width])
+
+
+def encode_arguments(codec: str, size: str, fps: str, crf: str) -> list[str]:
+    """What ffmpeg is called with to encode source.yuv, of this size (WxH) and frame rate."""
+    encoder = ENCODERS[codec]
+    return [
+        *f"-f rawvideo -pix_fmt yuv420p -s {size} -r {fps}".split(),
+        *_COLOUR_TAGS,
+        *"-i source.yuv".split(),
+        *encoder.options.split(),
+        *f"{encoder.rate} {crf}".split(),
+        *_COLOUR_TAGS,
+        *f"-f {encoder.format} coded.{encoder.format}".split(),
+    ]
+
+
+def decode_arguments(codec: str) -> list[str]:
+    """What ffmpeg is called with to decode the elementary stream again."""
+    form = ENCODERS[codec].format
+    return (
+        f"-f {form} -i coded.{form} -fps_mode passthrough -f rawvideo -pix_fmt yuv420p decoded.yuv"
+    ).split()
+
+
+def anchor_identity(codec: str) -> dict[str, str | list[float]]:
+    """All that decides what a codec makes of given frames at a given size, JSON-ready.
+
+    The whole commands, with names in place of what depends on the clip and on the size that is to
+    be matched; the grid of rate factors; the version of ffmpeg.
+    """
+    return {
+        "encode": shlex.join(encode_arguments(codec, "SIZE", "FPS", "CRF")),
+        "decode": shlex.join(decode_arguments(codec)),
+        "grid": [ENCODERS[codec].largest, ENCODERS[codec].step],
+        "ffmpeg": ffmpeg_version(),
+    }
 
 
 def encode_anchor(codec: str, frames: np.ndarray, fps: Fraction, crf: float) -> AnchorResult:

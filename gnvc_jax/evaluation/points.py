@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import safe_open
 
 from gnvc_jax.bitstream import BitstreamError, StreamReader
-from gnvc_jax.evaluation.anchors import ENCODERS, Anchor, ffmpeg_version
+from gnvc_jax.evaluation.anchors import ENCODERS, Anchor, anchor_identity
 from gnvc_jax.evaluation.clips import Clip, read_clip, write_clip
 from gnvc_jax.pretrained import FOLDER, load_pretrained
 
@@ -140,7 +140,7 @@ class AnchorPoint:
             "tune": "visual",
             "like": self.like,
             "target_bytes": self.target_bytes,
-            "ffmpeg": ffmpeg_version(),
+            **anchor_identity(self.codec),
         }
 
     def code(self, clip: Clip) -> Coded:

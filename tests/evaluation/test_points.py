@@ -1,6 +1,8 @@
 """Coding through the command line tool, with a tool that only copies files."""
 
+import dataclasses
 import hashlib
+import shlex
 import sys
 from fractions import Fraction
 
@@ -8,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from gnvc_jax.evaluation import points
+from gnvc_jax.evaluation import anchors, points
 from gnvc_jax.evaluation.clips import Clip
 from gnvc_jax.evaluation.points import AnchorPoint, AutoencoderPoint, CodingError, FilePoint
 from gnvc_jax.pretrained import find_model
@@ -71,6 +73,29 @@ def test_identity_follows_the_model_file(tmp_path):
     assert FilePoint(str(path), 8).identity() != identity
     with pytest.raises(FileNotFoundError, match="nowhere: neither"):
         FilePoint("nowhere", 8).identity()
+
+
+@pytest.mark.parametrize("codec", anchors.ANCHORS)
+def test_identity_of_an_anchor_is_its_whole_command(codec, clip, monkeypatch):
+    point, encoder = AnchorPoint(codec, "gnvc-qp8", 100), anchors.ENCODERS[codec]
+    identity = point.identity()
+    for change in (
+        {"options": encoder.options + " -threads 1"},
+        {"rate": "-q"},
+        {"step": 2 * encoder.step},
+    ):
+        changed = dataclasses.replace(encoder, **change)
+        monkeypatch.setitem(anchors.ENCODERS, codec, changed)
+        assert point.identity() != identity
+    monkeypatch.setitem(anchors.ENCODERS, codec, encoder)
+    monkeypatch.setattr(anchors, "_COLOUR_TAGS", ["-color_range", "pc"])
+    assert point.identity() != identity
+    monkeypatch.undo()
+    assert point.identity() == identity
+    ran = anchors.Anchor(codec, clip.frames, clip.fps)._arguments(30)
+    height, width = clip.frames.shape[1:3]
+    given = identity["encode"].replace("SIZE", f"{width}x{height}").replace("CRF", "30")
+    assert shlex.split(given.replace("FPS", str(clip.fps))) == ran
 
 
 def test_autoencoder_point_has_no_file(clip, monkeypatch):
