@@ -1,4 +1,4 @@
-"""Output that is whole or not there.
+"""Files: output that is whole or not there, and what a file is that was taken for weights.
 
 `atomic_output` is the one place where the package writes under a temporary name and renames. All
 output goes through it: whole values by `write_whole` and `write_json`, large files and folders
@@ -15,6 +15,14 @@ from pathlib import Path
 from typing import Any
 
 MAX_NAME = 200  # bytes of a name that leave room for a key and a suffix in the 255 of file systems
+
+# What people find in place of weights, by how it begins.
+MISTAKEN = {
+    b"version https://git-lfs": "a Git LFS pointer; fetch the weights with `git lfs pull`",
+    b"GGUF": "a GGUF file, which is not supported; use the original safetensors",
+    b"<": "an HTML or XML page; the download failed or needs a login",
+    b"{": "a JSON text; the download failed or this is not the file with the weights",
+}
 
 
 @contextlib.contextmanager
@@ -73,3 +81,18 @@ def write_json(path: Path, value: Any) -> None:
 def keyed_name(name: str, key: str) -> str:
     """`NAME-KEY`, with the name cut so that any suffix can follow within what file systems take."""
     return f"{os.fsencode(name)[:MAX_NAME].decode(errors='ignore')}-{key}"
+
+
+def not_weights(path: Path) -> str | None:
+    """What a file is that is no weights at all, such as a page in place of a download; else None.
+
+    Raises OSError.
+    """
+    with open(path, "rb") as file:
+        start = file.read(64).removeprefix(b"\xef\xbb\xbf")
+    if not start:
+        return "an empty file"
+    if start[8:9] == b"{":  # safetensors: 8 bytes, which can look like anything, and then JSON
+        return None
+    start = start.lstrip()
+    return next((kind for mark, kind in MISTAKEN.items() if start.startswith(mark)), None)

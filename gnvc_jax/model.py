@@ -31,7 +31,7 @@ from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LatentCodec, State, pad_latents
 from gnvc_jax.errors import UsageError
-from gnvc_jax.files import atomic_output
+from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
@@ -46,8 +46,9 @@ class Model:
     """Everything that coding needs.
 
     vae, codec: float parameters; mean, std: (c,) of the VAE's latents; scale_networks: exported
-    integers by kind of latent (0 intra, 1 predicted); tables: probability tables; refiner, text:
-    its parameters and text condition (1, rows, width), None without.
+    integers by kind of latent (0 intra, 1 predicted); tables: probability tables; self_test_crc:
+    CRC32 of the index maps of fixed pseudo-random integers, where the model was made; refiner,
+    text: its parameters and text condition (1, rows, width), None without.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Model:
     std: np.ndarray
     scale_networks: tuple[Tree, Tree]
     tables: Tables
+    self_test_crc: int
     refiner_config: RefinerConfig | None = None
     refiner: Tree | None = None
     text: np.ndarray | None = None
@@ -71,11 +73,6 @@ class Model:
         codec = {k: v for k, v in arrays.items() if not k.startswith(later)}
         vae = {k: v for k, v in arrays.items() if k.startswith("vae/")}
         return _digest(codec, self.codec_config), _digest(vae, self.vae_config)[:16]
-
-    @functools.cached_property
-    def self_test_crc(self) -> int:
-        """CRC32 of the index maps of fixed pseudo-random integers, by the NumPy reference."""
-        return self_test(self, scales.scale_index_numpy)
 
 
 def build(
@@ -106,6 +103,7 @@ def build(
     vae, refiner = jax.tree.map(lambda x: np.asarray(x, np.float16), (vae, refiner))
     codec = jax.tree.map(np.asarray, codec)
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    crc = self_test(codec_config, networks, scales.scale_index_numpy)
     return Model(
         name,
         vae_config,
@@ -116,6 +114,7 @@ def build(
         std,
         networks,
         tables,
+        crc,
         refiner_config,
         refiner,
         text,
@@ -145,10 +144,14 @@ def vae_fingerprint(config: VAEConfig, params: Tree) -> str:
 
 def _digest(arrays: dict[str, np.ndarray], config) -> bytes:
     sha = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+    _update(sha, arrays)
+    return sha.digest()
+
+
+def _update(sha, arrays: dict[str, np.ndarray]) -> None:
     for name, value in sorted(arrays.items()):
         sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
         sha.update(np.ascontiguousarray(value).tobytes())
-    return sha.digest()
 
 
 def save_model(path: str | Path, model: Model) -> None:
@@ -163,15 +166,19 @@ def save_model(path: str | Path, model: Model) -> None:
         "self_test": model.self_test_crc,
         "fingerprints": [f.hex() for f in model.fingerprints],
     }
+    arrays = to_arrays(model)
+    facts["checksum"] = checksum(facts, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_output(path) as temporary:
-        save_file(to_arrays(model), temporary, metadata={"gnvc": json.dumps(facts)})
+        save_file(arrays, temporary, metadata={"gnvc": json.dumps(facts)})
 
 
 def load_model(path: str | Path) -> Model:
     """Read a model file. FileNotFoundError, or ModelCorrupt if it is not a whole, intact model."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such model file")
+    if kind := not_weights(Path(path)):
+        raise ModelCorrupt(f"{path}: not a model file but {kind}")
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["gnvc"])
@@ -191,6 +198,7 @@ def load_model(path: str | Path) -> Model:
             nested["latents"]["std"],
             tuple(nested["scales"][kind] for kind in KINDS),
             Tables(nested["tables"]["y"], nested["tables"]["z"], config.k_skip),
+            facts["self_test"],
             refiner,
             nested.get("refiner"),
             nested.get("text"),
@@ -199,12 +207,25 @@ def load_model(path: str | Path) -> Model:
         raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error
     if [f.hex() for f in model.fingerprints] != facts["fingerprints"]:
         raise ModelCorrupt(f"{path}: contents do not match the fingerprint")
+    if facts.pop("checksum", None) not in (None, checksum(facts, arrays)):
+        raise ModelCorrupt(f"{path}: contents do not match the checksum")
     return model
 
 
-def self_test(model: Model, network) -> int:
-    """CRC32 of the index maps that `network` gives for fixed integers (a 32-bit LCG)."""
-    cz, cy = model.codec_config.z_channels, model.codec_config.y_channels
+def checksum(facts: dict, arrays: dict[str, np.ndarray]) -> str:
+    """Hexadecimal SHA-256 of what the fingerprints of codec and VAE leave out.
+
+    That is the description itself (facts: without the checksum) and the arrays of the refiner.
+    Files from before it was added have none.
+    """
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    _update(sha, {k: v for k, v in arrays.items() if k.startswith(("refiner/", "text"))})
+    return sha.hexdigest()
+
+
+def self_test(config: CodecConfig, networks: tuple[Tree, Tree], scale_index: Callable) -> int:
+    """CRC32 of the index maps that `scale_index` gives for fixed integers (a 32-bit LCG)."""
+    cz, cy = config.z_channels, config.y_channels
     state, crc = np.uint64(1), 0
 
     def draw(shape, low, high):
@@ -219,9 +240,7 @@ def self_test(model: Model, network) -> int:
         z = draw((2, 2, cz), -15, 15)
         prev_y, prev_index = (draw((8, 8, cy), *r) if kind else np.zeros((8, 8, cy), np.int64)
                               for r in ((-127, 127), (0, 63)))  # fmt: skip
-        index = network(
-            model.codec_config, model.scale_networks[kind], q_index, z, prev_y, prev_index
-        )
+        index = scale_index(config, networks[kind], q_index, z, prev_y, prev_index)
         crc = zlib.crc32(np.asarray(index, np.uint8).tobytes(), crc)
     return crc
 
@@ -373,7 +392,11 @@ class Functions:
         )
 
     def _exact_network(self):
-        """The first of float32, int32 and NumPy arithmetic that passes the self-test here."""
+        """The first of float32, int32 and NumPy arithmetic that passes the self-test here.
+
+        All are compared with the value in the model file, from the machine that made the model:
+        NumPy too may be wrong here. DeviceNotExact if none passes.
+        """
         model = self.model
 
         def jitted(dtype):
@@ -387,6 +410,9 @@ class Functions:
             return scales.scale_index_numpy(model.codec_config, tables, q_index, *integers)
 
         for network in (jitted(jnp.float32), jitted(jnp.int32), reference):
-            if self_test(model, lambda _, *args, f=network: f(*args)) == model.self_test_crc:
+            crc = self_test(
+                model.codec_config, model.scale_networks, lambda _, *args, f=network: f(*args)
+            )
+            if crc == model.self_test_crc:
                 return network
         raise DeviceNotExact(f"integer self-test fails on {jax.default_backend()}; use a CPU")

@@ -1,12 +1,16 @@
 """Video to bytes and back with a tiny model: the whole chain, on every kind of arithmetic."""
 
+import dataclasses
 import io
+import json
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from gnvc_jax import model as models
 from gnvc_jax.bitstream import EntropyCoder, PlainCoder, StreamReader
@@ -103,11 +107,59 @@ def test_model_file_keeps_everything(tmp_path, coder, stream):
     path.write_bytes(data)
     with pytest.raises(ModelCorrupt, match="fingerprint"):
         models.load_model(path)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    with pytest.raises(ModelCorrupt, match="Git LFS pointer"):
+        models.load_model(path)
     path.write_bytes(b"not a model")
     with pytest.raises(ModelCorrupt, match="not a model file"):
         models.load_model(path)
     with pytest.raises(FileNotFoundError, match="no such model file"):
         models.load_model(tmp_path / "absent")
+
+
+def edit_facts(path, **changes):
+    """Change the description in a model file and nothing else."""
+    with safe_open(path, "numpy") as file:
+        facts = json.loads(file.metadata()["gnvc"])
+    facts |= changes
+    facts = {k: v for k, v in facts.items() if v is not None}
+    save_file(load_file(path), path, metadata={"gnvc": json.dumps(facts)})
+
+
+def test_every_part_of_a_model_file_is_checked(tmp_path, tiny_model):
+    path = tmp_path / "m.safetensors"
+    model = tiny_model(refiner=True)
+    model = dataclasses.replace(model, text=np.ones((1, 2, 3), np.float32))
+    models.save_model(path, model)
+    whole = path.read_bytes()
+    with open(path, "rb") as file:
+        places = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+    del places["__metadata__"]
+    assert {name.split("/")[0] for name in places} >= {"refiner", "text", "vae", "codec"}
+    parts = {name.split("/")[0]: place["data_offsets"][0] for name, place in places.items()}
+    for at in parts.values():
+        damaged = bytearray(whole)
+        damaged[start + at] ^= 1
+        path.write_bytes(damaged)
+        with pytest.raises(ModelCorrupt):
+            models.load_model(path)
+    path.write_bytes(whole)
+    edit_facts(path, name="other")
+    with pytest.raises(ModelCorrupt, match="checksum"):
+        models.load_model(path)
+    path.write_bytes(whole)
+    edit_facts(path, checksum=None)  # as in files of earlier versions
+    assert models.load_model(path).self_test_crc == model.self_test_crc
+
+
+def test_the_stored_self_test_decides(tmp_path, coder):
+    """A device, and NumPy on it, that gets other values than the maker's is refused."""
+    path = tmp_path / "m.safetensors"
+    models.save_model(path, coder.model)
+    edit_facts(path, checksum=None, self_test=coder.model.self_test_crc ^ 1)
+    with pytest.raises(DeviceNotExact, match="self-test fails"):
+        Coder(models.load_model(path))
 
 
 def test_a_device_that_is_not_exact_is_refused(coder, monkeypatch):

@@ -24,6 +24,8 @@ import numpy as np
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from gnvc_jax.files import not_weights
+
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 _EPS = 1e-5
@@ -169,6 +171,8 @@ def load_clip(path: Path) -> Encoder:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if kind := not_weights(path):
+        raise ValueError(f"{path}: {kind}")
     try:
         with safe_open(path, framework="numpy") as file:
             names = [

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gnvc_jax.convolution import conv2d
+from gnvc_jax.files import not_weights
 
 MIN_SIDE = 32
 
@@ -138,6 +139,8 @@ def _from_package(net: str) -> dict:
 def _from_safetensors(net: str, path: Path) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    if kind := not_weights(path):
+        raise ValueError(f"{path}: {kind}")
     try:
         found = known_tensors(load_file(path))
     except SafetensorError as error:

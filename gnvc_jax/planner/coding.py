@@ -110,7 +110,7 @@ def coding_programs(
     if refiner is not None and refiner.dit.text_length:
         text = np.zeros((1, refiner.dit.text_length, refiner.dit.text_width), np.float32)
     used = programs(
-        Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), None, refiner, None, text)
+        Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), None, 0, refiner, None, text)
     )
 
     def whole(tree):

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gnvc_jax.files import not_weights
 from gnvc_jax.porting import torch_file
 from gnvc_jax.porting.errors import PortError
 
@@ -29,14 +30,6 @@ PREFIX = re.compile(r"^(model\.diffusion_model|diffusion_model|model|module)\.")
 
 # The second expert of Wan2.2's A14B models, as diffusers and as Wan-AI name its folder.
 SECOND_EXPERTS = {"transformer_2": "transformer", "low_noise_model": "high_noise_model"}
-
-# What people find in place of weights, by how it begins.
-INTRUDERS = {
-    b"version https://git-lfs": "a Git LFS pointer; fetch the weights with `git lfs pull`",
-    b"GGUF": "a GGUF file, which is not supported; use the original safetensors",
-    b"<": "an HTML or XML page; the download failed or needs a login",
-    b"{": "a JSON text; the download failed or this is not the file with the weights",
-}
 
 # (component, scheme) by how some of the names begin.
 MARKS = {
@@ -206,15 +199,9 @@ def list_tensors(file: Path) -> dict[str, Entry]:
 
 
 def check_kind(file: Path) -> None:
-    """PortError if the file begins as something that people find in place of weights."""
-    with open(file, "rb") as opened:
-        # A safetensors file begins with the length of its header, 8 bytes, and then the header.
-        start = opened.read(64).removeprefix(b"\xef\xbb\xbf")
-    if not start:
-        raise PortError(f"{file}: empty")
-    for mark, kind in INTRUDERS.items():
-        if start.lstrip().startswith(mark) and start[8:9] != b"{":
-            raise PortError(f"{file}: {kind}")
+    """PortError if the file is one of the things that people find in place of weights."""
+    if kind := not_weights(file):
+        raise PortError(f"{file}: {kind}")
 
 
 def read_safetensor(file: Path, name: str) -> np.ndarray:
