@@ -90,8 +90,7 @@ class Coder:
         **extra,
     ) -> Header:
         """Header of a new stream. UsageError if gop is not 1 + 4k with k < 256."""
-        if gop < 1 or (gop - 1) % 4 or gop > 1021:
-            raise UsageError(f"gop {gop}: expected 1 + 4k frames, 1..1021")
+        check_gop(gop)
         cfg = self.model.codec_config
         codec, vae = self.model.fingerprints
         return Header(
@@ -124,8 +123,7 @@ class Coder:
         progress(n) is called whenever n more frames are done. UsageError for a frame of another
         size, a qp out of range, a width that the mesh in use does not divide, or no frame at all.
         """
-        if not 0 <= qp <= MAX_QP:
-            raise UsageError(f"qp {qp}: expected 0..{MAX_QP}")
+        check_qp(qp)
         check_columns(header.width)
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
         while gop := self._encode_group(itertools.islice(frames, header.gop_frames),
@@ -258,6 +256,18 @@ class Coder:
             frames, decoder = self.functions.decode_latents(decoder, latent)
             out.append(np.asarray(frames[0, :, :h, :w]))
         return np.concatenate(out)[:t]
+
+
+def check_gop(gop: int) -> None:
+    """UsageError unless gop is 1 + 4k with k < 256."""
+    if gop < 1 or (gop - 1) % 4 or gop > 1021:
+        raise UsageError(f"gop {gop}: expected 1 + 4k frames, 1..1021")
+
+
+def check_qp(qp: int) -> None:
+    """UsageError unless qp is a quality level."""
+    if not 0 <= qp <= MAX_QP:
+        raise UsageError(f"qp {qp}: expected 0..{MAX_QP}")
 
 
 def check_columns(width: int) -> None:

@@ -1,19 +1,14 @@
 """Many videos to streams, shared by the processes of a run: what `gnvc encode-all` does."""
 
-import csv
 import io
-import json
 import logging
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
-from gnvc_jax.coder import DEFAULT_GOP, Coder, check_video
-from gnvc_jax.data.index import find_videos
-from gnvc_jax.data.latents import video_key
-from gnvc_jax.files import keyed_name, write_json, write_whole
-from gnvc_jax.media.errors import MediaError
+from gnvc_jax.coder import DEFAULT_GOP, Coder, check_gop, check_qp, check_video
+from gnvc_jax.data.jobs import for_each_video
+from gnvc_jax.files import write_whole
 from gnvc_jax.media.reader import open_video
 
 log = logging.getLogger(__name__)
@@ -29,34 +24,29 @@ def encode_all(
     gop: int = DEFAULT_GOP,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Encode all videos at `source` (folder, list or video) into `folder`; those that failed.
+    """Encode all videos at `source` into `folder`, see `for_each_video`; those that failed.
 
-    Each stream has its row of the manifest beside it in a .json file, written last. Videos that
-    have one with the same settings are passed over, so the same call goes on where it stopped.
-    `manifest.csv` (see COLUMNS) holds all rows that are there when a process has finished; the
-    last one's is complete. Processes of one JAX runtime share the videos, each on its own devices.
-
-    Raises MissingInput for the source.
+    Processes of one JAX runtime share the videos, each on its own devices. Raises MissingInput for
+    the source, UsageError for qp and gop.
     """
+    check_gop(gop)
+    check_qp(qp)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {"qp": qp, "gop": gop, "model": [f.hex() for f in coder.model.fingerprints]}
-    videos = sorted(set(find_videos(Path(source))))[jax.process_index() :: jax.process_count()]
-    failed = {}
-    for video in tqdm(videos, unit="video", desc="encoding", disable=not progress or None):
-        name = keyed_name(video.stem, video_key(video))
-        stream, row = folder / f"{name}.gnvc", folder / f"{name}.json"
-        if row.exists() and json.loads(row.read_text())["settings"] == settings:
-            continue
-        try:
-            facts = encode_one(video, stream, coder, qp, gop)
-        except MediaError as error:
-            failed[str(video)] = str(error)
-            log.warning("left out: %s", error)
-            continue
-        write_json(row, facts | {"settings": settings})
-    write_manifest(folder)
-    return failed
+
+    def work(video: Path, name: str) -> dict:
+        return encode_one(video, folder / f"{name}.gnvc", coder, qp, gop)
+
+    return for_each_video(
+        source,
+        folder,
+        work,
+        COLUMNS,
+        settings={"qp": qp, "gop": gop, "model": [f.hex() for f in coder.model.fingerprints]},
+        shard=(jax.process_index(), jax.process_count()),
+        progress=progress,
+        title="encoding",
+    )
 
 
 def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> dict:
@@ -74,12 +64,3 @@ def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> di
     pixels = size[0] * size[1] * count
     facts = str(video), stream.name, *size, count, data.tell(), 8 * data.tell() / pixels
     return dict(zip(COLUMNS, facts))
-
-
-def write_manifest(folder: Path) -> None:
-    """manifest.csv of the rows that are there."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(json.loads(row.read_text()) for row in sorted(folder.glob("*.json")))
-    write_whole(folder / "manifest.csv", text.getvalue())

@@ -78,9 +78,9 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
-def keyed_name(name: str, key: str) -> str:
-    """`NAME-KEY`, with the name cut so that any suffix can follow within what file systems take."""
-    return f"{os.fsencode(name)[:MAX_NAME].decode(errors='ignore')}-{key}"
+def keyed_name(name: str, key: str, limit: int = MAX_NAME) -> str:
+    """`NAME-KEY`, with the name cut to `limit` bytes so that suffixes find room behind it."""
+    return f"{os.fsencode(name)[:limit].decode(errors='ignore')}-{key}"
 
 
 def not_weights(path: Path) -> str | None:

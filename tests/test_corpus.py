@@ -1,14 +1,17 @@
 """Many videos to streams: manifest, going on, failures, processes; the coder is a stand-in."""
 
 import csv
+import errno
 import types
 
 import jax
 import numpy as np
 import pytest
 
+from gnvc_jax import corpus
 from gnvc_jax.corpus import encode_all
 from gnvc_jax.demo import write_all
+from gnvc_jax.errors import UsageError
 
 
 class Stand:
@@ -52,7 +55,7 @@ def test_streams_manifest_and_going_on(clips, tmp_path):
     failed = encode_all(clips, out, coder, 24, progress=False)
     assert [path.rpartition("/")[2] for path in failed] == ["broken.mkv"]
     assert coder.calls == 3  # the two that were there are not done again
-    rows = manifest(out)
+    rows = [row for row in manifest(out) if not row["left_out"]]
     assert [row["frames"] for row in rows] == ["3", "5", "4"]
     for row in rows:
         data = (out / row["stream"]).read_bytes()
@@ -61,6 +64,52 @@ def test_streams_manifest_and_going_on(clips, tmp_path):
     encode_all(clips, out, coder, 30, progress=False)
     assert coder.calls == 6  # another level is another stream
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
+
+
+def test_no_video_ends_the_job_and_the_manifest_lists_those_left_out(clips, tmp_path):
+    class Odd(Stand):
+        def encode_frames(self, frames, out, header, qp):
+            if header == (64, 64):
+                raise RuntimeError("an odd one")
+            return super().encode_frames(frames, out, header, qp)
+
+    (clips / "a.mkv").write_bytes(b"no video")
+    write_all(clips / "b.mkv", np.zeros((2, 8, 8, 3), np.uint8), 25)  # smaller than streams hold
+    write_all(clips / "c.mkv", np.zeros((2, 64, 64, 3), np.uint8), 25)
+    (clips / "list.txt").write_text("\n".join([*(p.name for p in clips.glob("*.mkv")), "gone.mp4"]))
+    out = tmp_path / "out"
+    failed = encode_all(clips / "list.txt", out, Odd(), 24, progress=False)
+    assert sorted(p.rpartition("/")[2] for p in failed) == ["a.mkv", "b.mkv", "c.mkv", "gone.mp4"]
+    rows = {row["video"].rpartition("/")[2]: row for row in manifest(out)}
+    assert len(rows) == 7 and all(failed[k] for k in failed)
+    for path, reason in failed.items():
+        assert rows[path.rpartition("/")[2]]["left_out"] == reason and path in reason
+    assert "RuntimeError: an odd one" in rows["c.mkv"]["left_out"]
+    assert [rows[f"v{i}.mkv"]["frames"] for i in range(3)] == ["3", "5", "4"]
+    # What is repaired or gone is listed no more.
+    write_all(clips / "a.mkv", np.zeros((2, 32, 48, 3), np.uint8), 25)
+    (clips / "b.mkv").unlink()
+    assert [p.rpartition("/")[2] for p in encode_all(clips, out, Odd(), 24, progress=False)] == [
+        "c.mkv"
+    ]
+    rows = {row["video"].rpartition("/")[2]: row["left_out"] for row in manifest(out)}
+    assert sorted(rows) == ["a.mkv", "c.mkv", "v0.mkv", "v1.mkv", "v2.mkv"]
+    assert [name for name, reason in rows.items() if reason] == ["c.mkv"]
+
+
+def test_wrong_settings_are_not_the_fault_of_videos(clips, tmp_path):
+    for qp, gop in ((64, 5), (24, 6)):
+        with pytest.raises(UsageError):
+            encode_all(clips, tmp_path / "out", Stand(), qp, gop, progress=False)
+
+
+def test_a_full_disk_ends_the_job(clips, tmp_path, monkeypatch):
+    def write(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(corpus, "write_whole", write)
+    with pytest.raises(OSError, match="No space"):
+        encode_all(clips, tmp_path / "out", Stand(), 24, progress=False)
 
 
 def test_processes_share_the_videos(clips, tmp_path, monkeypatch):

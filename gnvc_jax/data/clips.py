@@ -15,15 +15,48 @@ import numpy as np
 from absl import flags
 
 from gnvc_jax.data.index import ClipIndex, Video
+from gnvc_jax.data.left_out import LeftOut, TooMuchLeftOut
 from gnvc_jax.errors import UsageError
 
 __all__ = ["ClipIndex", "RandomClip", "clip_dataset"]
 
 log = logging.getLogger(__name__)
 
+MAX_TRIES = 1000  # whatever share is accepted, so that nothing readable at all is an error
+
+
+class RandomRead(grain.transforms.RandomMap):
+    """Draws from something numbered 0 to `count` - 1, parts of which may not be readable.
+
+    Where reading fails, another number is drawn from the same generator. So an element stays a pure
+    function of its number, the seed and the files: the replacement is the same after a restart and
+    with any number of processes.
+    """
+
+    count: int
+    left_out: LeftOut
+
+    def name(self, element: int) -> str:
+        """What is counted as left out where this element cannot be read."""
+        raise NotImplementedError
+
+    def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
+        """May raise anything."""
+        raise NotImplementedError
+
+    def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
+        """Raises TooMuchLeftOut."""
+        for _ in range(MAX_TRIES):
+            try:
+                return self.read(element, rng)
+            except Exception as error:
+                self.left_out.add(self.name(element), error)
+            element = int(rng.integers(self.count))
+        raise TooMuchLeftOut(f"{MAX_TRIES} draws in a row could not be read")
+
 
 @dataclasses.dataclass(frozen=True)
-class RandomClip(grain.transforms.RandomMap):
+class RandomClip(RandomRead):
     """Number of a frame, counted through all videos -> uint8 (frames, h, w, 3) from its video.
 
     The frames are consecutive; start, crop, halving and mirroring are drawn.
@@ -33,12 +66,24 @@ class RandomClip(grain.transforms.RandomMap):
     frames: int
     size: tuple[int, int]
     downscale_prob: float
+    left_out: LeftOut
 
     def __post_init__(self):
         object.__setattr__(self, "_ends", np.cumsum([video.frames for video in self.videos]))
 
-    def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
-        video = self.videos[int(np.searchsorted(self._ends, element, side="right"))]
+    @property
+    def count(self) -> int:
+        """Frames of all videos."""
+        return int(self._ends[-1])
+
+    def video(self, element: int) -> Video:
+        return self.videos[int(np.searchsorted(self._ends, element, side="right"))]
+
+    def name(self, element: int) -> str:
+        return self.video(element).path
+
+    def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
+        video = self.video(element)
         halve, mirror = rng.random() < self.downscale_prob, rng.random() < 0.5
         full = (video.height, video.width)
         scale = 2 if halve and all(2 * s <= f for s, f in zip(self.size, full)) else 1
@@ -78,7 +123,8 @@ def clip_dataset(
     size: (h, w) in pixels. A video is drawn in proportion to its number of frames; those with fewer
     than `frames` are left out. With probability `downscale_prob` the crop is taken twice as large,
     where the video allows it, and reduced by 2x2 means. Half of the clips are mirrored. A video
-    smaller than the crop is continued by its edge, below and to the right.
+    smaller than the crop is continued by its edge, below and to the right. Where a clip cannot be
+    read, another is drawn, and the video is added to `index.left_out`.
 
     batch is that of one process; shard: (number of this process, number of processes), which
     together read the global batch `batch * count`. num_workers: decoding processes, each holding
@@ -86,7 +132,9 @@ def clip_dataset(
 
     The iterator's state is the number of the next clip, {"global_next_index": n}: get_state and
     set_state resume with exactly the next batch, whatever the workers, and also on another number
-    of processes. Raises UsageError if no video has `frames` frames.
+    of processes. It raises TooMuchLeftOut.
+
+    Raises UsageError if no video has `frames` frames.
     """
     videos = tuple(video for video in index if video.frames >= frames)
     if not videos:
@@ -98,9 +146,10 @@ def clip_dataset(
             len(index),
             frames,
         )
+    draw = RandomClip(videos, frames, tuple(size), downscale_prob, index.left_out)
     return endless_batches(
-        sum(video.frames for video in videos),
-        RandomClip(videos, frames, tuple(size), downscale_prob),
+        draw.count,
+        draw,
         batch=batch,
         seed=seed,
         shuffle=shuffle,

@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.files import atomic_output, keyed_name, write_json
 from gnvc_jax.media import search
 from gnvc_jax.media.errors import (
-    MediaError,
     MissingInput,
     NoFrames,
     TruncatedVideo,
@@ -72,21 +72,53 @@ class ClipIndex:
     path: a folder, searched with its subfolders for video files and for folders of PNG pictures;
     a list (.txt) with one path a line, relative to the list; or one video. decode_cache: folder
     that keeps what was learnt and all decoded frames; without it every clip is decoded when it is
-    drawn. A video that cannot be read is logged and left out. Raises MissingInput, NoFrames if
-    nothing is left, and UnwritableOutput, WriteFailed or DiskFull for the cache.
+    drawn. left_out: collects what cannot be read; by default there is no limit to it. Raises
+    MissingInput, NoFrames if nothing is left, TooMuchLeftOut, and UnwritableOutput, WriteFailed or
+    DiskFull for the cache.
     """
 
-    def __init__(self, path: str | os.PathLike, decode_cache: str | os.PathLike | None = None):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        decode_cache: str | os.PathLike | None = None,
+        left_out: LeftOut | None = None,
+    ):
         files = sorted(set(find_videos(Path(path))))
+        self.left_out = LeftOut(limit=1.0) if left_out is None else left_out
+        self.left_out.start(len(files))
         cache = None if decode_cache is None else Path(decode_cache)
         known = {} if cache is None else _load_known(cache)
-        videos = _in_parallel("looking at videos", functools.partial(_probe, known=known), files)
+        look = functools.partial(_probe, known=known)
+        videos = self._in_parallel("looking at videos", look, files)
         if cache is not None:
             _save_known(cache, known | {_key(Path(v.path)): _record(v) for v in videos})
-            videos = _in_parallel("decoding", functools.partial(_decode, cache=cache), videos)
+            videos = self._in_parallel("decoding", functools.partial(_decode, cache=cache), videos)
         if not videos:
             raise NoFrames(path, "no readable video among the training data")
         self.videos: tuple[Video, ...] = tuple(videos)
+
+    def _in_parallel(self, title: str, function: Callable, items: list[Path | Video]) -> list:
+        """function(item) of all items in order, without those that cannot be read."""
+
+        def attempt(item: Path | Video):
+            try:
+                return function(item)
+            except (UnwritableOutput, WriteFailed):
+                raise  # the cache's fault, not the video's
+            except Exception as error:
+                return error
+
+        found = []
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            results = tqdm(
+                pool.map(attempt, items), desc=title, total=len(items), unit="video", delay=2
+            )
+            for item, result in zip(items, results):
+                if isinstance(result, Exception):
+                    self.left_out.add(str(getattr(item, "path", item)), result)
+                else:
+                    found.append(result)
+        return found
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -108,25 +140,6 @@ def find_videos(path: Path) -> list[Path]:
     if not path.is_dir():
         raise MissingInput(path, "no such file or folder of training videos")
     return search.find_videos(path)
-
-
-def _in_parallel(title: str, function: Callable, items: list) -> list:
-    """function(item) of all items in order; those that cannot be read are logged and left out."""
-
-    def attempt(item):
-        try:
-            return function(item)
-        except (UnwritableOutput, WriteFailed):
-            raise  # the cache's fault, not the video's
-        except MediaError as error:
-            log.warning("left out: %s", error)
-            return None
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        results = tqdm(
-            pool.map(attempt, items), desc=title, total=len(items), unit="video", delay=2
-        )
-        return [result for result in results if result is not None]
 
 
 def _key(file: Path) -> str:

@@ -10,27 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import json
-import logging
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grain
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordWriter
-from tqdm import tqdm
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
-from gnvc_jax.data.clips import endless_batches
-from gnvc_jax.data.index import find_videos
+from gnvc_jax.data.clips import RandomRead, endless_batches
+from gnvc_jax.data.jobs import for_each_video
+from gnvc_jax.data.left_out import LeftOut, TooMuchLeftOut
 from gnvc_jax.errors import UsageError
-from gnvc_jax.files import atomic_output, keyed_name, write_json
-from gnvc_jax.media.errors import MediaError
+from gnvc_jax.files import atomic_output, write_json
 from gnvc_jax.media.reader import open_video
-
-log = logging.getLogger(__name__)
 
 HEAD = 4  # bytes of the checksum
 
@@ -58,7 +53,7 @@ def write_latents(
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict[str, str]:
-    """Fill a cache from the videos at `source`; videos that are in it already are passed over.
+    """Fill a cache from the videos at `source`, see `for_each_video`.
 
     encode: uint8 (frames, h, w, 3), sizes multiples of the stride -> float (t, h', w', c),
     normalised. shard: (number of this process, number of processes), which share the videos. A
@@ -70,22 +65,14 @@ def write_latents(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _claim(folder, info)
-    videos = sorted(set(find_videos(Path(source))))[shard[0] :: shard[1]]
-    failed = {}
-    for video in tqdm(videos, unit="video", desc="latents", disable=not progress or None):
-        name = keyed_name(video.stem, video_key(video))
-        done = folder / f"{name}.json"
-        if done.exists():
-            continue
-        try:
-            with atomic_output(folder / f"{name}.array_record") as target:
-                count = _write_video(video, target, info, encode)
-        except MediaError as error:
-            failed[str(video)] = str(error)
-            log.warning("left out: %s", error)
-            continue
-        write_json(done, {"video": str(video), "records": count})
-    return failed
+
+    def work(video: Path, name: str) -> dict:
+        with atomic_output(folder / f"{name}.array_record") as target:
+            count = _write_video(video, target, info, encode)
+        return {"video": str(video), "records": count}
+
+    columns, options = ("video", "records"), {"shard": shard, "progress": progress}
+    return for_each_video(source, folder, work, columns, title="latents", **options)
 
 
 def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -> int:
@@ -112,13 +99,6 @@ def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
                 clip = []
 
 
-def video_key(video: Path) -> str:
-    """Tells videos of one name apart."""
-    facts = video.stat()
-    text = f"{video.absolute()} {facts.st_size} {facts.st_mtime_ns}"
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def _claim(folder: Path, info: CacheInfo) -> None:
     """Note what the folder holds; UsageError if it holds something else."""
     path = folder / "cache.json"
@@ -143,40 +123,65 @@ def read_info(folder: str | Path) -> CacheInfo:
 
 
 @dataclasses.dataclass(frozen=True)
-class RandomLatents(grain.transforms.RandomMap):
+class RandomLatents(RandomRead):
     """Number of a record -> float32 (t, h, w, c): its first t latents, at a random place."""
 
-    folder: str
     paths: tuple[str, ...]
-    count: int
+    records: tuple[int, ...]
+    latents: int
     size: tuple[int, int]
+    left_out: LeftOut
 
     def __post_init__(self):
         source = grain.sources.ArrayRecordDataSource(list(self.paths))
         object.__setattr__(self, "_source", source)
 
-    def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
+    @property
+    def count(self) -> int:
+        """Records of all files."""
+        return sum(self.records)
+
+    def name(self, element: int) -> str:
+        return self.paths[int(np.searchsorted(np.cumsum(self.records), element, side="right"))]
+
+    def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
         record = self._source[element]
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
-            raise UsageError(f"{self.folder}: record {element} is damaged")
-        latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.count]
+            raise UsageError("damaged record")
+        latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.latents]
         if any(s > n for s, n in zip(self.size, latents.shape[1:3])):
-            raise UsageError(
-                f"{self.folder}: latents of {latents.shape[1:3]}, wanted are crops of {self.size}"
-            )
+            raise UsageError(f"latents of {latents.shape[1:3]}, wanted are crops of {self.size}")
         starts = [int(rng.integers(n - s + 1)) for n, s in zip(latents.shape[1:3], self.size)]
         (top, left), (h, w) = starts, self.size
         return latents[:, top : top + h, left : left + w].astype(np.float32)
 
 
+def _count_records(path: str, left_out: LeftOut) -> int:
+    """Records of a file, 0 if it cannot be opened; the list of them is at its end."""
+    try:
+        with contextlib.closing(ArrayRecordReader(path)) as reader:
+            return reader.num_records()
+    except Exception as error:  # the library's, a RuntimeError
+        left_out.add(path, error)
+        return 0
+
+
 def latent_dataset(
-    folder: str | Path, *, frames: int, size: tuple[int, int], batch: int, seed: int, **options
+    folder: str | Path,
+    *,
+    frames: int,
+    size: tuple[int, int],
+    batch: int,
+    seed: int,
+    left_out: LeftOut | None = None,
+    **options,
 ) -> grain.experimental.ElasticIterator:
     """Endless batches float32 (batch, t, h, w, c) of normalised latents from a cache.
 
-    frames, size: as of the clips that the latents stand for, in frames and pixels; the other
-    arguments: see `endless_batches`. Crops start at multiples of the stride. Raises
-    FileNotFoundError for an empty cache, UsageError if its clips are shorter or smaller.
+    frames, size: as of the clips that the latents stand for, in frames and pixels; left_out:
+    collects the files of records that are damaged or too small, in place of which others are drawn;
+    the other arguments: see `endless_batches`. Crops start at multiples of the stride. Raises
+    FileNotFoundError for an empty cache, UsageError if its clips are shorter, TooMuchLeftOut.
     """
     info, folder = read_info(folder), Path(folder)
     paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())
@@ -185,7 +190,13 @@ def latent_dataset(
     if frames > info.frames:
         raise UsageError(f"{folder}: its clips have {info.frames} frames, wanted are {frames}")
     size = tuple(side // info.stride for side in size)
-    draw = RandomLatents(str(folder), tuple(paths), 1 + (frames - 1) // 4, size)
+    left_out = LeftOut() if left_out is None else left_out
+    left_out.start(len(paths))
+    records = {path: _count_records(path, left_out) for path in paths}
+    records = {path: count for path, count in records.items() if count}
+    if not records:
+        raise TooMuchLeftOut(f"{folder}: none of {len(paths)} files has a record that can be read")
+    latents = 1 + (frames - 1) // 4
+    draw = RandomLatents(tuple(records), tuple(records.values()), latents, size, left_out)
     draw.random_map(0, np.random.default_rng(0))  # says now if crops do not fit
-    count = len(draw._source)
-    return endless_batches(count, draw, batch=batch, seed=seed, **options)
+    return endless_batches(draw.count, draw, batch=batch, seed=seed, **options)

@@ -5,16 +5,20 @@ import functools
 import hashlib
 import itertools
 import logging
+import os
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 
+from gnvc_jax.files import keyed_name
 from gnvc_jax.media.colour import BT709, Colour
 from gnvc_jax.media.reader import open_video
 from gnvc_jax.media.search import find_videos
 from gnvc_jax.media.writer import open_writer
+
+MAX_NAME = 150  # bytes; files are named after a clip and a point
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,8 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
         parents = iter(path.parents)
         while name in clips and (parent := next(parents, None)):
             name = f"{parent.name}_{name}"
+        if len(os.fsencode(name)) > MAX_NAME:
+            name = keyed_name(name, hashlib.sha256(os.fsencode(path)).hexdigest()[:8], MAX_NAME)
         clips[name] = path
     return clips
 

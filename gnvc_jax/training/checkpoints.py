@@ -21,14 +21,14 @@ from gnvc_jax.training.config import Experiment, flatten
 Tree = Any
 
 # What a resumed run may change.
-FREE_KEYS = ("run.", "mesh.", "optim.steps")
+FREE_KEYS = ("run.", "mesh.", "optim.steps", "data.max_left_out")
 
 
 class Checkpoints:
     """The checkpoints of one run, the newest `experiment.run.keep` of them.
 
-    Raises UsageError if the folder belongs to a run with another configuration; `run.*`, `mesh.*`
-    and `optim.steps` may differ.
+    Raises UsageError if the folder belongs to a run with another configuration; `run.*`, `mesh.*`,
+    `optim.steps` and `data.max_left_out` may differ.
     """
 
     def __init__(self, experiment: Experiment):

@@ -11,6 +11,7 @@ from typing import Any
 import tyro
 
 from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.data.left_out import MAX_SHARE
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, parse_mesh
 from gnvc_jax.refiner.config import RefinerConfig
@@ -34,7 +35,8 @@ class DataConfig:
     height and width of the crop in pixels; batch: clips per step over all devices; workers:
     decoding processes (0: in this one); decode_cache: folder for decoded frames; downscale_prob:
     share of clips that are reduced before cropping; latents: folder that `gnvc cache-latents` made,
-    read in place of videos by stages that need no frames.
+    read in place of videos by stages that need no frames; max_left_out: largest share of videos
+    that may be unreadable, wholly or in part, before the run ends with an error.
     """
 
     path: str = "data"
@@ -46,10 +48,12 @@ class DataConfig:
     decode_cache: str | None = None
     downscale_prob: float = 0.5
     latents: str | None = None
+    max_left_out: float = MAX_SHARE
     seed: int = 0
 
     def __post_init__(self):
-        check_range("data", self, batch=(1, math.inf), downscale_prob=(0, 1), workers=(0, math.inf))
+        counts, shares = {"batch": (1, math.inf), "workers": (0, math.inf)}, (0, 1)
+        check_range("data", self, **counts, downscale_prob=shares, max_left_out=shares)
         steps = [step for step, _ in self.longer]
         if steps != sorted(set(steps)) or min(steps, default=1) < 1:
             raise UsageError(f"data.longer: steps {steps} are not positive and rising")

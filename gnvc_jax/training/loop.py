@@ -234,13 +234,15 @@ class Meter:
     A mean is over the steps where the metric is finite, so that a skipped step spoils none. Beside
     them: step_s (seconds of one), frames_per_s, tokens_per_s (of the refiner), mfu (where the peak
     of the devices is known), data_wait (share of the time spent waiting for batches), goodput (see
-    `Clock`), device_gib (see `device_memory`).
+    `Clock`), device_gib (see `device_memory`), left_out (videos that this process could not read,
+    wholly or in part, if any).
     """
 
     def __init__(self, stage: Stage, writer: metrics.Writer, clock: Clock):
         experiment = stage.experiment
         self.steps, self.log_every = experiment.optim.steps, experiment.run.log_every
         self.work, self.writer, self.clock, self.skipped = Work(stage), writer, clock, 0
+        self.left_out = stage.left_out
         self.restart()
 
     def restart(self) -> None:
@@ -268,7 +270,9 @@ class Meter:
                 "data_wait": self.waited / seconds,
                 "goodput": self.clock.goodput(),
             }
-            self.writer.write(step, means | rates | device_memory())
+            count = len(self.left_out.read())
+            data = {"left_out": count} if count else {}
+            self.writer.write(step, means | rates | device_memory() | data)
             self.restart()
 
 

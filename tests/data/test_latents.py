@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from gnvc_jax.data.latents import CacheInfo, latent_dataset, read_info, write_latents
+from gnvc_jax.data.left_out import LeftOut, TooMuchLeftOut
+from gnvc_jax.errors import GnvcError
 from gnvc_jax.media.writer import open_writer
 
 INFO = CacheInfo(frames=5, vae="ab", mean=(0.0, 1.0), std=(1.0, 2.0))
@@ -116,14 +118,21 @@ def test_what_does_not_fit_or_is_damaged(videos, tmp_path):
         ({"size": (16, 128)}, "latents of"),
     ):
         options = {"frames": 5, "size": (16, 16), "batch": 1, "seed": 0} | wrong
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(GnvcError, match=message):
             latent_dataset(cache, **options)
     (file,) = cache.glob("b-*.array_record")
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
     file.write_bytes(data)
-    with pytest.raises(Exception, match=r"(?i)damaged|corrupt|invalid|data_loss|checksum|hash"):
+    with pytest.raises(TooMuchLeftOut, match=r"1 of 3 cannot be read, .* 0\.1; .*/b-.*"):
         arrays(cache)
+    left_out = LeftOut(limit=0.5)
+    assert len(arrays(cache, left_out=left_out)) == 6
+    assert list(left_out.reasons) == [str(file)]
+    (other,) = cache.glob("a-*.array_record")
+    other.write_bytes(other.read_bytes()[:-100])
+    with pytest.raises(TooMuchLeftOut, match="none of 3 files"):
+        arrays(cache, left_out=LeftOut(limit=1.0))
     (cache / "cache.json").write_text("[]")
     with pytest.raises(ValueError, match="not the description"):
         read_info(cache)

@@ -7,6 +7,7 @@ import pytest
 
 from gnvc_jax.evaluation.anchors import to_raw
 from gnvc_jax.evaluation.clips import Clip, find_clips, read_clip, write_clip
+from gnvc_jax.files import write_whole
 
 
 def touch(root, *names):
@@ -82,3 +83,12 @@ def test_full_range_returns_the_code_values(tmp_path):
     back = np.frombuffer(to_raw(full.frames, full.colour), np.uint8).astype(int)
     assert np.abs(back - np.frombuffer(planes, np.uint8)).max() <= 1
     assert np.abs(np.frombuffer(to_raw(full.frames), np.uint8) - back).max() >= 10
+
+
+def test_long_names_leave_room_for_those_of_records(tmp_path):
+    for name in ("v" * 251, "w" * 251, "ü" * 125):
+        (tmp_path / f"{name}.mkv").touch()
+    clips = find_clips([tmp_path])
+    assert len(clips) == 3 and {p.suffix for p in clips.values()} == {".mkv"}
+    for name in clips:
+        write_whole(tmp_path / "out" / f"{name}__svtav1-at-0.125x-gnvc-qp63-steps100.json", "{}")

@@ -95,6 +95,25 @@ def test_failures_end_with_1_and_are_in_the_results(command, tmp_path, capsys):
     assert "a gnvc-qp8: failed" in err
 
 
+def test_a_few_clips_that_cannot_be_read_end_with_3(command, tmp_path, monkeypatch, capsys):
+    frames = np.zeros((2, 16, 16, 3), np.uint8)
+    for number in range(10):
+        write_clip(Clip("a", frames, Fraction(25)), tmp_path / f"{number}.mkv")
+
+    written = []
+    monkeypatch.setattr(command.Sweep, "measure", lambda *_: {"status": "ok", "point": "p"})
+    monkeypatch.setattr(command, "write_results", lambda _, records, *__: written.append(records))
+    for name in ("read_results", "write_report"):
+        monkeypatch.setattr(command, name, lambda *_: None)
+    arguments = f"--data {tmp_path} --qp 8 --out {tmp_path}/out".split()
+    assert command.main(arguments) == 0
+    for name, code in (("3.mkv", 3), ("4.mkv", 1)):
+        (tmp_path / name).write_bytes(b"no video")
+        assert command.main(arguments) == code
+        reasons = [r["error"] for r in written[-1] if r["status"] == "failed"]
+        assert name in reasons[-1] and len(written[-1]) == 10
+
+
 def test_compare_is_told_apart_by_the_first_word(command, tmp_path, capsys):
     results = {"schema": "gnvc-eval/1", "created": "now", "env": {}, "records": []}
     for name in ("a.json", "b.json"):

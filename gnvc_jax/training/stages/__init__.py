@@ -1,12 +1,16 @@
 """Training stages: what is trained, on what, against which loss."""
 
+import functools
 import importlib
+from pathlib import Path
 from typing import Any
 
 import grain
 import jax
 import numpy as np
 
+from gnvc_jax.data.index import ClipIndex
+from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.errors import UsageError
 from gnvc_jax.training.config import Experiment
 
@@ -63,16 +67,28 @@ class Stage:
         data = self.experiment.data
         return jax.ShapeDtypeStruct((data.batch, frames, *data.size, 3), np.uint8)
 
+    @functools.cached_property
+    def left_out(self) -> LeftOut:
+        """What this process could not read of the data, also kept in the run folder."""
+        file = Path(self.experiment.run.out) / f"left_out-{jax.process_index()}.jsonl"
+        return LeftOut(self.experiment.data.max_left_out, file)
+
+    @functools.cached_property
+    def index(self) -> ClipIndex:
+        """The videos, looked at once for all data sets of the run."""
+        data = self.experiment.data
+        return ClipIndex(data.path, data.decode_cache, self.left_out)
+
     def dataset(self, frames: int | None = None) -> grain.IterDataset:
         """Batches without end: uint8 video (b, t, h, w, 3) of this process, in a fixed order.
 
         frames: t, by default `data.frames`.
         """
-        from gnvc_jax.data.clips import ClipIndex, clip_dataset
+        from gnvc_jax.data.clips import clip_dataset
 
         data = self.experiment.data
         return clip_dataset(
-            ClipIndex(data.path, data.decode_cache),
+            self.index,
             frames=frames or data.frames,
             size=data.size,
             batch=data.batch // jax.process_count(),

@@ -162,6 +162,7 @@ class CodecStage(Stage):
             data.latents,
             frames=frames or data.frames,
             size=data.size,
+            left_out=self.left_out,
             batch=data.batch // jax.process_count(),
             seed=data.seed,
             num_workers=data.workers,

@@ -1,0 +1,106 @@
+"""Jobs that make one output for each of many videos: what `encode-all` and `cache-latents` share.
+
+Beside each output lies its row of the manifest, a JSON file that is written last. So a job can be
+interrupted and started again, several processes can share it, and one that ends completes the
+manifest with the rows of the others.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gnvc_jax.data.index import find_videos
+from gnvc_jax.data.left_out import log_left_out, reason
+from gnvc_jax.files import keyed_name, write_json, write_whole
+from gnvc_jax.media.errors import UnwritableOutput, WriteFailed
+
+LEFT_OUT = "left_out"  # column of the reason
+
+
+def for_each_video(
+    source: str | Path,
+    folder: str | Path,
+    work: Callable[[Path, str], dict[str, Any]],
+    columns: Sequence[str],
+    *,
+    settings: Any = None,
+    shard: tuple[int, int] = (0, 1),
+    progress: bool = True,
+    title: str = "",
+) -> dict[str, str]:
+    """Run `work` on all videos at `source`; those that it failed on, with the reason.
+
+    Videos whose row has the same settings are passed over. Whatever one video makes `work` raise is
+    listed and logged, and the others are done; only a fault of the output ends the job.
+
+    Args:
+        source: folder, list or video, see `find_videos`.
+        folder: where `work` writes; it must exist.
+        work: makes the output of a video under this name in the folder; gives the row.
+        columns: of `manifest.csv`, beside `left_out`; "video" is one of them.
+        settings: JSON-ready, kept in the rows.
+        shard: number of this process, and number of processes that share the videos.
+
+    Raises MissingInput for the source, and OSError, UnwritableOutput or WriteFailed for the output.
+    """
+    folder, failed = Path(folder), {}
+    videos = sorted(set(find_videos(Path(source))))
+    mine = videos[shard[0] :: shard[1]]
+    for video in tqdm(mine, unit="video", desc=title, disable=not progress or None):
+        name = keyed_name(video.stem, video_key(video))
+        row = folder / f"{name}.json"
+        known = read_row(row)
+        if known and LEFT_OUT not in known and known.get("settings") == settings:
+            continue
+        try:
+            facts = work(video, name)
+        except (OSError, UnwritableOutput, WriteFailed):
+            raise  # of the output: what is wrong with a video is a MediaError of another kind
+        except Exception as error:
+            failed[str(video)] = reason(str(video), error)
+            log_left_out(str(video), error)
+            facts = {"video": str(video), LEFT_OUT: failed[str(video)]}
+        write_json(row, facts if settings is None else facts | {"settings": settings})
+    write_manifest(folder, columns, videos)
+    return failed
+
+
+def video_key(video: Path) -> str:
+    """Tells videos of one name apart, and one from what was there before under its name."""
+    try:
+        facts = video.stat()
+        size, time = facts.st_size, facts.st_mtime_ns
+    except OSError:  # said when it is opened
+        size, time = 0, 0
+    text = f"{video.absolute()} {size} {time}"
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
+
+
+def read_row(path: Path) -> dict[str, Any] | None:
+    """A row of the manifest; None where there is none."""
+    try:
+        row = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return row if isinstance(row, dict) and "video" in row else None
+
+
+def write_manifest(folder: Path, columns: Sequence[str], videos: Sequence[Path]) -> None:
+    """manifest.csv of the rows that are there; failures only of `videos` without another row."""
+    rows = [row for path in sorted(folder.glob("*.json")) if (row := read_row(path))]
+    done = {row["video"] for row in rows if LEFT_OUT not in row}
+    open_ones = set(map(str, videos)) - done
+    text = io.StringIO()
+    writer = csv.DictWriter(text, (*columns, LEFT_OUT), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(r for r in rows if LEFT_OUT not in r or r["video"] in open_ones)
+    write_whole(folder / "manifest.csv", text.getvalue())
