@@ -79,7 +79,6 @@ def decode(args: argparse.Namespace) -> int:
         coder.check(header, MAX_PIXELS if args.max_pixels is None else args.max_pixels)
         fps = Fraction(*header.fps)
         colour = Colour.from_code_points(*header.colour)
-        colour = Colour() if colour.matrix == "rgb" else colour
         with open_writer(
             args.output, header.width, header.height, fps, colour=colour, force=args.force
         ) as out:
@@ -95,6 +94,8 @@ def decode(args: argparse.Namespace) -> int:
             seconds = time.perf_counter() - start
     rate = f"{count / seconds:.2f} frames/s with compilation"
     print(f"{args.output}: {count} frames, {rate}", file=sys.stderr)
+    for note in out.notes:
+        print(f"gnvc: {args.output}: {note}", file=sys.stderr)
     for error in damaged:
         print(f"gnvc: {args.input}: {error.n_frames} frames replaced: {error}", file=sys.stderr)
     return EXIT_DAMAGED if damaged else 0

@@ -65,6 +65,20 @@ class Colour:
         """H.273 (primaries, transfer characteristics, matrix coefficients, full-range flag)."""
         return self.primaries, self.transfer, _MATRIX_CODE[self.matrix], int(self.full_range)
 
+    @property
+    def is_hdr_or_wide(self) -> bool:
+        """Whether showing it as BT.709 is plainly wrong: PQ, HLG, or primaries of BT.2020 or P3."""
+        return self.transfer in (16, 18) or self.primaries in (9, 11, 12)
+
+    def in_yuv(self) -> Colour:
+        """Itself, or for RGB the YUV form of the same: BT.709 or, with its primaries, BT.2020."""
+        if self.matrix != "rgb":
+            return self
+        if (self.primaries, self.transfer) == (RGB.primaries, RGB.transfer):
+            return BT709  # what videos are, though plain RGB is sRGB by definition
+        matrix = "bt2020" if self.primaries == _PRIMARIES["bt2020"] else "bt709"
+        return Colour(matrix, primaries=self.primaries, transfer=self.transfer)
+
     @classmethod
     def from_code_points(
         cls, primaries: int, transfer: int, matrix: int, full_range: int

@@ -3,7 +3,7 @@
 ========  ====================================================================================
 .mp4      H.264 4:2:0, constant rate factor 12: plays everywhere, nearly lossless. Odd sides
           are padded by one replicated row or column, because such a stream has no odd sizes.
-.mkv      FFV1 in RGB: lossless.
+.mkv      FFV1 in RGB: lossless. Primaries and transfer characteristics are tagged.
 .y4m      8-bit 4:2:0 (or 4:4:4), uncompressed; BT.709, for the format cannot name a matrix.
 ``-``     the same on standard output.
 a folder  000001.png, 000002.png, ...: lossless. A folder is a name that ends with a slash or
@@ -36,6 +36,7 @@ from gnvc_jax.media.errors import OutputExists, UnwritableOutput, WriteFailed, w
 SUFFIXES = (".mp4", ".mkv", ".y4m")
 _FRAME_NAME = re.compile(r"\d{6,}\.png")
 _MP4 = {"crf": "12", "preset": "medium", "x264-params": "chromaloc=1"}  # chroma in the middle
+TAGLESS_NOTE = "this output has no tags for HDR or wide gamut; players will show wrong colours"
 _FFV1 = {"level": "3", "slicecrc": "1"}
 
 
@@ -45,11 +46,17 @@ class _Sink(Protocol):
 
 
 class VideoWriter:
-    """Takes uint8 RGB frames (h, w, 3), all of one size; `count` is their number so far."""
+    """Takes uint8 RGB frames (h, w, 3), all of one size; `count` is their number so far.
 
-    def __init__(self, name: str, shape: tuple[int, int, int], sink: _Sink):
+    `notes` are lines that a user should see: what the format does not carry.
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, int, int], sink: _Sink, notes: tuple[str, ...] = ()
+    ):
         self.name = name
         self.count = 0
+        self.notes = notes
         self._shape = shape
         self._sink = sink
 
@@ -71,6 +78,7 @@ class _Container:
     """An mp4 or mkv file through PyAV."""
 
     def __init__(self, path: Path, kind: str, width: int, height: int, fps: Fraction, colour):
+        """colour: for .mp4 the YUV form; for .mkv what RGB means, None for no tags."""
         self._colour = colour
         self._rgb = kind == ".mkv"
         self._pad = (0, 0) if self._rgb else (height % 2, width % 2)
@@ -82,12 +90,11 @@ class _Container:
         stream = self._container.add_stream(codec, rate=fps, options=codec_options)
         stream.width, stream.height = width + self._pad[1], height + self._pad[0]
         stream.pix_fmt = "bgr0" if self._rgb else "yuv420p"
+        context = stream.codec_context
+        if colour is not None:
+            context.color_primaries, context.color_trc, matrix, full = colour.code_points
         if not self._rgb:
-            context = stream.codec_context
-            context.color_primaries, context.color_trc, context.colorspace, full = (
-                colour.code_points
-            )
-            context.color_range = 1 + full
+            context.colorspace, context.color_range = matrix, 1 + full
         self._stream, self._time_base, self._count = stream, 1 / fps, 0
 
     def _frame(self, rgb: np.ndarray) -> av.VideoFrame:
@@ -226,19 +233,21 @@ def open_writer(
 ) -> Iterator[VideoWriter]:
     """A VideoWriter whose output appears when the `with` block ends without an error.
 
-    colour: YUV form of .mp4 (matrix, range and tags) and .y4m (range only); BT.709 limited range by
-    default and for RGB sources. chroma: '420' or '444', for .y4m. force: overwrite; in a folder,
-    only numbered frames. Raises OutputExists, UnwritableOutput, WriteFailed (also without any
-    frame) or DiskFull.
+    colour: what the frames mean; BT.709 limited range by default. It sets the YUV form of .mp4
+    (matrix, range and tags; see `Colour.in_yuv`), the range of .y4m, and the tags of .mkv, which
+    has none by default. Other outputs note the loss of HDR and wide gamut. chroma: '420' or '444',
+    for .y4m. force: overwrite; in a folder, only numbered frames. Raises OutputExists,
+    UnwritableOutput, WriteFailed (also without any frame) or DiskFull.
     """
     name = os.fspath(path)
     fps = Fraction(fps).limit_denominator(100_000)
-    colour = BT709 if colour is None or colour.matrix == "rgb" else colour
+    tags, colour = colour, BT709 if colour is None else colour.in_yuv()
     shape = (height, width, 3)
+    tagless = (TAGLESS_NOTE,) if colour.is_hdr_or_wide else ()
     if name == "-":
         with _named_errors(name):
             sink: _Sink = _Y4m(sys.stdout.buffer, width, height, fps, colour, chroma)
-        yield VideoWriter(name, shape, sink)
+        yield VideoWriter(name, shape, sink, tagless)
         with _named_errors(name):
             sink.close()
         return
@@ -257,9 +266,10 @@ def open_writer(
             elif target.suffix.lower() == ".y4m":
                 sink = _Y4m(open(temporary, "wb"), width, height, fps, colour, chroma)
             else:
-                kind = target.suffix.lower()
-                sink = _Container(temporary, kind, width, height, fps, colour)
-        writer = VideoWriter(name, shape, sink)
+                kind, tagless = target.suffix.lower(), ()
+                means = tags if kind == ".mkv" else colour
+                sink = _Container(temporary, kind, width, height, fps, means)
+        writer = VideoWriter(name, shape, sink, tagless)
         try:
             yield writer
             if writer.count == 0:

@@ -165,6 +165,13 @@ def test_code_points():
     assert Colour.from_code_points(5, 6, 5, 0).matrix == "bt601"
 
 
+def test_yuv_form_of_rgb():
+    assert RGB.in_yuv() == BT709 and Colour("bt601").in_yuv() == Colour("bt601")
+    pq = Colour("rgb", True, primaries=9, transfer=16).in_yuv()
+    assert pq.code_points == (9, 16, 9, 0) and pq.is_hdr_or_wide
+    assert not any(c.is_hdr_or_wide for c in (BT709, RGB, Colour("bt601")))
+
+
 def test_wrong_arguments_are_errors():
     plane = np.zeros((4, 4), np.uint8)
     with pytest.raises(ValueError, match="matrix"):

@@ -81,6 +81,29 @@ def test_mp4_for_players(colour, tmp_path, frames, ffmpeg):
         assert np.square(error).mean() < 20  # 35 dB: what 4:2:0 leaves
 
 
+PQ = {  # H.273: BT.2020 primaries, PQ, as YUV and as RGB
+    "yuv": Colour("bt2020", primaries=9, transfer=16),
+    "rgb": Colour("rgb", True, primaries=9, transfer=16),
+}
+
+
+@pytest.mark.parametrize("colour", PQ.values(), ids=PQ)
+def test_hdr_tags_are_kept_or_their_loss_is_said(colour, tmp_path, frames):
+    for name in ("a.mkv", "a.mp4", "a.y4m", "frames"):
+        with open_writer(tmp_path / name, 52, 36, 25, colour=colour) as out:
+            out.write(frames[0])
+        if name in ("a.mkv", "a.mp4"):
+            assert out.notes == ()
+            with av.open(str(tmp_path / name)) as container:
+                frame = next(container.decode(video=0))
+            assert (frame.color_primaries, frame.color_trc) == (9, 16)
+            found = probe(tmp_path / name).colour
+            assert found == PQ["rgb" if name == "a.mkv" else "yuv"]
+        else:
+            assert ["HDR" in note for note in out.notes] == [True]
+    np.testing.assert_array_equal(read_clip(tmp_path / "a.mkv", 0, 1), frames[:1])
+
+
 def test_odd_sides_of_mp4_are_padded(tmp_path, frames):
     path = write(tmp_path / "a.mp4", frames[:6, :35, :51])
     clip = read_clip(path, 0, 6)
