@@ -24,10 +24,10 @@ from gnvc_jax.media.errors import (
     UnsupportedFormat,
 )
 from gnvc_jax.media.packets import (
-    ends_inside_a_part,
     format_names,
     has_complete_index,
     index_timeline,
+    missing_data_note,
     open_stream,
     packets,
     promised_frames,
@@ -264,8 +264,8 @@ def _describe(name: str, container, stream, number: int | None, findings: Findin
             f" {stream.width}x{stream.height}, is used"
         )
     findings.note(pixel_shape_note(stream.sample_aspect_ratio))
-    if os.path.isfile(name) and ends_inside_a_part(name, container):
-        findings.note(CUT_NOTE)
+    if os.path.isfile(name):
+        findings.note(missing_data_note(name, container))
     return rate
 
 

@@ -2,7 +2,8 @@
 
 `open_stream` chooses the stream. `Timeline` holds the times of all frames, from the container's own
 list where it has a complete one (mp4, avi) and else from reading every packet once; rates, seeking
-and frame counts rest on it. `ends_inside_a_part` finds recordings that were cut off.
+and frame counts rest on it. `missing_data_note` finds files that are
+not whole.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import av
 import numpy as np
 
 from gnvc_jax.media.errors import AudioOnly, MissingInput, NotAVideo, TruncatedVideo
-from gnvc_jax.media.video import DEFAULT_FPS
+from gnvc_jax.media.video import CUT_NOTE, DEFAULT_FPS, HOLE_NOTE
 
 Disposition = av.stream.Disposition
 _NOT_VIDEO = {"tty", "concat", "hls", "image2"}  # text, and lists that name other files
@@ -145,7 +146,7 @@ def _index(stream) -> list:
 def promised_frames(name: str, container, stream, number: int | None) -> int | None:
     """Frames that the container says it has; None if it does not. TruncatedVideo if data lacks."""
     if not has_complete_index(stream):
-        dropped = _is_avi(stream) and not ends_inside_a_part(name, container)
+        dropped = _is_avi(stream) and not missing_data_note(name, container)
         return None if dropped else stream.frames or None
     entries = _index(stream)
     present = sum(e.pos + e.size <= container.size for e in entries)
@@ -259,29 +260,37 @@ def stream_seconds(container, stream) -> float:
     return 0.0
 
 
-# Recordings that were cut off
+# Files that are not whole
 
 
-def ends_inside_a_part(path: str | os.PathLike, container) -> bool:
-    """Whether a file ends before its last part does, although the demuxer does not mind.
+def missing_data_note(path: str | os.PathLike, container) -> str:
+    """CUT_NOTE or HOLE_NOTE for a file whose parts do not fit together; empty if they do.
 
-    Parts are boxes in mp4, elements in Matroska, packets in MPEG-TS and the whole in avi. False for
-    other formats. A cut between two parts cannot be seen.
+    Demuxers take the end of such a file for the end of the video and skip what they cannot read.
+    Parts are boxes in mp4, elements in Matroska, packets in MPEG-TS, pages in Ogg, the whole in avi
+    and gif. Other formats are not looked at, and a cut between two parts cannot be seen.
     """
     size, formats = os.path.getsize(path), format_names(container)
     with open(path, "rb") as file:
         if "mpegts" in formats:
-            return _ends_inside_packet(file, size)
-        if "mp4" in formats:
-            return _ends_inside_box(file, size)
-        if "avi" in formats:
-            return 8 + int.from_bytes(file.read(8)[4:], "little") > size
-        if "matroska" in formats:
-            return _ends_inside_element(file, size)
-    return False
+            cut = _cut_in_packet(file, size)
+        elif "mp4" in formats:
+            cut = _cut_in_box(file, size)
+        elif "avi" in formats:
+            cut = 8 + int.from_bytes(file.read(8)[4:], "little") > size
+        elif "gif" in formats:
+            file.seek(size - 1)
+            cut = file.read(1) not in b";\0"  # the trailer, or padding after it
+        elif "ogg" in formats:
+            cut = _cut_in_page(file, size)
+        elif "matroska" in formats:
+            return _element_note(file, size)
+        else:
+            return ""
+    return CUT_NOTE if cut else ""
 
 
-def _ends_inside_packet(file: BinaryIO, size: int) -> bool:
+def _cut_in_packet(file: BinaryIO, size: int) -> bool:
     start = file.read(256)
     for length, offset in ((188, 0), (192, 4), (204, 0)):  # plain, with times, with parity
         if start[offset : offset + 1] == start[offset + length :][:1] == b"G":  # sync bytes
@@ -289,7 +298,7 @@ def _ends_inside_packet(file: BinaryIO, size: int) -> bool:
     return False
 
 
-def _ends_inside_box(file: BinaryIO, size: int) -> bool:
+def _cut_in_box(file: BinaryIO, size: int) -> bool:
     at = 0
     while at < size:
         file.seek(at)
@@ -305,29 +314,50 @@ def _ends_inside_box(file: BinaryIO, size: int) -> bool:
     return at > size
 
 
-_SEGMENT, _CLUSTER = b"\x18\x53\x80\x67", b"\x1f\x43\xb6\x75"
+def _cut_in_page(file: BinaryIO, size: int) -> bool:
+    at = 0
+    while at < size:
+        file.seek(at)
+        header = file.read(27)
+        segments = file.read(header[-1]) if len(header) == 27 else b""
+        if len(header) < 27 or len(segments) < header[-1]:
+            return True
+        if header[:4] != b"OggS":
+            return False
+        at += 27 + len(segments) + sum(segments)
+    return at > size
 
 
-def _ends_inside_element(file: BinaryIO, size: int) -> bool:
+# Names of Matroska elements (RFC 9559): those at the top, of a segment, of a cluster.
+_SEGMENT, _CLUSTER = "18538067", "1f43b675"
+_ELEMENTS = frozenset(
+    f"1a45dfa3 {_SEGMENT} {_CLUSTER} 114d9b74 1549a966 1654ae6b 1c53bb6b 1941a469 1043a770 1254c367"
+    " ec bf e7 a3 a0 a7 ab 5854 af".split()
+)
+
+
+def _element_note(file: BinaryIO, size: int) -> str:
     at = 0
     while at < size:
         file.seek(at)
         header = file.read(12)
         id_bytes = 9 - header[0].bit_length()
-        length_bytes = 9 - (header[id_bytes] if id_bytes < len(header) else 255).bit_length()
-        if max(id_bytes, length_bytes) > 8:
-            return False
+        if not any(name.startswith(header[:id_bytes].hex()) for name in _ELEMENTS):
+            return HOLE_NOTE
+        if id_bytes >= len(header):
+            return CUT_NOTE
+        length_bytes = 9 - header[id_bytes].bit_length()
         body = id_bytes + length_bytes
+        if length_bytes > 8:
+            return HOLE_NOTE
         if body > len(header):
-            return True
+            return CUT_NOTE
+        name = header[:id_bytes].hex()
         length = int.from_bytes(header[id_bytes:body], "big") & ((1 << 7 * length_bytes) - 1)
-        unknown = length == (1 << 7 * length_bytes) - 1
-        name = header[:id_bytes]
-        if name == _SEGMENT or (unknown and name == _CLUSTER):
-            if not unknown and at + body + length > size:
-                return True
-            length = 0  # go on with what is inside
-        elif unknown:
-            return False
-        at += body + length
-    return at > size
+        if length == (1 << 7 * length_bytes) - 1:  # unknown, as in live streams
+            length = 0
+        elif at + body + length > size:
+            return CUT_NOTE
+        # The elements inside a segment or cluster follow one by one.
+        at += body + (0 if name in (_SEGMENT, _CLUSTER) else length)
+    return ""

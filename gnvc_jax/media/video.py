@@ -12,6 +12,7 @@ from gnvc_jax.media.colour import Colour
 
 DEFAULT_FPS = Fraction(25)  # for sources that do not say
 CUT_NOTE = "the file is cut off: data is missing at its end"
+HOLE_NOTE = "the file is damaged: data may be missing in it"
 
 Crop = tuple[int, int, int, int]  # top, left, height, width
 

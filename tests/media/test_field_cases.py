@@ -261,6 +261,7 @@ CUT = {  # name: encoder, options of ffmpeg
     "recording.ts": ("mpeg2video", ""),
     "stream.flv": ("flv", ""),
     "bare.264": ("libx264", ""),
+    "web.ogv": ("libtheora", "-page_duration 1"),
 }
 
 
@@ -282,6 +283,29 @@ def test_recording_that_was_cut_is_read_as_far_as_it_goes_and_says_so(name, tmp_
     np.testing.assert_array_equal(frames, whole[: len(frames)])
     with open_video(path) as video:
         assert sum(1 for _ in video) == len(frames)
+
+
+def test_gif_that_was_cut_says_so(tmp_path, picture):
+    images = [Image.fromarray(picture(n)) for n in range(10)]
+    images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=40)
+    assert read(tmp_path / "a.gif")[1].notes == []
+    data = (tmp_path / "a.gif").read_bytes()
+    (tmp_path / "a.gif").write_bytes(data[: len(data) // 2])
+    frames, video, _ = read(tmp_path / "a.gif")
+    assert len(frames) < 10 and any("data is missing" in note for note in video.notes)
+
+
+def test_matroska_that_lost_its_structure_says_so(tmp_path, encode):
+    path = encode(tmp_path / "a.mkv", options={"g": "5"}, audio=True)
+    assert read(path)[1].notes == []
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [bytes(p) for p in container.demux(video=0) if p.size]
+    block = bytes(data).index(packets[10]) - 8  # its header
+    data[block : block + 6] = bytes(255 - b for b in data[block : block + 6])
+    path.write_bytes(data)
+    with open_video(path) as video:
+        assert any("data may be missing" in note for note in video.notes)
 
 
 def test_truncated_file_can_be_read_as_far_as_it_goes(tmp_path, encode, ffmpeg):
