@@ -26,7 +26,7 @@ from gnvc_jax.evaluation.report import write_report
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
 from gnvc_jax.evaluation.workers import run_in_processes
-from gnvc_jax.files import write_whole
+from gnvc_jax.files import is_same_file, write_whole
 from gnvc_jax.runtime import use_compilation_cache
 
 EXIT_LEFT_OUT = 3
@@ -199,6 +199,8 @@ def compare_runs(arguments) -> int:
     parser.add_argument("--out", type=Path, help="file for the table, which is printed in any case")
     options = parser.parse_args(arguments)
     paths = options.a, options.b
+    if options.out and any(is_same_file(path, options.out) for path in paths):
+        parser.error(f"--out {options.out}: is one of the inputs")
     try:
         text, common = compare(*map(read_results, paths), list(map(str, paths)))
         if options.out:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from gnvc_jax.arguments import MAX_STEPS, parser
 from gnvc_jax.bitstream import BitstreamError, Group, StreamReader
 from gnvc_jax.errors import GnvcError, UsageError
-from gnvc_jax.files import atomic_output, would_overwrite
+from gnvc_jax.files import atomic_output, is_same_file, would_overwrite
 from gnvc_jax.media.colour import Colour
 from gnvc_jax.media.errors import DiskFull, OutputExists, UnwritableOutput
 
@@ -286,13 +286,8 @@ class Counting:
 
 def refuse_same_file(source: str, output: str) -> None:
     """UnwritableOutput if the output is the input, also by a link or through a redirected stdin."""
-    target = Path(output)
-    if output == "-" or not target.is_file():
-        return
-    with contextlib.suppress(OSError):  # no such input: said when it is opened
-        read = os.fstat(sys.stdin.fileno()) if source == "-" else os.stat(source)
-        if os.path.samestat(read, target.stat()):
-            raise UnwritableOutput(output, "is the input; name another output")
+    if output != "-" and is_same_file(0 if source == "-" else source, output):
+        raise UnwritableOutput(output, "is the input; name another output")
 
 
 @contextlib.contextmanager

@@ -11,10 +11,13 @@ import imageio.v3 as imageio
 import numpy as np
 
 from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.files import is_same_file
+from gnvc_jax.media.errors import UnwritableOutput
 from gnvc_jax.media.reader import open_video
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.pretrained import load_pretrained
 
+OUTPUTS = ("source.mkv", "decoded.mkv", "refined.mkv", "decoded.mp4", "side_by_side.mp4")
 SIDE, FPS = 256, Fraction(25)
 
 
@@ -63,6 +66,9 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
 
     A model with a refiner decodes twice, without and with it.
     """
+    for name in OUTPUTS:
+        if clip is not None and is_same_file(clip, out / name):
+            raise UnwritableOutput(out / name, "is the input; name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     source, fps = (camera_move(frames), FPS) if clip is None else read_all(clip, frames)
     write_all(out / "source.mkv", source, fps)

@@ -64,6 +64,14 @@ def would_overwrite(path: Path) -> bool:
     return not (stat.S_ISFIFO(mode) or stat.S_ISCHR(mode) or stat.S_ISSOCK(mode))
 
 
+def is_same_file(source: str | os.PathLike | int, output: str | os.PathLike) -> bool:
+    """Whether both are one regular file, also by links; source may be a file descriptor."""
+    try:
+        return Path(output).is_file() and os.path.samestat(os.stat(source), os.stat(output))
+    except OSError:  # one of them is not there
+        return False
+
+
 def write_whole(path: Path, data: bytes | str) -> None:
     """Write a file with `atomic_output`; its folder is created if needed. Raises OSError."""
     if isinstance(data, str):  # names of files may hold bytes that are not UTF-8

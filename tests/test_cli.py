@@ -186,15 +186,20 @@ def test_first_frames_need_no_frame_after_them(place, monkeypatch, capsys):
     (place / "o.gnvc").unlink()
 
 
-def test_the_input_is_known_behind_links_and_as_stdin(place, tmp_path, monkeypatch, capsys):
+def test_the_input_is_known_behind_links_and_as_stdin(place, tmp_path, capsys):
     (tmp_path / "clip.mp4").write_bytes((place / "clip.mp4").read_bytes())
     (tmp_path / "soft").symlink_to("clip.mp4")
     os.link(tmp_path / "clip.mp4", tmp_path / "hard")
     for name in ("soft", "hard"):
         assert run("encode", tmp_path / "clip.mp4", tmp_path / name, "--force") == 73
-    with open(tmp_path / "clip.mp4") as opened:
-        monkeypatch.setattr("sys.stdin", opened)
+    stdin = os.dup(0)
+    try:
+        with open(tmp_path / "clip.mp4") as opened:
+            os.dup2(opened.fileno(), 0)
         assert run("encode", "-", tmp_path / "hard", "--force") == 73
+    finally:
+        os.dup2(stdin, 0)
+        os.close(stdin)
     assert capsys.readouterr().err.count("is the input") == 3
     assert (tmp_path / "clip.mp4").read_bytes() == (place / "clip.mp4").read_bytes()
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax import demo
+from gnvc_jax.media.errors import UnwritableOutput
 from gnvc_jax.pretrained import load_pretrained
 
 
@@ -41,6 +42,15 @@ def test_what_is_shown(refined, tmp_path, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "5 frames of 64x48, qp 24: 6 bytes" in text and "psnr_rgb 100" in text
     assert ("refined (--steps 1)" in text) == refined
+
+
+@pytest.mark.parametrize("name", demo.OUTPUTS)
+def test_a_clip_that_would_be_replaced_is_refused(name, tmp_path):
+    clip = tmp_path / name
+    clip.write_bytes(b"kept")
+    with pytest.raises(UnwritableOutput, match="is the input"):
+        demo.run(str(clip), 24, 5, "tiny", tmp_path)
+    assert clip.read_bytes() == b"kept"
 
 
 def test_the_shipped_model_is_known():

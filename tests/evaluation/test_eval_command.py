@@ -126,7 +126,8 @@ def test_compare_is_told_apart_by_the_first_word(command, tmp_path, capsys):
     assert command.main(["compare", files[0], f"{tmp_path}/none.json"]) == 2
     assert "eval.py compare: " in (err := capsys.readouterr().err)
     assert "none.json: No such file" in err
-    for wrong in (["compare", files[0]], ["compare", *files, "--data", "x"]):
+    onto = ["compare", *files, "--out", files[1]]
+    for wrong in (["compare", files[0]], ["compare", *files, "--data", "x"], onto):
         with pytest.raises(SystemExit) as caught:
             command.main(wrong)
         assert caught.value.code == 2
