@@ -1,0 +1,12 @@
+"""Block motion between the last decoded frame and the frames of the next latent.
+
+One latent stands for four frames, and so does one motion field: `search` finds it (encoder only,
+integers out of uint8 frames), `field` says what it consists of and expands it to one vector per
+16x16 block and frame, and `warp` turns those vectors and the last decoded frame into a prediction
+in JAX. Only the integers of `MotionField` travel in a stream; everything else follows from them.
+"""
+
+from gnvc_jax.motion.field import MotionField, expand, no_motion
+from gnvc_jax.motion.warp import predict
+
+__all__ = ["MotionField", "expand", "no_motion", "predict"]

@@ -1,0 +1,240 @@
+"""Motion search of the encoder: uint8 frames -> `MotionField`, the same integers on every run.
+
+Optical flow (OpenCV's DIS) says where things went; a rate-distortion search over a few candidates
+per block then finds vectors that are cheap to code and predict nearly as well. Everything is
+minimised under
+
+    sum of absolute differences of grey values + rate * bits
+
+where the bits are an estimate (`vector_bits`): what a vector costs beyond the median of its
+neighbours.
+"""
+
+import cv2
+import numpy as np
+from einops import rearrange
+
+from gnvc_jax.motion.field import (
+    COARSE,
+    FINE,
+    FRAMES,
+    MAX_VECTOR,
+    PEL,
+    MotionField,
+    expand,
+    no_motion,
+    upsample,
+)
+
+SWEEPS = 3  # over all candidates
+STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+# What the flags and the node of mid-group cost in the file, in bits: about what their share makes.
+SPLIT_BITS, WHOLE_BITS = 3.0, 0.3
+
+
+def search(
+    frames: np.ndarray, reference: np.ndarray, rate: float, previous: MotionField | None = None
+) -> MotionField:
+    """Motion of four frames relative to the frame before them.
+
+    Args:
+      frames: uint8 (4, h, w, 3), h and w multiples of 32.
+      reference: uint8 (h, w, 3).
+      rate: grey levels of absolute difference that a bit must save.
+      previous: field of the latent before, whose vectors are tried too.
+    """
+    h, w, _ = reference.shape
+    field = no_motion(h // COARSE, w // COARSE)
+    reference = cv2.cvtColor(reference, cv2.COLOR_RGB2GRAY)
+    frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    cv2.setNumThreads(1)
+    last, second = (flow.calc(frames[i], reference, None) for i in (3, 1))
+
+    start = half_pels(last, COARSE)
+    known = () if previous is None else (previous.coarse,)
+    coarse = refine(frames[3], reference, start, rate, known)
+    field = field._replace(coarse=coarse)
+    field = split(field, frames[3], reference, half_pels(last, FINE), rate)
+    field = add_middle(field, frames, reference, half_pels(second, COARSE), rate)
+    return add_shifts(field, frames, reference, rate)
+
+
+def estimate_bits(field: MotionField) -> float:
+    """Estimated size of a field in bits."""
+    bits = vector_bits(field.coarse, field.coarse).sum()
+    bits += np.where(field.split, SPLIT_BITS, WHOLE_BITS).sum()
+    own = np.repeat(np.repeat(field.split, 2, 0), 2, 1)
+    bits += (residual_bits(field.fine) * own).sum()
+    if field.middle.any():
+        bits += vector_bits(field.middle, field.middle).sum()
+    return float(bits + 1 + residual_bits(field.shift).sum())
+
+
+def half_pels(flow: np.ndarray, side: int) -> np.ndarray:
+    """Median of a dense flow (h, w, 2) in pels over blocks, in half pels: int16 (h', w', 2)."""
+    blocks = rearrange(flow, "(h i) (w j) c -> h w (i j) c", i=side, j=side)
+    vectors = np.round(2 * np.median(blocks, axis=2))
+    return np.clip(vectors, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
+
+
+def residual_bits(residual: np.ndarray) -> np.ndarray:
+    """Estimated bits (...) of vectors (..., 2) that are coded as they are."""
+    size = np.abs(residual.astype(np.float32))
+    return np.where(size == 0, 0.6, 2.2 + 1.6 * np.log2(1 + size)).sum(-1)
+
+
+def vector_bits(vectors: np.ndarray, field: np.ndarray) -> np.ndarray:
+    """Estimated bits (h, w) of vectors (h, w, 2) in place of those of a field (h, w, 2)."""
+    return residual_bits(vectors - median_of_neighbours(field))
+
+
+def median_of_neighbours(field: np.ndarray) -> np.ndarray:
+    """Median of the vectors left, above and above right, zero outside: (h, w, 2)."""
+    h, w, _ = field.shape
+    x = np.pad(field, ((1, 0), (1, 1), (0, 0)))
+    left, above, right = x[1:, :w], x[:h, 1 : w + 1], x[:h, 2:]
+    low, high = np.minimum(left, above), np.maximum(left, above)
+    return np.maximum(low, np.minimum(high, right))
+
+
+def block_sums(error: np.ndarray, side: int) -> np.ndarray:
+    """Sums over blocks: (h, w) -> (h / side, w / side) float32."""
+    return rearrange(error, "(h i) (w j) -> h i w j", i=side, j=side).sum((1, 3), dtype=np.float32)
+
+
+def differences(frame: np.ndarray, reference: np.ndarray, vectors: np.ndarray, side: int):
+    """Sum of absolute differences per block under constant vectors in half pels."""
+    x, y = grid(*frame.shape)
+    d = np.repeat(np.repeat(vectors.astype(np.float32) / 2, side, 0), side, 1)
+    warped = cv2.remap(
+        reference, x + d[..., 0], y + d[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+    )
+    return block_sums(cv2.absdiff(frame, warped), side)
+
+
+def grid(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
+    """Column and row of every pixel, float32."""
+    return np.arange(w, dtype=np.float32)[None], np.arange(h, dtype=np.float32)[:, None]
+
+
+def refine(
+    frame: np.ndarray, reference: np.ndarray, start: np.ndarray, rate: float, known=()
+) -> np.ndarray:
+    """Coarse vectors that minimise differences plus rate, from those of the flow."""
+    vectors = start.copy()
+    cost = differences(frame, reference, vectors, COARSE)
+    parity = np.add.outer(*(np.arange(n) for n in vectors.shape[:2])) % 2
+    for _ in range(SWEEPS):
+        whole = np.broadcast_to(np.round(np.median(vectors, axis=(0, 1))), vectors.shape)
+        candidates = [np.zeros_like(vectors), median_of_neighbours(vectors), whole, *known]
+        candidates += [np.roll(vectors, s, axis) for axis in (0, 1) for s in (1, -1)]
+        candidates += [vectors + np.asarray(step) for step in STEPS]
+        changed = False
+        for candidate in candidates:
+            candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
+            if np.array_equal(candidate, vectors):
+                continue
+            found = differences(frame, reference, candidate, COARSE)
+            # Neighbours set each other's cost, so only every other block moves at a time.
+            for turn in (0, 1):
+                better = (parity == turn) & (
+                    found + rate * vector_bits(candidate, vectors)
+                    < cost + rate * vector_bits(vectors, vectors)
+                )
+                vectors[better], cost[better] = candidate[better], found[better]
+                changed |= bool(better.any())
+        if not changed:
+            break
+    return vectors
+
+
+def split(
+    field: MotionField, frame: np.ndarray, reference: np.ndarray, flow: np.ndarray, rate: float
+) -> MotionField:
+    """Gives quarters of 16x16 vectors of their own where that pays."""
+    base = upsample(field.coarse) / 16.0  # half pels
+    fine = np.zeros_like(field.fine)
+    whole = differences(frame, reference, base, FINE)
+    cost = whole + rate * residual_bits(fine)
+    offsets = [np.round(flow - base)] + [np.asarray(s) for s in STEPS]
+    for i, offset in enumerate(offsets):
+        candidate = np.broadcast_to(offset, fine.shape) if i == 0 else fine + offset
+        candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
+        found = differences(frame, reference, base + candidate, FINE)
+        found += rate * residual_bits(candidate)
+        better = found < cost
+        fine[better], cost[better] = candidate[better], found[better]
+    gain = block_sums(whole - cost, 2) - rate * (SPLIT_BITS - WHOLE_BITS)
+    chosen = gain > 0
+    fine *= np.repeat(np.repeat(chosen, 2, 0), 2, 1)[..., None]
+    return field._replace(split=chosen, fine=fine)
+
+
+def prediction_errors(field: MotionField, frames: list, reference: np.ndarray) -> np.ndarray:
+    """Sum of absolute differences of the first three frames under the whole field: (3,)."""
+    x, y = grid(*reference.shape)
+    errors = []
+    for frame, vectors in zip(frames[: FRAMES - 1], expand(field)):
+        d = dense(vectors)
+        warped = cv2.remap(
+            reference,
+            x + d[..., 0],
+            y + d[..., 1],
+            cv2.INTER_LINEAR,
+            borderMode=cv2.BORDER_REPLICATE,
+        )
+        errors.append(cv2.absdiff(frame, warped).sum(dtype=np.int64))
+    return np.asarray(errors, np.float64)
+
+
+def dense(vectors: np.ndarray) -> np.ndarray:
+    """Block vectors (h, w, 2) in 1/16 pel -> displacements (16h, 16w, 2) in pels, bilinear.
+
+    OpenCV aligns pixel areas as `gnvc_jax.motion.warp.dense` does: vectors stand at block centres.
+    """
+    return cv2.resize(vectors / np.float32(PEL), None, fx=FINE, fy=FINE)
+
+
+def add_middle(
+    field: MotionField, frames: list, reference: np.ndarray, flow: np.ndarray, rate: float
+) -> MotionField:
+    """A node at the second frame, where motion is not linear in time and that pays."""
+    linear = field.coarse / 2.0
+    start = np.round(flow - linear)
+    cost = differences(frames[1], reference, linear, COARSE)
+    middle = np.zeros_like(field.middle)
+    for sweep in range(2):
+        candidates = [start, median_of_neighbours(middle)] if sweep == 0 else []
+        candidates += [middle + np.asarray(step) for step in STEPS]
+        for candidate in candidates:
+            candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
+            found = differences(frames[1], reference, linear + candidate, COARSE)
+            better = found + rate * vector_bits(candidate, middle) < cost + rate * vector_bits(
+                middle, middle
+            )
+            middle[better], cost[better] = candidate[better], found[better]
+    with_middle = field._replace(middle=middle)
+    saved = prediction_errors(field, frames, reference) - prediction_errors(
+        with_middle, frames, reference
+    )
+    bits = vector_bits(middle, middle).sum() + 1
+    return with_middle if saved.sum() > rate * bits else field
+
+
+def add_shifts(
+    field: MotionField, frames: list, reference: np.ndarray, rate: float
+) -> MotionField:
+    """Displacements of the first three frames as a whole, by a descent in quarter pels."""
+    best = prediction_errors(field, frames, reference)
+    cost = best + rate * residual_bits(field.shift)
+    for size in (4, 2, 1):
+        for step in STEPS:
+            shift = field.shift + size * np.asarray(step, np.int16)
+            candidate = field._replace(shift=shift)
+            found = prediction_errors(candidate, frames, reference)
+            found += rate * residual_bits(shift)
+            better = found < cost
+            field = field._replace(shift=np.where(better[:, None], shift, field.shift))
+            cost = np.where(better, found, cost)
+    return field
