@@ -20,7 +20,11 @@ class CodecConfig:
     the predicted codec at latent resolution; intra_analysis, intra_synthesis: residual blocks of
     the intra transform; y_channels: channels of y (half latent resolution); z_channels: channels
     of the hyperlatent (1/8 latent resolution); scale_width: width of the integer scale network;
-    k_skip: scale indices below this one carry no symbol (4: sigma < 0.15).
+    k_skip: scale indices below this one carry no symbol (4: sigma < 0.15); residual: transform
+    coding with networks on top (see `gnvc_jax.codec.residual`), whose `context` blocks see the
+    prediction, and whose analysis and synthesis of predicted latents have `analysis` and
+    `synthesis` blocks; motion: predict latents from the last decoded frame by block motion (see
+    `gnvc_jax.motion`) rather than by the last decoded latent.
     """
 
     latent_channels: int = 16
@@ -32,6 +36,11 @@ class CodecConfig:
     z_channels: int = 64
     scale_width: int = 128
     k_skip: int = 4
+    residual: bool = False
+    context: int = 4
+    analysis: int = 3
+    synthesis: int = 3
+    motion: bool = False
 
     def __post_init__(self):
         inputs = self.scale_width + 2 * self.y_channels

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
 from gnvc_jax.codec.density import Density, gaussian_bits
-from gnvc_jax.codec.layers import Block, Blocks, Down2, Up2, dense
+from gnvc_jax.codec.layers import Block, Blocks, Down2, Up2, dense, xavier
 from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import ScaleNetwork, sigma_of
 
@@ -66,11 +66,13 @@ class EntropyModel(nn.Module):
         self.hyper_up = (Up2(cz), Up2(cz))
         self.hyper_out = Block(cy)
         self.fusion = Blocks(2 * cy, 3 if self.passes == 4 else 2)
-        self.first_mean = dense(cy)
+        # A structured start predicts nothing, so that y is what the transform made of it.
+        init = nn.initializers.zeros if self.config.residual else xavier
+        self.first_mean = dense(cy, kernel_init=init)
         self.prior = dense(cy)
         self.adaptors = tuple(Block(2 * cy) for _ in range(self.passes - 1))
         self.spatial = Blocks(2 * cy, 2)
-        self.later_mean = dense(cy)
+        self.later_mean = dense(cy, kernel_init=init)
         self.scales = ScaleNetwork(self.config)
         self.density = Density(cz)
 
@@ -106,18 +108,38 @@ class EntropyModel(nn.Module):
         return self.passes_over(z, temporal, lambda mu: symbols)[0]
 
     def encode(
-        self, y: Array, q_index: Array, temporal: Array | None, previous: Integers
+        self,
+        y: Array,
+        q_index: Array,
+        temporal: Array | None,
+        previous: Integers,
+        skip: bool = True,
     ) -> tuple[Array, Array, Integers]:
-        """Quantise y: (y_hat, mu, Integers), with straight-through gradients."""
+        """Quantise y: (y_hat, mu, Integers), with straight-through gradients.
+
+        skip: symbols whose scale index is below `k_skip` are zero, as in a stream. In training
+        they had better not be: a coefficient that is zeroed gets no gradient to come back by.
+        """
         z = round_ste(bound(self.hyper(y), -Z_BOUND, Z_BOUND))
         index = self.index(q_index, z, previous)
-        coded = jax.lax.stop_gradient(index >= self.config.k_skip).astype(y.dtype)
+        coded = self.carries_symbol(index) if skip else 1.0
 
         def residual(mu):
             return coded * round_ste(bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND))
 
         y_hat, mu, symbols = self.passes_over(z, temporal, residual)
         return y_hat, mu, Integers(z, symbols, index)
+
+    def carries_symbol(self, index: Array) -> Array:
+        """1 where an element is written to the stream, 0 where it is skipped; no gradient."""
+        return jax.lax.stop_gradient(index >= self.config.k_skip).astype(jnp.float32)
+
+    def written_bits(self, integers: Integers, q_index: Array) -> Array:
+        """Bits (b,) that the tables of a released model will give these symbols."""
+        y_bits = gaussian_bits(integers.y, sigma_of(integers.index))
+        y_bits = y_bits * self.carries_symbol(integers.index)
+        bits = _total(y_bits) + _total(self.density.bits(integers.z, q_index))
+        return jax.lax.stop_gradient(bits)
 
     def bits(
         self, y: Array, mu: Array, integers: Integers, q_index: Array, key: Array

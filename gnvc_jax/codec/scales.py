@@ -77,7 +77,7 @@ def layers_of(config: CodecConfig) -> tuple[Layer, ...]:
         Layer("D1", c, c, depthwise=True),
         Layer("P2", c + 2 * y, c, per_quality=True),
         Layer("D2", c, c, depthwise=True),
-        Layer("P3", c, y, last=True),
+        Layer("P3", c, y, per_quality=config.residual, last=True),
     )
 
 

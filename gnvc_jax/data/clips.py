@@ -22,6 +22,8 @@ __all__ = ["ClipIndex", "RandomClip", "clip_dataset"]
 
 log = logging.getLogger(__name__)
 
+MARGIN = 16  # pixels around a crop that its motion search sees
+RATE_JITTER = 0.3  # deviation of the logarithm of the search's rate: it is not exact in use either
 MAX_TRIES = 1000  # whatever share is accepted, so that nothing readable at all is an error
 
 
@@ -67,6 +69,7 @@ class RandomClip(RandomRead):
     size: tuple[int, int]
     downscale_prob: float
     left_out: LeftOut
+    motion: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "_ends", np.cumsum([video.frames for video in self.videos]))
@@ -82,12 +85,21 @@ class RandomClip(RandomRead):
     def name(self, element: int) -> str:
         return self.video(element).path
 
+    def random_map(
+        self, element: int, rng: np.random.Generator
+    ) -> np.ndarray | dict[str, np.ndarray]:
+        clip = super().random_map(element, rng)
+        return with_motion(clip, MARGIN, rng) if self.motion else clip
+
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
-        video = self.video(element)
+        video, size = self.video(element), self.size
+        if self.motion:
+            # Vectors at the edge of a crop see a little beyond it, as mostly in whole frames.
+            size = tuple(side + 2 * MARGIN for side in size)
         halve, mirror = rng.random() < self.downscale_prob, rng.random() < 0.5
         full = (video.height, video.width)
-        scale = 2 if halve and all(2 * s <= f for s, f in zip(self.size, full)) else 1
-        height, width = (min(scale * s, f) for s, f in zip(self.size, full))
+        scale = 2 if halve and all(2 * s <= f for s, f in zip(size, full)) else 1
+        height, width = (min(scale * s, f) for s, f in zip(size, full))
         start = int(rng.integers(video.frames - self.frames + 1))
         top, left = (int(rng.integers(f - s + 1)) for f, s in zip(full, (height, width)))
         clip = video.read(start, self.frames, (top, left, height, width))
@@ -95,8 +107,36 @@ class RandomClip(RandomRead):
             clip = _halve(clip)
         if mirror:
             clip = clip[:, :, ::-1]
-        pad = [(0, size - part) for size, part in zip(self.size, clip.shape[1:3])]
+        pad = [(0, side - part) for side, part in zip(size, clip.shape[1:3])]
         return np.ascontiguousarray(np.pad(clip, ((0, 0), *pad, (0, 0)), mode="edge"))
+
+
+def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """A training sample of codecs with motion, without the clip's margin.
+
+    Returns a dictionary: "video" uint8 (1 + 4k, h, w, 3), "vectors" int16 (k, 4, h/16, w/16, 2) and
+    "motion_bits" float32 (k,) of the fields that the encoder would find at the quality level
+    "q_index", an int32 drawn here.
+    """
+    from gnvc_jax.motion import expand
+    from gnvc_jax.motion.search import QUALITIES, estimate_bits, search, search_rate
+
+    q_index = int(rng.integers(QUALITIES))
+    rate = search_rate(q_index) * np.exp(rng.normal(0.0, RATE_JITTER))
+    fields, previous = [], None
+    for t in range(0, len(clip) - 1, 4):
+        previous = search(clip[t + 1 : t + 5], clip[t], rate, previous)
+        fields.append(previous)
+    _, height, width, _ = clip.shape
+    inside = slice(margin, height - margin), slice(margin, width - margin)
+    blocks = tuple(slice(s.start // 16, s.stop // 16) for s in inside)
+    share = (height - 2 * margin) * (width - 2 * margin) / (height * width)
+    return {
+        "video": np.ascontiguousarray(clip[:, *inside]),
+        "vectors": np.stack([expand(field)[:, *blocks] for field in fields]),
+        "motion_bits": np.float32([share * estimate_bits(field) for field in fields]),
+        "q_index": np.int32(q_index),
+    }
 
 
 def _halve(clip: np.ndarray) -> np.ndarray:
@@ -116,9 +156,12 @@ def clip_dataset(
     num_workers: int = 0,
     worker_buffer: int = 2,
     downscale_prob: float = 0.5,
+    motion: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.experimental.ElasticIterator:
     """Endless batches uint8 (batch, frames, h, w, 3) of random clips.
+
+    motion: elements are the dictionaries of `with_motion`, batched.
 
     size: (h, w) in pixels. A video is drawn in proportion to its number of frames; those with fewer
     than `frames` are left out. With probability `downscale_prob` the crop is taken twice as large,
@@ -146,7 +189,7 @@ def clip_dataset(
             len(index),
             frames,
         )
-    draw = RandomClip(videos, frames, tuple(size), downscale_prob, index.left_out)
+    draw = RandomClip(videos, frames, tuple(size), downscale_prob, index.left_out, motion)
     return endless_batches(
         draw.count,
         draw,

@@ -6,7 +6,7 @@ integers out of uint8 frames), `field` says what it consists of and expands it t
 in JAX. Only the integers of `MotionField` travel in a stream; everything else follows from them.
 """
 
+# Nothing here imports JAX: processes that prepare training data stay light.
 from gnvc_jax.motion.field import MotionField, expand, no_motion
-from gnvc_jax.motion.warp import predict
 
-__all__ = ["MotionField", "expand", "no_motion", "predict"]
+__all__ = ["MotionField", "expand", "no_motion"]

@@ -14,8 +14,9 @@ class VAEConfig:
     latent_channels: channels of the latents; temporal_down: whether each level but the last
     also halves the frame rate; patch: pixels, each way, that are folded into channels before the
     first level (2 in Wan2.2's VAE); linear_encoder: the encoder is a fixed linear transform of
-    blocks, and the decoder improves on its inverse (see `gnvc_jax.vae.klt`). The last two make
-    small VAEs cheap and quick to train.
+    blocks, and the decoder improves on its inverse (see `gnvc_jax.vae.klt`); head: if not 0, the
+    decoder of a linear encoder is its inverse and a `gnvc_jax.vae.head.CleaningHead` of this width.
+    The last three make small VAEs cheap and quick to train.
     """
 
     base: int = 96
@@ -25,6 +26,7 @@ class VAEConfig:
     temporal_down: tuple[bool, ...] = (False, True, True)
     patch: int = 1
     linear_encoder: bool = False
+    head: int = 0
 
     def __post_init__(self):
         if len(self.temporal_down) != len(self.multipliers) - 1:

@@ -47,7 +47,7 @@ def decode_chunk(vae: VAE, params: Tree, cache: Tree | None, latents: Array) -> 
     first = cache is None
     variables = {"params": params} | ({} if first else {"cache": cache})
     video, state = vae.apply(variables, latents, first, method="decode", mutable=["cache"])
-    return jnp.clip(video, -1.0, 1.0), state["cache"]
+    return jnp.clip(video, -1.0, 1.0), state.get("cache", {})  # nor does a linear decoder
 
 
 def encode_clip(vae: VAE, params: Tree, video: Array) -> Array:

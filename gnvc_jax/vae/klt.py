@@ -84,30 +84,69 @@ def _by_kind(transform, x: Array, first: bool) -> Array:
     return jnp.concatenate([head, transform("later", x[:, 1:])], axis=1) if x.shape[1] > 1 else head
 
 
-def fit(video: np.ndarray, latent_channels: int, stride: int, temporal_stride: int) -> dict:
-    """Parameters of `BlockTransform`: principal components of the blocks of clips.
+class Moments:
+    """Mean and covariance of vectors that come in batches, in float64."""
 
-    video: float (b, 1 + temporal_stride * k, h, w, 3) in [-1, 1]; more blocks than values per block
-    are wanted. The basis of first frames is turned within its span (orthogonal Procrustes), so that
-    a still scene has about the same latents in both kinds. Later latents get a root mean square
-    of 1.
+    def __init__(self, size: int):
+        self.count, self.sum, self.outer = 0, np.zeros(size), np.zeros((size, size))
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Counts vectors (..., size)."""
+        x = np.asarray(vectors, np.float64).reshape(-1, len(self.sum))
+        self.count += len(x)
+        self.sum += x.sum(0)
+        self.outer += x.T @ x
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(size, size), around the mean."""
+        return self.outer / self.count - np.outer(self.mean, self.mean)
+
+    def principal_components(self) -> tuple[np.ndarray, np.ndarray]:
+        """Variances (size,), largest first, and orthonormal directions (size, size) in columns."""
+        variances, vectors = np.linalg.eigh(self.covariance)
+        return np.maximum(variances[::-1], 0.0), vectors[:, ::-1]
+
+
+def moments_of_blocks(stride: int, temporal_stride: int) -> dict[str, Moments]:
+    """Empty moments of the blocks that first and later latents stand for; see `count_blocks`."""
+    size = 3 * stride**2
+    return {"first": Moments(size), "later": Moments(size * temporal_stride)}
+
+
+def count_blocks(moments: dict, video: np.ndarray, stride: int, temporal_stride: int) -> None:
+    """Adds the blocks of clips, float (b, 1 + temporal_stride * k, h, w, 3) in [-1, 1]."""
+    moments["first"].add(to_blocks(video[:, ::temporal_stride], 1, stride))
+    moments["later"].add(to_blocks(video[:, 1:], temporal_stride, stride))
+
+
+def fit(moments: dict[str, Moments], latent_channels: int) -> dict:
+    """Parameters of `BlockTransform`: the principal components of blocks.
+
+    The basis of first frames is turned within its span (orthogonal Procrustes), so that a still
+    scene has about the same latents in both kinds. Later latents get a root mean square of 1.
+
+    Args:
+      moments: of more blocks than a block has values.
+      latent_channels: components to keep.
     """
-    params, components = {}, {}
-    for kind, frames, part in zip(
-        KINDS, (1, temporal_stride), (video[:, ::temporal_stride], video[:, 1:])
-    ):
-        blocks = to_blocks(part, frames, stride)
-        blocks = blocks.reshape(-1, blocks.shape[-1]).astype(np.float64)
-        offset = blocks.mean(0)
-        variance, vectors = np.linalg.eigh(np.cov((blocks - offset).T))
-        components[kind] = vectors[:, : -latent_channels - 1 : -1]
-        params[f"{kind}_offset"] = offset
-    energy = variance[: -latent_channels - 1 : -1].mean()
+    components, params = {}, {}
+    for kind in KINDS:
+        variances, vectors = moments[kind].principal_components()
+        components[kind] = vectors[:, :latent_channels]
+        params[f"{kind}_offset"] = moments[kind].mean
+    energy = variances[:latent_channels].mean()
 
-    still = components["later"].reshape(temporal_stride, -1, latent_channels).sum(0)
+    size = len(components["first"])
+    frames = len(components["later"]) // size
+    still = components["later"].reshape(frames, size, latent_channels).sum(0)
     u, _, vt = np.linalg.svd(components["first"].T @ still)
     components["first"] = components["first"] @ (u @ vt)
-    for kind, gain in zip(KINDS, (temporal_stride**0.5, 1.0)):
+    for kind, gain in zip(KINDS, (frames**0.5, 1.0)):
         params[f"{kind}_basis"] = components[kind]
         params[f"{kind}_scale"] = np.asarray(gain / energy**0.5)
     return {name: value.astype(np.float32) for name, value in params.items()}

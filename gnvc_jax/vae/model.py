@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gnvc_jax.vae.config import VAEConfig
+from gnvc_jax.vae.head import CleaningHead
 from gnvc_jax.vae.klt import BlockTransform, from_blocks, to_blocks
 from gnvc_jax.vae.layers import (
     Attention,
@@ -143,8 +144,11 @@ class VAE(nn.Module):
         else:
             self.encoder = Encoder(cfg, self.remat, self.dtype)
             self.quant = CausalConv(2 * z, self.dtype, window=(1, 1, 1))
-        self.decoder = Decoder(cfg, self.remat, self.dtype)
-        self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
+        if cfg.head:
+            self.head = CleaningHead(cfg.head)
+        else:
+            self.decoder = Decoder(cfg, self.remat, self.dtype)
+            self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
 
     def encode(self, video: Array, first: bool = True) -> tuple[Array, Array]:
         if self.config.linear_encoder:
@@ -155,6 +159,8 @@ class VAE(nn.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: Array, first: bool = True) -> Array:
+        if self.config.head:
+            return self.head(self.klt.inverse(latents, first))
         x = self.post_quant(latents.astype(self.dtype), first)
         linear = self.klt.inverse(latents, first) if self.config.linear_encoder else None
         return self.decoder(x, first, linear)

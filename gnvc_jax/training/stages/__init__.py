@@ -19,6 +19,7 @@ Tree = Any
 # Resolved on first use, so that one stage does not import the networks of the others.
 STAGES = {
     "vae": "gnvc_jax.training.stages.vae:VAEStage",
+    "transform": "gnvc_jax.training.stages.transform:TransformStage",
     "codec": "gnvc_jax.training.stages.codec:CodecStage",
     "latent": "gnvc_jax.training.stages.latent:LatentStage",
     "pixel": "gnvc_jax.training.stages.pixel:PixelStage",
@@ -79,10 +80,10 @@ class Stage:
         data = self.experiment.data
         return ClipIndex(data.path, data.decode_cache, self.left_out)
 
-    def dataset(self, frames: int | None = None) -> grain.IterDataset:
+    def dataset(self, frames: int | None = None, motion: bool = False) -> grain.IterDataset:
         """Batches without end: uint8 video (b, t, h, w, 3) of this process, in a fixed order.
 
-        frames: t, by default `data.frames`.
+        frames: t, by default `data.frames`; motion: see `gnvc_jax.data.clips.clip_dataset`.
         """
         from gnvc_jax.data.clips import clip_dataset
 
@@ -95,6 +96,7 @@ class Stage:
             seed=data.seed,
             num_workers=data.workers,
             downscale_prob=data.downscale_prob,
+            motion=motion,
             shard=(jax.process_index(), jax.process_count()),
         )
 

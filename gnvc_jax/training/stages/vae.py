@@ -52,12 +52,11 @@ class VAEStage(Stage):
         cfg = self.experiment.vae
         if not cfg.linear_encoder or self.experiment.init_from is not None:
             return super().warm_start(params)
-        batches, video, blocks = iter(self.dataset()), [], 0
-        while blocks < KLT_BLOCKS:
-            video.append(np.asarray(pixels(next(batches))))
-            blocks += video[-1].size // (3 * cfg.temporal_stride * cfg.stride**2)
-        strides = cfg.latent_channels, cfg.stride, cfg.temporal_stride
-        fitted = klt.fit(np.concatenate(video), *strides)
+        strides, batches = (cfg.stride, cfg.temporal_stride), iter(self.dataset())
+        moments = klt.moments_of_blocks(*strides)
+        while moments["later"].count < KLT_BLOCKS:
+            klt.count_blocks(moments, np.asarray(pixels(next(batches))), *strides)
+        fitted = klt.fit(moments, cfg.latent_channels)
         return params | {"klt": placed_like(params["klt"], fitted)}
 
     def frozen(self) -> Tree:

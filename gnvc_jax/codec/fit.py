@@ -1,0 +1,79 @@
+"""A latent codec from statistics alone: the structured start of training.
+
+What a transform coder needs is known at once. The basis of y is the Karhunen-Loeve transform of
+2x2 latents (of the residual, for predicted ones); the step of the quantiser follows from lambda;
+and the deviation of each coefficient over that step says which probability table it wants. All
+networks stay at zero and learn what the transform cannot.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gnvc_jax.codec.config import SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
+from gnvc_jax.codec.quality import POSITIONS
+from gnvc_jax.codec.scales import BIAS_UNIT, layers_of
+from gnvc_jax.vae.klt import Moments
+
+WHITENING_FLOOR = 0.1  # of the mean variance: channels that hardly vary are not blown up
+
+
+def step_of(worth: np.ndarray) -> np.ndarray:
+    """Step of a uniform quantiser where a squared error is worth so many bits.
+
+    At the optimum -dR/dD = worth. With D = step^2 / 12 and a slope of 6.02 dB a bit that gives
+    step^2 = 6 / (worth ln 2).
+    """
+    return np.sqrt(6.0 / (np.asarray(worth) * np.log(2.0)))
+
+
+def whitening(variances: np.ndarray) -> np.ndarray:
+    """Factors (c,) that give latent channels of these variances about equal deviations."""
+    floor = WHITENING_FLOOR * variances.mean()
+    return (1.0 / np.sqrt(variances + floor)).astype(np.float32)
+
+
+def structured_start(
+    params: Mapping,
+    config: CodecConfig,
+    kind: str,
+    cells: Moments,
+    latent_variances: np.ndarray,
+    worth_low: float,
+    worth_high: float,
+) -> dict:
+    """Parameters of one transform of `gnvc_jax.codec.residual`, started from statistics.
+
+    Args:
+      params: of the whole codec; not changed.
+      kind: "intra" or "inter".
+      cells: moments of 2x2 latents (4c,), of the residual if kind is "inter".
+      latent_variances: (c,) of the latents themselves.
+      worth_low, worth_high: bits that a squared error of one latent element is worth at the lowest
+        and at the best quality level, geometric between them.
+
+    Returns the parameters of `kind`, NumPy arrays where they were fitted.
+    """
+    part, y = dict(params[kind]), config.y_channels
+    variances, vectors = cells.principal_components()
+    kept = min(y, len(vectors))
+    basis = np.zeros((len(vectors), y))
+    basis[:, :kept] = vectors[:, :kept]
+    steps = step_of(worth_low * (worth_high / worth_low) ** POSITIONS)
+    deviation = np.sqrt(np.maximum(np.pad(variances[:kept], (0, y - kept)), 1e-12))
+    tables = np.log(deviation / steps[:, None] / SCALE_MIN) / np.log(SCALE_MAX / SCALE_MIN)
+
+    part["basis"] = basis.astype(np.float32)
+    part["inverse"] = basis.T.astype(np.float32)
+    part["whitening"] = whitening(latent_variances)
+    log_steps = np.repeat(np.log(steps)[:, None], y, 1).astype(np.float32)
+    part["y_gain"], part["y_inverse"] = {"log_gain": -log_steps}, {"log_gain": log_steps}
+
+    last = layers_of(config)[-1]
+    unit = 2.0**last.shift / 96.0 / BIAS_UNIT  # of a bias that moves the index by one
+    index = np.clip((SCALES - 1) * tables, 0, SCALES - 1)
+    scales = dict(part["entropy"]["scales"])
+    scales["P3_bias"] = (index * unit).astype(np.float32)
+    scales["P3_kernel"] = np.zeros_like(scales["P3_kernel"])
+    part["entropy"] = {**part["entropy"], "scales": scales}
+    return part

@@ -1,0 +1,227 @@
+"""The latent codec as transform coding of a residual, with networks on top.
+
+    y = gain * (basis (latent - prediction) + network(latent, context))
+    decoded = prediction + inverse basis (y / gain) + network(y / gain, context)
+
+Both networks start at zero, so that before any training the codec is the classical transform coder
+that statistics give (`gnvc_jax.codec.fit`); training starts from there rather than from noise. The
+prediction of an intra latent is zero. That of a later one is given by the caller, who knows about
+motion, or else is the latent decoded before.
+
+The entropy model, its integer path and the hyperprior are those of `gnvc_jax.codec.entropy`.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import linen as nn
+
+from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.codec.entropy import EntropyModel, Integers
+from gnvc_jax.codec.layers import Blocks, Down2, dense
+from gnvc_jax.codec.quality import Gain
+
+Array = jax.Array
+ZEROS = nn.initializers.zeros
+
+
+class State(NamedTuple):
+    """What a predicted latent knows of the past.
+
+    Attributes:
+      latent: the latent decoded before, (b, h, w, c).
+      memory: features (b, h, w, width) carried from latent to latent; None with motion, since
+        features that do not move along with the picture would mislead.
+      previous: its integers.
+    """
+
+    latent: Array
+    memory: Array | None
+    previous: Integers
+
+
+class Coded(NamedTuple):
+    """Result of encoding in training form.
+
+    Attributes:
+      latent: decoded, (b, h, w, c).
+      feature: (b, h, w, width), what the codec knows; conditions the refiner (f_t of GNVC-VD).
+      integers: quantised, none skipped.
+      y_bits, z_bits: differentiable rates (b,) with additive noise in place of rounding.
+      written_bits: (b,), cost of the symbols that a stream would hold; no gradient.
+    """
+
+    latent: Array
+    feature: Array
+    integers: Integers
+    y_bits: Array
+    z_bits: Array
+    written_bits: Array
+
+
+def to_cells(x: Array) -> Array:
+    """2x2 latents to one vector: (b, h, w, c) -> (b, h/2, w/2, 4c)."""
+    return rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
+
+
+def from_cells(x: Array) -> Array:
+    """Undoes `to_cells`."""
+    return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
+
+
+class ResidualTransform(nn.Module):
+    """Transform and entropy model of one kind of latent.
+
+    Attributes:
+      inter: whether latents are predicted; fixes the number of spatial passes and depths.
+    """
+
+    config: CodecConfig
+    inter: bool
+
+    def setup(self):
+        cfg, inter = self.config, self.inter
+        c = self.width = cfg.width if inter else cfg.intra_width
+        cells, y = 4 * cfg.latent_channels, cfg.y_channels
+        orthogonal = nn.initializers.orthogonal()
+        self.basis = self.param("basis", orthogonal, (cells, y))
+        self.inverse = self.param("inverse", lambda *_: self.basis.T)
+        self.whitening = self.param("whitening", nn.initializers.ones, (cfg.latent_channels,))
+        if inter:
+            self.extractor = Blocks(c, cfg.context)
+            self.temporal = Down2(2 * y)
+            self.temporal_gain = Gain()
+            if not cfg.motion:
+                self.update = Blocks(c, 3)
+        self.analysis = Blocks(c, cfg.analysis if inter else cfg.intra_analysis)
+        self.merge = dense(y, kernel_init=ZEROS)
+        self.entropy = EntropyModel(cfg, passes=2 if inter else 4)
+        self.up = dense(4 * c)
+        self.synthesis = Blocks(c, cfg.synthesis if inter else cfg.intra_synthesis)
+        self.out = dense(cfg.latent_channels, kernel_init=ZEROS)
+        self.encoder_gain, self.decoder_gain = Gain(), Gain()
+        self.y_gain, self.y_inverse = Gain(), Gain()
+        if not inter:
+            self.feature = dense(cfg.width)
+
+    def white(self, latent: Array) -> Array:
+        """Latents with channels of about equal deviation, as networks like to see them."""
+        return latent * jax.lax.stop_gradient(self.whitening)
+
+    def context(
+        self, prediction: Array, memory: Array | None, q_index: Array
+    ) -> tuple[Array, Array]:
+        """Features (b, h, w, width) of the prediction, and the temporal prior of the means."""
+        x = self.white(prediction)
+        x = self.extractor(x if memory is None else jnp.concatenate([x, memory], axis=-1))
+        return x, self.temporal_gain(self.temporal(x), q_index)
+
+    def remember(self, memory: Array, feature: Array) -> Array:
+        """Memory after a predicted latent."""
+        return self.update(jnp.concatenate([memory, feature], axis=-1))
+
+    def analyse(
+        self, latent: Array, prediction: Array | float, context: Array | None, q_index: Array
+    ) -> Array:
+        """y (b, h/2, w/2, y_channels), in units of the quantiser's step."""
+        residual = latent - prediction
+        x = self.white(residual)
+        if context is not None:
+            x = jnp.concatenate([x, context], axis=-1)
+        x = self.encoder_gain(self.analysis(x), q_index)
+        y = jnp.dot(to_cells(residual), self.basis, precision="highest")
+        return self.y_gain(y + self.merge(to_cells(x)), q_index)
+
+    def synthesise(
+        self, y_hat: Array, prediction: Array | float, context: Array | None, q_index: Array
+    ) -> tuple[Array, Array]:
+        """Decoded latent (b, h, w, c) and feature (b, h, w, width) from y."""
+        y = self.y_inverse(y_hat, q_index)
+        base = from_cells(jnp.dot(y, self.inverse, precision="highest"))
+        x = [from_cells(self.up(y)), self.white(base)]
+        x = jnp.concatenate(x if context is None else [*x, context], axis=-1)
+        x = self.decoder_gain(self.synthesis(x), q_index)
+        latent = prediction + base + self.out(x)
+        return latent, x if self.inter else self.feature(x)
+
+
+class ResidualCodec(nn.Module):
+    """Intra and predicted transform.
+
+    Methods (``apply(..., method=)``); q_index (b,) int32, a larger one is better quality; state is
+    None for an intra latent; prediction (b, h, w, c), by default the state's latent:
+      encode(latent, state, q_index, prediction) -> Integers
+      decode(integers, state, q_index, prediction) -> latent, feature, State
+      train(latent, state, q_index, key, prediction) -> State, Coded
+    """
+
+    config: CodecConfig
+
+    def setup(self):
+        self.intra = ResidualTransform(self.config, False)
+        self.inter = ResidualTransform(self.config, True)
+
+    def _given(self, state: State | None, shape, q_index: Array, prediction: Array | None):
+        """Transform, prediction, context, temporal prior and integers before of a latent."""
+        if state is None:
+            b, h, w = shape
+            y = jnp.zeros((b, h // 2, w // 2, self.config.y_channels))
+            none = Integers(jnp.zeros((b, h // 8, w // 8, self.config.z_channels)), y, y)
+            return self.intra, 0.0, None, None, none
+        prediction = state.latent if prediction is None else prediction
+        context, temporal = self.inter.context(prediction, state.memory, q_index)
+        return self.inter, prediction, context, temporal, state.previous
+
+    def _after(self, state: State | None, latent: Array, feature: Array, integers: Integers):
+        memory = None
+        if not self.config.motion:
+            memory = feature if state is None else self.inter.remember(state.memory, feature)
+        return State(latent, memory, integers)
+
+    def encode(
+        self, latent: Array, state: State | None, q_index: Array, prediction: Array | None = None
+    ) -> Integers:
+        given = self._given(state, latent.shape[:3], q_index, prediction)
+        part, prediction, context, temporal, previous = given
+        y = part.analyse(latent, prediction, context, q_index)
+        return part.entropy.encode(y, q_index, temporal, previous)[2]
+
+    def decode(
+        self,
+        integers: Integers,
+        state: State | None,
+        q_index: Array,
+        prediction: Array | None = None,
+    ) -> tuple[Array, Array, State]:
+        b, h, w, _ = integers.y.shape
+        given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
+        part, prediction, context, temporal, _ = given
+        y_hat = part.entropy.decode(integers.y, integers.z, temporal)
+        latent, feature = part.synthesise(y_hat, prediction, context, q_index)
+        return latent, feature, self._after(state, latent, feature, integers)
+
+    def train(
+        self,
+        latent: Array,
+        state: State | None,
+        q_index: Array,
+        key: Array,
+        prediction: Array | None = None,
+    ) -> tuple[State, Coded]:
+        given = self._given(state, latent.shape[:3], q_index, prediction)
+        part, prediction, context, temporal, previous = given
+        y = part.analyse(latent, prediction, context, q_index)
+        y_hat, mu, integers = part.entropy.encode(y, q_index, temporal, previous, skip=False)
+        decoded, feature = part.synthesise(y_hat, prediction, context, q_index)
+        rates = part.entropy.bits(y, mu, integers, q_index, key)
+        written = part.entropy.written_bits(integers, q_index)
+        # The next latent's scale indices see these integers; gradients through them are noise.
+        state = self._after(state, decoded, feature, jax.lax.stop_gradient(integers))
+        return state, Coded(decoded, feature, integers, *rates, written)
+
+    def __call__(self, latents: Array, q_index: Array, key: Array) -> Coded:
+        """An intra and a predicted latent (b, 2, h, w, c); enough to make every parameter."""
+        state, _ = self.train(latents[:, 0], None, q_index, key)
+        return self.train(latents[:, 1], state, q_index, key)[1]
