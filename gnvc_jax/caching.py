@@ -68,7 +68,7 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
         if facts["stage"] != "vae":
             raise UsageError(f"{vae}: a run of the stage `{facts['stage']}`, expected `vae`")
         config = VAEConfig.from_json(facts["vae"])
-        if not config.linear_encoder:
+        if not config.linear:
             raise UsageError(f"{vae}: its encoder is learned; codecs for it train on frames")
         like = jax.eval_shape(lambda key: init_vae(VAE(config), key), jax.random.key(0))
         params = load_params(vae, like)

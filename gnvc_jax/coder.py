@@ -24,7 +24,7 @@ from gnvc_jax.bitstream import (
     decode_group,
     encode_group,
 )
-from gnvc_jax.bitstream.errors import LimitExceeded
+from gnvc_jax.bitstream.errors import LimitExceeded, WrongModel
 from gnvc_jax.bitstream.header import check_picture
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LATENT_MULTIPLE
@@ -32,6 +32,9 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
 from gnvc_jax.model import Functions, Model
+from gnvc_jax.motion import MotionField, expand
+from gnvc_jax.motion.coding import FieldDecoder, encode_fields
+from gnvc_jax.motion.field import COARSE
 from gnvc_jax.parallel import axis_size
 
 MAX_QP = 63
@@ -46,6 +49,7 @@ class Timing:
     """Seconds spent by part."""
 
     vae: float = 0.0
+    motion: float = 0.0
     codec: float = 0.0
     entropy: float = 0.0
     refiner: float = 0.0
@@ -78,6 +82,11 @@ class Coder:
         self.model, self.functions = model, Functions(model)
         self.entropy = EntropyCoder(model.tables)
         self.timing = Timing()
+        self.motion = model.codec_config.motion is not None
+        # Side in pixels of what one hyperlatent position stands for.
+        self.unit = model.vae_config.stride * LATENT_MULTIPLE
+        # Motion compensates whole padded frames; without it, latents are padded instead.
+        self.padding = self.unit if self.motion else model.vae_config.stride
 
     def header(
         self,
@@ -107,6 +116,8 @@ class Coder:
             tables_crc=self.model.tables.crc32(),
             frame_count=frame_count,
             latent_channels=cfg.latent_channels,
+            latent_stride=self.model.vae_config.stride,
+            temporal_stride=self.model.vae_config.temporal_stride,
             **extra,
         )
 
@@ -137,26 +148,40 @@ class Coder:
         return first
 
     def _encode_group(self, frames, header, qp, number, first, progress):
-        q_index = MAX_QP - qp
-        latents, cache, state, previous, count = [], None, None, (None, None), 0
-        while chunk := list(itertools.islice(frames, 4 if latents else 1)):
+        stride = header.temporal_stride
+        levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents)
+        latents, fields, count = [], [], 0
+        cache = state = source = reference = prediction = None
+        previous = (None, None)
+        while chunk := list(itertools.islice(frames, stride if latents else 1)):
             for frame in chunk:
                 if frame.shape != (header.height, header.width, 3):
                     raise UsageError(
                         f"frame {first + count} is {frame.shape}, expected "
                         f"{(header.height, header.width, 3)}"
                     )
-            kind, given = int(bool(latents)), len(chunk)
-            chunk += [chunk[-1]] * (4 - given if kind else 0)
+            kind, given, q_index = int(bool(latents)), len(chunk), levels[len(latents)]
+            chunk += [chunk[-1]] * (stride - given if kind else 0)
+            chunk = pad_frames(np.stack(chunk), self.padding)
+            if kind and self.motion:
+                with _Clock(self.timing, "motion"):
+                    fields.append(self._search(chunk, source, q_index, fields))
+                    prediction = self.functions.predict(reference, expand(fields[-1]))
             with _Clock(self.timing, "vae"):
-                latent, cache = self.functions.encode_video(cache, to_float(np.stack(chunk)))
+                latent, cache = self.functions.encode_video(cache, to_float(chunk))
                 latent.block_until_ready()
             with _Clock(self.timing, "codec"):
-                coded = self.functions.analyse(latent[:, 0], state, q_index)
+                coded = self.functions.analyse(latent[:, 0], state, q_index, prediction)
                 z, y = (np.asarray(v, np.int8) for v in coded[:2])
                 index = self.functions.scale_index(kind, q_index, z, *previous)
                 y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
-                _, state = self.functions.reconstruct(Integers(z, y, index), state, q_index)
+                decoded, _, state = self.functions.reconstruct(
+                    Integers(z, y, index), state, q_index, prediction
+                )
+            if self.motion:
+                with _Clock(self.timing, "vae"):
+                    shown, _ = self.functions.decode_latents({} if kind else None, decoded[:, None])
+                    source, reference = chunk[-1], shown[0, -1]
             latents.append(LatentSymbols(kind, q_index, z, y, index))
             previous, count = (y, index), count + given
             progress(given)
@@ -170,8 +195,18 @@ class Coder:
                 number=number,
                 first_frame=first,
                 n_frames=count,
+                motion=encode_fields(fields, self.entropy),
+                temporal_stride=stride,
             )
         return payload, count
+
+    def _search(
+        self, frames: np.ndarray, reference: np.ndarray, q_index: int, fields: list[MotionField]
+    ) -> MotionField:
+        """Motion of uint8 frames relative to the source frame before them."""
+        from gnvc_jax.motion.search import search, search_rate  # needs OpenCV; decoding does not
+
+        return search(frames, reference, search_rate(q_index), fields[-1] if fields else None)
 
     def check(self, header: Header, max_pixels: int = MAX_PIXELS) -> None:
         """Before anything is decoded or allocated.
@@ -190,12 +225,31 @@ class Coder:
 
     def symbols(self, header: Header, group: Group) -> list[LatentSymbols]:
         """The integers of a group; raises BitstreamError kinds."""
-        unit = 8 * LATENT_MULTIPLE
-        h, w = -(-header.height // unit), -(-header.width // unit)
+        h, w = self._grid(header)
         cfg = self.model.codec_config
         z_shape, y_shape = (h, w, cfg.z_channels), (4 * h, 4 * w, cfg.y_channels)
         with _Clock(self.timing, "entropy"):
             return decode_group(group, self.entropy, self.functions.scale_index, z_shape, y_shape)
+
+    def fields(self, header: Header, group: Group) -> list[MotionField]:
+        """Motion of the predicted latents of a group; raises BitstreamError kinds."""
+        if not self.motion:
+            if group.motion:
+                raise WrongModel("the stream has motion, the loaded model has none")
+            return []
+        if len(group.q_indices) == 1:
+            return []
+        side = self.unit // COARSE
+        h, w = (side * n for n in self._grid(header))
+        with _Clock(self.timing, "entropy"):
+            decoder = FieldDecoder(group.motion, self.entropy)
+            fields = [decoder.next((h, w)) for _ in group.q_indices[1:]]
+            decoder.finish()
+        return fields
+
+    def _grid(self, header: Header) -> tuple[int, int]:
+        """Rows and columns of hyperlatents."""
+        return -(-header.height // self.unit), -(-header.width // self.unit)
 
     def decode_group(
         self, header: Header, group: Group, steps: int | None = None
@@ -207,37 +261,54 @@ class Coder:
         """
         if steps is None:
             steps = int(self.model.refiner is not None)
-        h, w = -(-header.height // 8), -(-header.width // 8)
-        latents = self._latents(header, group)
+        decoded = self._decoded(header, group)
         if steps:
-            latents = self._refined(group, list(latents), steps)
+            decoded = self._refined(group, list(decoded), steps)
+        # Latents of frames that were not padded end where the frames do.
+        h, w = (-(-side // self.padding) * self.padding for side in (header.height, header.width))
+        h, w = (side // header.latent_stride for side in (h, w))
         cache, left = None, group.n_frames
-        for latent, _ in latents:
-            with _Clock(self.timing, "vae"):
-                frames, cache = self.functions.decode_latents(cache, latent[:, None, :h, :w])
-                frames = np.asarray(frames[0, :left, : header.height, : header.width])
+        for latent, _, frames in decoded:
+            if frames is None:
+                with _Clock(self.timing, "vae"):
+                    frames, cache = self.functions.decode_latents(cache, latent[:, None, :h, :w])
+            frames = np.asarray(frames[0, :left, : header.height, : header.width])
             left -= len(frames)
             yield from frames
 
-    def _latents(self, header: Header, group: Group) -> Iterator[tuple[Array, Array]]:
-        """Decoded latents (1, h, w, c) of a group, and the codec's memory after each."""
-        state = None
-        for s in self.symbols(header, group):
+    def _decoded(self, header: Header, group: Group) -> Iterator[tuple[Array, Array, Array | None]]:
+        """Decoded latents (1, h, w, c) of a group, the codec's features after each, and frames.
+
+        Frames (1, t, h, w, 3) are there with motion only, which needs the last one of each latent.
+        """
+        state = prediction = frames = None
+        symbols, fields = self.symbols(header, group), self.fields(header, group)
+        for i, s in enumerate(symbols):
+            if i and self.motion:
+                with _Clock(self.timing, "motion"):
+                    prediction = self.functions.predict(frames[0, -1], expand(fields[i - 1]))
             with _Clock(self.timing, "codec"):
                 integers = Integers(s.z, s.y, s.index)
-                latent, state = self.functions.reconstruct(integers, state, s.q_index)
+                latent, feature, state = self.functions.reconstruct(
+                    integers, state, s.q_index, prediction
+                )
                 latent.block_until_ready()
-            yield latent, state.memory
+            if self.motion:
+                with _Clock(self.timing, "vae"):
+                    frames, _ = self.functions.decode_latents({} if i else None, latent[:, None])
+            yield latent, feature, frames
 
-    def _refined(self, group: Group, pairs: list, steps: int) -> Iterator[tuple[Array, None]]:
+    def _refined(
+        self, group: Group, decoded: list, steps: int
+    ) -> Iterator[tuple[Array, None, None]]:
         """The latents after refinement; the checksum of the group's symbols seeds the noise."""
         with _Clock(self.timing, "refiner"):
-            latents, features = (jnp.stack(part, axis=1) for part in zip(*pairs))
+            latents, features = (jnp.stack(part, axis=1) for part in list(zip(*decoded))[:2])
             seed, q_index = group.crc_symbols, group.q_indices[-1]
             latents = self.functions.refine(latents, features, q_index, seed, steps)
             latents.block_until_ready()
         for t in range(latents.shape[1]):
-            yield latents[:, t], None
+            yield latents[:, t], None, None
 
     def decode_frames(self, reader: StreamReader, steps: int | None = None) -> Iterator[np.ndarray]:
         """All frames of a stream, in order; steps: see `decode_group`."""
@@ -252,6 +323,7 @@ class Coder:
         for start in (0, *range(1, t, 4)):
             chunk = video[start : start + (4 if start else 1)]
             chunk = np.concatenate([chunk] + [chunk[-1:]] * (4 - len(chunk) if start else 0))
+            chunk = pad_frames(chunk, self.model.vae_config.stride)
             latent, encoder = self.functions.encode_video(encoder, to_float(chunk))
             frames, decoder = self.functions.decode_latents(decoder, latent)
             out.append(np.asarray(frames[0, :, :h, :w]))
@@ -280,8 +352,12 @@ def check_columns(width: int) -> None:
         )
 
 
-def to_float(frames: np.ndarray) -> np.ndarray:
-    """uint8 (t, h, w, 3) -> float32 (1, t, h', w', 3) in [-1, 1], h' and w' multiples of 8."""
+def pad_frames(frames: np.ndarray, multiple: int) -> np.ndarray:
+    """Repeats the last row and column of (t, h, w, 3) up to multiples of so many pixels."""
     _, h, w, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, -h % 8), (0, -w % 8), (0, 0)), mode="edge")
+    return np.pad(frames, ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)), mode="edge")
+
+
+def to_float(frames: np.ndarray) -> np.ndarray:
+    """uint8 (t, h, w, 3) -> float32 (1, t, h, w, 3) in [-1, 1]."""
     return frames[None].astype(np.float32) / np.float32(127.5) - np.float32(1.0)

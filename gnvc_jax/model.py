@@ -32,6 +32,8 @@ from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.codec.model import LatentCodec, State, pad_latents
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, not_weights
+from gnvc_jax.motion import coding as motion_coding
+from gnvc_jax.motion.warp import predict
 from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
@@ -100,6 +102,9 @@ def build(
     tables = Tables(
         gaussian_frequencies(sigmas), frequencies_from_probabilities(z), codec_config.k_skip
     )
+    if codec_config.motion:
+        motion = frequencies_from_probabilities(motion_coding.probabilities())
+        tables = dataclasses.replace(tables, motion=motion)
     vae, refiner = jax.tree.map(lambda x: np.asarray(x, np.float16), (vae, refiner))
     codec = jax.tree.map(np.asarray, codec)
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
@@ -125,6 +130,8 @@ def to_arrays(model: Model) -> dict[str, np.ndarray]:
     """All arrays of a model under flat names."""
     flat = {"latents/mean": model.mean, "latents/std": model.std}
     flat |= {"tables/y": model.tables.y, "tables/z": model.tables.z}
+    if len(model.tables.motion):
+        flat["tables/motion"] = model.tables.motion
     for kind, network in zip(KINDS, model.scale_networks, strict=True):
         flat |= {f"scales/{kind}/{k}": v for k, v in network.items()}
     for part in ("vae", "codec", "refiner"):
@@ -197,7 +204,7 @@ def load_model(path: str | Path) -> Model:
             nested["latents"]["mean"],
             nested["latents"]["std"],
             tuple(nested["scales"][kind] for kind in KINDS),
-            Tables(nested["tables"]["y"], nested["tables"]["z"], config.k_skip),
+            Tables(k_skip=config.k_skip, **nested["tables"]),
             facts["self_test"],
             refiner,
             nested.get("refiner"),
@@ -264,6 +271,7 @@ class Programs(NamedTuple):
 
     encode_video: Callable
     decode_latents: Callable
+    predict: Callable
     analyse: Callable
     reconstruct: Callable
     velocity: Callable | None
@@ -288,20 +296,21 @@ def programs(model: Model) -> Programs:
         return codec.apply({"params": params}, *args, method=method)
 
     @jax.jit
-    def analyse(params, latent, state, q_index):
+    def predict_latent(params, reference, vectors):
+        frames = predict(reference.astype(jnp.float32) / 127.5 - 1.0, vectors)
+        latents, _ = encode_chunk(vae, params, {}, shared(frames))
+        return ((latents - mean) / std)[:, 0]
+
+    @jax.jit
+    def analyse(params, latent, state, q_index, prediction):
         latent = shared(pad_latents(latent[:, None])[:, 0])
-        if state is None:
-            out = call(params, "encode_intra", latent, q_index)
-        else:
-            out = call(params, "encode_inter", latent, state, q_index)
+        out = call(params, "encode", latent, state, q_index, prediction)
         return jax.tree.map(lambda x: x[0].astype(jnp.int32), out)
 
     @jax.jit
-    def reconstruct(params, integers, state, q_index):
+    def reconstruct(params, integers, state, q_index, prediction):
         integers = jax.tree.map(lambda x: x.astype(jnp.float32)[None], integers)
-        if state is None:
-            return shared(call(params, "decode_intra", integers, q_index))
-        return shared(call(params, "decode_inter", integers, state, q_index))
+        return shared(call(params, "decode", integers, state, q_index, prediction))
 
     velocity = None
     if model.refiner_config is not None:
@@ -313,7 +322,7 @@ def programs(model: Model) -> Programs:
             inputs = decoded, features, q_index, model.text
             return refiner.apply({"params": params}, state, tau, *inputs)
 
-    return Programs(encode_video, decode_latents, analyse, reconstruct, velocity)
+    return Programs(encode_video, decode_latents, predict_latent, analyse, reconstruct, velocity)
 
 
 class Functions:
@@ -325,8 +334,9 @@ class Functions:
 
     encode_video(cache, frames) -> latents, cache       frames float (1, t, h, w, 3)
     decode_latents(cache, latents) -> uint8 frames, cache
-    analyse(latent, state, q_index) -> Integers         state None: intra
-    reconstruct(integers, state, q_index) -> latent, State
+    predict(reference, vectors) -> latent               by block motion from the last frame
+    analyse(latent, state, q_index, prediction) -> Integers             state None: intra
+    reconstruct(integers, state, q_index, prediction) -> latent, feature, State
     refine(latents, features, q_index, seed, steps) -> latents      of a whole group
     scale_index(kind, q_index, z, prev_y, prev_index) -> uint8 indices
     """
@@ -357,15 +367,25 @@ class Functions:
     def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
         return self.programs.decode_latents(self.vae_params, cache, latents)
 
-    def analyse(self, latent: Array, state: State | None, q_index: int) -> Integers:
-        return self.programs.analyse(self.codec_params, latent, state, jnp.full((1,), q_index))
+    def predict(self, reference: Array, vectors: np.ndarray) -> Array:
+        """Latent (1, h, w, c) that motion vectors (4, h', w', 2) make of a frame (h, w, 3) uint8."""
+        return self.programs.predict(self.vae_params, reference[None], vectors[None])
+
+    def analyse(
+        self, latent: Array, state: State | None, q_index: int, prediction: Array | None = None
+    ) -> Integers:
+        q = jnp.full((1,), q_index)
+        return self.programs.analyse(self.codec_params, latent, state, q, prediction)
 
     def reconstruct(
-        self, integers: Integers, state: State | None, q_index: int
-    ) -> tuple[Array, State]:
-        return self.programs.reconstruct(
-            self.codec_params, integers, state, jnp.full((1,), q_index)
-        )
+        self,
+        integers: Integers,
+        state: State | None,
+        q_index: int,
+        prediction: Array | None = None,
+    ) -> tuple[Array, Array, State]:
+        q = jnp.full((1,), q_index)
+        return self.programs.reconstruct(self.codec_params, integers, state, q, prediction)
 
     def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
         """Refined latents (1, t, h, w, c) of a group; features: memory of the codec after each.

@@ -22,7 +22,13 @@ experiment = Experiment(
         downscale_prob=0.4,
     ),
     optim=OptimConfig(
-        lr=1e-3, warmup=100, steps=5500, final_lr_ratio=0.05, betas=(0.9, 0.98), ema=0.998
+        lr=1e-3,
+        warmup=100,
+        steps=5500,
+        final_lr_ratio=0.05,
+        betas=(0.9, 0.98),
+        weight_decay=0.0,
+        ema=0.998,
     ),
     run=RunConfig(out="runs/small/codec", log_every=50, checkpoint_every_s=300),
 )

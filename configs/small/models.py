@@ -3,7 +3,7 @@
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.vae.config import VAEConfig
 
-VAE = VAEConfig(latent_channels=96, linear_encoder=True, head=48)
+VAE = VAEConfig(latent_channels=96, linear=True, head=48)
 CODEC = CodecConfig(
     latent_channels=96,
     intra_width=96,
@@ -13,7 +13,8 @@ CODEC = CodecConfig(
     y_channels=96,
     z_channels=16,
     scale_width=32,
-    residual=True,
-    context=3,
-    motion=True,
+    inter_context=3,
+    inter_synthesis=3,
+    motion="blocks",
+    intra_offset=30,
 )

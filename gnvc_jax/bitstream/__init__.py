@@ -1,11 +1,16 @@
 """The file format and its entropy coder. Knows integers and bytes, and no neural network."""
 
 from gnvc_jax.bitstream.container import Entry, StreamReader, StreamWriter
-from gnvc_jax.bitstream.entropy import EntropyCoder, LatentDecoder, PlainCoder
+from gnvc_jax.bitstream.entropy import (
+    EntropyCoder,
+    LatentSymbols,
+    PlainCoder,
+    SegmentDecoder,
+    words_of,
+)
 from gnvc_jax.bitstream.errors import BitstreamError
 from gnvc_jax.bitstream.group import (
     Group,
-    LatentSymbols,
     ScaleIndex,
     decode_group,
     encode_group,
@@ -20,10 +25,10 @@ __all__ = [
     "Entry",
     "Group",
     "Header",
-    "LatentDecoder",
     "LatentSymbols",
     "PlainCoder",
     "ScaleIndex",
+    "SegmentDecoder",
     "StreamReader",
     "StreamWriter",
     "Tables",
@@ -32,4 +37,5 @@ __all__ = [
     "frequencies_from_probabilities",
     "gaussian_frequencies",
     "parse_group",
+    "words_of",
 ]

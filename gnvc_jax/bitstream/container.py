@@ -57,7 +57,7 @@ class StreamWriter:
 
     def write_group(self, payload: bytes) -> None:
         """Append a group (from `encode_group`). ValueError if it does not continue the stream."""
-        group = parse_group(payload)
+        group = parse_group(payload, temporal_stride=self.header.temporal_stride)
         if (group.number, group.first_frame) != (len(self.entries), self.frames):
             raise ValueError(f"group {group.number} does not follow group {len(self.entries) - 1}")
         if not _fits(group, self.header):
@@ -96,7 +96,7 @@ def _entry(group: Group, offset: int, size: int) -> Entry:
 
 
 def _fits(group: Group, header: Header) -> bool:
-    return len(group.kinds) <= header.gop_latents and group.n_frames <= header.gop_frames
+    return len(group.q_indices) <= header.gop_latents and group.n_frames <= header.gop_frames
 
 
 class StreamReader:
@@ -181,7 +181,7 @@ class StreamReader:
                 continue
             if kind == b"GOPC":
                 try:
-                    group = self._check(parse_group(payload), number, frames)
+                    group = self._check(self._parse(payload), number, frames)
                 except MalformedChunk as error:
                     if lost is None:
                         raise
@@ -197,6 +197,9 @@ class StreamReader:
             elif kind[:1].isupper() and kind != b"META":
                 raise MalformedChunk(f"unknown chunk {kind!r} at offset {at}")
             at += size
+
+    def _parse(self, payload: bytes) -> Group:
+        return parse_group(payload, self.header.version, self.header.temporal_stride)
 
     def _check(self, group: Group, number: int, frames: int | None) -> Group:
         if group.number != number:
@@ -318,7 +321,7 @@ class StreamReader:
                 self.file.seek(at)
                 kind, payload, size = self._read_chunk(at, len(entries))
                 if kind == b"GOPC":
-                    entries.append(_entry(parse_group(payload), at, size))
+                    entries.append(_entry(self._parse(payload), at, size))
                 at += size
         except BitstreamError:
             return entries
@@ -352,4 +355,4 @@ class StreamReader:
         kind, payload, _ = self._read_chunk(entry.offset, number)
         if kind != b"GOPC":
             raise MalformedChunk(f"chunk {kind!r} where group {number} should be")
-        return self._check(parse_group(payload), number, entry.first_frame)
+        return self._check(self._parse(payload), number, entry.first_frame)

@@ -1,8 +1,8 @@
-"""Symbols of one latent <-> bytes of one segment.
+"""Symbols <-> bytes of a segment, which holds the latents of a group one after another.
 
-Canonical order: z grouped by channel, raster inside a channel; then the y elements whose scale
-index is at least k_skip, flattened (row, column, channel) and stably sorted by index. The decoder
-pops z first, because the indices depend on it.
+Canonical order of a latent: z grouped by channel, raster inside a channel; then the y elements
+whose scale index is at least k_skip, flattened (row, column, channel) and stably sorted by index.
+The decoder pops z first, because the indices depend on it.
 """
 
 import dataclasses
@@ -62,11 +62,31 @@ class PlainCoder(plain.Coder):
 
 
 @dataclasses.dataclass(frozen=True)
+class LatentSymbols:
+    """The integers of one latent.
+
+    z int8 (h, w, cz); y int8 (4h, 4w, cy); index uint8 like y, which follows from z and from y and
+    index of the latent before.
+    """
+
+    kind: int
+    q_index: int
+    z: np.ndarray
+    y: np.ndarray
+    index: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
 class EntropyCoder:
     """Encoder and decoder of segments under one set of tables."""
 
     tables: Tables
     backend: type = PlainCoder if constriction is None else FastCoder
+
+    @functools.cached_property
+    def motion_models(self) -> list:
+        """One model per row of the motion tables."""
+        return [self.backend.model(row) for row in self.tables.motion]
 
     @functools.cached_property
     def _y_models(self) -> list:
@@ -83,29 +103,35 @@ class EntropyCoder:
             self._z_models[key] = [self.backend.model(row) for row in rows]
         return self._z_models[key]
 
-    def encode(
-        self, kind: int, q_index: int, z: np.ndarray, y: np.ndarray, index: np.ndarray
-    ) -> bytes:
-        """Segment of one latent: z (h, w, cz) in -15..15, y (H, W, cy) in -127..127, index uint8.
+    def encode(self, latents: Sequence[LatentSymbols]) -> bytes:
+        """Segment of latents in a row.
 
-        y must be 0 where index < k_skip. ValueError if a symbol is out of range.
+        Raises ValueError if a symbol is out of range or stands where nothing is coded.
         """
-        for name, values, bound in (("z", z, Z_BOUND), ("y", y, SYMBOL_BOUND)):
+        coder = self.backend()
+        # The coder is a stack: what is to come out first goes in last.
+        for latent in reversed(latents):
+            self._push(coder, latent)
+        return np.asarray(coder.get_words(), "<u4").tobytes()
+
+    def _push(self, coder, latent: LatentSymbols) -> None:
+        for name, values, bound in (("z", latent.z, Z_BOUND), ("y", latent.y, SYMBOL_BOUND)):
             if values.min(initial=0) < -bound or values.max(initial=0) > bound:
                 raise ValueError(f"a symbol of {name} is outside -{bound}..{bound}")
-        order, counts = self._order(index)
-        symbols = np.asarray(y).reshape(-1)[order].astype(np.int32) + SYMBOL_BOUND
-        coder = self.backend()
+        if np.any(latent.y[latent.index < self.tables.k_skip]):
+            raise ValueError("a symbol of y stands where nothing is coded")
+        order, counts = self._order(latent.index)
+        symbols = np.asarray(latent.y).reshape(-1)[order].astype(np.int32) + SYMBOL_BOUND
         end = len(symbols)
         for k in range(len(counts) - 1, -1, -1):
             if counts[k]:
                 coder.push(symbols[end - counts[k] : end], self._y_models[k])
                 end -= counts[k]
-        channels = np.moveaxis(np.asarray(z), -1, 0).reshape(z.shape[-1], -1).astype(np.int32)
-        models = self._z_rows(kind, q_index)
+        z = np.moveaxis(np.asarray(latent.z), -1, 0)
+        channels = z.reshape(len(z), -1).astype(np.int32)
+        models = self._z_rows(latent.kind, latent.q_index)
         for c in range(len(channels) - 1, -1, -1):
             coder.push(channels[c] + Z_BOUND, models[c])
-        return np.asarray(coder.get_words(), "<u4").tobytes()
 
     def _order(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the coded elements in canonical order, and how many use each table."""
@@ -114,34 +140,29 @@ class EntropyCoder:
         order = positions[np.argsort(flat[positions], kind="stable")]
         return order, np.bincount(flat[positions], minlength=len(self.tables.y))
 
-    def ideal_bits(
-        self, kind: int, q_index: int, z: np.ndarray, y: np.ndarray, index: np.ndarray
-    ) -> float:
-        """-log2 of the probability of the symbols under the integer tables."""
-        order, _ = self._order(index)
-        k = np.asarray(index).reshape(-1)[order]
-        y_freq = self.tables.y[k, np.asarray(y).reshape(-1)[order].astype(int) + SYMBOL_BOUND]
-        rows = self.tables.z_rows(kind, q_index)
-        z_freq = rows[np.arange(z.shape[-1]), np.asarray(z).astype(int) + Z_BOUND]
+    def ideal_bits(self, latent: LatentSymbols) -> float:
+        """-log2 of the probability of a latent's symbols under the integer tables."""
+        order, _ = self._order(latent.index)
+        k = np.asarray(latent.index).reshape(-1)[order]
+        y_freq = self.tables.y[
+            k, np.asarray(latent.y).reshape(-1)[order].astype(int) + SYMBOL_BOUND
+        ]
+        rows = self.tables.z_rows(latent.kind, latent.q_index)
+        z_freq = rows[np.arange(latent.z.shape[-1]), np.asarray(latent.z).astype(int) + Z_BOUND]
         return float(-sum(np.log2(f / TOTAL).sum() for f in (y_freq, z_freq)))
 
 
-class LatentDecoder:
-    """Decodes one segment: z, then y under the indices that follow from z, then finish."""
+class SegmentDecoder:
+    """Decodes a segment latent by latent: z, then y under the indices that follow from z."""
 
-    def __init__(self, coder: EntropyCoder, kind: int, q_index: int, data: bytes):
-        if len(data) % 4:
-            raise EntropyError(f"a segment of {len(data)} bytes is not made of whole words")
-        words = np.frombuffer(data, "<u4")
-        if len(words) and words[-1] == 0:
-            raise EntropyError("a segment ends with a zero word")
-        self.coder, self.models = coder, coder._z_rows(kind, q_index)
-        self.ans = coder.backend(words)
+    def __init__(self, coder: EntropyCoder, data: bytes):
+        self.coder, self.ans = coder, coder.backend(words_of(data))
 
-    def z(self, shape: tuple[int, int, int]) -> np.ndarray:
-        """Hyperlatent (h, w, cz) int8."""
+    def z(self, kind: int, q_index: int, shape: tuple[int, int, int]) -> np.ndarray:
+        """Hyperlatent (h, w, cz) int8 of the next latent."""
         h, w, c = shape
-        channels = [np.asarray(self.ans.pop(h * w, self.models[i])) for i in range(c)]
+        models = self.coder._z_rows(kind, q_index)
+        channels = [np.asarray(self.ans.pop(h * w, models[i])) for i in range(c)]
         return (np.stack(channels, -1).reshape(shape) - Z_BOUND).astype(np.int8)
 
     def y(self, index: np.ndarray) -> np.ndarray:
@@ -158,3 +179,13 @@ class LatentDecoder:
         """EntropyError unless the segment is used up exactly."""
         if not self.ans.is_empty():
             raise EntropyError("a segment holds more than its symbols")
+
+
+def words_of(data: bytes) -> np.ndarray:
+    """The words of a segment. EntropyError if they cannot be one."""
+    if len(data) % 4:
+        raise EntropyError(f"a segment of {len(data)} bytes is not made of whole words")
+    words = np.frombuffer(data, "<u4")
+    if len(words) and words[-1] == 0:
+        raise EntropyError("a segment ends with a zero word")
+    return words

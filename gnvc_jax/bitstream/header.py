@@ -15,7 +15,8 @@ from gnvc_jax.bitstream.errors import (
 )
 
 MAGIC = b"\x89GNV\r\n\x1a\n"
-VERSION = (1, 0)
+VERSION = (2, 0)
+READABLE = (1, 2)  # major versions
 FIXED = struct.Struct("<8sHHIIIIIIIQHH4B4BHH32s16sI4BQ")
 UNKNOWN_COUNT = 2**64 - 1
 MAX_HEADER = 65536
@@ -49,7 +50,8 @@ class Header:
 
     width, height: display size in pixels; fps: numerator and denominator; frame_count: None if not
     known when writing began; colour: H.273 code points (primaries, transfer, matrix, full range);
-    fingerprints and tables_crc identify the model; extra: type -> bytes, free for applications.
+    fingerprints and tables_crc identify the model; extra: type -> bytes, free for applications;
+    version: major version of the file that it was read from.
     """
 
     width: int
@@ -70,6 +72,7 @@ class Header:
     bit_depth: int = 8
     colour: tuple[int, int, int, int] = (1, 1, 1, 0)
     extra: dict[int, bytes] = dataclasses.field(default_factory=dict)
+    version: int = VERSION[0]
 
     def check(self) -> None:
         """LimitExceeded if a field is out of range."""
@@ -80,9 +83,9 @@ class Header:
 
         check_picture(self.width, self.height, self.fps)
         limit("gop_latents", self.gop_latents, 1, 256)
-        limit("gop_frames", self.gop_frames, 1, 4 * (self.gop_latents - 1) + 1)
-        limit("latent_stride", self.latent_stride, 8, 8)
-        limit("temporal_stride", self.temporal_stride, 4, 4)
+        limit("latent_stride", self.latent_stride, 1, 64)
+        limit("temporal_stride", self.temporal_stride, 1, 16)
+        limit("gop_frames", self.gop_frames, 1, self.temporal_stride * (self.gop_latents - 1) + 1)
         limit("latent_channels", self.latent_channels, 1, 255)
         limit("y_channels", self.y_channels, 4, 512)
         limit("z_channels", self.z_channels, 1, 512)
@@ -139,8 +142,9 @@ def read_header(read) -> tuple[Header, int]:
         raise NotThisFormat(f"only {len(data)} bytes, a header has {FIXED.size + 4}")
     fields = FIXED.unpack_from(data)
     major, minor, size, required = fields[1:5]
-    if major != VERSION[0]:
-        raise UnsupportedVersion(f"version {major}.{minor}, this reader knows {VERSION[0]}")
+    if major not in READABLE:
+        known = " and ".join(map(str, READABLE))
+        raise UnsupportedVersion(f"version {major}.{minor}, this reader knows {known}")
     if not FIXED.size + 4 <= size <= MAX_HEADER or size % 4:
         raise LimitExceeded(f"header field header_size is {size}, allowed 132..{MAX_HEADER}")
     data += read(size - len(data))
@@ -164,7 +168,7 @@ def read_header(read) -> tuple[Header, int]:
         latent_channels=fields[14], temporal_stride=fields[15], bit_depth=fields[16],
         colour=fields[17:21], y_channels=fields[21], z_channels=fields[22],
         codec_fingerprint=fields[23], vae_fingerprint=fields[24], tables_crc=fields[25],
-        k_skip=fields[26], extra=_read_extra(data[FIXED.size : -4]),
+        k_skip=fields[26], extra=_read_extra(data[FIXED.size : -4]), version=major,
     )  # fmt: skip
     header.check()
     return header, size

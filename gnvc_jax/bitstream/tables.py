@@ -52,12 +52,16 @@ class Tables:
 
     y: uint32 (64, 255), by scale index; z: uint32 (2, g, cz, 31), by kind of latent (0 intra, 1
     predicted), quality group (g divides 64; row q_index * g // 64) and channel; k_skip: elements
-    with a smaller scale index carry no symbol.
+    with a smaller scale index carry no symbol; motion: uint32 (rows, 255) for the symbols of block
+    motion, no rows in a model without motion.
     """
 
     y: np.ndarray
     z: np.ndarray
     k_skip: int
+    motion: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 2 * SYMBOL_BOUND + 1), np.uint32)
+    )
 
     def __post_init__(self):
         """ModelCorrupt if a shape, a sum or a frequency is impossible."""
@@ -69,7 +73,11 @@ class Tables:
             raise ModelCorrupt(
                 f"hyperlatent tables are {z.dtype} {z.shape}, expected (2, g, c, 31)"
             )
-        for name, table in (("symbol", y), ("hyperlatent", z)):
+        if self.motion.shape[1:] != (2 * SYMBOL_BOUND + 1,) or self.motion.dtype != np.uint32:
+            raise ModelCorrupt(
+                f"motion tables are {self.motion.dtype} {self.motion.shape}, expected (rows, 255)"
+            )
+        for name, table in (("symbol", y), ("hyperlatent", z), ("motion", self.motion)):
             if (table == 0).any() or (table.sum(axis=-1, dtype=np.uint64) != TOTAL).any():
                 raise ModelCorrupt(f"{name} tables: a row has a zero or does not sum to 2**24")
         if not 0 <= self.k_skip <= SCALES:
@@ -83,4 +91,5 @@ class Tables:
         """CRC32 of all frequencies, little-endian, and k_skip."""
         crc = zlib.crc32(self.y.astype("<u4").tobytes())
         crc = zlib.crc32(self.z.astype("<u4").tobytes(), crc)
+        crc = zlib.crc32(self.motion.astype("<u4").tobytes(), crc)
         return zlib.crc32(bytes([self.k_skip]), crc)

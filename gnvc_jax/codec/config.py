@@ -1,6 +1,7 @@
 """Sizes of the latent transform codec."""
 
 import dataclasses
+from typing import Literal
 
 from gnvc_jax.errors import UsageError
 
@@ -20,11 +21,11 @@ class CodecConfig:
     the predicted codec at latent resolution; intra_analysis, intra_synthesis: residual blocks of
     the intra transform; y_channels: channels of y (half latent resolution); z_channels: channels
     of the hyperlatent (1/8 latent resolution); scale_width: width of the integer scale network;
-    k_skip: scale indices below this one carry no symbol (4: sigma < 0.15); residual: transform
-    coding with networks on top (see `gnvc_jax.codec.residual`), whose `context` blocks see the
-    prediction, and whose analysis and synthesis of predicted latents have `analysis` and
-    `synthesis` blocks; motion: predict latents from the last decoded frame by block motion (see
-    `gnvc_jax.motion`) rather than by the last decoded latent.
+    inter_context, inter_analysis, inter_synthesis: residual blocks of the predicted codec; k_skip:
+    scale indices below this one carry no symbol (4: sigma < 0.15); motion: "blocks" predicts
+    latents from the last decoded frame by block motion (see `gnvc_jax.motion`), None from the last
+    decoded latent, as the paper does; intra_offset: levels by which encoders code the first latent
+    of a group better; level_pattern: the same for those after it, repeated.
     """
 
     latent_channels: int = 16
@@ -36,11 +37,12 @@ class CodecConfig:
     z_channels: int = 64
     scale_width: int = 128
     k_skip: int = 4
-    residual: bool = False
-    context: int = 4
-    analysis: int = 3
-    synthesis: int = 3
-    motion: bool = False
+    inter_context: int = 4
+    inter_analysis: int = 3
+    inter_synthesis: int = 5
+    motion: Literal["blocks"] | None = None
+    intra_offset: int = 0
+    level_pattern: tuple[int, ...] = (0,)
 
     def __post_init__(self):
         inputs = self.scale_width + 2 * self.y_channels
@@ -49,5 +51,12 @@ class CodecConfig:
                 f"scale_width + 2 * y_channels is {inputs}; at most 512 inputs keep the integer "
                 "scale network exact in float32"
             )
+        object.__setattr__(self, "level_pattern", tuple(self.level_pattern))  # JSON has lists
         if self.y_channels % 4:
             raise UsageError(f"y_channels {self.y_channels} is not a multiple of 4")
+
+    def levels(self, q_index: int, latents: int) -> list[int]:
+        """Quality levels of the latents of a group that is coded at level q_index."""
+        pattern = self.level_pattern
+        offsets = [self.intra_offset, *(pattern[i % len(pattern)] for i in range(latents - 1))]
+        return [min(max(q_index + offset, 0), QUALITIES - 1) for offset in offsets]

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
 from gnvc_jax.codec.density import Density, gaussian_bits
-from gnvc_jax.codec.layers import Block, Blocks, Down2, Up2, dense, xavier
+from gnvc_jax.codec.layers import Block, Blocks, Down2, Up2, dense
 from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import ScaleNetwork, sigma_of
 
@@ -66,13 +66,13 @@ class EntropyModel(nn.Module):
         self.hyper_up = (Up2(cz), Up2(cz))
         self.hyper_out = Block(cy)
         self.fusion = Blocks(2 * cy, 3 if self.passes == 4 else 2)
-        # A structured start predicts nothing, so that y is what the transform made of it.
-        init = nn.initializers.zeros if self.config.residual else xavier
-        self.first_mean = dense(cy, kernel_init=init)
+        # Means start at zero, so that at first y is what the transform made of it.
+        zeros = nn.initializers.zeros
+        self.first_mean = dense(cy, kernel_init=zeros)
         self.prior = dense(cy)
         self.adaptors = tuple(Block(2 * cy) for _ in range(self.passes - 1))
         self.spatial = Blocks(2 * cy, 2)
-        self.later_mean = dense(cy, kernel_init=init)
+        self.later_mean = dense(cy, kernel_init=zeros)
         self.scales = ScaleNetwork(self.config)
         self.density = Density(cz)
 

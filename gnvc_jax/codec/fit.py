@@ -42,7 +42,7 @@ def structured_start(
     worth_low: float,
     worth_high: float,
 ) -> dict:
-    """Parameters of one transform of `gnvc_jax.codec.residual`, started from statistics.
+    """Parameters of one transform of `gnvc_jax.codec.model`, started from statistics.
 
     Args:
       params: of the whole codec; not changed.

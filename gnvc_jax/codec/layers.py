@@ -106,13 +106,3 @@ class Up2(nn.Module):
         x = dense(4 * self.features, "mix")(x)
         x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
         return Block(self.features, name="block")(x)
-
-
-class Halve(nn.Module):
-    """The strided 3x3 convolution that makes y: (b, h, w, c) -> (b, h / 2, w / 2, features)."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        return nn.Conv(self.features, (3, 3), 2, padding=1, kernel_init=xavier, name="conv")(x)

@@ -1,11 +1,18 @@
-"""The latent codec: one intra transform, one recurrent transform for predicted latents.
+"""The latent codec as transform coding of a residual, with networks on top.
+
+    y = gain * (basis (latent - prediction) + network(latent, context))
+    decoded = prediction + inverse basis (y / gain) + network(y / gain, context)
+
+Both networks start at zero, so that before any training the codec is the classical transform coder
+that statistics give (`gnvc_jax.codec.fit`); training starts from there rather than from noise. The
+prediction of an intra latent is zero. That of a later one is given by the caller, who knows about
+motion, or else is the latent decoded before.
 
 Latents (b, t, h, w, c) are normalised and padded to multiples of eight (`pad_latents`). The first
-latent of a group is coded alone, the others one after another under the memory of what came
-before, carried by `lax.scan`. There is no motion and no optical flow.
+latent of a group is coded alone, the others one after another.
 
 Reference: GNVC-VD section 3 (contextual latent codec after DCVC-RT), DCVC-UF for the decoupling of
-means from scales.
+means from scales. The residual form is ours: at equal steps it needs a third less rate.
 """
 
 from typing import NamedTuple
@@ -17,11 +24,12 @@ from flax import linen as nn
 
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.codec.entropy import EntropyModel, Integers
-from gnvc_jax.codec.layers import Block, Blocks, Down2, Halve, dense
+from gnvc_jax.codec.layers import Blocks, Down2, dense
 from gnvc_jax.codec.quality import Gain
 from gnvc_jax.codec.quantise import round_ste
 
 Array = jax.Array
+ZEROS = nn.initializers.zeros
 
 LATENT_MULTIPLE = 8  # y halves the latent grid, z quarters it again
 GAIN_SLOPE = 2.0  # the best step falls about e^2 times over the quality range
@@ -29,17 +37,29 @@ MEMORY_GRID = 256.0  # the memory is rounded to 1/256, so that smaller differenc
 
 
 class State(NamedTuple):
-    """What a predicted latent knows of the past: float memory and the last integers."""
+    """What a predicted latent knows of the past.
 
-    memory: Array
+    Attributes:
+      latent: the latent decoded before, (b, h, w, c).
+      memory: features (b, h, w, width) carried from latent to latent; None with motion, since
+        features that do not move along with the picture would mislead.
+      previous: its integers.
+    """
+
+    latent: Array
+    memory: Array | None
     previous: Integers
 
 
 class Coded(NamedTuple):
-    """Result of encoding in training form: reconstruction, feature, integers, bits (b,).
+    """Result of encoding in training form.
 
-    feature (b, h, w, width): what the codec knows after this latent; it conditions the next one and
-    the refiner (f_t of GNVC-VD).
+    Attributes:
+      latent: decoded, (b, h, w, c).
+      feature: (b, h, w, width), what the codec knows; conditions the refiner (f_t of GNVC-VD).
+      integers: quantised, none skipped.
+      y_bits, z_bits: differentiable rates (b,) with additive noise in place of rounding.
+      written_bits: (b,), cost of the symbols that a stream would hold; no gradient.
     """
 
     latent: Array
@@ -47,6 +67,7 @@ class Coded(NamedTuple):
     integers: Integers
     y_bits: Array
     z_bits: Array
+    written_bits: Array
 
 
 def pad_latents(latents: Array) -> Array:
@@ -62,158 +83,178 @@ def no_integers(config: CodecConfig, batch: int, h: int, w: int) -> Integers:
     return Integers(jnp.zeros((batch, h // 8, w // 8, config.z_channels)), y, y)
 
 
-class Intra(nn.Module):
-    """Codec of the first latent of a group."""
+def to_cells(x: Array) -> Array:
+    """2x2 latents to one vector: (b, h, w, c) -> (b, h/2, w/2, 4c)."""
+    return rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
+
+
+def from_cells(x: Array) -> Array:
+    """Undoes `to_cells`."""
+    return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
+
+
+class ResidualTransform(nn.Module):
+    """Transform and entropy model of one kind of latent.
+
+    Attributes:
+      inter: whether latents are predicted; fixes the number of spatial passes and depths.
+    """
 
     config: CodecConfig
+    inter: bool
 
     def setup(self):
-        cfg = self.config
-        self.analysis_in = Block(cfg.intra_width, 1)
-        self.analysis = Blocks(cfg.intra_width, cfg.intra_analysis, 1)
-        self.halve = Halve(cfg.y_channels)
-        self.entropy = EntropyModel(cfg, passes=4)
-        self.up = dense(4 * cfg.intra_width)
-        self.synthesis = Blocks(cfg.intra_width, cfg.intra_synthesis, 1)
-        self.out = dense(cfg.latent_channels)
-        self.encoder_gain, self.decoder_gain = Gain(), Gain()
-        self.y_gain, self.y_inverse = Gain(GAIN_SLOPE), Gain(-GAIN_SLOPE)
-
-    def analyse(self, latent: Array, q_index: Array) -> Array:
-        x = self.encoder_gain(self.analysis_in(latent), q_index)
-        return self.y_gain(self.halve(self.analysis(x)), q_index)
-
-    def synthesise(self, y_hat: Array, q_index: Array) -> Array:
-        x = self.up(self.y_inverse(y_hat, q_index))
-        x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
-        return self.out(self.decoder_gain(self.synthesis(x), q_index))
-
-
-class Inter(nn.Module):
-    """Codec of a latent that follows another."""
-
-    config: CodecConfig
-
-    def setup(self):
-        cfg, c = self.config, self.config.width
-        self.from_latent = Blocks(c, 2)
-        self.from_memory = Blocks(c, 3)
-        self.extractor = Blocks(c, 4)
-        self.temporal = Down2(2 * cfg.y_channels)
-        self.analysis = Blocks(c, 3)
-        self.halve = Halve(cfg.y_channels)
-        self.entropy = EntropyModel(cfg, passes=2)
+        cfg, inter = self.config, self.inter
+        c = self.width = cfg.width if inter else cfg.intra_width
+        cells, y = 4 * cfg.latent_channels, cfg.y_channels
+        orthogonal = nn.initializers.orthogonal()
+        self.basis = self.param("basis", orthogonal, (cells, y))
+        self.inverse = self.param("inverse", lambda *_: self.basis.T)
+        self.whitening = self.param("whitening", nn.initializers.ones, (cfg.latent_channels,))
+        if inter:
+            self.extractor = Blocks(c, cfg.inter_context)
+            self.temporal = Down2(2 * y)
+            self.temporal_gain = Gain()
+            if cfg.motion is None:
+                self.update = Blocks(c, 3)
+        self.analysis = Blocks(c, cfg.inter_analysis if inter else cfg.intra_analysis)
+        self.merge = dense(y, kernel_init=ZEROS)
+        self.entropy = EntropyModel(cfg, passes=2 if inter else 4)
         self.up = dense(4 * c)
-        self.synthesis = Blocks(c, 3)
-        self.feature = dense(c)
-        self.head = Blocks(c, 2)
-        self.out = dense(cfg.latent_channels)
+        self.synthesis = Blocks(c, cfg.inter_synthesis if inter else cfg.intra_synthesis)
+        self.out = dense(cfg.latent_channels, kernel_init=ZEROS)
         self.encoder_gain, self.decoder_gain = Gain(), Gain()
-        self.temporal_gain = Gain()
         self.y_gain, self.y_inverse = Gain(GAIN_SLOPE), Gain(-GAIN_SLOPE)
+        if not inter:
+            self.feature = dense(cfg.width)
 
-    def context(self, memory: Array, q_index: Array) -> tuple[Array, Array]:
-        """Features at latent resolution, and the temporal prior of the means."""
-        return self.extractor(memory), self.temporal_gain(self.temporal(memory), q_index)
+    def white(self, latent: Array) -> Array:
+        """Latents with channels of about equal deviation, as networks like to see them."""
+        return latent * jax.lax.stop_gradient(self.whitening)
 
-    def analyse(self, latent: Array, context: Array, q_index: Array) -> Array:
-        x = self.analysis(jnp.concatenate([latent, context], axis=-1))
-        return self.y_gain(self.halve(self.encoder_gain(x, q_index)), q_index)
-
-    def synthesise(self, y_hat: Array, context: Array, q_index: Array) -> tuple[Array, Array]:
-        """Latent and the feature that the next latent sees."""
-        x = self.up(self.y_inverse(y_hat, q_index))
-        x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
-        x = self.synthesis(jnp.concatenate([x, context], axis=-1))
-        feature = self.decoder_gain(self.feature(x), q_index)
-        return self.out(self.head(feature)), feature
-
-    def start(self, latent: Array) -> Array:
-        """Memory after an intra latent."""
-        return _settle(self.from_latent(latent))
+    def context(
+        self, prediction: Array, memory: Array | None, q_index: Array
+    ) -> tuple[Array, Array]:
+        """Features (b, h, w, width) of the prediction, and the temporal prior of the means."""
+        x = self.white(prediction)
+        x = self.extractor(x if memory is None else jnp.concatenate([x, memory], axis=-1))
+        return x, self.temporal_gain(self.temporal(x), q_index)
 
     def remember(self, memory: Array, feature: Array) -> Array:
         """Memory after a predicted latent."""
-        return _settle(self.from_memory(jnp.concatenate([memory, feature], axis=-1)))
+        memory = self.update(jnp.concatenate([memory, feature], axis=-1))
+        # Float noise far below the grid does not accumulate.
+        return round_ste(memory * MEMORY_GRID) / MEMORY_GRID
 
+    def analyse(
+        self, latent: Array, prediction: Array | float, context: Array | None, q_index: Array
+    ) -> Array:
+        """y (b, h/2, w/2, y_channels), in units of the quantiser's step."""
+        residual = latent - prediction
+        x = self.white(residual)
+        if context is not None:
+            x = jnp.concatenate([x, context], axis=-1)
+        x = self.encoder_gain(self.analysis(x), q_index)
+        y = jnp.dot(to_cells(residual), self.basis, precision="highest")
+        return self.y_gain(y + self.merge(to_cells(x)), q_index)
 
-def _settle(memory: Array) -> Array:
-    """Round the memory to a grid: float noise far below the grid does not accumulate."""
-    return round_ste(memory * MEMORY_GRID) / MEMORY_GRID
+    def synthesise(
+        self, y_hat: Array, prediction: Array | float, context: Array | None, q_index: Array
+    ) -> tuple[Array, Array]:
+        """Decoded latent (b, h, w, c) and feature (b, h, w, width) from y."""
+        y = self.y_inverse(y_hat, q_index)
+        base = from_cells(jnp.dot(y, self.inverse, precision="highest"))
+        x = [from_cells(self.up(y)), self.white(base)]
+        x = jnp.concatenate(x if context is None else [*x, context], axis=-1)
+        x = self.decoder_gain(self.synthesis(x), q_index)
+        latent = prediction + base + self.out(x)
+        return latent, x if self.inter else self.feature(x)
 
 
 class LatentCodec(nn.Module):
-    """Both codecs and the loop over a group.
+    """Intra and predicted transform.
 
-    Methods (``apply(..., method=)``); q_index (b,) int32, a larger one is better quality:
-      encode_intra(latent, q_index) / encode_inter(latent, state, q_index) -> Integers
-      decode_intra(y, z, index, q_index) / decode_inter(y, z, index, state, q_index)
-          -> latent, State: the same function on both sides
-      index_intra, index_inter: table indices from integers alone
-      __call__(latents, q_index, key): the training form over a whole group
+    Methods (``apply(..., method=)``); q_index (b,) int32, a larger one is better quality; state is
+    None for an intra latent; prediction (b, h, w, c), by default the state's latent:
+      encode(latent, state, q_index, prediction) -> Integers
+      decode(integers, state, q_index, prediction) -> latent, feature, State
+      train(latent, state, q_index, key, prediction) -> State, Coded
+      __call__(latents, q_index, key): the training form over a whole group, without motion
     """
 
     config: CodecConfig
 
     def setup(self):
-        self.intra, self.inter = Intra(self.config), Inter(self.config)
+        self.intra = ResidualTransform(self.config, False)
+        self.inter = ResidualTransform(self.config, True)
 
-    def encode_intra(self, latent: Array, q_index: Array) -> Integers:
-        previous = no_integers(self.config, *latent.shape[:3])
-        y = self.intra.analyse(latent, q_index)
-        return self.intra.entropy.encode(y, q_index, None, previous)[2]
+    def _given(self, state: State | None, shape, q_index: Array, prediction: Array | None):
+        """Transform, prediction, context, temporal prior and integers before of a latent."""
+        if state is None:
+            return self.intra, 0.0, None, None, no_integers(self.config, *shape)
+        prediction = state.latent if prediction is None else prediction
+        context, temporal = self.inter.context(prediction, state.memory, q_index)
+        return self.inter, prediction, context, temporal, state.previous
 
-    def encode_inter(self, latent: Array, state: State, q_index: Array) -> Integers:
-        context, temporal = self.inter.context(state.memory, q_index)
-        y = self.inter.analyse(latent, context, q_index)
-        return self.inter.entropy.encode(y, q_index, temporal, state.previous)[2]
+    def _after(self, state: State | None, latent: Array, feature: Array, integers: Integers):
+        memory = None
+        if self.config.motion is None:
+            memory = feature if state is None else self.inter.remember(state.memory, feature)
+        return State(latent, memory, integers)
 
-    def decode_intra(self, integers: Integers, q_index: Array) -> tuple[Array, State]:
-        y_hat = self.intra.entropy.decode(integers.y, integers.z, None)
-        latent = self.intra.synthesise(y_hat, q_index)
-        return latent, State(self.inter.start(latent), integers)
+    def encode(
+        self, latent: Array, state: State | None, q_index: Array, prediction: Array | None = None
+    ) -> Integers:
+        given = self._given(state, latent.shape[:3], q_index, prediction)
+        part, prediction, context, temporal, previous = given
+        y = part.analyse(latent, prediction, context, q_index)
+        return part.entropy.encode(y, q_index, temporal, previous)[2]
 
-    def decode_inter(self, integers: Integers, state: State, q_index: Array) -> tuple[Array, State]:
-        context, temporal = self.inter.context(state.memory, q_index)
-        y_hat = self.inter.entropy.decode(integers.y, integers.z, temporal)
-        latent, feature = self.inter.synthesise(y_hat, context, q_index)
-        return latent, State(self.inter.remember(state.memory, feature), integers)
+    def decode(
+        self,
+        integers: Integers,
+        state: State | None,
+        q_index: Array,
+        prediction: Array | None = None,
+    ) -> tuple[Array, Array, State]:
+        b, h, w, _ = integers.y.shape
+        given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
+        part, prediction, context, temporal, _ = given
+        y_hat = part.entropy.decode(integers.y, integers.z, temporal)
+        latent, feature = part.synthesise(y_hat, prediction, context, q_index)
+        return latent, feature, self._after(state, latent, feature, integers)
 
-    def train_intra(self, latent: Array, q_index: Array, key: Array) -> tuple[State, Coded]:
-        """One intra latent with gradients."""
-        entropy = self.intra.entropy
-        previous = no_integers(self.config, *latent.shape[:3])
-        y = self.intra.analyse(latent, q_index)
-        y_hat, mu, integers = entropy.encode(y, q_index, None, previous)
-        decoded = self.intra.synthesise(y_hat, q_index)
-        rates = entropy.bits(y, mu, integers, q_index, key)
-        memory = self.inter.start(decoded)
-        return State(memory, integers), Coded(decoded, memory, integers, *rates)
-
-    def train_inter(
-        self, state: State, latent: Array, q_index: Array, key: Array
+    def train(
+        self,
+        latent: Array,
+        state: State | None,
+        q_index: Array,
+        key: Array,
+        prediction: Array | None = None,
     ) -> tuple[State, Coded]:
-        """One predicted latent with gradients."""
-        entropy = self.inter.entropy
-        context, temporal = self.inter.context(state.memory, q_index)
-        y = self.inter.analyse(latent, context, q_index)
-        y_hat, mu, integers = entropy.encode(y, q_index, temporal, state.previous)
-        decoded, feature = self.inter.synthesise(y_hat, context, q_index)
-        rates = entropy.bits(y, mu, integers, q_index, key)
-        memory = self.inter.remember(state.memory, feature)
-        return State(memory, integers), Coded(decoded, memory, integers, *rates)
+        given = self._given(state, latent.shape[:3], q_index, prediction)
+        part, prediction, context, temporal, previous = given
+        y = part.analyse(latent, prediction, context, q_index)
+        y_hat, mu, integers = part.entropy.encode(y, q_index, temporal, previous, skip=False)
+        decoded, feature = part.synthesise(y_hat, prediction, context, q_index)
+        rates = part.entropy.bits(y, mu, integers, q_index, key)
+        written = part.entropy.written_bits(integers, q_index)
+        # The next latent's scale indices see these integers; gradients through them are noise.
+        state = self._after(state, decoded, feature, jax.lax.stop_gradient(integers))
+        return state, Coded(decoded, feature, integers, *rates, written)
 
     def __call__(self, latents: Array, q_index: Array, key: Array) -> Coded:
-        """Code a group (b, t, h, w, c) in training form; every field of Coded gets an axis t.
+        """Codes a group (b, t, h, w, c), each latent predicted by the one before.
 
-        Gradients flow through time and straight through every rounding.
+        Every field of the result gets an axis t. Gradients flow through time and straight through
+        every rounding.
         """
         keys = jax.random.split(key, latents.shape[1])
-        state, first = self.train_intra(latents[:, 0], q_index, keys[0])
+        state, first = self.train(latents[:, 0], None, q_index, keys[0])
 
         def step(codec, state, xs):
             latent, key = xs
-            return codec.train_inter(state, latent, q_index, key)
+            return codec.train(latent, state, q_index, key)
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         _, rest = scan(self, state, (jnp.moveaxis(latents[:, 1:], 1, 0), keys[1:]))

@@ -77,7 +77,7 @@ def layers_of(config: CodecConfig) -> tuple[Layer, ...]:
         Layer("D1", c, c, depthwise=True),
         Layer("P2", c + 2 * y, c, per_quality=True),
         Layer("D2", c, c, depthwise=True),
-        Layer("P3", c, y, per_quality=config.residual, last=True),
+        Layer("P3", c, y, per_quality=True, last=True),
     )
 
 
@@ -193,7 +193,7 @@ def scale_index(
         kernel, bias, mult = (tables[f"{layer.name}_{p}"] for p in ("kernel", "bias", "mult"))
         if layer.name == "P2":
             x = jnp.concatenate([x, *previous], axis=-1)
-        if layer.per_quality:
+        if bias.ndim == 2:  # models of stream version 1 have one bias for all levels in P3
             bias = jnp.asarray(bias)[q_index]
         if layer.depthwise:
             acc = depthwise3x3(x, jnp.asarray(kernel, jnp.int32))
@@ -221,7 +221,7 @@ def scale_index_numpy(config, tables, q_index, z, prev_y, prev_index) -> np.ndar
         )
         if layer.name == "P2":
             x = np.concatenate([x, *previous], axis=-1)
-        if layer.per_quality:
+        if bias.ndim == 2:
             bias = bias[q_index]
         if layer.depthwise:
             h, w, _ = x.shape

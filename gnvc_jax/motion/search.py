@@ -39,7 +39,7 @@ def search_rate(q_index: float) -> float:
     Falls with the square root of lambda, as absolute errors do against squared ones; the constant
     was chosen for the smallest sum of motion and residual on training clips.
     """
-    return 200.0 * np.exp(-2.16 * q_index / (QUALITIES - 1))
+    return 300.0 * np.exp(-2.85 * q_index / (QUALITIES - 1))
 
 
 def search(

@@ -134,7 +134,7 @@ def block(cfg: DiTConfig, name: str, path: str, index: int) -> Iterator[Tensor]:
 
 def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
     """All tensors of the VAE. Raises UsageError for a VAE that has no public form."""
-    if cfg.linear_encoder or cfg.patch != 1:
+    if cfg.linear or cfg.patch != 1:
         raise UsageError("only a VAE of Wan2.1's architecture has public names")
     z, widths, window = cfg.latent_channels, cfg.widths, (3, 3, 3)
     tensors = [

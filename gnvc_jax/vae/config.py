@@ -13,10 +13,9 @@ class VAEConfig:
     blocks: residual blocks per encoder level (a decoder level has one more);
     latent_channels: channels of the latents; temporal_down: whether each level but the last
     also halves the frame rate; patch: pixels, each way, that are folded into channels before the
-    first level (2 in Wan2.2's VAE); linear_encoder: the encoder is a fixed linear transform of
-    blocks, and the decoder improves on its inverse (see `gnvc_jax.vae.klt`); head: if not 0, the
-    decoder of a linear encoder is its inverse and a `gnvc_jax.vae.head.CleaningHead` of this width.
-    The last three make small VAEs cheap and quick to train.
+    first level (2 in Wan2.2's VAE); linear: no networks but a fixed linear transform of blocks and
+    its inverse (see `gnvc_jax.vae.klt`), cheap and known without training; head: width of the
+    convolutions that clean what the inverse transform gives (`gnvc_jax.vae.head`), 0 for none.
     """
 
     base: int = 96
@@ -25,10 +24,12 @@ class VAEConfig:
     latent_channels: int = 16
     temporal_down: tuple[bool, ...] = (False, True, True)
     patch: int = 1
-    linear_encoder: bool = False
+    linear: bool = False
     head: int = 0
 
     def __post_init__(self):
+        if self.head and not self.linear:
+            raise ValueError(f"head {self.head}: only a linear VAE has one")
         if len(self.temporal_down) != len(self.multipliers) - 1:
             raise UsageError(
                 f"temporal_down has {len(self.temporal_down)} entries, expected one per level but "

@@ -1,10 +1,10 @@
-"""The linear encoder of a small VAE: the Karhunen-Loeve transform (KLT) of blocks of pixels.
+"""The transform of a linear VAE: the Karhunen-Loeve transform (KLT) of blocks of pixels.
 
 A block is what one latent stands for: stride x stride pixels of the first frame of a clip, or of
 `temporal_stride` frames after it. Its principal components are the best linear code there is, known
-at once, where a small convolutional encoder needs many thousand steps to get as far. The decoder
-network starts from the inverse transform and learns what linear blocks cannot do: smooth seams,
-edges, and what quantisation took away.
+at once, where a small convolutional encoder needs many thousand steps to get as far. It keeps
+distances, so that a squared error of latents is one of pixels, and its exact inverse gives the
+frames that motion is compensated from.
 """
 
 import jax

@@ -20,7 +20,6 @@ from gnvc_jax.vae.layers import (
     SpatialUp,
     TemporalDown,
     TemporalUp,
-    present,
 )
 
 Array = jax.Array
@@ -49,11 +48,10 @@ class Head(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
-    kernel_init: nn.initializers.Initializer = present
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
-        return CausalConv(self.features, self.dtype, self.kernel_init, name="conv")(
+        return CausalConv(self.features, self.dtype, name="conv")(
             nn.silu(RMSNorm(name="norm")(x)), first
         )
 
@@ -86,43 +84,28 @@ class Encoder(nn.Module):
         return Head(2 * cfg.latent_channels, self.dtype, name="head")(x, first)
 
 
-def alternating(_: Array, shape: tuple[int, ...]) -> Array:
-    """1, -1, 1, ...: added to features, it keeps RMSNorm from taking away their amplitude."""
-    return 1.0 - 2.0 * (jnp.arange(shape[-1]) % 2)
-
-
 class Decoder(nn.Module):
-    """Latents after the post-quant convolution -> video (b, t, h, w, 3), not clipped.
-
-    linear: video of the same shape that the inverse of a linear encoder makes of the latents, which
-    the finest level then sees and improves on; None where the encoder is a network.
-    """
+    """Latents after the post-quant convolution -> video (b, t, h, w, 3), not clipped."""
 
     config: VAEConfig
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, first: bool, linear: Array | None = None) -> Array:
+    def __call__(self, x: Array, first: bool) -> Array:
         cfg, block = self.config, residual(self.remat)
         widths, temporal_up = cfg.widths[::-1], cfg.temporal_down[::-1]
         x = CausalConv(widths[0], self.dtype, name="conv_in")(x, first)
         x = Middle(self.remat, self.dtype, name="middle")(x, first)
         for level, width in enumerate(widths):
-            if level == len(widths) - 1 and linear is not None:
-                seen = to_blocks(linear.astype(self.dtype), 1, cfg.patch)
-                x = x + CausalConv(x.shape[-1], self.dtype, name="linear_in")(seen, first)
-                x = x + self.param("offset", alternating, (x.shape[-1],))
             for i in range(cfg.blocks + 1):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
             if level < len(widths) - 1:
                 if temporal_up[level]:
                     x = TemporalUp(2 * width, self.dtype, name=f"level{level}_time")(x, first)
                 x = SpatialUp(width // 2, self.dtype, name=f"level{level}_up")(x)
-        init = present if linear is None else nn.initializers.zeros
-        x = Head(3 * cfg.patch**2, self.dtype, init, name="head")(x, first)
-        x = from_blocks(x, 1, cfg.patch).astype(jnp.float32)
-        return x if linear is None else x + linear
+        x = Head(3 * cfg.patch**2, self.dtype, name="head")(x, first)
+        return from_blocks(x, 1, cfg.patch).astype(jnp.float32)
 
 
 class VAE(nn.Module):
@@ -139,19 +122,17 @@ class VAE(nn.Module):
 
     def setup(self):
         cfg, z = self.config, self.config.latent_channels
-        if cfg.linear_encoder:
+        if cfg.linear:
             self.klt = BlockTransform(z, cfg.stride, cfg.temporal_stride)
+            self.head = CleaningHead(cfg.head) if cfg.head else None
         else:
             self.encoder = Encoder(cfg, self.remat, self.dtype)
             self.quant = CausalConv(2 * z, self.dtype, window=(1, 1, 1))
-        if cfg.head:
-            self.head = CleaningHead(cfg.head)
-        else:
             self.decoder = Decoder(cfg, self.remat, self.dtype)
             self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
 
     def encode(self, video: Array, first: bool = True) -> tuple[Array, Array]:
-        if self.config.linear_encoder:
+        if self.config.linear:
             mean = self.klt.forward(video, first)
             return mean, jnp.full_like(mean, LINEAR_LOGVAR)
         x = self.encoder(video.astype(self.dtype), first)
@@ -159,11 +140,13 @@ class VAE(nn.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: Array, first: bool = True) -> Array:
-        if self.config.head:
-            return self.head(self.klt.inverse(latents, first))
-        x = self.post_quant(latents.astype(self.dtype), first)
-        linear = self.klt.inverse(latents, first) if self.config.linear_encoder else None
-        return self.decoder(x, first, linear)
+        if self.config.linear:
+            return self.clean(self.klt.inverse(latents, first))
+        return self.decoder(self.post_quant(latents.astype(self.dtype), first), first)
+
+    def clean(self, video: Array) -> Array:
+        """What the head makes of frames (b, t, h, w, 3), each for itself."""
+        return video if self.head is None else self.head(video)
 
     def __call__(self, video: Array) -> Array:
         return self.decode(self.encode(video)[0])

@@ -28,7 +28,7 @@ from gnvc_jax.training.stages.vae import VAELoss, pixels
 from gnvc_jax.vae import VAE as VAEModule
 from gnvc_jax.vae import VAEConfig, encode_clip
 
-VAE = VAEConfig(4, (1, 1, 1), 1, 4, (True, True), patch=2, linear_encoder=True)
+VAE = VAEConfig(4, (1, 1, 1), 1, 4, (True, True), patch=2, linear=True)
 DIT = DiTConfig(16, 16, 2, 2, 8, 4, text_length=0, context_every=1, context_channels=4)
 
 
@@ -170,7 +170,7 @@ def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path):
     np.testing.assert_allclose(latents[0], wanted, atol=2e-3 * np.abs(wanted).max())  # half floats
     with pytest.raises(ValueError, match="stage `codec`, expected `vae`"):
         cache_latents(video, cache, base.init_from, 5)
-    learned = dataclasses.replace(base.vae, linear_encoder=False)
+    learned = dataclasses.replace(base.vae, linear=False)
     facts = json.loads((Path(run) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"vae": dataclasses.asdict(learned)}))
     with pytest.raises(ValueError, match="its encoder is learned"):

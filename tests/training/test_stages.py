@@ -28,7 +28,7 @@ VAE = VAEConfig(
     latent_channels=4,
     temporal_down=(True, True),
     patch=2,
-    linear_encoder=True,
+    linear=True,
 )
 
 

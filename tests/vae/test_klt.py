@@ -9,7 +9,7 @@ from gnvc_jax.vae import VAE, VAEConfig, klt
 
 CONFIG = VAEConfig(
     base=4, multipliers=(1, 1), blocks=1, latent_channels=6, temporal_down=(True,), patch=2,
-    linear_encoder=True,
+    linear=True,
 )  # fmt: skip
 STRIDES = (CONFIG.latent_channels, CONFIG.stride, CONFIG.temporal_stride)
 

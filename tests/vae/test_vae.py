@@ -25,7 +25,7 @@ PATCHED = VAEConfig(
     latent_channels=4,
     temporal_down=(True, True),
     patch=2,
-    linear_encoder=True,
+    linear=True,
 )
 
 

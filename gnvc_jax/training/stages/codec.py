@@ -103,7 +103,7 @@ class CodecStage(Stage):
         equal errors in any two channels are equal errors of pixels.
         """
         params, statistics = self.load_vae()
-        if self.experiment.vae.linear_encoder:
+        if self.experiment.vae.linear:
             channels = self.experiment.vae.latent_channels
             statistics = {
                 "mean": np.zeros(channels, np.float32),

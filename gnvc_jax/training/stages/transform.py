@@ -16,7 +16,7 @@ from einops import rearrange
 
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import structured_start
-from gnvc_jax.codec.residual import ResidualCodec, to_cells
+from gnvc_jax.codec.model import LatentCodec, to_cells
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend
 from gnvc_jax.training.config import Experiment, LossConfig
@@ -45,8 +45,8 @@ class TransformLoss(LossConfig):
       fit_batches: batches whose statistics a new run starts from.
     """
 
-    lambda_low: float = 2e-5
-    lambda_high: float = 1.5e-3
+    lambda_low: float = 1e-5
+    lambda_high: float = 3e-3
     balance: float = 0.5
     intra_offset: tuple[int, int] = (20, 40)
     pattern: tuple[int, ...] = (-4, -2, -4, 4)
@@ -60,7 +60,7 @@ class TransformStage(Stage):
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
         self.vae = VAE(experiment.vae)
-        self.codec = ResidualCodec(experiment.codec)
+        self.codec = LatentCodec(experiment.codec)
 
     def init(self, key: Array) -> Tree:
         key_vae, key_codec, key_noise = jax.random.split(key, 3)
@@ -82,6 +82,18 @@ class TransformStage(Stage):
     def dataset(self, frames: int | None = None) -> grain.IterDataset:
         """Batches of dictionaries, see `gnvc_jax.data.clips.with_motion`."""
         return super().dataset(frames, motion=True)
+
+    def frozen(self) -> Tree:
+        """Latents of a linear VAE stay as they are: the transform keeps distances."""
+        channels = self.experiment.codec.latent_channels
+        return {"mean": np.zeros(channels, np.float32), "std": np.ones(channels, np.float32)}
+
+    def frozen_shapes(self) -> Tree:
+        return jax.eval_shape(self.frozen)
+
+    def model_parts(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
+        """Parameters of the parts that go into a model file: "vae", "codec"."""
+        return params
 
     def warm_start(self, params: Tree) -> Tree:
         """Statistics of training clips, unless a run is named to start from."""
@@ -147,7 +159,7 @@ class TransformStage(Stage):
 
         def frames(vae, latent):
             video = vae.klt.inverse(latent[:, None], first)
-            return jnp.concatenate([video[:, :-1], vae.head(video[:, -1:])], axis=1)
+            return jnp.concatenate([video[:, :-1], vae.clean(video[:, -1:])], axis=1)
 
         return self.vae.apply({"params": vae}, latent, method=frames)
 
@@ -171,8 +183,8 @@ class TransformStage(Stage):
         self, params: Tree, frozen: Tree, batch: Tree, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         """batch: see `batch_shapes`."""
-        video, vae = pixels(batch["video"]), params["vae"]
-        b, t, h, w, _ = video.shape
+        video = pixels(batch["video"])
+        _, t, h, w, _ = video.shape
         key_levels, *keys = jax.random.split(key, 2 + t // 4)
         levels = self.levels(key_levels, batch["q_index"], len(keys))
         clip = {"video": video, "vectors": batch["vectors"], "levels": levels}

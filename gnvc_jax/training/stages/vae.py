@@ -50,7 +50,7 @@ class VAEStage(Stage):
     def warm_start(self, params: Tree) -> Tree:
         """A linear transform is fitted to training clips, unless a run is named to start from."""
         cfg = self.experiment.vae
-        if not cfg.linear_encoder or self.experiment.init_from is not None:
+        if not cfg.linear or self.experiment.init_from is not None:
             return super().warm_start(params)
         strides, batches = (cfg.stride, cfg.temporal_stride), iter(self.dataset())
         moments = klt.moments_of_blocks(*strides)
