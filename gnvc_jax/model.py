@@ -368,7 +368,7 @@ class Functions:
         return self.programs.decode_latents(self.vae_params, cache, latents)
 
     def predict(self, reference: Array, vectors: np.ndarray) -> Array:
-        """Latent (1, h, w, c) that motion vectors (4, h', w', 2) make of a frame (h, w, 3) uint8."""
+        """Latent (1, h, w, c) that vectors (4, h', w', 2) predict from a frame (h, w, 3) uint8."""
         return self.programs.predict(self.vae_params, reference[None], vectors[None])
 
     def analyse(

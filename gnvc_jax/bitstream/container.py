@@ -275,7 +275,9 @@ class StreamReader:
 
     def _claimed_frames(self, kind: bytes, start: bytes, number: int) -> int:
         """Frames that the head of a damaged group claims; 0 if it is cut or not plausible."""
-        frames = claimed_frames(start, number) if kind == b"GOPC" else None
+        if kind != b"GOPC":
+            return 0
+        frames = claimed_frames(start, number, self.header.version)
         return frames if frames is not None and frames <= self.header.gop_frames else 0
 
     def _read(self, size: int) -> bytes:

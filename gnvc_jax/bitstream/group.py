@@ -114,7 +114,7 @@ def _parse_2(payload: bytes, temporal_stride: int) -> Group:
         fields.append(value)
     number, first, n_frames = fields
     count = 1 + -(-(n_frames - 1) // temporal_stride)
-    if not 1 <= count <= MAX_LATENTS:
+    if not 1 <= n_frames or count > MAX_LATENTS:
         raise MalformedChunk(f"group {number}: {n_frames} frames make {count} latents")
     if at + CHECKSUMS.size + 2 > len(payload):
         raise MalformedChunk(f"group {number}: ends before its quality levels")
@@ -171,16 +171,23 @@ def _parse_1(payload: bytes) -> Group:
     return Group(number, first, n_frames, crc_index, crc_symbols, tuple(q_indices), tuple(segments))
 
 
-def claimed_frames(start: bytes, number: int) -> int | None:
+def claimed_frames(start: bytes, number: int, version: int = 2) -> int | None:
     """Frames of group `number` by the beginning of its payload, the rest of which is damaged.
 
-    None if the fixed fields are cut off or contradict each other.
+    None if the first fields are cut off or contradict each other.
     """
-    if len(start) < FIXED.size:
-        return None
-    found, _, n_frames, count = FIXED.unpack_from(start)[:4]
-    plausible = found == number and count <= MAX_LATENTS and 1 <= n_frames <= 4 * (count - 1) + 1
-    return n_frames if plausible else None
+    if version == 1:
+        if len(start) < FIXED_1.size:
+            return None
+        found, _, n_frames = FIXED_1.unpack_from(start)[:3]
+    else:
+        try:
+            found, at = _read_varint(start, 0, "number")
+            _, at = _read_varint(start, at, "first frame")
+            n_frames, _ = _read_varint(start, at, "frames")
+        except MalformedChunk:
+            return None
+    return n_frames if found == number and n_frames >= 1 else None
 
 
 def decode_group(

@@ -15,7 +15,7 @@ Z_BOUND = 15  # hyperlatent symbols are -15..15
 
 @dataclasses.dataclass(frozen=True)
 class CodecConfig:
-    """Architecture of the latent codec; the defaults are the full size (about 20 M parameters).
+    """Architecture of the latent codec; the defaults are the full size (about 16 M parameters).
 
     latent_channels: channels of the VAE latents; intra_width, width: features of the intra and of
     the predicted codec at latent resolution; intra_analysis, intra_synthesis: residual blocks of
@@ -31,8 +31,8 @@ class CodecConfig:
     latent_channels: int = 16
     intra_width: int = 320
     width: int = 256
-    intra_analysis: int = 4
-    intra_synthesis: int = 7
+    intra_analysis: int = 6
+    intra_synthesis: int = 12
     y_channels: int = 128
     z_channels: int = 64
     scale_width: int = 128

@@ -51,7 +51,7 @@ def median(a: int, b: int, c: int) -> int:
 
 
 # Activity of the surroundings -> level of a context, about two levels per doubling.
-LEVEL_OF = [0] + (np.round(2.2 * np.log2(np.arange(2, 1025))).astype(int) - 1).tolist()
+LEVEL_OF = [0, *(np.round(2.2 * np.log2(np.arange(2, 1025))).astype(int) - 1).tolist()]
 
 
 def level(activity: int, row: int) -> int:

@@ -21,7 +21,7 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def dense(vectors: Array) -> Array:
-    """Block vectors (..., h, w, 2) in 1/16 pel -> pixel displacements (..., 16h, 16w, 2) in pels."""
+    """Block vectors (..., h, w, 2) in 1/16 pel -> displacements (..., 16h, 16w, 2) in pels."""
     h, w = vectors.shape[-3:-1]
     top, bottom, y = interpolation(FINE * h, h)
     left, right, x = interpolation(FINE * w, w)

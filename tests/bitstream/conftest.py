@@ -119,7 +119,15 @@ def toy():
     groups = [draw_latents(rng, n, coder) for n in (3, 3, 1)]
     frames = [9, 9, 1]
     payloads = [
-        encode_group(g, coder, scale_index, number=i, first_frame=9 * i, n_frames=n)
+        encode_group(
+            g,
+            coder,
+            scale_index,
+            number=i,
+            first_frame=9 * i,
+            n_frames=n,
+            motion=b"\1\2\3\4" if i == 1 else b"",
+        )
         for i, (g, n) in enumerate(zip(groups, frames))
     ]
     file = io.BytesIO()

@@ -50,7 +50,7 @@ def test_layout(toy):
     """The whole file, field by field, with struct and zlib only."""
     data = toy.data
     size = struct.unpack_from("<I", data, 12)[0]
-    assert data[:8] == b"\x89GNV\r\n\x1a\n" and struct.unpack_from("<HH", data, 8) == (1, 0)
+    assert data[:8] == b"\x89GNV\r\n\x1a\n" and struct.unpack_from("<HH", data, 8) == (2, 0)
     assert size == 128 + 8 + 4
     assert struct.unpack_from("<IIIIII", data, 16) == (0, 0, 128, 64, 25, 1)
     assert struct.unpack_from("<QHH", data, 40) == (19, 3, 9)
@@ -151,7 +151,7 @@ def test_writer_refuses_what_does_not_fit(toy):
             toy.payloads[0]
         )
     with pytest.raises(MalformedChunk):
-        writer.write_group(toy.payloads[1][:-1])
+        writer.write_group(toy.payloads[1][:10])
     with pytest.raises(ValueError, match="9 frames were written, the header says 19"):
         writer.close()
 
@@ -174,7 +174,7 @@ def test_chunk_limits(toy):
 def test_checksum(toy):
     at = toy.chunks(toy.data)[1][0]
     with pytest.raises(ChecksumMismatch, match=rf"GOPC.*group 1.*offset {at}"):
-        list(StreamReader(toy.edit(toy.data, at + 60, b"\0\0\0\0")).groups())
+        list(StreamReader(toy.edit(toy.data, at + 20, b"\0\0\0\0")).groups())
 
 
 @pytest.mark.parametrize("kind, known", [(b"META", True), (b"xtra", True), (b"XTRA", False)])
@@ -203,7 +203,7 @@ def test_group_against_header_and_neighbours(toy):
         list(StreamReader(small).groups())
     at = toy.chunks(toy.data)[1][0] + 8
     with pytest.raises(MalformedChunk, match="begins at frame 10, expected 9"):
-        list(StreamReader(toy.mend(toy.edit(toy.data, at + 4, b"\x0a"))).groups())
+        list(StreamReader(toy.mend(toy.edit(toy.data, at + 1, b"\x0a"))).groups())
 
 
 def test_index_that_disagrees(toy):
@@ -298,12 +298,12 @@ def lost_frames(data, source=lambda d: d) -> list[int | None]:
 @pytest.mark.parametrize("source", [lambda d: d, Pipe])
 def test_tolerant_reading_knows_how_much_is_lost(toy, source):
     """The frames of groups and errors are those of the header, whatever is lost."""
-    flipped = [toy.edit(toy.data, at + 60, b"\0\0\0\0") for at, _ in toy.chunks(toy.data)[:3]]
+    flipped = [toy.edit(toy.data, at + 20, b"\0\0\0\0") for at, _ in toy.chunks(toy.data)[:3]]
     for data, want in zip(flipped, ([9, -9, -1], [-9, 9, -1], [-9, -9, 1])):
         assert lost_frames(data, source) == want
     at = toy.chunks(toy.data)[2][0]
-    assert lost_frames(toy.edit(flipped[1], at + 60, b"\0\0\0\0"), source) == [-9, 9, 1]
-    for length in (at, at + 5, at + 60):  # cut short
+    assert lost_frames(toy.edit(flipped[1], at + 20, b"\0\0\0\0"), source) == [-9, 9, 1]
+    for length in (at, at + 5, at + 20):  # cut short
         assert lost_frames(toy.data[:length], source) == [-9, -9, 1]
     assert lost_frames(write(toy, (1, 0, 2)), source) == [9, 9, -1]
     assert lost_frames(write(toy, (0, 1)), source) == [-9, -9, 1]
@@ -315,16 +315,16 @@ def test_tolerant_reading_knows_how_much_is_lost(toy, source):
 def test_tolerant_reading_of_a_stream_of_unknown_length(toy):
     data = toy.mend(toy.edit(toy.data, 40, b"\xff" * 8))
     at = toy.chunks(data)[2][0]
-    assert lost_frames(toy.edit(data, at + 60, b"\0\0\0\0")) == [-9, -9, 1]  # from the index
+    assert lost_frames(toy.edit(data, at + 20, b"\0\0\0\0")) == [-9, -9, 1]  # from the index
     for source in (lambda d: d, Pipe):
-        # The head of the cut group has 40 bytes, behind 8 of its chunk.
-        assert lost_frames(data[: at + 48], source) == [-9, -9, 1]
-        assert lost_frames(data[: at + 47], source) == [-9, -9, 0]
+        # The number of frames stands in the third byte of the cut group, behind 8 of its chunk.
+        assert lost_frames(data[: at + 11], source) == [-9, -9, 1]
+        assert lost_frames(data[: at + 10], source) == [-9, -9, 0]
         assert lost_frames(data[: at + 5], source) == [-9, -9, 0]
         assert lost_frames(data[:at], source) == [-9, -9, 0]  # only the index is missing
-        damaged = toy.edit(data, at + 60, b"\0\0\0\0")
+        damaged = toy.edit(data, at + 20, b"\0\0\0\0")
         assert lost_frames(damaged[: toy.chunks(data)[3][0]], source) == [-9, -9, 1, 0]
-        lying = toy.edit(damaged, at + 20, b"\xff\xff")
+        lying = toy.edit(damaged, at + 10, b"\x7f")
         assert lost_frames(lying[: toy.chunks(data)[3][0]], source) == [-9, -9, 0, 0]
 
 

@@ -5,8 +5,9 @@ import pytest
 
 from gnvc_jax.bitstream import (
     EntropyCoder,
-    LatentDecoder,
+    LatentSymbols,
     PlainCoder,
+    SegmentDecoder,
     frequencies_from_probabilities,
 )
 from gnvc_jax.bitstream import entropy as module
@@ -15,9 +16,13 @@ from gnvc_jax.bitstream.errors import EntropyError
 constriction = pytest.importorskip("constriction")
 
 
+def encode(coder, kind, q_index, z, y, index):
+    return coder.encode([LatentSymbols(kind, q_index, z, y, index)])
+
+
 def decode(coder, kind, q_index, segment, z_shape, index):
-    decoder = LatentDecoder(coder, kind, q_index, segment)
-    z, y = decoder.z(z_shape), decoder.y(index)
+    decoder = SegmentDecoder(coder, segment)
+    z, y = decoder.z(kind, q_index, z_shape), decoder.y(index)
     decoder.finish()
     return z, y
 
@@ -41,8 +46,8 @@ def test_constriction_and_plain_read_each_other(toy, k_skip, z_shape):
     tables = toy.tables(k_skip)
     fast, plain = EntropyCoder(tables, module.FastCoder), EntropyCoder(tables, PlainCoder)
     z, y, index = draw(np.random.default_rng(k_skip), tables, z_shape)
-    segment = fast.encode(1, 33, z, y, index)
-    assert plain.encode(1, 33, z, y, index) == segment
+    segment = encode(fast, 1, 33, z, y, index)
+    assert encode(plain, 1, 33, z, y, index) == segment
     for coder in (fast, plain):
         for got, want in zip(decode(coder, 1, 33, segment, z_shape, index), (z, y)):
             assert got.dtype == np.int8
@@ -73,10 +78,10 @@ def test_both_read_the_same_nonsense(toy):
     for length in (0, 1, 2, 3, 40):
         words = rng.integers(1, 2**32, length, np.uint32)
         readers = [
-            LatentDecoder(EntropyCoder(tables, backend), 0, 5, words.astype("<u4").tobytes())
+            SegmentDecoder(EntropyCoder(tables, backend), words.astype("<u4").tobytes())
             for backend in (module.FastCoder, PlainCoder)
         ]
-        np.testing.assert_array_equal(*(r.z((1, 2, 2)) for r in readers))
+        np.testing.assert_array_equal(*(r.z(0, 5, (1, 2, 2)) for r in readers))
         np.testing.assert_array_equal(*(r.y(index) for r in readers))
         assert readers[0].ans.is_empty() == readers[1].ans.is_empty()
 
@@ -95,7 +100,7 @@ def test_golden_bytes(toy, backend):
     index = (np.arange(4 * 8 * 3).reshape(4, 8, 3) * 7 % 64).astype(np.uint8)
     y = np.where(index >= 8, (np.arange(96).reshape(4, 8, 3) * 5 % 11 - 5) * index // 32, 0)
     y = y.astype(np.int8)
-    assert coder.encode(0, 40, z, y, index).hex() == GOLDEN
+    assert encode(coder, 0, 40, z, y, index).hex() == GOLDEN
     got = decode(coder, 0, 40, bytes.fromhex(GOLDEN), z.shape, index)
     np.testing.assert_array_equal(got[0], z)
     np.testing.assert_array_equal(got[1], y)
@@ -109,14 +114,14 @@ def test_bytes_are_what_theory_says(toy, low, high):
     coder = EntropyCoder(toy.tables())
     z, y, index = draw(np.random.default_rng(high), coder.tables, (40, 40, 2), low, high)
     assert y.size >= 200_000
-    bits = 8 * len(coder.encode(1, 33, z, y, index))
-    ideal = coder.ideal_bits(1, 33, z, y, index)
+    bits = 8 * len(encode(coder, 1, 33, z, y, index))
+    ideal = coder.ideal_bits(LatentSymbols(1, 33, z, y, index))
     assert ideal <= bits <= 1.001 * ideal + 64
     sigma = 0.11 * (16 / 0.11) ** (index / 63)
     a = np.abs(y.astype(float))
     mass = scipy.stats.norm.sf((a - 0.5) / sigma) - scipy.stats.norm.sf((a + 0.5) / sigma)
     y_bits = -np.log2(np.maximum(mass, 2**-24)).sum()
-    z_bits = ideal - coder.ideal_bits(1, 33, z[:0], y, index)
+    z_bits = ideal - coder.ideal_bits(LatentSymbols(1, 33, z[:0], y, index))
     assert ideal - z_bits == pytest.approx(y_bits, rel=2e-3)
 
 
@@ -125,7 +130,7 @@ def test_canonical_order(toy):
     tables = toy.tables()
     z, y, index = draw(np.random.default_rng(4), tables, (2, 2, 2))
     reader = PlainCoder(
-        np.frombuffer(EntropyCoder(tables).encode(1, 33, z, y, index), "<u4").tolist()
+        np.frombuffer(encode(EntropyCoder(tables), 1, 33, z, y, index), "<u4").tolist()
     )
     for c in range(2):
         for value in z[:, :, c].ravel():
@@ -144,14 +149,37 @@ def test_symbols_out_of_range(toy, backend):
         changed = {"z": z.copy(), "y": y.copy()}
         changed[name][0, 0, 0] = value
         with pytest.raises(ValueError, match=f"symbol of {name}"):
-            coder.encode(1, 33, index=index, **changed)
+            encode(coder, 1, 33, index=index, **changed)
+
+
+def test_latents_of_a_group_share_a_segment(toy):
+    """They come out in order, and cost no more than the coder's state beyond their information."""
+    rng, tables = np.random.default_rng(8), toy.tables()
+    coder = EntropyCoder(tables)
+    latents = [LatentSymbols(1, 33, *draw(rng, tables, (2, 2, 2), 20)) for _ in range(5)]
+    segment = coder.encode(latents)
+    decoder = SegmentDecoder(coder, segment)
+    for latent in latents:
+        np.testing.assert_array_equal(decoder.z(1, 33, (2, 2, 2)), latent.z)
+        np.testing.assert_array_equal(decoder.y(latent.index), latent.y)
+    decoder.finish()
+    ideal = sum(map(coder.ideal_bits, latents))
+    assert ideal <= 8 * len(segment) <= ideal + 64
+
+
+def test_a_symbol_where_nothing_is_coded(toy):
+    z, y, index = draw(np.random.default_rng(9), toy.coder.tables, (1, 2, 2))
+    changed = np.where(index < toy.coder.tables.k_skip, 1, y).astype(np.int8)
+    assert (changed != y).any()
+    with pytest.raises(ValueError, match="where nothing is coded"):
+        encode(toy.coder, 1, 33, z, changed, index)
 
 
 def test_segments_that_cannot_be(toy):
     z, y, index = draw(np.random.default_rng(5), toy.coder.tables, (1, 2, 2))
-    segment = toy.coder.encode(1, 33, z, y, index)
+    segment = encode(toy.coder, 1, 33, z, y, index)
     for bad, words in ((segment[:-1], "whole words"), (segment + bytes(4), "zero word")):
         with pytest.raises(EntropyError, match=words):
-            LatentDecoder(toy.coder, 1, 33, bad)
+            SegmentDecoder(toy.coder, bad)
     with pytest.raises(EntropyError, match="more than its symbols"):
         decode(toy.coder, 1, 33, b"\1\0\0\0" + segment, z.shape, index)

@@ -44,8 +44,8 @@ def lengths(rng, data, chunks):
     """Sizes and counts: of the header, of an entry, of chunks, latents, segments, the index."""
     at, _ = chunks[rng.integers(len(chunks))]
     field, width = [
-        (12, 4), (130, 2), (at + 4, 4), (at + 4, 4), (at + 20, 2), (at + 22, 2), (at + 50, 2),
-        (at + 52, 2), (at + 16, 4), (at + 28, 8), (len(data) - 24, 8), (len(data) - 16, 4),
+        (12, 4), (130, 2), (at + 4, 4), (at + 4, 4), (at + 8, 1), (at + 9, 1), (at + 10, 1),
+        (at + 19, 1), (at + 20, 1), (at + 23, 1), (len(data) - 24, 8), (len(data) - 16, 4),
     ][rng.integers(12)]  # fmt: skip
     old = int.from_bytes(data[field : field + width], "little")
     near = old + int(rng.integers(-9, 10))

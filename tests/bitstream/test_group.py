@@ -16,29 +16,48 @@ from gnvc_jax.bitstream.errors import (
     MalformedChunk,
 )
 
+MOTION = b"\1\2\3\4"  # of the toy's second group; opaque here
+
 
 def decode(toy, group, network=None):
     return decode_group(group, toy.coder, network or toy.scale_index, toy.z_shape, toy.y_shape)
 
 
 def test_layout_of_the_payload(toy):
-    """Field by field with struct, from the description of the format."""
+    """Field by field, from the description of the format."""
     payload, latents = toy.payloads[1], toy.groups[1]
-    number, first, frames, count = struct.unpack_from("<IQHH", payload)
-    assert (number, first, frames, count) == (1, 9, 9, 3)
-    crc_index, crc_symbols = struct.unpack_from("<II", payload, 16)
+    assert payload[:3] == bytes([1, 9, 9])  # group, first frame, frames: below 128, a byte each
+    crc_index, crc_symbols = struct.unpack_from("<II", payload, 3)
     assert crc_index == zlib.crc32(b"".join(s.index.tobytes() for s in latents))
-    assert crc_symbols == zlib.crc32(b"".join(s.z.tobytes() + s.y.tobytes() for s in latents))
-    assert payload[24:40] == bytes(16)
-    at, segments = 40, []
-    for i, s in enumerate(latents):
-        assert payload[at : at + 2] == bytes([int(i > 0), s.q_index])
-        low = payload[at + 2]
-        length = low if low < 128 else (low & 127) + 128 * payload[at + 3]
-        segments.append(toy.coder.encode(s.kind, s.q_index, s.z, s.y, s.index))
-        assert length == len(segments[-1])
-        at += 3 if low < 128 else 4
-    assert payload[at:] == b"".join(segments)
+    symbols = b"".join(s.z.tobytes() + s.y.tobytes() for s in latents)
+    assert crc_symbols == zlib.crc32(symbols + MOTION)
+    levels = [s.q_index for s in latents]
+    assert payload[11:15] == bytes([levels[0], 2, *levels[1:]])
+    assert payload[15 : 16 + len(MOTION)] == bytes([len(MOTION)]) + MOTION
+    assert payload[16 + len(MOTION) :] == toy.coder.encode(latents)
+
+
+def version_1(toy, number: int) -> bytes:
+    """The payload of a group as streams of version 1 have it."""
+    latents = toy.groups[number]
+    crcs = parse_group(toy.payloads[number])
+    symbols = b"".join(s.z.tobytes() + s.y.tobytes() for s in latents)
+    fields = number, 9 * number, (9, 9, 1)[number], len(latents)
+    out = struct.pack("<IQHHII16s", *fields, crcs.crc_index, zlib.crc32(symbols), bytes(16))
+    segments = [toy.coder.encode([s]) for s in latents]
+    for s, segment in zip(latents, segments):
+        length = len(segment)
+        varint = [length] if length < 128 else [length & 127 | 128, length >> 7]
+        out += bytes([s.kind, s.q_index, *varint])
+    return out + b"".join(segments)
+
+
+def test_version_1_is_still_read(toy):
+    for number, latents in enumerate(toy.groups):
+        group = parse_group(version_1(toy, number), version=1)
+        assert len(group.segments) == len(latents)
+        for got, want in zip(decode(toy, group), latents, strict=True):
+            np.testing.assert_array_equal(got.y, want.y)
 
 
 def test_symbols_come_back(toy):
@@ -56,20 +75,18 @@ def edit(payload: bytes, at: int, value: bytes) -> bytes:
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda p: p[:39], "payload of 39 bytes"),
-        (lambda p: p[:41], "entry of latent 0"),
-        (lambda p: p[:42], "five bytes"),
-        (lambda p: edit(p, 14, b"\0\0"), "0 latents"),
-        (lambda p: edit(p, 14, b"\1\1"), "257 latents"),
-        (lambda p: edit(p, 12, b"\0\0"), "0 frames"),
-        (lambda p: edit(p, 12, b"\x0a\0"), "10 frames in 3"),
-        (lambda p: edit(p, 40, b"\1"), "kind bits 0x1"),
-        (lambda p: edit(p, 40, b"\2"), "kind bits 0x2"),
-        (lambda p: edit(p, 41, b"\x40"), "q_index 64"),
-        (lambda p: edit(p, 42, b"\xff" * 5), "five bytes"),
-        (lambda p: edit(p, 42, bytes([p[42] ^ 4])), "segments of"),
-        (lambda p: p + bytes(4), "segments of"),
-        (lambda p: p[:-1], "segments of"),
+        (lambda p: p[:2], "frames does not end"),
+        (lambda p: p[:12], "before its quality levels"),
+        (lambda p: p[:13], "2 quality levels for 2"),
+        (lambda p: p[:15], "size of motion does not end"),
+        (lambda p: edit(p, 0, b"\xff" * 9), "number does not end within nine bytes"),
+        (lambda p: edit(p, 2, b"\0"), "0 frames make"),
+        (lambda p: p[:2] + b"\xff\x7f" + p[3:], "16383 frames make"),
+        (lambda p: edit(p, 12, b"\3"), "3 quality levels for 2"),
+        (lambda p: edit(p, 12, b"\0"), "0 quality levels for 2"),
+        (lambda p: edit(p, 11, b"\x40"), "q_index 64"),
+        (lambda p: edit(p, 13, b"\xff"), "q_index 255"),
+        (lambda p: edit(p, 15, b"\x7f"), "motion of 127 bytes"),
     ],
 )
 def test_contradictions(toy, damage, message):
@@ -77,10 +94,35 @@ def test_contradictions(toy, damage, message):
         parse_group(damage(toy.payloads[0]))
 
 
-def test_segment_of_half_words():
-    fixed = struct.pack("<IQHHII16s", 0, 0, 1, 1, 0, 0, bytes(16))
-    with pytest.raises(MalformedChunk, match="whole words"):
-        parse_group(fixed + b"\0\0\2ab")
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda p: p[:39], "payload of 39 bytes"),
+        (lambda p: p[:41], "entry of latent 0"),
+        (lambda p: p[:42], "nine bytes"),
+        (lambda p: edit(p, 14, b"\0\0"), "0 latents"),
+        (lambda p: edit(p, 14, b"\1\1"), "257 latents"),
+        (lambda p: edit(p, 12, b"\0\0"), "0 frames"),
+        (lambda p: edit(p, 12, b"\x0a\0"), "10 frames in 3"),
+        (lambda p: edit(p, 40, b"\1"), "kind bits 0x1"),
+        (lambda p: edit(p, 40, b"\2"), "kind bits 0x2"),
+        (lambda p: edit(p, 41, b"\x40"), "q_index 64"),
+        (lambda p: edit(p, 42, b"\xff" * 9), "nine bytes"),
+        (lambda p: edit(p, 42, bytes([p[42] ^ 4])), "segments of"),
+        (lambda p: p + bytes(4), "segments of"),
+        (lambda p: p[:-1], "segments of"),
+    ],
+)
+def test_contradictions_in_version_1(toy, damage, message):
+    with pytest.raises(MalformedChunk, match=message):
+        parse_group(damage(version_1(toy, 0)), version=1)
+
+
+def test_segment_of_half_words(toy):
+    group = parse_group(toy.payloads[0])
+    short = dataclasses.replace(group, segments=(group.segments[0][:-1],))
+    with pytest.raises(EntropyError, match="whole words"):
+        decode(toy, short)
 
 
 def test_segment_longer_than_its_symbols_can_be(toy):
@@ -121,12 +163,12 @@ def test_wrong_symbols_under_right_indices(toy):
         decode(toy, dataclasses.replace(group, segments=zero))
 
 
-def test_encoder_verifies_itself(toy):
+def test_symbols_that_cannot_be_written(toy):
     """Symbols where nothing is coded cannot come back, so they are never written."""
     s = toy.groups[2][0]
     y = np.where(s.index < toy.coder.tables.k_skip, 1, s.y).astype(np.int8)
     assert (y != s.y).any()
-    with pytest.raises((RuntimeError, EntropyError)):
+    with pytest.raises(ValueError, match="where nothing is coded"):
         encode_group(
             [dataclasses.replace(s, y=y)], toy.coder, toy.scale_index,
             number=0, first_frame=0, n_frames=1,
@@ -151,7 +193,7 @@ def test_memory_estimate_is_an_upper_bound(toy):
     def network(kind, q_index, z, prev_y, prev_index):
         return np.full(y_shape, 40, np.uint8)
 
-    group = dataclasses.replace(parse_group(toy.payloads[0]), segments=(b"", b"", b""))
+    group = dataclasses.replace(parse_group(toy.payloads[0]), segments=(b"",))
     need = 3 * (z_shape[0] * z_shape[1] * 2 + 2 * 64**3) + 40 * 64**3
     tracemalloc.start()
     try:

@@ -17,19 +17,12 @@ from gnvc_jax.vae import (
 )
 
 TINY = VAEConfig(base=4, multipliers=(1, 2, 2, 2), blocks=1, latent_channels=4)
-# As the shipped model: pixels folded into channels, a linear transform beside the networks.
-PATCHED = VAEConfig(
-    base=4,
-    multipliers=(1, 2, 2),
-    blocks=1,
-    latent_channels=4,
-    temporal_down=(True, True),
-    patch=2,
-    linear=True,
-)
+# Pixels folded into channels first, as in Wan2.2; and as the shipped model: a linear transform.
+PATCHED = VAEConfig(4, (1, 2, 2), 1, latent_channels=4, temporal_down=(True, True), patch=2)
+LINEAR = VAEConfig(latent_channels=4, linear=True, head=6)
 
 
-@pytest.fixture(scope="module", params=[TINY, PATCHED], ids=["wan", "patched"])
+@pytest.fixture(scope="module", params=[TINY, PATCHED, LINEAR], ids=["wan", "patched", "linear"])
 def model(request):
     """A tiny VAE in which every parameter, biases and last convolutions included, matters."""
     vae = VAE(request.param)
