@@ -136,17 +136,17 @@ def info(args: argparse.Namespace) -> int:
         size = Path(args.input).stat().st_size
         groups = list(reader.groups())
     frames = sum(g.n_frames for g in groups)
-    segments = [s for g in groups for s in g.segments]
-    intra = sum(len(g.segments[0]) for g in groups)
-    coded = sum(map(len, segments))
+    latents = sum(len(s) for g in groups for s in g.segments)
+    motion = sum(len(g.motion) for g in groups)
     print(f"{args.input}: gnvc stream, {size} bytes")
     print(f"  video     {h.width}x{h.height}, {frames} frames, {h.fps[0] / h.fps[1]:.3f} frames/s")
     print(f"  rate      {rate_text(size, frames, h)}")
     print(f"  model     codec {h.codec_fingerprint.hex()[:8]}, VAE {h.vae_fingerprint.hex()[:8]}")
-    print(f"  bytes     intra {intra}, predicted {coded - intra}, container {size - coded}")
+    container = size - latents - motion
+    print(f"  bytes     latents {latents}, motion {motion}, container {container}")
     print(f"  audio     {AUDIO_NOTE}")
     for g in groups:
-        latents = f"{len(g.segments)} latents, {sum(map(len, g.segments))} bytes"
+        latents = f"{len(g.q_indices)} latents, {sum(map(len, g.segments)) + len(g.motion)} bytes"
         qps = sorted({63 - q for q in g.q_indices})
         print(f"  group {g.number}: frames {g.first_frame}+{g.n_frames}, {latents}, qp {qps}")
     return 0

@@ -1,5 +1,6 @@
 """Eight simulated devices for every test, and compiled programs kept between runs."""
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def tiny_codec():
 def tiny_model(tiny_codec):
     """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code.
 
-    make(seed, refiner=True) has a refiner with windows of two latents, too.
+    make(seed, refiner=True) has a refiner with windows of two latents, too; motion=True: a linear
+    VAE and block motion.
     """
     import jax
     import jax.numpy as jnp
@@ -50,13 +52,15 @@ def tiny_model(tiny_codec):
 
     vae_config = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
     codec_config = tiny_codec
+    linear_config = VAEConfig(latent_channels=4, linear=True, head=4)
+    motion_config = dataclasses.replace(codec_config, motion="blocks", k_skip=0)
     starts = {layer.name: layer.start for layer in scales.layers_of(codec_config)}
 
-    def init(k):
+    def init(k, vae, codec):
         q_index, latents = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 8, 8, 4))
         return {
-            "vae": VAE(vae_config).init(k, jnp.zeros((1, 5, 16, 16, 3)))["params"],
-            "codec": LatentCodec(codec_config).init(k, latents, q_index, k)["params"],
+            "vae": VAE(vae).init(k, jnp.zeros((1, 5, 16, 16, 3)))["params"],
+            "codec": LatentCodec(codec).init(k, latents, q_index, k)["params"],
         }
 
     dit = DiTConfig(16, 16, 2, 2, 8, 4, text_length=0, context_every=1, context_channels=4)
@@ -68,10 +72,16 @@ def tiny_model(tiny_codec):
         inputs = latents, one, latents, features, one.astype(int)
         return Refiner(refiner_config).init(k, *inputs)["params"]
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
+    def shapes_of(*configs):
+        return jax.eval_shape(lambda k: init(k, *configs), jax.random.key(0))
+
+    shapes = {
+        False: shapes_of(vae_config, codec_config),
+        True: shapes_of(linear_config, motion_config),
+    }
     refiner_shapes = jax.eval_shape(init_refiner, jax.random.key(0))
 
-    def make(seed: int = 0, refiner: bool = False) -> models.Model:
+    def make(seed: int = 0, refiner: bool = False, motion: bool = False) -> models.Model:
         rng = np.random.default_rng(seed)
 
         def draw(path, leaf):
@@ -82,16 +92,18 @@ def tiny_model(tiny_codec):
                 scale = 0.25 if name.endswith("kernel") else 0.01
             else:
                 scales_of = {"kernel": 0.7 * fan_in**-0.5, "log_gain": 0.2, "gamma": 0.2}
+                scales_of |= {"basis": 0.25, "inverse": 0.25}
                 scale = scales_of.get(name, 0.1)
-            return rng.normal(name == "gamma", scale, leaf.shape).astype(np.float32)
+            return rng.normal(name in ("gamma", "whitening"), scale, leaf.shape).astype(np.float32)
 
-        params = jax.tree_util.tree_map_with_path(draw, shapes)
+        params = jax.tree_util.tree_map_with_path(draw, shapes[motion])
+        configs = (linear_config, motion_config) if motion else (vae_config, codec_config)
         extra = {}
         if refiner:
             extra["refiner_config"] = refiner_config
             extra["refiner"] = jax.tree_util.tree_map_with_path(draw, refiner_shapes)
         mean, std = np.zeros(4), np.full(4, 0.3)
-        return models.build("test", vae_config, codec_config, **params, mean=mean, std=std, **extra)
+        return models.build("test", *configs, **params, mean=mean, std=std, **extra)
 
     return make
 

@@ -27,8 +27,8 @@ from gnvc_jax.motion.field import (
 )
 
 QUALITIES = 64
-SWEEPS = 3  # over all candidates
-STEPS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+STEPS = np.array(((1, 0), (-1, 0), (0, 1), (0, -1)))
+REACH = (6, 2, 1)  # half pels that a vector may move by in the first, second and third sweep
 # What the flags and the node of mid-group cost in the file, in bits: about what their share makes.
 SPLIT_BITS, WHOLE_BITS = 3.0, 0.3
 
@@ -135,12 +135,11 @@ def refine(
     vectors = start.copy()
     cost = differences(frame, reference, vectors, COARSE)
     parity = np.add.outer(*(np.arange(n) for n in vectors.shape[:2])) % 2
-    for _ in range(SWEEPS):
+    for reach in REACH:
         whole = np.broadcast_to(np.round(np.median(vectors, axis=(0, 1))), vectors.shape)
         candidates = [np.zeros_like(vectors), median_of_neighbours(vectors), whole, *known]
         candidates += [np.roll(vectors, s, axis) for axis in (0, 1) for s in (1, -1)]
-        candidates += [vectors + np.asarray(step) for step in STEPS]
-        changed = False
+        candidates += [vectors + reach * step for step in STEPS]
         for candidate in candidates:
             candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
             if np.array_equal(candidate, vectors):
@@ -153,9 +152,6 @@ def refine(
                     < cost + rate * vector_bits(vectors, vectors)
                 )
                 vectors[better], cost[better] = candidate[better], found[better]
-                changed |= bool(better.any())
-        if not changed:
-            break
     return vectors
 
 
@@ -167,9 +163,9 @@ def split(
     fine = np.zeros_like(field.fine)
     whole = differences(frame, reference, base, FINE)
     cost = whole + rate * residual_bits(fine)
-    offsets = [np.round(flow - base)] + [np.asarray(s) for s in STEPS]
-    for i, offset in enumerate(offsets):
-        candidate = np.broadcast_to(offset, fine.shape) if i == 0 else fine + offset
+    moves = [np.round(flow - base), *(reach * step for reach in REACH for step in STEPS)]
+    for i, move in enumerate(moves):
+        candidate = move if i == 0 else fine + move
         candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
         found = differences(frame, reference, base + candidate, FINE)
         found += rate * residual_bits(candidate)
@@ -216,7 +212,7 @@ def add_middle(
     middle = np.zeros_like(field.middle)
     for sweep in range(2):
         candidates = [start, median_of_neighbours(middle)] if sweep == 0 else []
-        candidates += [middle + np.asarray(step) for step in STEPS]
+        candidates += [middle + step for step in STEPS]
         for candidate in candidates:
             candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
             found = differences(frames[1], reference, linear + candidate, COARSE)
@@ -238,7 +234,7 @@ def add_shifts(field: MotionField, frames: list, reference: np.ndarray, rate: fl
     cost = best + rate * residual_bits(field.shift)
     for size in (4, 2, 1):
         for step in STEPS:
-            shift = field.shift + size * np.asarray(step, np.int16)
+            shift = (field.shift + size * step).astype(np.int16)
             candidate = field._replace(shift=shift)
             found = prediction_errors(candidate, frames, reference)
             found += rate * residual_bits(shift)
