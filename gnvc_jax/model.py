@@ -50,7 +50,7 @@ class Model:
     vae, codec: float parameters; mean, std: (c,) of the VAE's latents; scale_networks: exported
     integers by kind of latent (0 intra, 1 predicted); tables: probability tables; self_test_crc:
     CRC32 of the index maps of fixed pseudo-random integers, where the model was made; refiner,
-    text: its parameters and text condition (1, rows, width), None without.
+    text: its parameters and text condition (1, rows, width), None without; stored: see `configs`.
     """
 
     name: str
@@ -66,6 +66,17 @@ class Model:
     refiner_config: RefinerConfig | None = None
     refiner: Tree | None = None
     text: np.ndarray | None = None
+    stored: dict[str, dict] | None = None
+
+    @functools.cached_property
+    def configs(self) -> dict[str, dict]:
+        """Configurations of "vae" and "codec" as a model file has them.
+
+        Those of a loaded model are what its file says, without the fields that were added since:
+        fingerprints cover them, and an old model must keep its own.
+        """
+        current = {"vae": self.vae_config, "codec": self.codec_config}
+        return self.stored or {name: _json(config) for name, config in current.items()}
 
     @functools.cached_property
     def fingerprints(self) -> tuple[bytes, bytes]:
@@ -74,7 +85,7 @@ class Model:
         later = ("vae/", "refiner/", "text")  # what the integers do not depend on
         codec = {k: v for k, v in arrays.items() if not k.startswith(later)}
         vae = {k: v for k, v in arrays.items() if k.startswith("vae/")}
-        return _digest(codec, self.codec_config), _digest(vae, self.vae_config)[:16]
+        return _digest(codec, self.configs["codec"]), _digest(vae, self.configs["vae"])[:16]
 
 
 def build(
@@ -146,11 +157,16 @@ def vae_fingerprint(config: VAEConfig, params: Tree) -> str:
     """Hexadecimal digest of a VAE that is not (yet) part of a model."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     arrays = {"/".join(p.key for p in path): np.asarray(x) for path, x in leaves}
-    return _digest(arrays, config)[:16].hex()
+    return _digest(arrays, _json(config))[:16].hex()
 
 
-def _digest(arrays: dict[str, np.ndarray], config) -> bytes:
-    sha = hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode())
+def _json(config) -> dict:
+    """A configuration as it comes back from JSON, which has lists in place of tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _digest(arrays: dict[str, np.ndarray], config: dict) -> bytes:
+    sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     _update(sha, arrays)
     return sha.digest()
 
@@ -167,8 +183,7 @@ def save_model(path: str | Path, model: Model) -> None:
     facts = {
         "format": "gnvc-model/1",
         "name": model.name,
-        "vae": dataclasses.asdict(model.vae_config),
-        "codec": dataclasses.asdict(model.codec_config),
+        **model.configs,
         "refiner": model.refiner_config and dataclasses.asdict(model.refiner_config),
         "self_test": model.self_test_crc,
         "fingerprints": [f.hex() for f in model.fingerprints],
@@ -209,6 +224,7 @@ def load_model(path: str | Path) -> Model:
             refiner,
             nested.get("refiner"),
             nested.get("text"),
+            {name: facts[name] for name in ("vae", "codec")},
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error

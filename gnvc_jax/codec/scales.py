@@ -193,7 +193,7 @@ def scale_index(
         kernel, bias, mult = (tables[f"{layer.name}_{p}"] for p in ("kernel", "bias", "mult"))
         if layer.name == "P2":
             x = jnp.concatenate([x, *previous], axis=-1)
-        if bias.ndim == 2:  # models of stream version 1 have one bias for all levels in P3
+        if layer.per_quality:
             bias = jnp.asarray(bias)[q_index]
         if layer.depthwise:
             acc = depthwise3x3(x, jnp.asarray(kernel, jnp.int32))
@@ -221,7 +221,7 @@ def scale_index_numpy(config, tables, q_index, z, prev_y, prev_index) -> np.ndar
         )
         if layer.name == "P2":
             x = np.concatenate([x, *previous], axis=-1)
-        if bias.ndim == 2:
+        if layer.per_quality:
             bias = bias[q_index]
         if layer.depthwise:
             h, w, _ = x.shape
