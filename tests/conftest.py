@@ -31,6 +31,7 @@ def tiny_codec():
         y_channels=8,
         z_channels=4,
         scale_width=8,
+        entropy_width=16,
     )
 
 

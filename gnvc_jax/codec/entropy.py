@@ -53,7 +53,7 @@ class EntropyModel(nn.Module):
     """Hyper transforms, mean and scale networks of one kind of latent (`passes`: intra 4, else 2).
 
     `previous` are the Integers of the latent before (y and index used), zeros for intra.
-    `temporal` is the float temporal prior (b, h, w, 2 cy), or None for intra.
+    `temporal` is the float temporal prior (b, h, w, entropy_width), or None for intra.
     """
 
     config: CodecConfig
@@ -61,17 +61,18 @@ class EntropyModel(nn.Module):
 
     def setup(self):
         cy, cz = self.config.y_channels, self.config.z_channels
+        width = self.config.entropy_width
         self.hyper_in = Block(cz)
         self.hyper_down = (Down2(cz), Down2(cz))
         self.hyper_up = (Up2(cz), Up2(cz))
         self.hyper_out = Block(cy)
-        self.fusion = Blocks(2 * cy, 3 if self.passes == 4 else 2)
+        self.fusion = Blocks(width, 3 if self.passes == 4 else 2)
         # Means start at zero, so that at first y is what the transform made of it.
         zeros = nn.initializers.zeros
         self.first_mean = dense(cy, kernel_init=zeros)
         self.prior = dense(cy)
-        self.adaptors = tuple(Block(2 * cy) for _ in range(self.passes - 1))
-        self.spatial = Blocks(2 * cy, 2)
+        self.adaptors = tuple(Block(width) for _ in range(self.passes - 1))
+        self.spatial = Blocks(width, 2)
         self.later_mean = dense(cy, kernel_init=zeros)
         self.scales = ScaleNetwork(self.config)
         self.density = Density(cz)

@@ -113,7 +113,7 @@ class ResidualTransform(nn.Module):
         self.whitening = self.param("whitening", nn.initializers.ones, (cfg.latent_channels,))
         if inter:
             self.extractor = Blocks(c, cfg.inter_context)
-            self.temporal = Down2(2 * y)
+            self.temporal = Down2(cfg.entropy_width)
             self.temporal_gain = Gain()
             if cfg.motion is None:
                 self.update = Blocks(c, 3)

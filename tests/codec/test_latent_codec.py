@@ -23,6 +23,7 @@ TINY = CodecConfig(
     y_channels=8,
     z_channels=4,
     scale_width=8,
+    entropy_width=16,
     k_skip=0,  # training skips nothing
 )
 
