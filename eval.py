@@ -32,7 +32,7 @@ from gnvc_jax.runtime import use_compilation_cache
 EXIT_LEFT_OUT = 3
 
 EXAMPLE = """example:
-  python eval.py --model tiny --data clips/ --qp 8,24,40,56 --vae --anchors x264,x265 --out results
+  python eval.py --model small --data clips/ --qp 8,24,40,56 --vae --anchors x264,x265 --out results
 
 Options may also stand in a file, given as @FILE and quoted as in a shell; lines that begin with #
 are comments. configs/evaluation/gnvc_vd.txt has those of the paper's experiments.
@@ -115,7 +115,7 @@ def parse(arguments=None) -> argparse.Namespace:
         [] if line.lstrip().startswith("#") else shlex.split(line)
     )
     add = parser.add_argument
-    add("--model", default="tiny", help="name or path of a model (default: %(default)s)")
+    add("--model", default="small", help="name or path of a model (default: %(default)s)")
     add("--data", nargs="+", type=Path, required=True, help="videos, or folders with videos")
     add(
         "--set",

@@ -1,4 +1,4 @@
-"""Train one stage of the codec: python train.py --config configs/tiny/vae.py --optim.lr 1e-3
+"""Train one stage of the codec: python train.py --config configs/small/codec.py --optim.lr 1e-3
 
 Everything of the configuration can be changed on the command line; `--help` lists it. The run
 folder (`run.out`) receives the resolved configuration, metrics and checkpoints. The same command

@@ -1,6 +1,6 @@
 """Speed and memory of the whole codec on this machine, beside x265 on the same frames.
 
-    python benchmarks/codec_speed.py [--model tiny] [--qp 32] [--out FILE]
+    python benchmarks/codec_speed.py [--model small] [--qp 32] [--out FILE]
 
 Each figure comes from a process of its own. Speed: frames per second over one group after a first
 group that is not counted; compilation is what the first group took longer. Parts are shares of the
@@ -130,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--model", default="small")
     parser.add_argument("--qp", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(

@@ -122,7 +122,7 @@ def measure(model: str, width: int, height: int, frames: int, repeats: int) -> l
 
 
 def main() -> None:
-    args = options.parse(__doc__, "metrics", model="tiny", size="832x480", frames=33, repeats=3)
+    args = options.parse(__doc__, "metrics", model="small", size="832x480", frames=33, repeats=3)
     print("metric        s/frame   of decode  peer s/frame  faster")
     width, height = map(int, args.size.split("x"))
     rows = measure(args.model, width, height, args.frames, args.repeats)

@@ -1,6 +1,6 @@
 """What refinement costs: seconds per step and per frame by number of tokens, for 0, 1 and 5 steps.
 
-    python benchmarks/refiner.py [--model tiny] [--sizes 256x256,832x480] [--repeats 3] [--out FILE]
+    python benchmarks/refiner.py [--model small] [--sizes 256x256,832x480] [--repeats 3] [--out FILE]
 
 Decodes a group of 25 frames (7 latents) in memory, with each number of steps, after one decoding
 that compiles; medians. The group without refinement is the peer: `ratio` is how many times longer
@@ -85,7 +85,7 @@ def measure(model: str, width: int, height: int, repeats: int) -> list[dict]:
 
 
 def main() -> None:
-    args = options.parse(__doc__, "refiner", model="tiny", sizes="256x256,832x480", repeats=3)
+    args = options.parse(__doc__, "refiner", model="small", sizes="256x256,832x480", repeats=3)
     print("size       tokens  steps    s/step  refiner s/frame  decode s/frame   ratio")
     rows = []
     for size in args.sizes.split(","):

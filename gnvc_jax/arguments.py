@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, epilog=f"example: {example}")
 
     def output_options(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--model", default="tiny", help="name or file (default: tiny)")
+        sub.add_argument("--model", default="small", help="name or file (default: small)")
         sub.add_argument("--force", "-y", action="store_true", help="overwrite the output")
         sub.add_argument("--no-progress", action="store_true", help="no progress bar")
 
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
     dem.add_argument("--clip", help="video to use (default: a camera move over a photograph)")
     dem.add_argument("--qp", type=int, default=24)
     dem.add_argument("--frames", type=count, default=33)
-    dem.add_argument("--model", default="tiny")
+    dem.add_argument("--model", default="small")
     dem.add_argument("--out", default="demo_out", help="folder for the results")
 
     prt = command(
@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     many_videos(every)
     every.add_argument("--qp", type=int, default=24, help="0..63, lower is better (default: 24)")
     every.add_argument("--gop", type=int, default=97, help="frames per group (default: 97)")
-    every.add_argument("--model", default="tiny", help="name or file (default: tiny)")
+    every.add_argument("--model", default="small", help="name or file (default: small)")
 
     cache = command(
         "cache-latents",

@@ -102,8 +102,8 @@ def build(
 ) -> Model:
     """A model from trained parameters: exports the scale networks and makes the tables.
 
-    Weights of VAE and refiner are rounded to float16, which halves them; the codec's stay in
-    float32, since rounding errors of a recurrence add up.
+    Kernels and bases are rounded to float16, which halves them; encoder and decoder read the same
+    rounded ones. What the integer path needs is exported from the exact parameters.
     """
     z = np.stack([density.probabilities(codec[k]["entropy"]["density"]) for k in KINDS])
     networks = tuple(
@@ -116,8 +116,9 @@ def build(
     if codec_config.motion:
         motion = frequencies_from_probabilities(motion_coding.probabilities())
         tables = dataclasses.replace(tables, motion=motion)
-    vae, refiner = jax.tree.map(lambda x: np.asarray(x, np.float16), (vae, refiner))
-    codec = jax.tree.map(np.asarray, codec)
+    vae, codec, refiner = jax.tree_util.tree_map_with_path(
+        lambda path, x: np.asarray(x, stored_dtype(path)), (vae, codec, refiner)
+    )
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     crc = self_test(codec_config, networks, scales.scale_index_numpy)
     return Model(
@@ -274,12 +275,15 @@ def shared(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: constrain(x, context=x.ndim - 2), tree)
 
 
-def refiner_dtype(path: tuple) -> type:
-    """Precision of a refiner's parameter on devices: kernels as in files, which halves memory.
+HALF = ("kernel", "basis", "inverse", "first_basis", "later_basis")
 
-    They are what matters for size, and layers cast them to what they compute in.
+
+def stored_dtype(path: tuple) -> type:
+    """Precision of a parameter in model files; a refiner's stay so on devices.
+
+    Kernels and bases are what matters for size; layers cast them to what they compute in.
     """
-    return np.float16 if path[-1].key == "kernel" else np.float32
+    return np.float16 if getattr(path[-1], "key", None) in HALF else np.float32
 
 
 class Programs(NamedTuple):
@@ -371,7 +375,7 @@ class Functions:
         self.vae_params, self.codec_params = place(model.vae), place(model.codec)
         self.refiner_params = None
         if model.refiner is not None:
-            self.refiner_params = place(model.refiner, refiner_dtype)
+            self.refiner_params = place(model.refiner, stored_dtype)
         self._scale_index = jax.jit(
             functools.partial(scales.scale_index, model.codec_config), static_argnames="dtype"
         )

@@ -31,7 +31,7 @@ def test_what_is_shown(refined, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(demo, "load_pretrained", lambda _: types.SimpleNamespace(model=model))
     clip = np.random.default_rng(0).integers(0, 256, (6, 48, 64, 3), np.uint8)
     demo.write_all(tmp_path / "clip.mkv", clip, 25)
-    demo.run(str(tmp_path / "clip.mkv"), 24, 5, "tiny", tmp_path / "out")
+    demo.run(str(tmp_path / "clip.mkv"), 24, 5, "small", tmp_path / "out")
 
     steps = [args[args.index("--steps") + 1] for command, args in calls if command == "decode"]
     assert steps == ([0, 1] if refined else [0])
@@ -55,4 +55,4 @@ def test_a_clip_that_would_be_replaced_is_refused(name, tmp_path):
 
 def test_the_shipped_model_is_known():
     """What the demonstration asks of a model, of the real one."""
-    assert load_pretrained("tiny").model.refiner is None
+    assert load_pretrained("small").model.refiner is None

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.coder import check_columns
 from gnvc_jax.errors import UsageError
-from gnvc_jax.model import Model, Programs, programs, refiner_dtype
+from gnvc_jax.model import Model, Programs, programs, stored_dtype
 from gnvc_jax.parallel import MeshConfig, flops, make_mesh
 from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.parallel.rules import activation_spec
@@ -73,7 +73,7 @@ def coding_for(
     params = jax.eval_shape(stage.model_parts, trained, stage.frozen_shapes())
     if refiner is not None:
         params["refiner"] = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.ShapeDtypeStruct(x.shape, refiner_dtype(path)), params["refiner"]
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, stored_dtype(path)), params["refiner"]
         )
     loaded = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))  # a model, whole
     with jax.set_mesh(mesh):

@@ -55,6 +55,6 @@ class Codec(Coder):
         return np.stack(list(self.decode_frames(StreamReader(stream), steps)))
 
 
-def load_pretrained(name: str | Path = "tiny") -> Codec:
-    """The codec of a shipped model ("tiny") or of a model file."""
+def load_pretrained(name: str | Path = "small") -> Codec:
+    """The codec of a shipped model ("small") or of a model file."""
     return Codec(find_model(name))

@@ -1,6 +1,6 @@
 """Make the model file of a trained codec:
 
-python -m gnvc_jax.training.release --config configs/tiny/codec.py --name tiny --out FILE
+python -m gnvc_jax.training.release --config configs/small/codec.py --name small --out FILE
 
 The averaged weights of the run `run.out`, and of the VAE that it was trained under, go in; other
 arguments override the configuration as for train.py.

@@ -140,7 +140,7 @@ def test_what_does_not_fit_or_is_damaged(videos, tmp_path):
 
 def test_the_command(videos, tmp_path):
     command = [sys.executable, "-m", "gnvc_jax.cli", "cache-latents", "--data", str(videos)]
-    command += ["--vae", "tiny", "--to", str(tmp_path / "cache"), "--frames", "5"]
+    command += ["--vae", "small", "--to", str(tmp_path / "cache"), "--frames", "5"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3 and "d.mp4" in done.stderr and "Traceback" not in done.stderr
     (batch,) = arrays(tmp_path / "cache")[:1]

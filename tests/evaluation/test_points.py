@@ -40,19 +40,19 @@ def log(tmp_path, monkeypatch):
 
 
 def test_file_point_codes_in_two_processes(clip, log):
-    coded = FilePoint("tiny", 24, gop=5).code(clip)
+    coded = FilePoint("small", 24, gop=5).code(clip)
     np.testing.assert_array_equal(coded.frames, clip.frames)
     assert coded.bitstream[:4] == b"\x1aE\xdf\xa3"  # the copy is still a Matroska file
     assert min(coded.encode_seconds, coded.decode_seconds) > 0
     encode, decode = (line.split()[1:] for line in log.read_text().splitlines())
     assert encode[0] == "encode"
-    assert encode[3:] == ["--qp", "24", "--model", "tiny", "--gop", "5"]
+    assert encode[3:] == ["--qp", "24", "--model", "small", "--gop", "5"]
     assert decode[0] == "decode"
-    assert decode[3:] == ["--model", "tiny"]
-    model = find_model("tiny")
+    assert decode[3:] == ["--model", "small"]
+    model = find_model("small")
     parameters = sum(x.size for x in jax.tree.leaves((model.vae, model.codec)))
     assert coded.details == {"parameters": parameters}
-    assert coded.bitstream == FilePoint("tiny", 24, 5, 5).code(clip).bitstream
+    assert coded.bitstream == FilePoint("small", 24, 5, 5).code(clip).bitstream
     again = [line.split()[1:] for line in log.read_text().splitlines()[2:]]
     assert [(line[0], line[5:]) for line in again] == [("decode", ["--steps", "5"])]  # one encode
 

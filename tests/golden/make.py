@@ -18,10 +18,11 @@ FOLDER = Path(__file__).parent
 
 
 def test_make(tiny_model, monkeypatch):
-    model = tiny_model(7)
+    model = tiny_model(7, motion=True)
     coder, out = Coder(model), io.BytesIO()
     rng = np.random.default_rng(7)
-    video = rng.integers(0, 256, (11, 4, 6, 3), np.uint8).repeat(20, 1).repeat(20, 2)
+    canvas = rng.integers(0, 256, (16, 16, 3), np.uint8).repeat(10, 0).repeat(10, 1)
+    video = np.stack([canvas[t : t + 80, 2 * t : 2 * t + 120] for t in range(11)])
     coder.encode_frames(video, out, coder.header(120, 80, (25, 1), gop=9), qp=12)
     save_model(FOLDER / "model.safetensors", model)
     (FOLDER / "stream.gnvc").write_bytes(out.getvalue())

@@ -24,13 +24,16 @@ EXPECTED = (FOLDER / "symbols.sha256").read_text().strip()
 
 
 def digest(coder: Coder) -> str:
-    """SHA-256 of all integers of the stream: z, y and index of each latent."""
+    """SHA-256 of all integers of the stream: z, y and index of each latent, then its motion."""
     sha = hashlib.sha256()
     with StreamReader(str(FOLDER / "stream.gnvc")) as reader:
         coder.check(reader.header)
         for group in reader.groups():
             for s in coder.symbols(reader.header, group):
                 for array in (s.z, s.y, s.index):
+                    sha.update(np.ascontiguousarray(array).tobytes())
+            for field in coder.fields(reader.header, group):
+                for array in field:
                     sha.update(np.ascontiguousarray(array).tobytes())
     return sha.hexdigest()
 
@@ -44,8 +47,11 @@ def test_the_golden_stream_holds_something(coder):
     with StreamReader(str(FOLDER / "stream.gnvc")) as reader:
         frames = list(coder.decode_frames(reader))
         symbols = [s for g in reader.groups() for s in coder.symbols(reader.header, g)]
+        fields = [f for g in reader.groups() for f in coder.fields(reader.header, g)]
     assert len(frames) == 11 and frames[0].shape == (80, 120, 3)
-    assert len(symbols) == 5 and all(np.any(s.y) and np.any(s.z) for s in symbols)
+    assert len(symbols) == 5 and all(np.any(s.y) for s in symbols)
+    assert any(np.any(s.z) for s in symbols)
+    assert any(np.any(f.coarse) for f in fields) and any(np.any(f.split) for f in fields)
     assert len(np.unique([s.index for s in symbols[:3]])) > 10
 
 

@@ -36,7 +36,7 @@ class CodecLoss(LossConfig):
     lambda_low: float = 0.05
     lambda_high: float = 0.5
     balance: float = 0.5
-    vae: str = "runs/tiny/vae"
+    vae: str = "weights/vae"
     statistics_batches: int = 8
 
     def __post_init__(self):

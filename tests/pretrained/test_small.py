@@ -11,13 +11,13 @@ from gnvc_jax.pretrained import FOLDER, names
 
 @pytest.fixture(scope="module")
 def codec():
-    return gnvc_jax.load_pretrained("tiny")
+    return gnvc_jax.load_pretrained("small")
 
 
 def test_what_ships_is_small_and_has_a_card():
-    assert names() == ["tiny"]
-    assert (FOLDER / "tiny.safetensors").stat().st_size < 16e6
-    assert (FOLDER / "tiny.md").read_text().startswith("# tiny")
+    assert names() == ["small"]
+    assert (FOLDER / "small.safetensors").stat().st_size < 16e6
+    assert (FOLDER / "small.md").read_text().startswith("# small")
 
 
 def test_rate_and_quality_follow_the_level(codec):
