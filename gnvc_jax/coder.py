@@ -155,11 +155,7 @@ class Coder:
         previous = (None, None)
         while chunk := list(itertools.islice(frames, stride if latents else 1)):
             for frame in chunk:
-                if frame.shape != (header.height, header.width, 3):
-                    raise UsageError(
-                        f"frame {first + count} is {frame.shape}, expected "
-                        f"{(header.height, header.width, 3)}"
-                    )
+                check_frame(frame, header, first + count)
             kind, given, q_index = int(bool(latents)), len(chunk), levels[len(latents)]
             chunk += [chunk[-1]] * (stride - given if kind else 0)
             chunk = pad_frames(np.stack(chunk), self.padding)
@@ -349,6 +345,18 @@ def check_columns(width: int) -> None:
         raise UsageError(
             f"{devices} devices cannot share frames {width} wide: that makes {columns} columns of "
             "latents, which they do not divide"
+        )
+
+
+def check_frame(frame: np.ndarray, header: Header, number: int) -> None:
+    """UsageError unless a frame is uint8 (h, w, 3) of the header's size."""
+    size = (header.height, header.width, 3)
+    if frame.shape != size:
+        raise UsageError(f"frame {number} is {frame.shape}, expected {size}")
+    if frame.dtype != np.uint8:
+        raise UsageError(
+            f"frame {number} is {frame.dtype}, expected uint8 RGB in 0..255; frames in [0, 1] are "
+            "np.round(255 * frame).astype(np.uint8)"
         )
 
 

@@ -190,6 +190,8 @@ def test_a_device_that_is_not_exact_is_refused(coder, monkeypatch):
         ({"qp": 64}, "qp 64"),
         ({"frames": []}, "no frame"),
         ({"frames": [np.zeros((41, 70, 3), np.uint8)]}, r"frame 0 is \(41, 70, 3\)"),
+        ({"frames": [np.zeros((40, 70, 3), np.float32)]}, "frame 0 is float32, expected uint8"),
+        ({"frames": [np.zeros((40, 70, 3), np.int64)]}, "frame 0 is int64, expected uint8"),
     ],
 )
 def test_wrong_use_is_said(coder, video, change, reason):

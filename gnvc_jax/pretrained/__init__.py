@@ -8,6 +8,7 @@ import numpy as np
 
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.coder import DEFAULT_GOP, Coder
+from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model, load_model
 
 FOLDER = Path(__file__).parent
@@ -34,7 +35,12 @@ class Codec(Coder):
     def encode(
         self, video: np.ndarray, *, qp: int = 24, fps: float | Fraction = 30, gop: int = DEFAULT_GOP
     ) -> bytes:
-        """Video uint8 RGB (t, h, w, 3) -> stream. qp 0..63, lower is better."""
+        """Video uint8 RGB (t, h, w, 3) -> stream. qp 0..63, lower is better.
+
+        Raises UsageError for video of another type or shape.
+        """
+        if np.ndim(video) != 4 or np.shape(video)[-1] != 3:
+            raise UsageError(f"video is {np.shape(video)}, expected (frames, height, width, 3)")
         rate = Fraction(fps).limit_denominator(1001)
         header = self.header(
             video.shape[2],

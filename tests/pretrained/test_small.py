@@ -41,3 +41,17 @@ def test_colours_stay(codec):
         video = np.full((5, 128, 128, 3), colour, np.uint8)
         decoded = codec.decode(codec.encode(video, qp=24))
         np.testing.assert_allclose(decoded.mean((0, 1, 2)), colour, atol=12)
+
+
+@pytest.mark.parametrize(
+    ("video", "reason"),
+    [
+        (np.zeros((1, 32, 32, 3)), "float64, expected uint8"),
+        (np.zeros((1, 32, 32, 3), np.uint16), "uint16, expected uint8"),
+        (np.zeros((32, 32, 3), np.uint8), r"video is \(32, 32, 3\)"),
+        (np.zeros((1, 3, 32, 32), np.uint8), r"video is \(1, 3, 32, 32\)"),
+    ],
+)
+def test_video_that_is_not_uint8_rgb_is_refused(codec, video, reason):
+    with pytest.raises(ValueError, match=reason):
+        codec.encode(video)
