@@ -1,6 +1,6 @@
 """What refinement costs: seconds per step and per frame by number of tokens, for 0, 1 and 5 steps.
 
-    python benchmarks/refiner.py [--model small] [--sizes 256x256,832x480] [--repeats 3] [--out FILE]
+    python benchmarks/refiner.py [--model small] [--sizes 256x256,832x480] [--repeats 3] [--out F]
 
 Decodes a group of 25 frames (7 latents) in memory, with each number of steps, after one decoding
 that compiles; medians. The group without refinement is the peer: `ratio` is how many times longer

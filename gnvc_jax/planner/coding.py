@@ -133,19 +133,21 @@ def coding_programs(
     latent, encoder = jax.eval_shape(used.encode_video, params["vae"], None, first)
     _, decoder = jax.eval_shape(used.decode_latents, params["vae"], None, latent)
     one = columns(jax.tree.map(lambda x: array(1, *x.shape[2:]), latent))
-    integers = jax.eval_shape(used.analyse, params["codec"], one, None, q_index)
+    integers = jax.eval_shape(used.analyse, params["codec"], one, None, q_index, None)
     integers = whole(Integers(*integers[:3]))
-    decoded, state = jax.eval_shape(used.reconstruct, params["codec"], integers, None, q_index)
-    state = columns(state)
+    decoded, feature, state = jax.eval_shape(
+        used.reconstruct, params["codec"], integers, None, q_index, None
+    )
+    state, prediction = columns(state), columns(decoded) if codec.motion else None
     arguments = {
         "encode_video": (params["vae"], columns(encoder), frames),
-        "analyse": (params["codec"], one, state, q_index),
-        "reconstruct": (params["codec"], integers, state, q_index),
+        "analyse": (params["codec"], one, state, q_index, prediction),
+        "reconstruct": (params["codec"], integers, state, q_index, prediction),
         "decode_latents": (params["vae"], columns(decoder), columns(latent)),
     }
     if refiner is not None:
         size = min(latents, refiner.window)
-        group, features = (columns(array(1, size, *x.shape[1:])) for x in (decoded, state.memory))
+        group, features = (columns(array(1, size, *x.shape[1:])) for x in (decoded, feature))
         inputs = group, whole(array(1)), group, features, q_index
         arguments["velocity"] = params["refiner"], *inputs
     return used, arguments

@@ -29,7 +29,7 @@ class VAEConfig:
 
     def __post_init__(self):
         if self.head and not self.linear:
-            raise ValueError(f"head {self.head}: only a linear VAE has one")
+            raise UsageError(f"head {self.head}: only a linear VAE has one")
         if len(self.temporal_down) != len(self.multipliers) - 1:
             raise UsageError(
                 f"temporal_down has {len(self.temporal_down)} entries, expected one per level but "

@@ -144,4 +144,4 @@ def test_the_command(videos, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 3 and "d.mp4" in done.stderr and "Traceback" not in done.stderr
     (batch,) = arrays(tmp_path / "cache")[:1]
-    assert batch.shape == (2, 2, 2, 4, 16) and 0.1 < batch.std() < 10
+    assert batch.shape == (2, 2, 2, 4, 96) and 0.1 < batch.std() < 10
