@@ -3,20 +3,24 @@
 python train.py --config configs/wan_1_3b/pixel.py --data.path CLIPS
 
 100,000 steps on 13 frames, quality drawn for every clip, lambda from 0.05 to 0.5. Low-rank changes
-of the DiT: --lora 32. Not run yet: no accelerator was at hand.
+of the DiT: --lora 32. The VAE's decoder and the perceptual network run in bfloat16, and the
+backward pass computes again what it would have to keep: about 30 GB in float32 for the decoder
+alone. Not run yet: no accelerator was at hand.
 """
 
 import dataclasses
 
 from configs.wan_1_3b import latent
-from gnvc_jax.training.config import DataConfig, OptimConfig, RunConfig
+from gnvc_jax.training.config import DataConfig, OptimConfig, Policy, RunConfig
 from gnvc_jax.training.stages.pixel import PixelLoss
 
 source = latent.experiment.loss
+FRUGAL = Policy(dtype="bfloat16", remat="full")
 
 experiment = dataclasses.replace(
     latent.experiment,
     stage="pixel",
+    compute=dataclasses.replace(latent.experiment.compute, vae=FRUGAL, perceptual=FRUGAL),
     loss=PixelLoss(
         lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=source.vae, weights=source.weights
     ),

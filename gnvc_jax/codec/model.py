@@ -33,6 +33,9 @@ ZEROS = nn.initializers.zeros
 
 LATENT_MULTIPLE = 8  # y halves the latent grid, z quarters it again
 GAIN_SLOPE = 2.0  # the best step falls about e^2 times over the quality range
+# The codec computes in full float32 on every backend: by default JAX multiplies float32 in bfloat16
+# on TPUs and in TF32 on GPUs, and errors of a recurrence add up.
+exact = jax.default_matmul_precision("highest")
 MEMORY_GRID = 256.0  # the memory is rounded to 1/256, so that smaller differences vanish
 
 
@@ -202,6 +205,7 @@ class LatentCodec(nn.Module):
             memory = feature if state is None else self.inter.remember(state.memory, feature)
         return State(latent, memory, integers)
 
+    @exact
     def encode(
         self, latent: Array, state: State | None, q_index: Array, prediction: Array | None = None
     ) -> Integers:
@@ -210,6 +214,7 @@ class LatentCodec(nn.Module):
         y = part.analyse(latent, prediction, context, q_index)
         return part.entropy.encode(y, q_index, temporal, previous)[2]
 
+    @exact
     def decode(
         self,
         integers: Integers,
@@ -224,6 +229,7 @@ class LatentCodec(nn.Module):
         latent, feature = part.synthesise(y_hat, prediction, context, q_index)
         return latent, feature, self._after(state, latent, feature, integers)
 
+    @exact
     def train(
         self,
         latent: Array,
@@ -243,6 +249,7 @@ class LatentCodec(nn.Module):
         state = self._after(state, decoded, feature, jax.lax.stop_gradient(integers))
         return state, Coded(decoded, feature, integers, *rates, written)
 
+    @exact
     def __call__(self, latents: Array, q_index: Array, key: Array) -> Coded:
         """Codes a group (b, t, h, w, c), each latent predicted by the one before.
 

@@ -20,6 +20,7 @@ _STD = np.array([0.229, 0.224, 0.225], np.float32)
 _EPS = 1e-6
 
 
+@jax.default_matmul_precision("highest")
 def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
     """DISTS distance of image pairs.
 

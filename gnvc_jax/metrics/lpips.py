@@ -18,13 +18,17 @@ _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
-def lpips(params: dict, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Array:
+def lpips(
+    params: dict, x: jax.Array, y: jax.Array, dtype=jnp.float32, precision: str = "highest"
+) -> jax.Array:
     """LPIPS distance of image pairs, differentiable everywhere.
 
     Args:
         params: `gnvc_jax.metrics.trunks.load_weights("alex")`, or "vgg".
         x, y: (b, h, w, 3) float RGB in [-1, 1], both sides at least 32.
         dtype: of the convolutions; bfloat16 is good enough for a loss, not for a report.
+        precision: of their products, see `jax.default_matmul_precision`; less than "highest" is
+            good enough for a loss, too.
 
     Returns:
         (b,) float32, 0 for identical images, larger is worse.
@@ -36,12 +40,13 @@ def lpips(params: dict, x: jax.Array, y: jax.Array, dtype=jnp.float32) -> jax.Ar
     check_images("lpips", x, y, "[-1, 1]")
     # Two passes rather than one on the concatenation: where only one side is differentiated,
     # the other then costs no backward pass and keeps no activations.
-    fx = features(params["trunk"], (x - _SHIFT) / _SCALE, dtype)
-    fy = features(params["trunk"], (y - _SHIFT) / _SCALE, dtype)
+    fx = features(params["trunk"], (x - _SHIFT) / _SCALE, dtype, precision=precision)
+    fy = features(params["trunk"], (y - _SHIFT) / _SCALE, dtype, precision=precision)
     distance = jnp.zeros(x.shape[0], jnp.float32)
     for lin, a, b in zip(params["lins"], fx, fy, strict=True):
         squares = jnp.square(_unit(a) - _unit(b))
-        distance += jnp.mean(squares @ lin.astype(jnp.float32), axis=(1, 2))
+        weighted = jnp.dot(squares, lin.astype(jnp.float32), precision="highest")
+        distance += jnp.mean(weighted, axis=(1, 2))
     return distance
 
 

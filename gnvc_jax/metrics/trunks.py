@@ -71,10 +71,12 @@ def features(
     z: jax.Array,
     dtype=jnp.float32,
     pool: Callable[[jax.Array, int], jax.Array] = max_pool,
+    precision: str = "highest",
 ) -> list[jax.Array]:
     """The five tapped activations, (b, h_l, w_l, c_l), of scaled images (b, h, w, 3).
 
-    pool(z, size): halves activations between the convolutions; size: of the network's window.
+    pool(z, size): halves activations between the convolutions; size: of the network's window;
+    precision: of the convolutions, see `jax.default_matmul_precision`.
     """
     if len(trunk) not in _PLANS:
         raise ValueError(f"trunk has {len(trunk)} convolutions, expected 5 or 13")
@@ -84,7 +86,7 @@ def features(
         kernel = jnp.asarray(conv["kernel"], dtype)
         size = kernel.shape[0]
         stride, pad = (4, 2) if size == 11 else (1, size // 2)
-        with jax.default_matmul_precision("highest"):
+        with jax.default_matmul_precision(precision):
             z = conv2d(z[None], kernel, stride=stride, padding=((pad, pad), (pad, pad)))[0]
         z = jax.nn.relu(z + jnp.asarray(conv["bias"], dtype))
         if "tap" in then:

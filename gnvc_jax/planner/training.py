@@ -58,7 +58,7 @@ def plan_for(
         "hbm_bytes": chip.memory // chip.devices,
         "flops": {
             "model": operations(stage, devices[0], frames),
-            "computed": operations(stage, devices[0], frames, experiment.compute.remat),
+            "computed": operations(stage, devices[0], frames, remat=True),
         },
     }
     start = time.perf_counter()

@@ -6,7 +6,7 @@ rotary embedding follows the tokens, hence their order changes nothing else.
 
 Parameters are float32; matrix products and attention run in `dtype`. The residual stream, all
 norms, modulation, the time path, rotation and the head are float32, as in the original under
-autocast.
+autocast; products of the time path and the head, which cost little, have full precision everywhere.
 
 Reference: Wan2.1 ``wan/modules/model.py``, ``vace_model.py`` and diffusers ``transformer_wan.py``,
 ``transformer_wan_vace.py`` (Apache-2.0).
@@ -102,6 +102,11 @@ def layer_norm(x: Array) -> Array:
 
 def dense(features: int, dtype: jnp.dtype, name: str, init=XAVIER) -> nn.Dense:
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
+
+
+def exact_dense(features: int, name: str, init=XAVIER) -> nn.Dense:
+    """A float32 layer whose products TPUs and GPUs do not round."""
+    return nn.Dense(features, kernel_init=init, name=name, precision="highest")
 
 
 class HeadsNorm(nn.Module):
@@ -244,9 +249,9 @@ class DiT(nn.Module):
         x = spread(patchify(latents))
         x = dense(cfg.width, self.dtype, "patch_embedding")(x).astype(jnp.float32)
 
-        time = dense(cfg.width, jnp.float32, "time_in", SMALL)(sinusoid(time, cfg.frequencies))
-        time = dense(cfg.width, jnp.float32, "time_out", SMALL)(nn.silu(time)) + time_extra
-        rows = dense(6 * cfg.width, jnp.float32, "time_modulation")(nn.silu(time))
+        time = exact_dense(cfg.width, "time_in", SMALL)(sinusoid(time, cfg.frequencies))
+        time = exact_dense(cfg.width, "time_out", SMALL)(nn.silu(time)) + time_extra
+        rows = exact_dense(6 * cfg.width, "time_modulation")(nn.silu(time))
         rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
 
         if cfg.text_length:
@@ -275,7 +280,7 @@ class DiT(nn.Module):
         modulation = self.param("head_modulation", init, (2, cfg.width), jnp.float32)
         shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
         x = layer_norm(x) * (1 + scale) + shift
-        x = dense(PATCH**2 * cfg.channels, jnp.float32, "head", nn.initializers.zeros)(x)
+        x = exact_dense(PATCH**2 * cfg.channels, "head", nn.initializers.zeros)(x)
         return unpatchify(x[:, :n], t, h, w)
 
 

@@ -28,12 +28,19 @@ class Refiner(nn.Module):
     """The velocity at a state of the flow, conditioned on the codec.
 
     What a pretrained model does not know starts at zero, so a ported model is unchanged at first.
+
+    Attributes:
+        config: sizes.
+        dtype, attention, remat: see `DiT`.
+        precision: of float32 products, see `jax.default_matmul_precision`. Those of bfloat16 are
+            exact whatever it says.
     """
 
     config: RefinerConfig
     dtype: jnp.dtype = jnp.float32
     attention: str | None = None
     remat: str = "none"
+    precision: str = "highest"
 
     @nn.compact
     def __call__(
@@ -59,14 +66,17 @@ class Refiner(nn.Module):
         dit = DiT(cfg, self.dtype, self.attention, self.remat, name="dit")
         embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
         knots = self.param("quality", zeros, (KNOTS, cfg.width), jnp.float32)
-        velocity = dit(
-            state,
-            flow.wan_timestep(tau),
-            text,
-            condition,
-            time_extra=at_every_level(knots)[q_index],
-            context_extra=embed(patchify(features)),
-        )
+        # The TPU kernel of attention takes bfloat16 with the default precision only.
+        half = jnp.dtype(self.dtype) == jnp.bfloat16
+        with jax.default_matmul_precision("default" if half else self.precision):
+            velocity = dit(
+                state,
+                flow.wan_timestep(tau),
+                text,
+                condition,
+                time_extra=at_every_level(knots)[q_index],
+                context_extra=embed(patchify(features)),
+            )
         velocity = flow.velocity_from_wan(velocity)
         if self.config.deviation:
             time = tau[:, None, None, None, None]

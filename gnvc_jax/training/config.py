@@ -6,8 +6,9 @@ import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import jax.numpy as jnp
 import tyro
 
 from gnvc_jax.codec.config import CodecConfig
@@ -24,6 +25,21 @@ def check_range(group: str, config: object, **ranges: tuple[float, float]) -> No
         value = getattr(config, key)
         if not (low <= value <= high and math.isfinite(value)):
             raise UsageError(f"{group}.{key}: {value} is no number in {low} .. {high}")
+
+
+def check_choices(group: str, config: object) -> None:
+    """UsageError that names the first string setting that is none of its choices, and these.
+
+    Choices are those of the annotation `Literal`, which a config file could pass over unnoticed.
+    """
+    for key, hint in get_type_hints(type(config)).items():
+        literal = next((t for t in (hint, *get_args(hint)) if get_origin(t) is Literal), None)
+        value = getattr(config, key)
+        optional = type(None) in get_args(hint)
+        if literal is None or value in get_args(literal) or (optional and value is None):
+            continue
+        choices = ", ".join(map(str, get_args(literal)))
+        raise UsageError(f"{group}.{key}: expected one of {choices}, got {value!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,17 +137,57 @@ class LossConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ComputeConfig:
-    """How the refiner computes.
+class Policy:
+    """How one network computes.
 
-    dtype: "float32" or "bfloat16"; remat: see `gnvc_jax.refiner.dit.REMAT`; attention: see
-    `gnvc_jax.refiner.attention`, None for the backend's best; "ring" for keys that go round the
-    mesh axis `context`, which otherwise exchanges tokens for heads where it divides these.
+    Parameters that train are float32 whatever it says; kernels that do not train are kept in
+    `dtype`, as layers cast them to it anyway.
+
+    Attributes:
+        dtype: of activations and of the inputs of matrix products and convolutions.
+        precision: of products of float32 inputs. "highest" is float32; "default" is what the
+            backend finds fastest, bfloat16 on TPUs and TF32 on GPUs; "high" lies between.
+        remat: what the backward pass computes again instead of keeping it.
     """
 
-    dtype: str = "float32"
-    remat: str = "none"
-    attention: str | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["default", "high", "highest"] = "highest"
+    remat: Literal["none", "full"] = "none"
+
+    def __post_init__(self):
+        check_choices("compute", self)
+
+    @property
+    def jax_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig(Policy):
+    """How the networks compute: `dtype`, `precision` and `remat` are those of the refiner's DiT.
+
+    The codec and encoding by the VAE have no setting: they are float32 with the precision
+    "highest", since the latents and the integers that come of them are what is coded.
+
+    Attributes:
+        remat: what the backward pass of the DiT computes again, see `gnvc_jax.refiner.dit.REMAT`.
+        attention: see `gnvc_jax.refiner.attention`, None for the backend's best; "ring" for keys
+            that go round the mesh axis `context`, which otherwise exchanges tokens for heads where
+            it divides these.
+        vae: of the VAE's decoder; its remat covers the encoder, too, where that trains.
+        perceptual: of the network that LPIPS looks through, as a loss.
+    """
+
+    remat: Literal["none", "full", "attention", "matmuls"] = "none"
+    attention: Literal["xla", "cudnn", "chunked", "splash", "ring"] | None = None
+    vae: Policy = Policy()
+    perceptual: Policy = Policy()
+
+    def without_remat(self) -> "ComputeConfig":
+        """The same with nothing computed again."""
+        keep = {"remat": "none"}
+        parts = {k: dataclasses.replace(getattr(self, k), **keep) for k in ("vae", "perceptual")}
+        return dataclasses.replace(self, **keep, **parts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,13 +10,14 @@ from gnvc_jax.parallel.chips import PEAK_FLOPS
 from gnvc_jax.training.stages import Stage
 
 
-def operations(stage: Stage, device: jax.Device, frames: int, remat: str = "none") -> float:
+def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = False) -> float:
     """Operations of a step over all devices, forward and backward; see `parallel.flops`.
 
-    frames: per clip; remat: what is computed again counts twice (none: the number that MFU refers
-    to).
+    frames: per clip; remat: whether what the backward pass computes again counts twice (False: the
+    number that MFU refers to).
     """
-    compute = dataclasses.replace(stage.experiment.compute, remat=remat, attention="xla")
+    compute = dataclasses.replace(stage.experiment.compute, attention="xla")
+    compute = compute if remat else compute.without_remat()
     stage = type(stage)(dataclasses.replace(stage.experiment, compute=compute))
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.ShapeDtypeStruct((), "int32")

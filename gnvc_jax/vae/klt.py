@@ -17,6 +17,11 @@ from jax import lax
 Array = jax.Array
 KINDS = ("first", "later")
 
+# Encoding, and all of a linear VAE, are in full float32: by default JAX multiplies in bfloat16 on
+# TPUs and in TF32 on GPUs. The codec would spend bits on errors of latents, and motion is
+# compensated from the frames of a linear VAE.
+EXACT = "highest"
+
 
 def to_blocks(video: Array, frames: int, size: int) -> Array:
     """(b, t frames, h size, w size, c) -> (b, t, h, w, frames * size * size * c)."""
@@ -58,6 +63,7 @@ class BlockTransform(nn.Module):
             )
         )
 
+    @jax.default_matmul_precision(EXACT)
     def forward(self, video: Array, first: bool) -> Array:
         """Video (b, t, h, w, 3) -> latents (b, t', h', w', z); first: it starts a clip."""
 
@@ -67,6 +73,7 @@ class BlockTransform(nn.Module):
 
         return _by_kind(transform, video, first)
 
+    @jax.default_matmul_precision(EXACT)
     def inverse(self, latents: Array, first: bool) -> Array:
         """Latents (b, t', h', w', z) -> video (b, t, h, w, 3)."""
 

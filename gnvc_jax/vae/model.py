@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from gnvc_jax.vae.config import VAEConfig
 from gnvc_jax.vae.head import CleaningHead
-from gnvc_jax.vae.klt import BlockTransform, from_blocks, to_blocks
+from gnvc_jax.vae.klt import EXACT, BlockTransform, from_blocks, to_blocks
 from gnvc_jax.vae.layers import (
     Attention,
     CausalConv,
@@ -114,11 +114,19 @@ class VAE(nn.Module):
     Methods (use with ``apply(..., method=)``):
       encode(video, first)   -> mean, log-variance (b, t', h/8, w/8, z)
       decode(latents, first) -> video (b, t, h, w, 3), not clipped
+
+    Attributes:
+        config: sizes.
+        remat: whether the backward pass computes the inside of residual blocks again.
+        dtype: of the decoder network's activations; all else is float32.
+        precision: of the decoder network's products, see `jax.default_matmul_precision`; all others
+            are `EXACT`.
     """
 
     config: VAEConfig
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    precision: str = EXACT
 
     def setup(self):
         cfg, z = self.config, self.config.latent_channels
@@ -126,24 +134,27 @@ class VAE(nn.Module):
             self.klt = BlockTransform(z, cfg.stride, cfg.temporal_stride)
             self.head = CleaningHead(cfg.head) if cfg.head else None
         else:
-            self.encoder = Encoder(cfg, self.remat, self.dtype)
-            self.quant = CausalConv(2 * z, self.dtype, window=(1, 1, 1))
+            self.encoder = Encoder(cfg, self.remat)
+            self.quant = CausalConv(2 * z, window=(1, 1, 1))
             self.decoder = Decoder(cfg, self.remat, self.dtype)
             self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
 
+    @jax.default_matmul_precision(EXACT)
     def encode(self, video: Array, first: bool = True) -> tuple[Array, Array]:
         if self.config.linear:
             mean = self.klt.forward(video, first)
             return mean, jnp.full_like(mean, LINEAR_LOGVAR)
-        x = self.encoder(video.astype(self.dtype), first)
-        mean, logvar = jnp.split(self.quant(x, first).astype(jnp.float32), 2, axis=-1)
+        x = self.encoder(video, first)
+        mean, logvar = jnp.split(self.quant(x, first), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(self, latents: Array, first: bool = True) -> Array:
         if self.config.linear:
             return self.clean(self.klt.inverse(latents, first))
-        return self.decoder(self.post_quant(latents.astype(self.dtype), first), first)
+        with jax.default_matmul_precision(self.precision):
+            return self.decoder(self.post_quant(latents.astype(self.dtype), first), first)
 
+    @jax.default_matmul_precision(EXACT)
     def clean(self, video: Array) -> Array:
         """What the head makes of frames (b, t, h, w, 3), each for itself."""
         return video if self.head is None else self.head(video)

@@ -2,13 +2,26 @@
 
 import dataclasses
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import toy_stage
 
-from gnvc_jax.training.config import Experiment, LossConfig, flatten, load, override
+from gnvc_jax.errors import UsageError
+from gnvc_jax.refiner.attention import IMPLEMENTATIONS, RING
+from gnvc_jax.refiner.dit import REMAT
+from gnvc_jax.training.config import (
+    ComputeConfig,
+    Experiment,
+    LossConfig,
+    Policy,
+    flatten,
+    load,
+    override,
+)
 from gnvc_jax.training.stages import STAGES, make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
+from gnvc_jax.training.stages.pixel import PixelLoss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +62,9 @@ def test_overrides_change_what_they_name_and_nothing_else():
         (["--optim.lr", "nan"], "optim.lr: nan is no number in 0 .. inf"),
         (["--data.batch", "0"], "data.batch: 0 is no number in 1 .. inf"),
         (["--data.frames", "12"], "data.frames: 12 is not 1 + 4k"),
+        (["--compute.remat", "foo"], "('none', 'full', 'attention', 'matmuls')"),
+        (["--compute.vae.dtype", "half"], "('float32', 'bfloat16')"),
+        (["--compute.attention", "flash"], "invalid choice 'flash'"),
     ],
 )
 def test_wrong_overrides_end_with_a_hint(args, told, capsys, monkeypatch):
@@ -63,6 +79,23 @@ def test_quality_levels_differ():
     for low, high in ((0.5, 0.5), (0.5, 0.05), (0.0, 0.5)):
         with pytest.raises(ValueError, match="lambda_low: expected 0 < lambda_low < lambda_high"):
             CodecLoss(lambda_low=low, lambda_high=high)
+
+
+def test_wrong_strings_in_a_config_file_are_refused_with_the_choices():
+    for make, told in (
+        (lambda: ComputeConfig(remat="foo"), "compute.remat: expected one of none, full, attenti"),
+        (lambda: Policy(dtype="float16"), "compute.dtype: expected one of float32, bfloat16, got"),
+        (lambda: PixelLoss(lpips_net="squeeze"), "loss.lpips_net: expected one of alex, vgg, got"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            make()
+
+
+def test_choices_are_what_the_networks_know():
+    hints = get_type_hints(ComputeConfig)
+    assert set(get_args(hints["remat"])) == set(REMAT)
+    (attention, _) = get_args(hints["attention"])
+    assert set(get_args(attention)) == {*IMPLEMENTATIONS, RING}
 
 
 def test_config_file_may_hold_a_value_or_a_function(tmp_path):
@@ -92,5 +125,5 @@ def test_shipped_configs_load(path, monkeypatch):
 def test_stage_is_found_by_name_or_path():
     stage = make_stage(toy_stage.experiment())
     assert isinstance(stage, toy_stage.ToyStage)
-    with pytest.raises(ValueError, match=r"unknown stage 'vea'; there are: vae, codec"):
+    with pytest.raises(ValueError, match=r"unknown stage 'vea'; there are: vae, "):
         make_stage(Experiment(stage="vea"))

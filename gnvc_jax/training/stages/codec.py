@@ -16,8 +16,8 @@ from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree
-from gnvc_jax.training.stages.vae import init_vae, pixels
-from gnvc_jax.vae import VAE, encode_clip
+from gnvc_jax.training.stages.vae import init_vae, make_vae, pixels
+from gnvc_jax.vae import encode_clip
 
 Array = jax.Array
 
@@ -73,7 +73,7 @@ class CodecStage(Stage):
         unit = experiment.vae.stride * LATENT_MULTIPLE
         if any(side < unit or side % unit for side in experiment.data.size):
             raise UsageError(f"data.size: {experiment.data.size} are no multiples of {unit}")
-        self.vae = VAE(experiment.vae)
+        self.vae = make_vae(experiment)
         self.codec = LatentCodec(experiment.codec)
 
     def init(self, key: Array) -> Tree:

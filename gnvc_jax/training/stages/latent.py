@@ -66,7 +66,11 @@ class LatentStage(CodecStage):
         compute, self.refiner = experiment.compute, None
         if experiment.refiner is not None:
             self.refiner = Refiner(
-                experiment.refiner, jnp.dtype(compute.dtype), compute.attention, compute.remat
+                experiment.refiner,
+                compute.jax_dtype,
+                compute.attention,
+                compute.remat,
+                compute.precision,
             )
 
     def init_parts(self, key: Array) -> Tree:

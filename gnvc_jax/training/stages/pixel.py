@@ -5,6 +5,7 @@ learns what frames look like whose latents were quantised.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from gnvc_jax.errors import UsageError
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.refiner import flow
-from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.config import Experiment, check_choices
 from gnvc_jax.training.stages import Tree
 from gnvc_jax.training.stages.codec import Coding
 from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, merged, per_clip
@@ -34,11 +35,15 @@ class PixelLoss(LatentLoss):
     decoded: float = 1.0
     mse: float = 1.0
     lpips: float = 1.0
-    lpips_net: str = "vgg"
+    lpips_net: Literal["alex", "vgg"] = "vgg"
     lpips_weights: str | None = None
     lpips_frames: int = 2
     steps: int = 5
     single: float = 0.25
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choices("loss", self)
 
 
 class PixelStage(LatentStage):
@@ -89,7 +94,12 @@ class PixelStage(LatentStage):
         output = self.vae.apply({"params": parts["vae"]}, latents, method="decode")
         mse = per_clip((output - video) ** 2)
         perceptual = lpips_of_frames(
-            frozen["lpips"], output, video, key_frames, weights.lpips_frames
+            frozen["lpips"],
+            self.experiment.compute.perceptual,
+            output,
+            video,
+            key_frames,
+            weights.lpips_frames,
         )
         distortion += weights.mse * mse + weights.lpips * perceptual
         psnr = 10.0 * jnp.log10(4.0 / mse)

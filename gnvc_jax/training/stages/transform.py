@@ -21,8 +21,8 @@ from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree, placed_like
-from gnvc_jax.training.stages.vae import init_vae, pixels
-from gnvc_jax.vae import VAE, klt
+from gnvc_jax.training.stages.vae import init_vae, make_vae, pixels
+from gnvc_jax.vae import klt
 
 Array = jax.Array
 
@@ -59,7 +59,7 @@ class TransformStage(Stage):
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
-        self.vae = VAE(experiment.vae)
+        self.vae = make_vae(experiment)
         self.codec = LatentCodec(experiment.codec)
 
     def init(self, key: Array) -> Tree:

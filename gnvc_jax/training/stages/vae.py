@@ -10,7 +10,7 @@ from jax import lax
 
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.trunks import load_weights
-from gnvc_jax.training.config import Experiment, LossConfig
+from gnvc_jax.training.config import Experiment, LossConfig, Policy
 from gnvc_jax.training.stages import Stage, Tree, placed_like
 from gnvc_jax.vae import VAE, klt
 
@@ -41,7 +41,7 @@ class VAEStage(Stage):
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
-        self.vae = VAE(experiment.vae)
+        self.vae = make_vae(experiment)
         self.perceptual = load_weights("alex") if experiment.loss.lpips else None
 
     def init(self, key: Array) -> Tree:
@@ -85,13 +85,20 @@ class VAEStage(Stage):
         if weights.lpips:
 
             def perceptual(output):
-                count = weights.lpips_frames
-                return lpips_of_frames(frozen["lpips"], output, video, key_frames, count).mean()
+                policy, count = self.experiment.compute.perceptual, weights.lpips_frames
+                each = lpips_of_frames(frozen["lpips"], policy, output, video, key_frames, count)
+                return each.mean()
 
             on = step >= weights.lpips_from
             parts["lpips"] = lax.cond(on, perceptual, lambda _: 0.0, output)
             loss = loss + weights.lpips * parts["lpips"]
         return loss, parts
+
+
+def make_vae(experiment: Experiment) -> VAE:
+    """The VAE of an experiment, computing as `compute.vae` says."""
+    policy = experiment.compute.vae
+    return VAE(experiment.vae, policy.remat == "full", policy.jax_dtype, policy.precision)
 
 
 def init_vae(vae: VAE, key: Array) -> Tree:
@@ -100,16 +107,25 @@ def init_vae(vae: VAE, key: Array) -> Tree:
     return vae.init(key, jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3)))["params"]
 
 
-def lpips_of_frames(params: Tree, output: Array, video: Array, key: Array, count: int) -> Array:
+def lpips_of_frames(
+    params: Tree, policy: Policy, output: Array, video: Array, key: Array, count: int
+) -> Array:
     """Mean LPIPS (b,) of `count` random frames of each clip, the same for all clips of a batch.
 
-    output, video: (b, t, h, w, 3), of which the output is clipped to [-1, 1].
+    policy: how the network computes; output, video: (b, t, h, w, 3), of which the output is clipped
+    to [-1, 1].
     """
+
+    def measure(params, x, y):
+        return lpips(params, x, y, policy.jax_dtype, policy.precision)
+
+    if policy.remat == "full":
+        measure = jax.checkpoint(measure)
     b, t = video.shape[:2]
     chosen = jax.random.choice(key, t, (min(t, count),), replace=False)
     pair = (jnp.clip(output, -1.0, 1.0), video)
     pair = (rearrange(v[:, chosen], "b t h w c -> (b t) h w c") for v in pair)
-    return lpips(params, *pair).reshape(b, -1).mean(1)
+    return measure(params, *pair).reshape(b, -1).mean(1)
 
 
 def pixels(batch: Array) -> Array:
