@@ -26,8 +26,6 @@ def cache_latents(
     vae: see `find_vae`. Processes of one JAX runtime share the videos. Errors as `write_latents`
     and `find_vae`.
     """
-    if frames < 1 or (frames - 1) % 4:
-        raise UsageError(f"frames {frames}: expected 1 + 4k")
     encode, info = frozen_encoder(vae, frames)
     shard = jax.process_index(), jax.process_count()
     return write_latents(source, folder, info, encode, shard, progress)
@@ -36,6 +34,8 @@ def cache_latents(
 def frozen_encoder(vae: str, frames: int) -> tuple[Callable[[np.ndarray], np.ndarray], CacheInfo]:
     """uint8 (t, h, w, 3) -> normalised latents (t', h', w', c), and what they are."""
     config, params, mean, std = find_vae(vae)
+    if frames < 1 or (frames - 1) % config.temporal_stride:
+        raise UsageError(f"frames {frames}: expected 1 + {config.temporal_stride}k")
     module, placed = VAE(config), jax.device_put(params)
 
     @jax.jit
@@ -49,6 +49,7 @@ def frozen_encoder(vae: str, frames: int) -> tuple[Callable[[np.ndarray], np.nda
         tuple(map(float, mean)),
         tuple(map(float, std)),
         config.stride,
+        config.temporal_stride,
     )
     return lambda clip: np.asarray(run(placed, clip)), info
 

@@ -98,15 +98,16 @@ class Coder:
         frame_count: int | None = None,
         **extra,
     ) -> Header:
-        """Header of a new stream. UsageError if gop is not 1 + 4k with k < 256."""
-        check_gop(gop)
+        """Header of a new stream. UsageError if no group can have `gop` frames."""
+        stride = self.model.vae_config.temporal_stride
+        check_gop(gop, stride)
         cfg = self.model.codec_config
         codec, vae = self.model.fingerprints
         return Header(
             width=width,
             height=height,
             fps=fps,
-            gop_latents=1 + (gop - 1) // 4,
+            gop_latents=1 + (gop - 1) // stride,
             gop_frames=gop,
             y_channels=cfg.y_channels,
             z_channels=cfg.z_channels,
@@ -117,7 +118,7 @@ class Coder:
             frame_count=frame_count,
             latent_channels=cfg.latent_channels,
             latent_stride=self.model.vae_config.stride,
-            temporal_stride=self.model.vae_config.temporal_stride,
+            temporal_stride=stride,
             **extra,
         )
 
@@ -135,7 +136,7 @@ class Coder:
         size, a qp out of range, a width that the mesh in use does not divide, or no frame at all.
         """
         check_qp(qp)
-        check_columns(header.width)
+        check_columns(header.width, header.latent_stride)
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
         while gop := self._encode_group(itertools.islice(frames, header.gop_frames),
                                         header, qp, number, first, progress):  # fmt: skip
@@ -211,7 +212,7 @@ class Coder:
         frame has more than max_pixels: a few bytes can claim a picture that no memory holds;
         UsageError for a width that the mesh in use does not divide.
         """
-        check_columns(header.width)
+        check_columns(header.width, header.latent_stride)
         header.check_model(*self.model.fingerprints, self.model.tables.crc32())
         pixels = header.width * header.height
         if pixels > max_pixels:
@@ -315,10 +316,11 @@ class Coder:
     def reconstruct(self, video: np.ndarray) -> np.ndarray:
         """Through the VAE only, without codec: uint8 (t, h, w, 3) -> the same."""
         t, h, w, _ = video.shape
+        stride = self.model.vae_config.temporal_stride
         out, encoder, decoder = [], None, None
-        for start in (0, *range(1, t, 4)):
-            chunk = video[start : start + (4 if start else 1)]
-            chunk = np.concatenate([chunk] + [chunk[-1:]] * (4 - len(chunk) if start else 0))
+        for start in (0, *range(1, t, stride)):
+            chunk = video[start : start + (stride if start else 1)]
+            chunk = np.concatenate([chunk] + [chunk[-1:]] * (stride - len(chunk) if start else 0))
             chunk = pad_frames(chunk, self.model.vae_config.stride)
             latent, encoder = self.functions.encode_video(encoder, to_float(chunk))
             frames, decoder = self.functions.decode_latents(decoder, latent)
@@ -326,10 +328,11 @@ class Coder:
         return np.concatenate(out)[:t]
 
 
-def check_gop(gop: int) -> None:
-    """UsageError unless gop is 1 + 4k with k < 256."""
-    if gop < 1 or (gop - 1) % 4 or gop > 1021:
-        raise UsageError(f"gop {gop}: expected 1 + 4k frames, 1..1021")
+def check_gop(gop: int, stride: int) -> None:
+    """UsageError unless gop is 1 + stride * k with k < 256; stride: frames per latent."""
+    most = 1 + 255 * stride
+    if gop < 1 or (gop - 1) % stride or gop > most:
+        raise UsageError(f"gop {gop}: expected 1 + {stride}k frames, 1..{most}")
 
 
 def check_qp(qp: int) -> None:
@@ -338,9 +341,12 @@ def check_qp(qp: int) -> None:
         raise UsageError(f"qp {qp}: expected 0..{MAX_QP}")
 
 
-def check_columns(width: int) -> None:
-    """UsageError unless the mesh axis `context` divides the columns of latents of frames."""
-    devices, columns = axis_size("context"), -(-width // 8)
+def check_columns(width: int, stride: int) -> None:
+    """UsageError unless the mesh axis `context` divides the columns of latents of frames.
+
+    stride: pixels per latent, each way.
+    """
+    devices, columns = axis_size("context"), -(-width // stride)
     if columns % devices:
         raise UsageError(
             f"{devices} devices cannot share frames {width} wide: that makes {columns} columns of "

@@ -29,7 +29,7 @@ def encode_all(
     Processes of one JAX runtime share the videos, each on its own devices. Raises MissingInput for
     the source, UsageError for qp and gop.
     """
-    check_gop(gop)
+    check_gop(gop, coder.model.vae_config.temporal_stride)
     check_qp(qp)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

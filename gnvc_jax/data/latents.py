@@ -35,7 +35,8 @@ class CacheInfo:
     """What the latents of a cache are; two caches with equal ones can be mixed.
 
     frames: of the video per record, 1 + 4k; vae: fingerprint of the VAE; mean, std: per channel,
-    taken out of the latents; stride: pixels per latent, each way.
+    taken out of the latents; stride: pixels per latent, each way; temporal_stride: frames per
+    latent after the first.
     """
 
     frames: int
@@ -43,6 +44,7 @@ class CacheInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     stride: int = 8
+    temporal_stride: int = 4
 
 
 def write_latents(
@@ -196,7 +198,7 @@ def latent_dataset(
     records = {path: count for path, count in records.items() if count}
     if not records:
         raise TooMuchLeftOut(f"{folder}: none of {len(paths)} files has a record that can be read")
-    latents = 1 + (frames - 1) // 4
+    latents = 1 + (frames - 1) // info.temporal_stride
     draw = RandomLatents(tuple(records), tuple(records.values()), latents, size, left_out)
     draw.random_map(0, np.random.default_rng(0))  # says now if crops do not fit
     return endless_batches(draw.count, draw, batch=batch, seed=seed, **options)

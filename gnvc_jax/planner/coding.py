@@ -77,7 +77,7 @@ def coding_for(
         )
     loaded = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))  # a model, whole
     with jax.set_mesh(mesh):
-        check_columns(data.size[1])
+        check_columns(data.size[1], experiment.vae.stride)
         used, arguments = coding_programs(experiment, params, latents)
         for name, count in times.items():
             function, inputs = getattr(used, name), arguments[name]
@@ -129,7 +129,7 @@ def coding_programs(
 
     q_index, (height, width) = whole(array(1, dtype=jnp.int32)), experiment.data.size
     params = {part: whole(shapes) for part, shapes in params.items()}
-    first, frames = (whole(array(1, count, height, width, 3)) for count in (1, 4))
+    first, frames = (whole(array(1, count, height, width, 3)) for count in (1, vae.temporal_stride))
     latent, encoder = jax.eval_shape(used.encode_video, params["vae"], None, first)
     _, decoder = jax.eval_shape(used.decode_latents, params["vae"], None, latent)
     one = columns(jax.tree.map(lambda x: array(1, *x.shape[2:]), latent))

@@ -74,8 +74,8 @@ class DataConfig:
         if steps != sorted(set(steps)) or min(steps, default=1) < 1:
             raise UsageError(f"data.longer: steps {steps} are not positive and rising")
         for frames in (self.frames, *(frames for _, frames in self.longer)):
-            if frames < 1 or (frames - 1) % 4:
-                raise UsageError(f"data.frames: {frames} is not 1 + 4k")
+            if frames < 1:
+                raise UsageError(f"data.frames: {frames} is not positive")
 
     def frames_at(self, step: int) -> int:
         """Frames per clip in the step after `step` others."""
@@ -214,6 +214,18 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
     run: RunConfig = RunConfig()
     init_from: str | None = None
+
+    def __post_init__(self):
+        stride = self.vae.temporal_stride
+        for frames in (self.data.frames, *(frames for _, frames in self.data.longer)):
+            if (frames - 1) % stride:
+                raise UsageError(f"data.frames: {frames} is not 1 + {stride}k")
+        if self.codec is not None and self.codec.motion and not self.vae.linear:
+            raise UsageError("codec.motion: only a linear VAE gives frames to compensate from")
+        if self.codec is not None and self.codec.motion and (stride, self.vae.stride) != (4, 8):
+            raise UsageError(
+                f"codec.motion: made for strides 4 and 8, not {stride} and {self.vae.stride}"
+            )
 
     def tokens(self, frames: int) -> int:
         """Tokens of the refiner for a clip of so many frames; 0 without a refiner."""
