@@ -1,8 +1,9 @@
 """Checkpoints of a run, by Orbax.
 
-A run folder holds config.json and checkpoints/STEP/{state,data,config}: the train state, the
-position of the data iterator and the configuration. A step is written in the background under a
-temporary name and renamed when complete; nothing else knows Orbax.
+A run folder holds config.json and checkpoints/STEP/{state,data,statistics,config}: the train state,
+the position of the data iterator, what the run measured of its data, and the configuration. A step
+is written in the background under a temporary name and renamed when complete; nothing else knows
+Orbax.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -53,13 +55,16 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self.manager.latest_step()
 
-    def save(self, step: int, state: Tree, data: dict) -> None:
+    def save(
+        self, step: int, state: Tree, data: dict, statistics: dict[str, np.ndarray] | None = None
+    ) -> None:
         """Copy the state to the host, then write in the background; a saved step is left alone."""
         if step == self.latest():
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
+            statistics=ocp.args.JsonSave({k: v.tolist() for k, v in (statistics or {}).items()}),
             config=ocp.args.JsonSave(self.config),
         )
         self.manager.save(step, args=items)
@@ -118,6 +123,29 @@ def read_config(path: Path) -> dict:
     return found
 
 
+def newest(run: str | Path) -> Path:
+    """Folder of the newest checkpoint of a run. FileNotFoundError if there is none."""
+    folder = Path(run).absolute() / "checkpoints"
+    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
+    if not steps:
+        raise FileNotFoundError(f"{run}: no checkpoint")
+    return folder / str(max(steps))
+
+
+def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
+    """What a run measured of its data when it began, float32; nothing for runs from before that
+    was kept.
+
+    Raises FileNotFoundError if there is no checkpoint.
+    """
+    folder = newest(run)
+    if not (folder / "statistics").is_dir():
+        return {}
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        found = checkpointer.restore(folder / "statistics")
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
 def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
     """Averaged weights of the newest checkpoint of a run, placed as `like`.
 
@@ -126,12 +154,8 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
 
     Raises FileNotFoundError if there is no checkpoint, UsageError if a name or shape differs.
     """
-    folder = Path(run).absolute() / "checkpoints"
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
-    if not steps:
-        raise FileNotFoundError(f"{run}: no checkpoint")
+    saved = newest(run) / "state"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        saved = folder / str(max(steps)) / "state"
         found = shapes(checkpointer.metadata(saved).item_metadata.tree["ema"])
         if partial:
             flat = flatten_dict(like, sep="/")

@@ -22,7 +22,7 @@ from gnvc_jax.errors import TrainingDiverged, UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import metrics
-from gnvc_jax.training.checkpoints import Checkpoints
+from gnvc_jax.training.checkpoints import Checkpoints, load_statistics
 from gnvc_jax.training.config import Experiment, OptimConfig, RunConfig
 from gnvc_jax.training.stacks import Stacks, is_kernel
 from gnvc_jax.training.stages import Stage
@@ -304,6 +304,7 @@ def start_state(
     """
     step = checkpoints.latest()
     if step is not None:
+        stage.statistics = load_statistics(experiment.run.out) or stage.statistics
         return checkpoints.restore(step, like)
     init_key, run_key = jax.random.split(jax.random.key(experiment.run.seed))
     places = jax.tree.map(lambda x: x.sharding, like)
@@ -375,7 +376,8 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
             jax.block_until_ready(state)  # the step in flight counts as one
             began = time.perf_counter()
             clock.stop()
-            checkpoints.save(step, state, data.get_state() | {"clock": clock.get_state()})
+            position = data.get_state() | {"clock": clock.get_state()}
+            checkpoints.save(step, state, position, stage.statistics)
             clock.run()
             meter.leave_out(time.perf_counter() - began)
 

@@ -14,7 +14,7 @@ import jax
 from gnvc_jax import model
 from gnvc_jax.errors import GnvcError
 from gnvc_jax.training import config
-from gnvc_jax.training.checkpoints import load_params
+from gnvc_jax.training.checkpoints import load_params, load_statistics
 from gnvc_jax.training.stages import make_stage
 
 
@@ -28,6 +28,7 @@ def main() -> None:
         experiment = config.override(config.load(args.config), overrides)
         stage = make_stage(experiment)
         params = load_params(experiment.run.out, jax.eval_shape(stage.init, jax.random.key(0)))
+        stage.statistics = load_statistics(experiment.run.out) or stage.statistics
         frozen = stage.frozen()
         parts = stage.model_parts(params, frozen)
         made = model.build(

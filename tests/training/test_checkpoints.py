@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import toy_stage
 
-from gnvc_jax.training.checkpoints import Checkpoints, load_params
+from gnvc_jax.training.checkpoints import Checkpoints, load_params, load_statistics
 from gnvc_jax.training.loop import train
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +47,29 @@ def test_newest_are_kept(tmp_path):
     state, data = again.restore(again.latest(), like)
     assert state["x"].tolist() == [3, 3, 3] and data == {"next": 3}
     again.close()
+
+
+def test_statistics_stay_those_of_the_start(tmp_path):
+    """What a run measured comes back from its checkpoints, not from the data of the moment."""
+
+    class Measuring(toy_stage.ToyStage):
+        measured = 0
+
+        def measure(self):
+            Measuring.measured += 1
+            return {"mean": np.float32([Measuring.measured, 0.1])}
+
+    experiment = toy(tmp_path / "run")
+    experiment = dataclasses.replace(
+        experiment, optim=dataclasses.replace(experiment.optim, steps=2)
+    )
+    train(experiment, Measuring(experiment))
+    longer = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, steps=3))
+    again = Measuring(longer)
+    train(longer, again)
+    assert Measuring.measured == 1
+    np.testing.assert_array_equal(again.statistics["mean"], np.float32([1, 0.1]))
+    np.testing.assert_array_equal(load_statistics(tmp_path / "run")["mean"], np.float32([1, 0.1]))
 
 
 def test_unfinished_checkpoint_is_ignored(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from gnvc_jax.data.index import ClipIndex
 from gnvc_jax.data.left_out import LeftOut
@@ -55,6 +56,19 @@ class Stage:
         start = self.experiment.init_from
         return params if start is None else load_params(start, like=params)
 
+    def measure(self) -> dict[str, np.ndarray]:
+        """What a run learns of its data once, at its start, beside parameters."""
+        return {}
+
+    @functools.cached_property
+    def statistics(self) -> dict[str, np.ndarray]:
+        """What `measure` gave when the run began.
+
+        The training loop and `release` set it from the checkpoint of a run that exists, so that
+        neither resuming nor other data change what the parameters were trained with.
+        """
+        return agreed(self.measure())
+
     def frozen(self) -> Tree:
         """Arrays that `loss` needs and that are not trained."""
         return {}
@@ -99,6 +113,16 @@ class Stage:
             motion=motion,
             shard=(jax.process_index(), jax.process_count()),
         )
+
+
+def agreed(tree: Tree) -> Tree:
+    """Host arrays of the first process, on all processes of a run.
+
+    Each process reads its own part of the data, so what they measure differs.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
 
 
 def placed_like(old: Tree, new: Tree) -> Tree:

@@ -12,7 +12,7 @@ from gnvc_jax.codec.model import LATENT_MULTIPLE, Coded, LatentCodec
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.parallel import constrain
-from gnvc_jax.porting.checkpoint import has_component, load_weights
+from gnvc_jax.porting.checkpoint import has_component, load_weights, read_architecture
 from gnvc_jax.training.checkpoints import load_params
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree
@@ -85,31 +85,42 @@ class CodecStage(Stage):
     def vae_shapes(self) -> Tree:
         return jax.eval_shape(lambda key: init_vae(self.vae, key), jax.random.key(0))
 
-    def load_vae(self) -> tuple[Tree, dict[str, np.ndarray]]:
-        """The VAE's weights on the host, and "mean" and "std" of its latents if known there."""
+    def load_vae(self) -> Tree:
+        """The VAE's weights on the host."""
         folder = self.experiment.loss.vae
         if has_component(folder, "vae"):
             architecture, params = load_weights(folder, "vae", np.float32)
             if architecture.config != self.experiment.vae:
                 raise UsageError(f"{folder}: holds {architecture.config}, not {self.vae.config}")
-            statistics = architecture.latents_mean, architecture.latents_std
-            return params, dict(zip(("mean", "std"), np.asarray(statistics, np.float32)))
-        return load_params(folder, self.vae_shapes), {}
+            return params
+        return load_params(folder, self.vae_shapes)
+
+    def measure(self) -> dict[str, np.ndarray]:
+        """Mean and deviation (c,) of each channel of the VAE's latents: "mean", "std".
+
+        A ported VAE brings them. Latents of a linear VAE stay as they are: the transform keeps
+        distances, so that equal errors in any two channels are equal errors of pixels. Those of
+        another VAE are taken from some batches of clips.
+        """
+        folder, channels = self.experiment.loss.vae, self.experiment.vae.latent_channels
+        if self.experiment.vae.linear:
+            mean, std = np.zeros(channels), np.ones(channels)
+        elif has_component(folder, "vae"):
+            known = read_architecture(folder, "vae")
+            mean, std = known.latents_mean, known.latents_std
+        else:
+            params = self.load_vae()
+            encode = jax.jit(lambda batch: encode_clip(self.vae, params, pixels(batch)))
+            batches = iter(super().dataset())
+            count = self.experiment.loss.statistics_batches
+            latents = np.concatenate([np.asarray(encode(next(batches))) for _ in range(count)])
+            axes = tuple(range(latents.ndim - 1))
+            mean, std = latents.mean(axes), latents.std(axes)
+        return {"mean": np.asarray(mean, np.float32), "std": np.asarray(std, np.float32)}
 
     def frozen(self) -> Tree:
-        """The VAE's weights, and mean and deviation of each channel of its latents.
-
-        Those of a linear encoder are 0 and 1 as they are: the transform keeps distances, so that
-        equal errors in any two channels are equal errors of pixels.
-        """
-        params, statistics = self.load_vae()
-        if self.experiment.vae.linear:
-            channels = self.experiment.vae.latent_channels
-            statistics = {
-                "mean": np.zeros(channels, np.float32),
-                "std": np.ones(channels, np.float32),
-            }
-        return {"vae": params} | (statistics or self.measure(params))
+        """The VAE's weights, and mean and deviation of each channel of its latents."""
+        return {"vae": self.load_vae(), **self.statistics}
 
     def frozen_shapes(self) -> Tree:
         channel = jax.ShapeDtypeStruct((self.experiment.vae.latent_channels,), jnp.float32)
@@ -122,15 +133,6 @@ class CodecStage(Stage):
         h, w = (side // cfg.stride for side in data.size)
         t = 1 + (frames - 1) // cfg.temporal_stride
         return jax.ShapeDtypeStruct((data.batch, t, h, w, cfg.latent_channels), jnp.float32)
-
-    def measure(self, params: Tree) -> dict[str, np.ndarray]:
-        """Mean and deviation of each channel over some batches of clips."""
-        encode = jax.jit(lambda batch: encode_clip(self.vae, params, pixels(batch)))
-        batches = iter(super().dataset())
-        count = self.experiment.loss.statistics_batches
-        latents = np.concatenate([np.asarray(encode(next(batches))) for _ in range(count)])
-        axes = tuple(range(latents.ndim - 1))
-        return {"mean": latents.mean(axes), "std": latents.std(axes)}
 
     def model_parts(self, params: Tree, frozen: Tree) -> dict[str, Tree]:
         """Parameters of the parts that go into a model file: "vae", "codec"."""
@@ -153,7 +155,7 @@ class CodecStage(Stage):
         data = self.experiment.data
         if data.latents is None:
             return super().dataset(frames)
-        fingerprint = vae_fingerprint(self.experiment.vae, self.load_vae()[0])
+        fingerprint = vae_fingerprint(self.experiment.vae, self.load_vae())
         if read_info(data.latents).vae != fingerprint:
             raise UsageError(
                 f"{data.latents}: latents of another VAE than {self.experiment.loss.vae}"

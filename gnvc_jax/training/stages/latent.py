@@ -13,7 +13,7 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, load_weights
 from gnvc_jax.refiner import Refiner, flow
 from gnvc_jax.training import lora
-from gnvc_jax.training.checkpoints import config_of, load_params
+from gnvc_jax.training.checkpoints import config_of, load_params, load_statistics
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.parts import join, split
 from gnvc_jax.training.stages import Tree, placed_like
@@ -73,6 +73,10 @@ class LatentStage(CodecStage):
                 compute.precision,
             )
 
+    def measure(self) -> dict[str, np.ndarray]:
+        """As the run that this one starts from has it."""
+        return load_statistics(self.experiment.init_from) or super().measure()
+
     def init_parts(self, key: Array) -> Tree:
         """All parameters, at random."""
         key_vae, key_codec, key_refiner = jax.random.split(key, 3)
@@ -107,7 +111,7 @@ class LatentStage(CodecStage):
     def loaded(self) -> Tree:
         """Parameters that other runs and ported folders have, on the host."""
         loss, source = self.experiment.loss, self.experiment.init_from
-        found = {"vae": self.load_vae()[0]}
+        found = {"vae": self.load_vae()}
         if self.refiner is not None and loss.weights:
             architecture, dit = load_weights(loss.weights, "dit", np.float32)
             if architecture.config != self.experiment.refiner.dit:

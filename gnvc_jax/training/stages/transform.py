@@ -20,7 +20,7 @@ from gnvc_jax.codec.model import LatentCodec, to_cells
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend
 from gnvc_jax.training.config import Experiment, LossConfig
-from gnvc_jax.training.stages import Stage, Tree, placed_like
+from gnvc_jax.training.stages import Stage, Tree, agreed, placed_like
 from gnvc_jax.training.stages.vae import init_vae, make_vae, pixels
 from gnvc_jax.vae import klt
 
@@ -101,7 +101,7 @@ class TransformStage(Stage):
             return super().warm_start(params)
         batches = iter(self.dataset())
         batches = [next(batches) for _ in range(self.experiment.loss.fit_batches)]
-        return placed_like(params, self.fitted(jax.device_get(params), batches))
+        return placed_like(params, agreed(self.fitted(jax.device_get(params), batches)))
 
     def fitted(self, params: Tree, batches: list[Tree]) -> Tree:
         """Parameters with VAE basis and codec fitted to batches of clips; networks as they are."""

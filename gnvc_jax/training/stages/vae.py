@@ -11,7 +11,7 @@ from jax import lax
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.training.config import Experiment, LossConfig, Policy
-from gnvc_jax.training.stages import Stage, Tree, placed_like
+from gnvc_jax.training.stages import Stage, Tree, agreed, placed_like
 from gnvc_jax.vae import VAE, klt
 
 Array = jax.Array
@@ -56,7 +56,7 @@ class VAEStage(Stage):
         moments = klt.moments_of_blocks(*strides)
         while moments["later"].count < KLT_BLOCKS:
             klt.count_blocks(moments, np.asarray(pixels(next(batches))), *strides)
-        fitted = klt.fit(moments, cfg.latent_channels)
+        fitted = agreed(klt.fit(moments, cfg.latent_channels))
         return params | {"klt": placed_like(params["klt"], fitted)}
 
     def frozen(self) -> Tree:
