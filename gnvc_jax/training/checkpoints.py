@@ -6,8 +6,13 @@ is written in the background under a temporary name and renamed when complete; n
 Orbax.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import json
+import logging
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +20,36 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
 from gnvc_jax.training.config import Experiment, flatten
 
 Tree = Any
+log = logging.getLogger(__name__)
 
-# What a resumed run may change.
-FREE_KEYS = ("run.", "mesh.", "optim.steps", "data.max_left_out")
+# What a resumed run may change: where and how it computes, writes and reads, not what.
+FREE_KEYS = (
+    "run.",
+    "mesh.",
+    "compute.",
+    "optim.steps",
+    "data.path",
+    "data.workers",
+    "data.decode_cache",
+    "data.max_left_out",
+)
+
+# What Orbax raises for files that are cut, changed or gone; their contents carry checksums.
+DAMAGE = (ValueError, OSError, KeyError)
 
 
 class Checkpoints:
     """The checkpoints of one run, the newest `experiment.run.keep` of them.
 
-    Raises UsageError if the folder belongs to a run with another configuration; `run.*`, `mesh.*`,
-    `optim.steps` and `data.max_left_out` may differ.
+    Raises UsageError if the folder belongs to a run whose configuration differs in more than
+    FREE_KEYS.
     """
 
     def __init__(self, experiment: Experiment):
@@ -77,6 +96,42 @@ class Checkpoints:
         restored = self.manager.restore(step, args=items)
         return restored["state"], restored["data"]
 
+    def restore_newest(self, like: Tree) -> tuple[Tree, dict] | None:
+        """As `restore`, of the newest step that can be read; None for a run without checkpoints.
+
+        Newer ones are set aside under another name: the run will come to these steps again. Raises
+        UsageError if there are checkpoints and none can be read.
+        """
+        damaged = []
+        for step in sorted(self.manager.all_steps(), reverse=True):
+            try:
+                with quiet_failure():
+                    found = self.restore(step, like)
+            except DAMAGE as error:
+                log.warning("checkpoint %s is damaged: %s", self.folder(step), first_line(error))
+                damaged.append(step)
+                continue
+            if damaged:
+                self.set_aside(damaged)
+                log.warning("the run goes on from checkpoint %d", step)
+            return found
+        if damaged:
+            raise UsageError(f"{self.manager.directory}: no checkpoint in it can be read")
+        return None
+
+    def folder(self, step: int) -> Path:
+        """Where a checkpoint lies."""
+        return Path(self.manager.directory, str(step))
+
+    def set_aside(self, steps: list[int]) -> None:
+        """Rename checkpoints so that they are none any more, and nothing is lost."""
+        if jax.process_index() == 0:
+            for step in steps:
+                place = tempfile.mkdtemp(prefix=f"damaged-{step}-", dir=self.manager.directory)
+                self.folder(step).replace(place)
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self.manager.reload()
+
     def preempted(self, step: int) -> bool:
         """Whether the cluster has announced to all hosts that it will end this job."""
         return self.manager.reached_preemption(step)
@@ -91,12 +146,14 @@ def check_same_config(path: Path, config: dict) -> None:
     """UsageError if the saved configuration differs in a key that a resumed run may not change."""
     if not path.exists():
         return
-    # Keys that only the new configuration has came with a newer version of the program.
+    # Keys that only the new configuration has came with a newer version of the program, but for
+    # those of a group that was None.
     new, old = flatten(config), flatten(read_config(path))
+    groups = {key.rpartition(".")[0] for key in new}
     differing = [
-        f"{key} was {value!r}, is {new.get(key)!r}"
+        f"{key} was {value!r}, is {'set' if key in groups else repr(new.get(key))}"
         for key, value in old.items()
-        if not key.startswith(FREE_KEYS) and value != new.get(key)
+        if not key.startswith(FREE_KEYS) and (key in groups or value != new.get(key))
     ]
     if differing:
         raise UsageError(f"{path}: belongs to another configuration: {'; '.join(differing)}")
@@ -123,27 +180,41 @@ def read_config(path: Path) -> dict:
     return found
 
 
-def newest(run: str | Path) -> Path:
-    """Folder of the newest checkpoint of a run. FileNotFoundError if there is none."""
+def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
+    """`read(folder)` of the newest checkpoint of a run that is not damaged.
+
+    A damaged one is left out for the one before, with a warning. Raises FileNotFoundError if there
+    is no checkpoint, UsageError if none can be read or `read` raises one.
+    """
     folder = Path(run).absolute() / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint")
-    return folder / str(max(steps))
+    for step in sorted(steps, reverse=True):
+        try:
+            with quiet_failure():
+                return read(folder / str(step))
+        except UsageError as error:
+            raise UsageError(f"{run}: {error}") from None
+        except DAMAGE as error:
+            log.warning("checkpoint %s is damaged: %s", folder / str(step), first_line(error))
+    raise UsageError(f"{run}: no checkpoint in it can be read")
 
 
 def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
     """What a run measured of its data when it began, float32; nothing for runs from before that
     was kept.
 
-    Raises FileNotFoundError if there is no checkpoint.
+    Errors as `read_newest`.
     """
-    folder = newest(run)
-    if not (folder / "statistics").is_dir():
-        return {}
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-        found = checkpointer.restore(folder / "statistics")
-    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+    def read(folder: Path) -> dict:
+        if not (folder / "statistics").is_dir():
+            return {}
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+            return checkpointer.restore(folder / "statistics")
+
+    return {name: np.asarray(value, np.float32) for name, value in read_newest(run, read).items()}
 
 
 def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
@@ -152,11 +223,18 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
     like: a tree of arrays or of abstract arrays; those without a sharding come as NumPy arrays.
     partial: only what the run and `like` have in common.
 
-    Raises FileNotFoundError if there is no checkpoint, UsageError if a name or shape differs.
+    Errors as `read_newest`, and UsageError if a name or shape differs.
     """
-    saved = newest(run) / "state"
+    return read_newest(run, lambda folder: read_average(folder / "state", like, partial))
+
+
+def read_average(state: Path, like: Tree, partial: bool) -> Tree:
+    """Averaged weights of a saved train state; see `load_params`."""
     with ocp.PyTreeCheckpointer() as checkpointer:
-        found = shapes(checkpointer.metadata(saved).item_metadata.tree["ema"])
+        metadata = checkpointer.metadata(state).item_metadata
+        if metadata is None:
+            raise FileNotFoundError(f"{state}: no metadata")
+        found = shapes(metadata.tree["ema"])
         if partial:
             flat = flatten_dict(like, sep="/")
             like = unflatten_dict({k: v for k, v in flat.items() if k in found}, sep="/")
@@ -164,14 +242,41 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
         for name in sorted(wanted if partial else found | wanted):
             if found.get(name) != wanted.get(name):
                 raise UsageError(
-                    f"{run}: parameter {name} has shape {found.get(name)}, "
-                    f"expected {wanted.get(name)}"
+                    f"parameter {name} has shape {found.get(name)}, expected {wanted.get(name)}"
                 )
         item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
         args = ocp.args.PyTreeRestore(
             item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
         )
-        return checkpointer.restore(saved, args)["ema"]
+        return checkpointer.restore(state, args)["ema"]
+
+
+class PatientLoop(asyncio.SelectorEventLoop):
+    """An event loop that lets its tasks end before it is closed."""
+
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+@contextlib.contextmanager
+def quiet_failure() -> Iterator[None]:
+    """Lets a restore inside fail with its exception alone.
+
+    Orbax reads all arrays at once. Where one fails, it closes the loop while others are in flight,
+    and each of these would print a traceback to say that the loop is closed.
+    """
+    usual, asyncio.new_event_loop = asyncio.new_event_loop, PatientLoop
+    try:
+        yield
+    finally:
+        asyncio.new_event_loop = usual
+
+
+def first_line(error: BaseException) -> str:
+    """The message of an exception, without what follows in further lines."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def shapes(tree: Tree) -> dict[str, tuple[int, ...]]:

@@ -216,6 +216,10 @@ class Experiment:
     init_from: str | None = None
 
     def __post_init__(self):
+        if self.init_from and Path(self.init_from).resolve() == Path(self.run.out).resolve():
+            raise UsageError(
+                f"init_from: {self.init_from} is run.out too; a run cannot start from itself"
+            )
         stride = self.vae.temporal_stride
         for frames in (self.data.frames, *(frames for _, frames in self.data.longer)):
             if (frames - 1) % stride:

@@ -298,14 +298,14 @@ def abstract_state(experiment: Experiment, stage: Stage, mesh: Mesh) -> State:
 def start_state(
     experiment: Experiment, stage: Stage, checkpoints: Checkpoints, like: State
 ) -> tuple[State, dict | None]:
-    """The newest state of the run and the data position that goes with it, or a new state.
+    """The newest state that can be read and the data position that goes with it, or a new state.
 
     Every leaf is placed as in `like`: one that is not costs a second compilation at step 1.
     """
-    step = checkpoints.latest()
-    if step is not None:
+    saved = checkpoints.restore_newest(like)
+    if saved is not None:
         stage.statistics = load_statistics(experiment.run.out) or stage.statistics
-        return checkpoints.restore(step, like)
+        return saved
     init_key, run_key = jax.random.split(jax.random.key(experiment.run.seed))
     places = jax.tree.map(lambda x: x.sharding, like)
     params = stage.warm_start(jax.jit(stage.init, out_shardings=places.params)(init_key))

@@ -1,7 +1,9 @@
 """Checkpoint folders: retention, foreign configurations, weights for the next stage."""
 
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +17,12 @@ import numpy as np
 import pytest
 import toy_stage
 
+from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.errors import UsageError
 from gnvc_jax.training.checkpoints import Checkpoints, load_params, load_statistics
+from gnvc_jax.training.config import ComputeConfig, Policy
 from gnvc_jax.training.loop import train
+from gnvc_jax.training.stages.latent import ancestry
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +109,113 @@ def test_foreign_run_folder_is_refused(tmp_path):
     )
     with pytest.raises(ValueError, match=r"data.size was .*; optim.lr was 0.1, is 3.0"):
         Checkpoints(other)
+
+
+def test_a_resumed_run_may_move_and_compute_differently(tmp_path):
+    """What it trains on and what it is stay as they were, groups that were None included."""
+    base = toy(tmp_path)
+    with closing(Checkpoints(base)) as first:
+        first.save(1, {"w": jnp.zeros(1)}, {})
+
+    def with_data(**changes):
+        return dataclasses.replace(base, data=dataclasses.replace(base.data, **changes))
+
+    compute = ComputeConfig(dtype="bfloat16", remat="full", vae=Policy(remat="full"))
+    for moved in (
+        with_data(path="elsewhere", workers=3, decode_cache="cache"),
+        dataclasses.replace(base, compute=compute),
+        base,
+    ):
+        Checkpoints(moved).close()
+    for other, told in (
+        (dataclasses.replace(base, codec=CodecConfig()), "codec was None, is set"),
+        (with_data(seed=5), "data.seed was 0, is 5"),
+    ):
+        with pytest.raises(UsageError, match=told):
+            Checkpoints(other)
+    with closing(Checkpoints(toy(tmp_path / "b", codec=CodecConfig()))) as first:
+        first.save(1, {"w": jnp.zeros(1)}, {})
+    with pytest.raises(UsageError, match=r"codec.width was 256, is None"):
+        Checkpoints(toy(tmp_path / "b"))
+
+
+@pytest.fixture(scope="module")
+def three_checkpoints(tmp_path_factory):
+    """A run of 6 steps, saved at 2, 4 and 6."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    experiment = saving(out)
+    train(experiment, toy_stage.ToyStage(experiment))
+    return out
+
+
+def saving(out):
+    base = toy(out)
+    run = dataclasses.replace(base.run, checkpoint_every=2, keep=3)
+    return dataclasses.replace(base, run=run, optim=dataclasses.replace(base.optim, steps=6))
+
+
+def damage(checkpoint, how):
+    """Cut, changed or missing files, as crashes and full disks leave them."""
+    names = {"index": "manifest.ocdbt", "list": "_METADATA", "arrays": "d/*"}
+    files = list((checkpoint / "state").glob(names.get(how, "*")))
+    if how == "place":
+        files = [checkpoint / "data" / "metadata"]
+    assert files
+    for file in files:
+        if how == "all":
+            shutil.rmtree(file) if file.is_dir() else file.unlink()
+        else:
+            file.write_bytes(file.read_bytes()[:40])
+
+
+@pytest.mark.parametrize("how", ["index", "list", "arrays", "place", "all"])
+def test_a_damaged_newest_checkpoint_falls_back(three_checkpoints, tmp_path, how, caplog, capfd):
+    """To the one before, with a warning; the run ends as if nothing had been."""
+    out = tmp_path / "run"
+    shutil.copytree(three_checkpoints, out)
+    damage(out / "checkpoints" / "6", how)
+    wanted = load_params(three_checkpoints, toy_shapes())
+    if how != "place":  # of no concern to the next stage
+        found = load_params(out, toy_shapes())
+        assert not np.array_equal(found["w"], wanted["w"])
+        assert f"checkpoint {out / 'checkpoints' / '6'} is damaged" in caplog.text
+    caplog.clear()
+    experiment = saving(out)
+    train(experiment, toy_stage.ToyStage(experiment))
+    assert f"checkpoint {out / 'checkpoints' / '6'} is damaged" in caplog.text
+    assert "the run goes on from checkpoint 4" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
+    names = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert names[:3] == ["2", "4", "6"] and names[3].startswith("damaged-6-")
+    jax.tree.map(np.testing.assert_array_equal, load_params(out, toy_shapes()), wanted)
+
+
+def test_a_run_without_a_whole_checkpoint_says_so(three_checkpoints, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(three_checkpoints, out)
+    for step in (2, 4, 6):
+        damage(out / "checkpoints" / str(step), "index")
+    experiment = saving(out)
+    with pytest.raises(UsageError, match="checkpoints: no checkpoint in it can be read"):
+        train(experiment, toy_stage.ToyStage(experiment))
+    with pytest.raises(UsageError, match=f"{out}: no checkpoint in it can be read"):
+        load_params(out, toy_shapes())
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
+def toy_shapes():
+    return jax.eval_shape(toy_stage.ToyStage(toy_stage.experiment()).init, jax.random.key(0))
+
+
+def test_a_run_does_not_start_from_itself(tmp_path):
+    with pytest.raises(UsageError, match=r"init_from: .* is run.out too"):
+        toy(tmp_path / "run", init_from=str(tmp_path / "other" / ".." / "run"))
+    for name, start in (("a", "b"), ("b", "a")):
+        facts = {"stage": "pixel", "init_from": str(tmp_path / start)}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match="its init_from leads back to"):
+        ancestry(str(tmp_path / "a"))
 
 
 def test_new_stage_starts_from_averaged_weights(finished, tmp_path):

@@ -149,7 +149,7 @@ def test_clips_grow_at_the_steps_that_are_named(tmp_path):
 
     for wrong in (((3, 8),), ((3, 9), (2, 13)), ((0, 9),)):
         with pytest.raises(ValueError, match=r"data\."):
-            dataclasses.replace(data, longer=wrong)
+            dataclasses.replace(base, data=dataclasses.replace(data, longer=wrong))
 
 
 def test_ema_warms_up_to_its_decay():

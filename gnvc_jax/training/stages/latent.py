@@ -230,10 +230,16 @@ def merged(parts: Tree) -> Tree:
 
 
 def ancestry(run: str) -> list[str]:
-    """A run and those that it started from, oldest first, back to one of the stage `codec`."""
-    config = config_of(run)
-    first = config["stage"] == "codec" or not config.get("init_from")
-    return [run] if first else [*ancestry(config["init_from"]), run]
+    """A run and those that it started from, oldest first, back to one of the stage `codec`.
+
+    Raises UsageError if it leads back to a run that was there already.
+    """
+    runs = [run]
+    while (config := config_of(runs[0]))["stage"] != "codec" and config.get("init_from"):
+        if config["init_from"] in runs:
+            raise UsageError(f"{runs[0]}: its init_from leads back to {config['init_from']}")
+        runs = [config["init_from"], *runs]
+    return runs
 
 
 def per_clip(x: Array) -> Array:
