@@ -35,12 +35,13 @@ from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.motion import coding as motion_coding
 from gnvc_jax.motion.warp import predict
 from gnvc_jax.parallel import backend, constrain
-from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
+from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, by_place, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
 
 Array = jax.Array
 Tree = dict
 KINDS = ("intra", "inter")
+REFINER = ("refiner/", "text", "white")  # names of arrays that belong to the refiner
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,7 +51,9 @@ class Model:
     vae, codec: float parameters; mean, std: (c,) of the VAE's latents; scale_networks: exported
     integers by kind of latent (0 intra, 1 predicted); tables: probability tables; self_test_crc:
     CRC32 of the index maps of fixed pseudo-random integers, where the model was made; refiner,
-    text: its parameters and text condition (1, rows, width), None without; stored: see `configs`.
+    text: its parameters and text condition (1, rows, width), None without; white: factors (2, c)
+    that whiten first and later latents for the refiner, None for latents that need none; stored:
+    see `configs`.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Model:
     refiner_config: RefinerConfig | None = None
     refiner: Tree | None = None
     text: np.ndarray | None = None
+    white: np.ndarray | None = None
     stored: dict[str, dict] | None = None
 
     @functools.cached_property
@@ -82,7 +86,7 @@ class Model:
     def fingerprints(self) -> tuple[bytes, bytes]:
         """SHA-256 of the codec (32 bytes) and of the VAE (its first 16 bytes)."""
         arrays = to_arrays(self)
-        later = ("vae/", "refiner/", "text")  # what the integers do not depend on
+        later = ("vae/", *REFINER)  # what the integers do not depend on
         codec = {k: v for k, v in arrays.items() if not k.startswith(later)}
         vae = {k: v for k, v in arrays.items() if k.startswith("vae/")}
         return _digest(codec, self.configs["codec"]), _digest(vae, self.configs["vae"])[:16]
@@ -99,6 +103,7 @@ def build(
     refiner_config: RefinerConfig | None = None,
     refiner: Tree | None = None,
     text: np.ndarray | None = None,
+    white: np.ndarray | None = None,
 ) -> Model:
     """A model from trained parameters: exports the scale networks and makes the tables.
 
@@ -135,6 +140,7 @@ def build(
         refiner_config,
         refiner,
         text,
+        white,
     )
 
 
@@ -149,8 +155,9 @@ def to_arrays(model: Model) -> dict[str, np.ndarray]:
     for part in ("vae", "codec", "refiner"):
         leaves = jax.tree_util.tree_leaves_with_path(getattr(model, part))
         flat |= {f"{part}/" + "/".join(p.key for p in path): np.asarray(v) for path, v in leaves}
-    if model.text is not None:
-        flat["text"] = model.text
+    for name in ("text", "white"):
+        if (value := getattr(model, name)) is not None:
+            flat[name] = value
     return flat
 
 
@@ -225,6 +232,7 @@ def load_model(path: str | Path) -> Model:
             refiner,
             nested.get("refiner"),
             nested.get("text"),
+            nested.get("white"),
             {name: facts[name] for name in ("vae", "codec")},
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -243,7 +251,7 @@ def checksum(facts: dict, arrays: dict[str, np.ndarray]) -> str:
     Files from before it was added have none.
     """
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    _update(sha, {k: v for k, v in arrays.items() if k.startswith(("refiner/", "text"))})
+    _update(sha, {k: v for k, v in arrays.items() if k.startswith(REFINER)})
     return sha.hexdigest()
 
 
@@ -419,8 +427,9 @@ class Functions:
             tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
             return self.programs.velocity(self.refiner_params, state, tau, decoded, features, q)
 
-        key, config = jax.random.key(seed), self.model.refiner_config
-        return refine(velocity, config, latents, features, key, steps)
+        key, config, white = jax.random.key(seed), self.model.refiner_config, self.model.white
+        white = 1.0 if white is None else by_place(jnp.asarray(white), latents.shape[1])
+        return refine(velocity, config, latents * white, features, key, steps) / white
 
     def scale_index(self, kind, q_index, z, prev_y, prev_index) -> np.ndarray:
         """Table indices (h, w, cy) uint8 of one latent; see `gnvc_jax.bitstream.ScaleIndex`."""

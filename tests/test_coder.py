@@ -436,7 +436,7 @@ def test_false_motion_is_an_error(moving):
                 assert np.abs(field.coarse).max() <= 127
         except EntropyError:
             errors += 1
-    assert errors >= 3
+    assert errors >= 2
 
 
 def test_levels_of_a_group_are_those_of_the_model(tiny_model):

@@ -9,7 +9,7 @@ from gnvc_jax.refiner.config import (
     RefinerConfig,
 )
 from gnvc_jax.refiner.dit import DiT
-from gnvc_jax.refiner.model import Refiner, refine
+from gnvc_jax.refiner.model import Refiner, by_place, refine
 
 __all__ = [
     "VACE_1_3B",
@@ -20,5 +20,6 @@ __all__ = [
     "DiTConfig",
     "Refiner",
     "RefinerConfig",
+    "by_place",
     "refine",
 ]

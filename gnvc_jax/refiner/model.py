@@ -96,6 +96,17 @@ def vace_context(decoded: Array, grey: Array) -> Array:
     return jnp.concatenate([inactive, decoded, mask], axis=-1)
 
 
+def by_place(factors: Array, count: int) -> Array:
+    """Factors (2, c) of first and later latents, for each of `count` latents: (count, 1, 1, c).
+
+    The refiner works on latents that are whitened by such factors: in what a linear VAE gives,
+    channels differ by a factor of twenty, and noise of one deviation would drown most of them while
+    it hardly touches the first.
+    """
+    later = jnp.broadcast_to(factors[1:], (count - 1, factors.shape[1]))
+    return jnp.concatenate([factors[:1], later])[:, None, None, :]
+
+
 def noise_for(key: Array, shape: tuple[int, ...], first: int = 0) -> Array:
     """Noise of latents (b, t, h, w, c): that of each latent depends on its place `first + i` only.
 
@@ -134,7 +145,7 @@ def refine(
     key: Array,
     steps: int,
 ) -> Array:
-    """Refined latents of a group of any length; the decoded ones for 0 steps.
+    """Refined latents of a group of any length; the decoded ones for 0 steps. Both are whitened.
 
     velocity(state, tau, decoded, features): of one window, tau a scalar; one compilation serves
     all windows of a group. In every step each window says how its latents move; where windows

@@ -42,6 +42,7 @@ def main() -> None:
             experiment.refiner,
             parts.get("refiner"),
             frozen.get("text"),
+            frozen.get("white"),
         )
         model.save_model(args.out, made)
     except (GnvcError, OSError) as error:

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.caching import cache_latents
-from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.codec.model import Coded, LatentCodec
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, flow
@@ -21,7 +21,7 @@ from gnvc_jax.training import loop, lora, parts
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import DataConfig, Experiment, RunConfig
 from gnvc_jax.training.stages import make_stage
-from gnvc_jax.training.stages.codec import CodecLoss
+from gnvc_jax.training.stages.codec import CodecLoss, Coding
 from gnvc_jax.training.stages.latent import LatentLoss
 from gnvc_jax.training.stages.pixel import DistillLoss, PixelLoss
 from gnvc_jax.training.stages.vae import VAELoss, pixels
@@ -63,6 +63,14 @@ def base(tiny_codec, tmp_path_factory):
     )
 
 
+# What a run would measure of its clips; refiners see later latents doubled.
+STATISTICS = {
+    "mean": np.zeros(4, np.float32),
+    "std": np.ones(4, np.float32),
+    "white": np.float32([[1.0] * 4, [2.0] * 4]),
+}
+
+
 def drawn(stage, seed=0):
     """Parameters of a stage at random; initialising them would take longer to compile."""
     rng = np.random.default_rng(seed)
@@ -74,7 +82,8 @@ def save_start(experiment, change=lambda params: params):
     """A checkpoint with random parameters, as a run of no steps would leave."""
     params = change(drawn(make_stage(experiment)))
     checkpoints = Checkpoints(experiment)
-    checkpoints.save(1, loop.init_state(experiment.optim, params, jax.random.key(0)), {})
+    state = loop.init_state(experiment.optim, params, jax.random.key(0))
+    checkpoints.save(1, state, {}, STATISTICS)
     checkpoints.close()
     return params
 
@@ -163,6 +172,7 @@ def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path):
     data = dataclasses.replace(base.data, latents=str(cache))
     codec = dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=run), data=data)
     stage = make_stage(codec)
+    stage.statistics = STATISTICS
     latents, frozen = next(iter(stage.dataset())), stage.frozen()
     vae = VAEModule(base.vae)
     (wanted,) = encode_clip(vae, frozen["vae"], pixels(frames[None]))
@@ -214,23 +224,80 @@ def test_the_loss_of_the_latent_stage(base):
     head = jax.tree.map(jnp.zeros_like, params["refiner"]["dit"]["head"])
     params = {"refiner": params["refiner"] | {"dit": params["refiner"]["dit"] | {"head": head}}}
     value, metrics = jax.jit(stage.loss)(params, frozen, batch(), jax.random.key(3), 0)
-    key_code, key_time, key_noise = jax.random.split(jax.random.key(3), 3)
+    key_code, key_time, key_noise, key_window = jax.random.split(jax.random.key(3), 4)
     model = stage.model_parts(params, frozen)
     everything = frozen | {"vae": model["vae"]}
     done = jax.jit(stage.code)(model["codec"], everything, batch(), key_code)
-    noise = jax.random.normal(key_noise, done.latents.shape)
+    # Of two latents one is refined, the first or the second, which is whitened by its own factor.
+    place = int(jax.random.randint(key_window, (), 0, 2))
+    part, white = slice(place, place + 1), STATISTICS["white"][place]
+    clean, decoded = done.latents[:, part] * white, done.coded.latent[:, part] * white
+    noise = jax.random.normal(key_noise, clean.shape)
     tau = jax.random.uniform(key_time, (2,), jnp.float32, 0.7, 0.999)[:, None, None, None, None]
-    clean, decoded = done.latents, done.coded.latent
     state = flow.path_state(clean, decoded, noise, tau)
     velocity = flow.linear_velocity(state, decoded, tau, 0.3)
     matching = jnp.mean((velocity - flow.path_velocity(clean, decoded, noise)) ** 2)
-    refined = jnp.mean((state + (1 - tau) * velocity - clean) ** 2, axis=(1, 2, 3, 4))
+    error = (state + (1 - tau) * velocity - clean) / white
+    refined = jnp.mean(error**2, axis=(1, 2, 3, 4))
     np.testing.assert_allclose(metrics["flow"], matching, rtol=1e-4)
     np.testing.assert_allclose(metrics["refined"], refined.mean(), rtol=1e-4)
     low, high = base.loss.lambda_low, base.loss.lambda_high
     multiplier = low * (high / low) ** (np.asarray(done.q_index) / 63)
     expected = (multiplier * (refined + 0.1 * done.error) + done.rate) / np.sqrt(multiplier)
     np.testing.assert_allclose(value, expected.mean() + matching, rtol=1e-4)
+
+
+def test_windows_begin_anywhere_and_whiten_by_place(base):
+    """What training refines: places from the first latent on, each with its own factors."""
+    stage = make_stage(
+        dataclasses.replace(base, refiner=dataclasses.replace(base.refiner, window=3, overlap=1))
+    )
+    latents = jnp.arange(5.0)[None, :, None, None, None] * jnp.ones((2, 5, 2, 2, 4)) + 1
+    done = Coding(latents, Coded(latents, latents, *[None] * 4), *[None] * 5)
+    firsts = []
+    for seed in range(20):
+        window = stage.window(STATISTICS["white"], done, jax.random.key(seed))
+        first = int(window.first)
+        firsts.append(first)
+        want = latents[:, first : first + 3]
+        np.testing.assert_array_equal(window.features, want)
+        doubled = want * jnp.where(first + jnp.arange(3) > 0, 2.0, 1.0)[:, None, None, None]
+        np.testing.assert_array_equal(window.of(latents), doubled)
+        np.testing.assert_array_equal(window.put(latents, doubled), latents)
+        changed = window.put(latents, doubled + 2.0) != latents
+        assert changed[:, first : first + 3].all() and changed.sum() == 2 * 3 * 16
+    assert set(firsts) == {0, 1, 2}
+
+
+def test_whitening_evens_out_what_a_linear_vae_gives(base, tmp_path):
+    """Channels whose deviations differ by twenty have about the same afterwards."""
+    rng = np.random.default_rng(0)
+    canvas = rng.integers(0, 256, (30, 30, 3), np.uint8).repeat(6, 0).repeat(6, 1)
+    with open_writer(tmp_path / "a.mkv", 96, 96, 25) as out:
+        for t in range(30):
+            out.write(
+                canvas[t : t + 96, 2 * t : 2 * t + 96] // 2
+                + rng.integers(0, 9, (96, 96, 3), np.uint8)
+            )
+    data = dataclasses.replace(base.data, path=str(tmp_path), frames=5)
+    vae = dataclasses.replace(base, stage="vae", data=data, run=RunConfig(out=str(tmp_path / "v")))
+    stage = make_stage(vae)
+    params = stage.warm_start(jax.jit(stage.init)(jax.random.key(0)))
+    checkpoints = Checkpoints(vae)
+    checkpoints.save(1, loop.init_state(vae.optim, params, jax.random.key(0)), {})
+    checkpoints.close()
+    codec = dataclasses.replace(vae, stage="codec", loss=CodecLoss(vae=vae.run.out))
+    found = make_stage(codec).statistics
+    assert (found["mean"] == 0).all() and (found["std"] == 1).all()
+    batches = [
+        encode_clip(VAEModule(base.vae), params, pixels(b))
+        for b, _ in zip(stage.dataset(), range(8))
+    ]
+    later = np.concatenate(batches)[:, 1:]
+    raw = later.std((0, 1, 2, 3))
+    white = (later * found["white"][1]).std((0, 1, 2, 3))
+    assert raw.max() / raw.min() > 2 * white.max() / white.min()
+    assert white.max() < 1.3
 
 
 def gradients(experiment):
@@ -281,6 +348,7 @@ def test_devices_share_columns_of_a_clip(base):
     """The codec's loss and gradients with clips split along `context`, as on one device."""
     codec = dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=base.loss.vae))
     stage = make_stage(codec)
+    stage.statistics = STATISTICS
     inputs = drawn(stage), stage.frozen(), batch(), jax.random.key(0), jnp.zeros((), jnp.int32)
     step = jax.value_and_grad(lambda *args: stage.loss(*args)[0])
     found = []

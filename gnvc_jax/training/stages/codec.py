@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.codec.config import QUALITIES
+from gnvc_jax.codec.fit import whitening
 from gnvc_jax.codec.model import LATENT_MULTIPLE, Coded, LatentCodec
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import vae_fingerprint
@@ -96,27 +97,33 @@ class CodecStage(Stage):
         return load_params(folder, self.vae_shapes)
 
     def measure(self) -> dict[str, np.ndarray]:
-        """Mean and deviation (c,) of each channel of the VAE's latents: "mean", "std".
+        """Statistics of the VAE's latents.
 
-        A ported VAE brings them. Latents of a linear VAE stay as they are: the transform keeps
-        distances, so that equal errors in any two channels are equal errors of pixels. Those of
-        another VAE are taken from some batches of clips.
+        Returns "mean" and "std" (c,), by which the codec's latents are normalised, and "white"
+        (2, c), factors that whiten the first and the later of those for a refiner. A ported VAE
+        brings them: its DiT knows latents as they are. Those of a linear VAE are not normalised for
+        the codec: the transform keeps distances, so that equal errors in any two channels are equal
+        errors of pixels. Everything else is taken from some batches of clips.
         """
-        folder, channels = self.experiment.loss.vae, self.experiment.vae.latent_channels
-        if self.experiment.vae.linear:
-            mean, std = np.zeros(channels), np.ones(channels)
-        elif has_component(folder, "vae"):
+        folder, linear = self.experiment.loss.vae, self.experiment.vae.linear
+        channels = self.experiment.vae.latent_channels
+        mean, std, white = np.zeros(channels), np.ones(channels), np.ones((2, channels))
+        if has_component(folder, "vae"):
             known = read_architecture(folder, "vae")
             mean, std = known.latents_mean, known.latents_std
         else:
             params = self.load_vae()
             encode = jax.jit(lambda batch: encode_clip(self.vae, params, pixels(batch)))
-            batches = iter(super().dataset())
+            batches = iter(Stage.dataset(self))
             count = self.experiment.loss.statistics_batches
             latents = np.concatenate([np.asarray(encode(next(batches))) for _ in range(count)])
-            axes = tuple(range(latents.ndim - 1))
-            mean, std = latents.mean(axes), latents.std(axes)
-        return {"mean": np.asarray(mean, np.float32), "std": np.asarray(std, np.float32)}
+            axes = (0, 1, 2, 3)
+            if not linear:
+                mean, std = latents.mean(axes), latents.std(axes)
+            first, later = ((x / std).var(axes) for x in (latents[:, :1], latents[:, 1:]))
+            white = np.stack([whitening(first), whitening(later)])
+        statistics = {"mean": mean, "std": std, "white": white}
+        return {name: np.asarray(value, np.float32) for name, value in statistics.items()}
 
     def frozen(self) -> Tree:
         """The VAE's weights, and mean and deviation of each channel of its latents."""
@@ -124,7 +131,8 @@ class CodecStage(Stage):
 
     def frozen_shapes(self) -> Tree:
         channel = jax.ShapeDtypeStruct((self.experiment.vae.latent_channels,), jnp.float32)
-        return {"vae": self.vae_shapes, "mean": channel, "std": channel}
+        white = jax.ShapeDtypeStruct((2, self.experiment.vae.latent_channels), jnp.float32)
+        return {"vae": self.vae_shapes, "mean": channel, "std": channel, "white": white}
 
     def batch_shapes(self, frames: int) -> jax.ShapeDtypeStruct:
         data, cfg = self.experiment.data, self.experiment.vae

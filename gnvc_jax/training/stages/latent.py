@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, load_weights
-from gnvc_jax.refiner import Refiner, flow
+from gnvc_jax.refiner import Refiner, by_place, flow
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params, load_statistics
 from gnvc_jax.training.config import Experiment
@@ -138,12 +138,12 @@ class LatentStage(CodecStage):
         return found if goes_on else merged(found)
 
     def grey(self) -> np.ndarray:
-        """Normalised latents (2, c) of a grey clip: the first one, and one that follows."""
+        """Whitened latents (2, c) of a grey clip: the first one, and one that follows."""
         known = super().frozen()
         side, frames = 8 * self.vae.config.stride, 1 + 3 * self.vae.config.temporal_stride
         latents = encode_clip(self.vae, known["vae"], jnp.zeros((1, frames, side, side, 3)))
         latents = (np.asarray(latents) - known["mean"]) / known["std"]
-        return latents[0, [0, -1], 4, 4]
+        return latents[0, [0, -1], 4, 4] * known["white"]
 
     def warm_start(self, params: Tree) -> Tree:
         start, new = flatten_dict(self.loaded, sep="/"), flatten_dict(params, sep="/")
@@ -197,29 +197,87 @@ class LatentStage(CodecStage):
     ) -> tuple[Array, dict[str, Array]]:
         """batch: uint8 (b, t, h, w, 3), h and w multiples of 64, or latents of such clips."""
         weights, start = self.experiment.loss, self.experiment.refiner.start
-        key_code, key_time, key_noise = jax.random.split(key, 3)
+        key_code, key_time, key_noise, key_window = jax.random.split(key, 4)
         parts = self.model_parts(params, frozen)
         done = self.code(parts["codec"], frozen | {"vae": parts["vae"]}, batch, key_code)
-        clean, decoded = done.latents, done.coded.latent
+        window = self.window(frozen["white"], done, key_window)
+        clean, decoded = window.of(done.latents), window.of(done.coded.latent)
         noise = jax.random.normal(key_noise, clean.shape)
         tau = jax.random.uniform(key_time, clean.shape[:1], jnp.float32, start, TAU_MAX)
         time = tau[:, None, None, None, None]
         state = flow.path_state(clean, decoded, noise, time, start)
         target = jax.lax.stop_gradient(flow.path_velocity(clean, decoded, noise, start))
-        velocity = self.velocity(parts, frozen, state, tau, done)
+        velocity = self.velocity(parts, frozen, state, tau, decoded, window.features, done.q_index)
         matching = per_clip((velocity - target) ** 2)
-        refined = per_clip((flow.clean_estimate(state, velocity, time) - clean) ** 2)
+        error = window.unwhitened(flow.clean_estimate(state, velocity, time) - clean)
+        refined = per_clip(error**2)
         loss = self.weighted(done, weights.refined * refined + weights.decoded * done.error)
         metrics = {"flow": matching.mean(), "refined": refined.mean()}
         return loss + weights.matching * matching.mean(), done.metrics | metrics
 
-    def velocity(self, parts: Tree, frozen: Tree, state: Array, tau: Array, done: Coding) -> Array:
-        """The refiner's velocity of all latents of a batch; tau (b,)."""
+    def window(self, white: Array, done: Coding, key: Array) -> "Window":
+        """A window of latents to refine, at a random place of the group.
+
+        In use all windows but the first begin inside a group, without an intra latent; so clips are
+        one latent longer than what is refined of them.
+        """
+        count = done.latents.shape[1]
+        size = min(self.experiment.refiner.window, max(1, count - 1))
+        first = jax.random.randint(key, (), 0, count - size + 1)
+        return Window(first, size, by_place(white, count), done.coded.feature)
+
+    def velocity(
+        self,
+        parts: Tree,
+        frozen: Tree,
+        state: Array,
+        tau: Array,
+        decoded: Array,
+        features: Array,
+        q_index: Array,
+    ) -> Array:
+        """The refiner's velocity of a window of latents; tau, q_index (b,)."""
         text = frozen["text"]
         if text is not None:
             text = jnp.broadcast_to(text, (state.shape[0], *text.shape[1:]))
-        inputs = done.coded.latent, done.coded.feature, done.q_index, text
+        inputs = decoded, features, q_index, text
         return self.refiner.apply({"params": parts["refiner"]}, state, tau, *inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Latents of a group that are refined together, whitened.
+
+    Attributes:
+      first, size: place in the group (traced) and number of latents.
+      white: (t, 1, 1, c) factors of all latents of the group.
+      group_features: (b, t, h, w, f).
+    """
+
+    first: Array
+    size: int
+    white: Array
+    group_features: Array
+
+    def cut(self, x: Array, axis: int = 1) -> Array:
+        """The window's part of an array with an axis of latents."""
+        return jax.lax.dynamic_slice_in_dim(x, self.first, self.size, axis)
+
+    def of(self, latents: Array) -> Array:
+        """Whitened latents of the window, from those of the group (b, t, h, w, c)."""
+        return self.cut(latents * self.white)
+
+    def unwhitened(self, latents: Array) -> Array:
+        """Undoes the whitening of latents of the window."""
+        return latents / self.cut(self.white, 0)
+
+    def put(self, group: Array, latents: Array) -> Array:
+        """Latents of the group with those of the window, whitened, in their place."""
+        return jax.lax.dynamic_update_slice_in_dim(group, self.unwhitened(latents), self.first, 1)
+
+    @property
+    def features(self) -> Array:
+        return self.cut(self.group_features)
 
 
 def merged(parts: Tree) -> Tree:

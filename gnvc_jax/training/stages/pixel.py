@@ -16,7 +16,7 @@ from gnvc_jax.refiner import flow
 from gnvc_jax.training.config import Experiment, check_choices
 from gnvc_jax.training.stages import Tree
 from gnvc_jax.training.stages.codec import Coding
-from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, merged, per_clip
+from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, Window, merged, per_clip
 from gnvc_jax.training.stages.vae import lpips_of_frames, pixels
 
 Array = jax.Array
@@ -74,7 +74,7 @@ class PixelStage(LatentStage):
     ) -> tuple[Array, dict[str, Array]]:
         """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
         weights, video = self.experiment.loss, pixels(batch)
-        key_code, key_steps, key_noise, key_frames = jax.random.split(key, 4)
+        key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
         parts = self.model_parts(params, frozen)
         done = self.code(parts["codec"], frozen | {"vae": parts["vae"]}, batch, key_code)
         distortion, metrics = weights.decoded * done.error, {}
@@ -82,11 +82,13 @@ class PixelStage(LatentStage):
         if self.refiner is not None:
             single = jax.random.uniform(key_steps) < weights.single
             steps = jnp.where(single, 1, weights.steps)
-            noise = jax.random.normal(key_noise, latents.shape)
-            latents = self.refined(parts, frozen, done, noise, steps)
-            refined = per_clip((latents - done.latents) ** 2)
+            window = self.window(frozen["white"], done, key_window)
+            noise = jax.random.normal(key_noise, window.of(latents).shape)
+            better = self.refined(parts, frozen, done, window, noise, steps)
+            latents = window.put(latents, better)
+            refined = per_clip(window.cut(latents - done.latents) ** 2)
             distortion += weights.refined * refined
-            extra, metrics = self.imitation(parts, frozen, done, noise, latents)
+            extra, metrics = self.imitation(parts, frozen, done, window, noise, better)
             distortion += extra
             metrics["refined"] = refined.mean()
 
@@ -112,32 +114,48 @@ class PixelStage(LatentStage):
         return self.weighted(done, distortion), done.metrics | metrics
 
     def imitation(
-        self, parts: Tree, frozen: Tree, done: Coding, noise: Array, latents: Array
+        self,
+        parts: Tree,
+        frozen: Tree,
+        done: Coding,
+        window: Window,
+        noise: Array,
+        latents: Array,
     ) -> tuple[Array | float, dict[str, Array]]:
         """A further distortion (b,) of refined latents, and metrics; none in this stage."""
         return 0.0, {}
 
     def refined(
-        self, parts: Tree, frozen: Tree, done: Coding, noise: Array, steps: Array | int
+        self,
+        parts: Tree,
+        frozen: Tree,
+        done: Coding,
+        window: Window,
+        noise: Array,
+        steps: Array | int,
     ) -> Array:
-        """Latents after `steps` (traced) Euler steps; gradients go through the last one only."""
+        """Whitened latents of a window after `steps` (traced) Euler steps.
+
+        Gradients go through the last step only.
+        """
         start = self.experiment.refiner.start
-        state = flow.start_state(done.coded.latent, noise, start)
+        inputs = window.of(done.coded.latent), window.features
+        state = flow.start_state(inputs[0], noise, start)
         stop = jax.lax.stop_gradient
 
         def time(i):
             return start + (1.0 - start) * i / steps
 
-        def move(parts, done, state, i):
+        def move(parts, inputs, state, i):
             tau = jnp.full(state.shape[:1], time(i))
-            velocity = self.velocity(parts, frozen, state, tau, done)
+            velocity = self.velocity(parts, frozen, state, tau, *inputs, done.q_index)
             return state + (time(i + 1) - time(i)) * velocity
 
-        fixed = stop((parts, dataclasses.replace(done, metrics={})))
+        fixed = stop((parts, inputs))
         before = jax.lax.fori_loop(
             0, steps - 1, lambda i, state: move(*fixed, state, i), stop(state)
         )
-        return move(parts, done, jnp.where(steps == 1, state, before), steps - 1)
+        return move(parts, inputs, jnp.where(steps == 1, state, before), steps - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,9 +182,15 @@ class DistillStage(PixelStage):
         return super().frozen_shapes() | {"teacher": self.shapes["refiner"]}
 
     def imitation(
-        self, parts: Tree, frozen: Tree, done: Coding, noise: Array, latents: Array
+        self,
+        parts: Tree,
+        frozen: Tree,
+        done: Coding,
+        window: Window,
+        noise: Array,
+        latents: Array,
     ) -> tuple[Array, dict[str, Array]]:
         teacher = parts | {"refiner": frozen["teacher"]}
-        goal = self.refined(teacher, frozen, done, noise, self.experiment.loss.steps)
-        error = per_clip((latents - jax.lax.stop_gradient(goal)) ** 2)
+        goal = self.refined(teacher, frozen, done, window, noise, self.experiment.loss.steps)
+        error = per_clip(window.unwhitened(latents - jax.lax.stop_gradient(goal)) ** 2)
         return self.experiment.loss.distill * error, {"imitation": error.mean()}
