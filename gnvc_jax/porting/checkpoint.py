@@ -92,16 +92,32 @@ def read_architecture(folder: str | Path, component: str) -> Architecture:
 
 
 def load_weights(
-    folder: str | Path, component: str, dtype: jnp.dtype | None = None, shardings: Tree = None
+    folder: str | Path,
+    component: str,
+    dtype: jnp.dtype | None = None,
+    shardings: Tree = None,
+    *,
+    wanted: Tree = None,
 ) -> tuple[Architecture, Tree]:
     """A ported component: what it is, and its parameters.
 
     dtype: by default each as stored. shardings: a tree like the parameters, to read onto devices,
-    each its own part; without it arrays are NumPy's. Errors as `read_architecture`, and PortError
-    if the parameters are not those of the described component.
+    each its own part; without it arrays are NumPy's. wanted: shapes of some parameters, to read
+    these alone; each with its type, and its sharding if it has one, in place of the other two.
+    Errors as `read_architecture`, and PortError if the parameters are not those of the described
+    component.
     """
     architecture = read_architecture(folder, component)
     saved, like = open_weights(folder, component, architecture)
+    if wanted is not None:
+        part = {
+            k: x if x.sharding else dataclasses.replace(like[k], dtype=np.dtype(x.dtype))
+            for k, x in flatten_dict(wanted, sep="/").items()
+        }
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        with context:
+            return architecture, ocp.load(saved, unflatten_dict(part, sep="/"))
     if dtype is not None:
         like = {k: dataclasses.replace(x, dtype=np.dtype(dtype)) for k, x in like.items()}
     if shardings is not None:

@@ -244,6 +244,8 @@ def read_average(state: Path, like: Tree, partial: bool) -> Tree:
                 raise UsageError(
                     f"parameter {name} has shape {found.get(name)}, expected {wanted.get(name)}"
                 )
+        if not wanted:
+            return {}
         item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
         args = ocp.args.PyTreeRestore(
             item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True

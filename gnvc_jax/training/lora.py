@@ -34,6 +34,14 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
     return unflatten_dict(flat, sep="/")
 
 
+def shapes(params: Tree, rank: int) -> Tree:
+    """`init` as shapes; nothing where there is no kernel to change."""
+    flat = flatten_dict(params, sep="/")
+    if not any(re.fullmatch(TARGETS, path) for path in flat):
+        return {}
+    return jax.eval_shape(lambda key: init(params, rank, key), jax.random.key(0))
+
+
 def merge(params: Tree, lora: Tree) -> Tree:
     """The parameters with their low-rank changes."""
     flat, changes = flatten_dict(params, sep="/"), flatten_dict(lora, sep="/")

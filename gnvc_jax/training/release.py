@@ -7,6 +7,7 @@ arguments override the configuration as for train.py.
 """
 
 import argparse
+import dataclasses
 import sys
 
 import jax
@@ -26,6 +27,8 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     try:
         experiment = config.override(config.load(args.config), overrides)
+        # Weights of a model file are rounded once, from what was stored.
+        experiment = dataclasses.replace(experiment, compute=config.ComputeConfig())
         stage = make_stage(experiment)
         params = load_params(experiment.run.out, jax.eval_shape(stage.init, jax.random.key(0)))
         stage.statistics = load_statistics(experiment.run.out) or stage.statistics

@@ -15,11 +15,13 @@ from jax.sharding import PartitionSpec as P
 from gnvc_jax.caching import cache_latents
 from gnvc_jax.codec.model import Coded, LatentCodec
 from gnvc_jax.media.writer import open_writer
-from gnvc_jax.parallel import MeshConfig, make_mesh
+from gnvc_jax.parallel import MeshConfig, make_mesh, rules
+from gnvc_jax.porting.architectures import Architecture
+from gnvc_jax.porting.checkpoint import write_component
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, flow
 from gnvc_jax.training import loop, lora, parts
 from gnvc_jax.training.checkpoints import Checkpoints
-from gnvc_jax.training.config import DataConfig, Experiment, RunConfig
+from gnvc_jax.training.config import ComputeConfig, DataConfig, Experiment, RunConfig
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss, Coding
 from gnvc_jax.training.stages.latent import LatentLoss
@@ -161,6 +163,104 @@ def test_each_part_has_a_key_of_its_own(base, monkeypatch):
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 5
 
 
+@pytest.fixture(scope="module")
+def with_weights(base, tmp_path_factory):
+    """The experiment with a ported DiT, computing in bfloat16; and the parameters of that DiT.
+
+    What trains is the adapter, whose hints start at zero.
+    """
+    folder = tmp_path_factory.mktemp("ported")
+    dit = dataclasses.replace(DIT, text_width=8, text_length=3)
+    architecture = Architecture("dit", dit)
+    rng = np.random.default_rng(5)
+    params = jax.tree.map(
+        lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), architecture.abstract()
+    )
+    flat = flatten_dict(params, sep="/")
+    write_component(folder / "dit", architecture, flat.items())
+    experiment = dataclasses.replace(
+        base,
+        refiner=dataclasses.replace(base.refiner, dit=dit),
+        compute=ComputeConfig(dtype="bfloat16"),
+        train=("refiner/(features|quality)", "refiner/dit/(context_|groups/context)"),
+        loss=dataclasses.replace(base.loss, weights=str(folder)),
+    )
+    return experiment, flat
+
+
+def test_frozen_weights_lie_as_they_are_used(with_weights, monkeypatch):
+    """On the mesh, each device its part, kernels in the type that their layers compute in."""
+    experiment, source = with_weights
+    monkeypatch.setattr(rules, "SMALL", 0)
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    stage = make_stage(experiment)
+    with jax.set_mesh(mesh):
+        frozen = stage.frozen()
+    dit = flatten_dict(frozen["fixed"]["refiner"]["dit"], sep="/")
+    assert dit.keys() == {p for p in source if not p.startswith(("context_", "groups/context"))}
+    places = flatten_dict(rules.shardings(frozen["fixed"], mesh)["refiner"]["dit"], sep="/")
+    for path, x in dit.items():
+        exact = not path.endswith("kernel") or path.startswith(("time_", "head/"))
+        assert x.dtype == (jnp.float32 if exact else jnp.bfloat16), path
+        assert x.sharding == places[path]
+        np.testing.assert_array_equal(x, source[path].astype(x.dtype))
+    planned = stage.frozen_shapes()["fixed"]
+    assert jax.tree.map(lambda x: x.dtype, planned) == jax.tree.map(
+        lambda x: x.dtype, frozen["fixed"]
+    )
+    # Without a mesh, and for a model file, all is on the host and exact.
+    exact = make_stage(dataclasses.replace(experiment, compute=ComputeConfig())).frozen()
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(exact["fixed"]))
+    assert {x.dtype for x in jax.tree.leaves(exact["fixed"])} == {np.dtype("float32")}
+
+
+def test_a_stage_keeps_no_copy_of_what_it_loaded(with_weights):
+    """Only the parts that are asked for are read, and none stays on the stage."""
+    experiment, source = with_weights
+    stage, params, frozen = started(experiment)
+    held = [x for k, x in vars(stage).items() if isinstance(x, dict) and k != "statistics"]
+    kept = [
+        x for x in jax.tree.leaves(held) if isinstance(x, np.ndarray | jax.Array) and x.ndim > 1
+    ]
+    assert kept == []
+    context = params["refiner"]["dit"]["groups"]["context"]["ffn_in"]["kernel"]
+    np.testing.assert_array_equal(context, source["groups/context/ffn_in/kernel"])
+    assert context.dtype == jnp.float32  # it trains
+    assert "codec" in frozen["fixed"] and "groups" in frozen["fixed"]["refiner"]["dit"]
+
+
+def test_the_teacher_shares_what_does_not_train(with_weights, tmp_path):
+    """Its own are the adapter, and low-rank changes; together they are the starting weights."""
+    latent = dataclasses.replace(
+        with_weights[0], lora=2, run=RunConfig(out=str(tmp_path / "latent"))
+    )
+    saved = save_start(latent)
+    loss = DistillLoss(
+        lpips_net="alex", vae=latent.loss.vae, weights=latent.loss.weights, steps=2, single=0.5
+    )
+    distill = dataclasses.replace(
+        latent,
+        stage="distill",
+        loss=loss,
+        init_from=latent.run.out,
+        run=RunConfig(out=str(tmp_path / "distill")),
+    )
+    stage, params, frozen = started(distill)
+    assert paths(frozen["teacher"]) == paths(saved) == paths(params)
+    assert jax.tree.map(np.shape, frozen["teacher"]) == jax.tree.map(np.shape, stage.teacher)
+    start = stage.model_parts(params, frozen)["refiner"]
+    teacher = stage.model_parts(frozen["teacher"], frozen)["refiner"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), start, teacher
+    )
+    # Changes of another rank are in the kernels, and the teacher has none of its own.
+    other, _, frozen = started(dataclasses.replace(distill, lora=3))
+    again = other.model_parts(frozen["teacher"], frozen)["refiner"]
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), again, teacher
+    )
+
+
 def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path):
     """A VAE of one's own, its run named to `cache_latents` as to the stage."""
     run, cache, video = base.loss.vae, tmp_path / "cache", tmp_path / "a.mkv"
@@ -204,6 +304,7 @@ def test_a_later_stage_goes_on_with_what_trained(base, tmp_path):
         lora=0,
         loss=PixelLoss(lpips_net="alex", vae=base.loss.vae),
         init_from=latent.run.out,
+        run=RunConfig(out=str(tmp_path / "later")),
     )
     _, params, frozen = started(later)
     kernel = frozen["fixed"]["refiner"]["dit"]["groups"]["block_0"]["ffn_in"]["kernel"]
@@ -327,7 +428,8 @@ def test_gradients_reach_what_trains(base, stage):
     if stage == "distill":  # it needs a refiner that was trained
         latent = dataclasses.replace(base, train=("codec/", "refiner/"))
         save_start(latent)
-        experiment = dataclasses.replace(experiment, init_from=latent.run.out)
+        run = RunConfig(out=latent.run.out + "-distilled")
+        experiment = dataclasses.replace(experiment, init_from=latent.run.out, run=run)
     grads, metrics = gradients(experiment)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, metrics)))
     for tree in (grads["refiner"]["dit"]["head"], grads["codec"]["intra"]["out"]):

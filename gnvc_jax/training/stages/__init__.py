@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from gnvc_jax.data.index import ClipIndex
 from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.errors import UsageError
+from gnvc_jax.parallel import shardings
 from gnvc_jax.training.config import Experiment
 
 Tree = Any
@@ -123,6 +124,17 @@ def agreed(tree: Tree) -> Tree:
     if jax.process_count() == 1:
         return tree
     return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
+
+
+def on_mesh(shapes: Tree) -> Tree:
+    """Shapes of parameters with their shardings on the mesh in use; as they are without one.
+
+    What is read into these, each process reads its own part of.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return shapes
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings(shapes, mesh))
 
 
 def placed_like(old: Tree, new: Tree) -> Tree:

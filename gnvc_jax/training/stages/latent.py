@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from pathlib import Path
 
 import jax
@@ -10,13 +11,13 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.errors import UsageError
-from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, load_weights
+from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, load_weights, read_architecture
 from gnvc_jax.refiner import Refiner, by_place, flow
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params, load_statistics
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.parts import join, split
-from gnvc_jax.training.stages import Tree, placed_like
+from gnvc_jax.training.stages import Tree, on_mesh
 from gnvc_jax.training.stages.codec import CodecLoss, CodecStage, Coding
 from gnvc_jax.training.stages.vae import init_vae
 from gnvc_jax.vae import encode_clip
@@ -24,6 +25,11 @@ from gnvc_jax.vae import encode_clip
 Array = jax.Array
 
 TAU_MAX = 0.999  # at 1 nothing is left to learn
+
+# Kernels of the layers that compute in `compute.dtype` and `compute.vae.dtype`: where they do not
+# train, they are kept in these types. Those of time and of the head stay float32, as their layers.
+DIT_KERNELS = r"refiner/(features|dit/(?!time_|head/).+)/kernel"
+DECODER_KERNELS = r"vae/(decoder/.+|post_quant)/kernel"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,35 +113,83 @@ class LatentStage(CodecStage):
         """{"lora": its parameters at random}, nothing for rank 0."""
         return {"lora": lora.init(parts, rank, key)} if rank else {}
 
-    @functools.cached_property
-    def loaded(self) -> Tree:
-        """Parameters that other runs and ported folders have, on the host."""
-        loss, source = self.experiment.loss, self.experiment.init_from
-        found = {"vae": self.load_vae()}
-        if self.refiner is not None and loss.weights:
-            architecture, dit = load_weights(loss.weights, "dit", np.float32)
-            if architecture.config != self.experiment.refiner.dit:
+    @property
+    def fixed(self) -> Tree:
+        """Parameters that do not train, as shapes, in the types that they are kept in."""
+        return self.kept(split(self.shapes, self.experiment.train)[1])
+
+    def kept(self, shapes: Tree) -> Tree:
+        """Shapes in the types of parameters that do not train: what their layers compute in."""
+        compute = self.experiment.compute
+        kernels = {DIT_KERNELS: compute.jax_dtype, DECODER_KERNELS: compute.vae.jax_dtype}
+
+        def one(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            found = [dtype for pattern, dtype in kernels.items() if re.fullmatch(pattern, path)]
+            return x.update(dtype=found[0]) if found else x
+
+        flat = flatten_dict(shapes, sep="/")
+        return unflatten_dict({path: one(path, x) for path, x in flat.items()}, sep="/")
+
+    def load(self, wanted: Tree) -> Tree:
+        """What ported folders and other runs have of some parameters.
+
+        wanted: their shapes, each with the type and, if it has one, the sharding to read it in.
+        Nothing else is read, and each process reads its own part. Shapes without a sharding become
+        NumPy arrays.
+        """
+        runs = ancestry(self.experiment.init_from)
+        like = wanted
+        if any(config_of(run).get("lora") for run in runs):  # changes are added to exact kernels
+            like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
+        found = self.ported(like)
+        for run in runs:
+            found = self.overlaid(found, run, like)
+
+        def finished(x: Array | np.ndarray, like: jax.ShapeDtypeStruct) -> Array | np.ndarray:
+            x = x.astype(like.dtype)
+            return x if like.sharding is None else jax.device_put(x, like.sharding)
+
+        found, flat = flatten_dict(found, sep="/"), flatten_dict(wanted, sep="/")
+        known = {path: finished(found[path], x) for path, x in flat.items() if path in found}
+        return unflatten_dict(known, sep="/")
+
+    def ported(self, like: Tree) -> Tree:
+        """What the folders `loss.vae` and `loss.weights` have."""
+        found, weights = {}, self.experiment.loss.weights
+        refiner = like.get("refiner", {})
+        if "vae" in like:
+            found["vae"] = self.load_vae()
+        if weights and self.refiner is not None:
+            config = read_architecture(weights, "dit").config
+            if config != self.experiment.refiner.dit:
                 raise UsageError(
-                    f"{loss.weights}: holds {architecture.config}, "
-                    f"the refiner is {self.experiment.refiner.dit}"
+                    f"{weights}: holds {config}, the refiner is {self.experiment.refiner.dit}"
                 )
-            found["refiner"] = {"dit": dit}
-        if self.refiner is not None and self.experiment.refiner.vace_layout:
+            if "dit" in refiner:
+                found["refiner"] = {"dit": load_weights(weights, "dit", wanted=refiner["dit"])[1]}
+        if "grey" in refiner:
             found = join(found, {"refiner": {"grey": self.grey()}})
-        for run in ancestry(source):
-            found = self.overlaid(found, run)
         return found
 
-    def overlaid(self, found: Tree, run: str) -> Tree:
+    def overlaid(self, found: Tree, run: str, like: Tree) -> Tree:
         """What is found so far, replaced by what a run has of it."""
-        config, like = config_of(run), self.shapes
+        config = config_of(run)
         if config["stage"] == "codec":
-            return join(found, {"codec": load_params(run, like["codec"])})
+            codec = like.get("codec", {})
+            loaded = load_params(run, codec, partial=True) if codec else {}
+            if missing := sorted(
+                flatten_dict(codec, sep="/").keys() - flatten_dict(loaded, sep="/")
+            ):
+                raise UsageError(f"{run}: has no parameter {missing[0]} of the codec")
+            return join(found, {"codec": loaded})
         rank = config.get("lora", 0)
-        like = like | jax.eval_shape(lambda key: self.low_rank(like, rank, key), jax.random.key(0))
-        found = join(found, load_params(run, like, partial=True))
         goes_on = rank == self.experiment.lora and run == self.experiment.init_from
-        return found if goes_on else merged(found)
+        if rank and not goes_on:
+            kernels = {"refiner": like.get("refiner", {})}
+            changes = lora.shapes(kernels, rank)
+            found = join(found, load_params(run, like | {"lora": on_mesh(changes)}, partial=True))
+            return merged(found)
+        return join(found, load_params(run, like, partial=True))
 
     def grey(self) -> np.ndarray:
         """Whitened latents (2, c) of a grey clip: the first one, and one that follows."""
@@ -146,28 +200,25 @@ class LatentStage(CodecStage):
         return latents[0, [0, -1], 4, 4] * known["white"]
 
     def warm_start(self, params: Tree) -> Tree:
-        start, new = flatten_dict(self.loaded, sep="/"), flatten_dict(params, sep="/")
-        known = {k: placed_like(x, start[k]) for k, x in new.items() if k in start}
-        return unflatten_dict(new | known, sep="/")
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+        )
+        return join(params, self.load(wanted))
 
     def frozen(self) -> Tree:
         """Statistics of latents, text, and "fixed": the parameters that do not train.
 
         Raises UsageError if one of these is nowhere to be found.
         """
-        fixed, start = (
-            flatten_dict(tree, sep="/")
-            for tree in (split(self.shapes, self.experiment.train)[1], self.loaded)
-        )
-        if missing := sorted(fixed.keys() - start.keys()):
+        fixed = on_mesh(self.fixed)
+        found = self.load(fixed)
+        known, wanted = flatten_dict(found, sep="/"), flatten_dict(fixed, sep="/")
+        if missing := sorted(wanted.keys() - known.keys()):
             raise UsageError(
                 f"{len(missing)} parameters neither train nor come from a run or ported folder, "
                 f"{missing[0]} is the first"
             )
-        rest = super().frozen()
-        del rest["vae"]  # it is in "fixed", but for what trains
-        tree = unflatten_dict({path: start[path] for path in fixed}, sep="/")
-        return rest | {"fixed": tree, "text": self.text()}
+        return {**self.statistics, "fixed": found, "text": self.text()}
 
     def frozen_shapes(self) -> Tree:
         rest, text = super().frozen_shapes(), None
@@ -175,7 +226,7 @@ class LatentStage(CodecStage):
         if self.refiner is not None and self.experiment.refiner.dit.text_length:
             config = self.experiment.refiner.dit
             text = jax.ShapeDtypeStruct((1, config.text_length, config.text_width), jnp.float32)
-        return rest | {"fixed": split(self.shapes, self.experiment.train)[1], "text": text}
+        return rest | {"fixed": self.fixed, "text": text}
 
     def text(self) -> np.ndarray | None:
         """The text condition (1, rows, width), None for a refiner without text."""

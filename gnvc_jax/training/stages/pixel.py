@@ -9,14 +9,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.refiner import flow
+from gnvc_jax.training import lora
 from gnvc_jax.training.config import Experiment, check_choices
-from gnvc_jax.training.stages import Tree
+from gnvc_jax.training.parts import split
+from gnvc_jax.training.stages import Tree, on_mesh
 from gnvc_jax.training.stages.codec import Coding
-from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, Window, merged, per_clip
+from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, Window, per_clip
 from gnvc_jax.training.stages.vae import lpips_of_frames, pixels
 
 Array = jax.Array
@@ -171,15 +174,38 @@ class DistillLoss(PixelLoss):
 
 
 class DistillStage(PixelStage):
-    """Trains one step to give what the starting weights give in `loss.steps`."""
+    """Trains one step to give what the starting weights give in `loss.steps`.
+
+    These, the teacher, differ from the student in what trains. The rest of the refiner is there
+    once, for both.
+    """
 
     needs_refiner = True
 
+    @property
+    def teacher(self) -> Tree:
+        """The teacher's own parameters, as shapes: what trains of the refiner."""
+        trained = split(self.shapes, self.experiment.train)[0]
+        own = {"refiner": trained.get("refiner", {})}
+        if self.experiment.lora:
+            own["lora"] = lora.shapes(self.shapes, self.experiment.lora)
+        return self.kept(own)
+
     def frozen(self) -> Tree:
-        return super().frozen() | {"teacher": merged(self.loaded)["refiner"]}
+        """Raises UsageError if the starting weights are not there."""
+        wanted = flatten_dict(on_mesh(self.teacher), sep="/")
+        found = flatten_dict(self.load(unflatten_dict(wanted, sep="/")), sep="/")
+        missing = sorted(wanted.keys() - found.keys())
+        if any(not path.startswith("lora/") for path in missing):
+            raise UsageError(
+                f"distill: {self.experiment.init_from} has no trained refiner to teach"
+            )
+        # New low-rank changes: the teacher has none.
+        found |= {path: jnp.zeros_like(wanted[path]) for path in missing}
+        return super().frozen() | {"teacher": unflatten_dict(found, sep="/")}
 
     def frozen_shapes(self) -> Tree:
-        return super().frozen_shapes() | {"teacher": self.shapes["refiner"]}
+        return super().frozen_shapes() | {"teacher": self.teacher}
 
     def imitation(
         self,
@@ -190,7 +216,8 @@ class DistillStage(PixelStage):
         noise: Array,
         latents: Array,
     ) -> tuple[Array, dict[str, Array]]:
-        teacher = parts | {"refiner": frozen["teacher"]}
+        refiner = self.model_parts(frozen["teacher"], frozen)["refiner"]
+        teacher = parts | {"refiner": refiner}
         goal = self.refined(teacher, frozen, done, window, noise, self.experiment.loss.steps)
         error = per_clip(window.unwhitened(latents - jax.lax.stop_gradient(goal)) ** 2)
         return self.experiment.loss.distill * error, {"imitation": error.mean()}
