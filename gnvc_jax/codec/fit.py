@@ -13,7 +13,7 @@ import numpy as np
 from gnvc_jax.codec.config import SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
 from gnvc_jax.codec.quality import POSITIONS
 from gnvc_jax.codec.scales import BIAS_UNIT, layers_of
-from gnvc_jax.vae.klt import Moments
+from gnvc_jax.moments import Moments
 
 WHITENING_FLOOR = 0.1  # of the mean variance: channels that hardly vary are not blown up
 

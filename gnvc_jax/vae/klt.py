@@ -14,6 +14,8 @@ from einops import rearrange
 from flax import linen as nn
 from jax import lax
 
+from gnvc_jax.moments import Moments
+
 Array = jax.Array
 KINDS = ("first", "later")
 
@@ -89,34 +91,6 @@ def _by_kind(transform, x: Array, first: bool) -> Array:
         return transform("later", x)
     head = transform("first", x[:, :1])
     return jnp.concatenate([head, transform("later", x[:, 1:])], axis=1) if x.shape[1] > 1 else head
-
-
-class Moments:
-    """Mean and covariance of vectors that come in batches, in float64."""
-
-    def __init__(self, size: int):
-        self.count, self.sum, self.outer = 0, np.zeros(size), np.zeros((size, size))
-
-    def add(self, vectors: np.ndarray) -> None:
-        """Counts vectors (..., size)."""
-        x = np.asarray(vectors, np.float64).reshape(-1, len(self.sum))
-        self.count += len(x)
-        self.sum += x.sum(0)
-        self.outer += x.T @ x
-
-    @property
-    def mean(self) -> np.ndarray:
-        return self.sum / self.count
-
-    @property
-    def covariance(self) -> np.ndarray:
-        """(size, size), around the mean."""
-        return self.outer / self.count - np.outer(self.mean, self.mean)
-
-    def principal_components(self) -> tuple[np.ndarray, np.ndarray]:
-        """Variances (size,), largest first, and orthonormal directions (size, size) in columns."""
-        variances, vectors = np.linalg.eigh(self.covariance)
-        return np.maximum(variances[::-1], 0.0), vectors[:, ::-1]
 
 
 def moments_of_blocks(stride: int, temporal_stride: int) -> dict[str, Moments]:

@@ -14,10 +14,11 @@ from gnvc_jax.codec.quality import POSITIONS, at_every_level
 from gnvc_jax.codec.scales import export, scale_index_numpy, sigma_of
 from gnvc_jax.coder import Coder
 from gnvc_jax.model import build
+from gnvc_jax.moments import Moments
 from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.transform import TransformLoss
-from gnvc_jax.vae import VAEConfig, klt
+from gnvc_jax.vae import VAEConfig
 
 CONFIG = CodecConfig(
     latent_channels=3, intra_width=8, width=8, intra_analysis=1, intra_synthesis=1, y_channels=8,
@@ -44,7 +45,7 @@ def cells():
 
 @pytest.fixture(scope="module")
 def started(params, cells):
-    moments = klt.Moments(12)
+    moments = Moments(12)
     for part in np.array_split(cells, 7):
         moments.add(part)
     return structured_start(params, CONFIG, "intra", moments, np.array([4.0, 1.0, 0.01]), 0.1, 10.0)

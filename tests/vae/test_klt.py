@@ -78,16 +78,3 @@ def test_the_transform_does_not_learn(video, fitted):
     grads = loss(params)
     assert all(np.all(g == 0) for g in jax.tree.leaves(grads["klt"]))
     assert any(np.any(g != 0) for g in jax.tree.leaves(grads["head"]))
-
-
-def test_moments_against_numpy():
-    """The covariance of batches is that of all vectors, and so are its eigenvalues."""
-    x = np.random.default_rng(1).normal(size=(50, 7)) @ np.diag(np.arange(1.0, 8.0)) + 3.0
-    moments = klt.Moments(7)
-    for part in np.array_split(x, 4):
-        moments.add(part.reshape(1, -1, 7))
-    np.testing.assert_allclose(moments.mean, x.mean(0))
-    np.testing.assert_allclose(moments.covariance, np.cov(x.T, bias=True))
-    variances, vectors = moments.principal_components()
-    np.testing.assert_allclose(variances, np.linalg.eigvalsh(np.cov(x.T, bias=True))[::-1])
-    np.testing.assert_allclose(vectors.T @ vectors, np.eye(7), atol=1e-12)

@@ -17,6 +17,7 @@ from einops import rearrange
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import structured_start
 from gnvc_jax.codec.model import LatentCodec, to_cells
+from gnvc_jax.moments import Moments
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend
 from gnvc_jax.training.config import Experiment, LossConfig
@@ -123,8 +124,8 @@ class TransformStage(Stage):
             return intra, later, later - self.encode(vae, predict(reference, vectors), False)
 
         channels = config.latent_channels
-        plain = {kind: klt.Moments(channels) for kind in ("intra", "inter")}
-        cells = {kind: klt.Moments(4 * channels) for kind in ("intra", "inter")}
+        plain = {kind: Moments(channels) for kind in ("intra", "inter")}
+        cells = {kind: Moments(4 * channels) for kind in ("intra", "inter")}
         for batch in batches:
             intra, later, residual = latents_of(batch)
             for kind, latents, coded in (("intra", intra, intra), ("inter", later, residual)):
