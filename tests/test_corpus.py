@@ -17,7 +17,9 @@ from gnvc_jax.errors import UsageError
 class Stand:
     """A coder whose streams are the bytes of the first pixel of each frame."""
 
-    model = types.SimpleNamespace(fingerprints=(b"\x01", b"\x02"))
+    model = types.SimpleNamespace(
+        fingerprints=(b"\x01", b"\x02"), vae_config=types.SimpleNamespace(temporal_stride=4)
+    )
 
     def __init__(self):
         self.calls = 0

@@ -38,7 +38,7 @@ def test_kernels_are_told_from_what_has_their_shape(tiny_codec):
     rest = {rules.path_name(path) for path, _ in found if not is_kernel(path)}
     assert "inter/entropy/scales/P0_kernel" in kernels and "intra/out/kernel" in kernels
     ends = {name.rpartition("/")[2].rpartition("_")[2] for name in rest}
-    assert ends == {"bias", "mult", "gain", "a", "b", "h"}
+    assert ends == {"bias", "mult", "gain", "a", "b", "h", "basis", "inverse", "whitening"}
     low_rank = {"refiner": {"dit": {"q": {"kernel": {"a": 1, "b": 2}, "bias": 3}}}}
     (path_a, _), (path_b, _), *_ = sorted(
         jax.tree_util.tree_leaves_with_path(low_rank), key=lambda leaf: leaf[1]
