@@ -1,6 +1,9 @@
 """Codec and head of the small model: transform by statistics, then squared error.
 
 python train.py --config configs/small/codec.py --data.path CLIPS
+
+Two CPU cores: 2 min of compilation, then 0.8 s per step of nine frames. Not finished yet; result so
+far: gnvc_jax/pretrained/small.md.
 """
 
 from configs.small.models import CODEC, VAE

@@ -21,9 +21,9 @@ class CodecConfig:
     the predicted codec at latent resolution; intra_analysis, intra_synthesis: residual blocks of
     the intra transform; y_channels: channels of y (half latent resolution); z_channels: channels
     of the hyperlatent (1/8 latent resolution); scale_width: width of the integer scale network;
-    entropy_width: width of the networks that predict the means of y;
-    inter_context, inter_analysis, inter_synthesis: residual blocks of the predicted codec; k_skip:
-    scale indices below this one carry no symbol (4: sigma < 0.15); motion: "blocks" predicts
+    entropy_width: width of the networks that predict the means of y; inter_context,
+    inter_analysis, inter_synthesis: residual blocks of the predicted codec; k_skip: scale indices
+    below this one carry no symbol (4: sigma < 0.15); motion: "blocks" predicts
     latents from the last decoded frame by block motion (see `gnvc_jax.motion`), None from the last
     decoded latent, as the paper does; intra_offset: levels by which encoders code the first latent
     of a group better; level_pattern: the same for those after it, repeated.

@@ -12,7 +12,7 @@ Latents (b, t, h, w, c) are normalised and padded to multiples of eight (`pad_la
 latent of a group is coded alone, the others one after another.
 
 Reference: GNVC-VD section 3 (contextual latent codec after DCVC-RT), DCVC-UF for the decoupling of
-means from scales. The residual form is ours: at equal steps it needs a third less rate.
+means from scales. The residual form and its start from statistics are ours.
 """
 
 from typing import NamedTuple

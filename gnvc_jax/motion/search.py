@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 from einops import rearrange
 
+from gnvc_jax.bitstream.tables import QUALITIES
 from gnvc_jax.motion.field import (
     COARSE,
     FINE,
@@ -26,7 +27,6 @@ from gnvc_jax.motion.field import (
     upsample,
 )
 
-QUALITIES = 64
 STEPS = np.array(((1, 0), (-1, 0), (0, 1), (0, -1)))
 REACH = (6, 2, 1)  # half pels that a vector may move by in the first, second and third sweep
 # What the flags and the node of mid-group cost in the file, in bits: about what their share makes.
@@ -57,10 +57,7 @@ def search(
     field = no_motion(h // COARSE, w // COARSE)
     reference = cv2.cvtColor(reference, cv2.COLOR_RGB2GRAY)
     frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
-    cv2.setNumThreads(1)
-    last, second = (flow.calc(frames[i], reference, None) for i in (3, 1))
-
+    last, second = optical_flow(frames[3], reference), optical_flow(frames[1], reference)
     start = half_pels(last, COARSE)
     known = () if previous is None else (previous.coarse,)
     coarse = refine(frames[3], reference, start, rate, known)
@@ -68,6 +65,19 @@ def search(
     field = split(field, frames[3], reference, half_pels(last, FINE), rate)
     field = add_middle(field, frames, reference, half_pels(second, COARSE), rate)
     return add_shifts(field, frames, reference, rate)
+
+
+def optical_flow(frame: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Dense inverse search (Kroeger et al., ECCV 2016) of grey pictures: (h, w, 2) in pels."""
+    # DIS splits a picture among threads and does not look across the seams, so its result depends
+    # on their number.
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        return flow.calc(frame, reference, None)
+    finally:
+        cv2.setNumThreads(threads)
 
 
 def estimate_bits(field: MotionField) -> float:
@@ -113,19 +123,20 @@ def block_sums(error: np.ndarray, side: int) -> np.ndarray:
     return rearrange(error, "(h i) (w j) -> h i w j", i=side, j=side).sum((1, 3), dtype=np.float32)
 
 
-def differences(frame: np.ndarray, reference: np.ndarray, vectors: np.ndarray, side: int):
+def differences(
+    frame: np.ndarray, reference: np.ndarray, vectors: np.ndarray, side: int
+) -> np.ndarray:
     """Sum of absolute differences per block under constant vectors in half pels."""
-    x, y = grid(*frame.shape)
-    d = np.repeat(np.repeat(vectors.astype(np.float32) / 2, side, 0), side, 1)
-    warped = cv2.remap(
-        reference, x + d[..., 0], y + d[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
-    )
-    return block_sums(cv2.absdiff(frame, warped), side)
+    displacement = np.repeat(np.repeat(vectors.astype(np.float32) / 2, side, 0), side, 1)
+    return block_sums(cv2.absdiff(frame, displaced(reference, displacement)), side)
 
 
-def grid(h: int, w: int) -> tuple[np.ndarray, np.ndarray]:
-    """Column and row of every pixel, float32."""
-    return np.arange(w, dtype=np.float32)[None], np.arange(h, dtype=np.float32)[:, None]
+def displaced(reference: np.ndarray, displacement: np.ndarray) -> np.ndarray:
+    """The reference (h, w) sampled at pixel + displacement (h, w, 2) in pels, bilinear."""
+    h, w = reference.shape
+    x = displacement[..., 0] + np.arange(w, dtype=np.float32)
+    y = displacement[..., 1] + np.arange(h, dtype=np.float32)[:, None]
+    return cv2.remap(reference, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def refine(
@@ -179,19 +190,9 @@ def split(
 
 def prediction_errors(field: MotionField, frames: list, reference: np.ndarray) -> np.ndarray:
     """Sum of absolute differences of the first three frames under the whole field: (3,)."""
-    x, y = grid(*reference.shape)
-    errors = []
-    for frame, vectors in zip(frames[: FRAMES - 1], expand(field)):
-        d = dense(vectors)
-        warped = cv2.remap(
-            reference,
-            x + d[..., 0],
-            y + d[..., 1],
-            cv2.INTER_LINEAR,
-            borderMode=cv2.BORDER_REPLICATE,
-        )
-        errors.append(cv2.absdiff(frame, warped).sum(dtype=np.int64))
-    return np.asarray(errors, np.float64)
+    pairs = zip(frames[: FRAMES - 1], expand(field))
+    warped = ((frame, displaced(reference, dense(vectors))) for frame, vectors in pairs)
+    return np.array([cv2.absdiff(*pair).sum(dtype=np.float64) for pair in warped])
 
 
 def dense(vectors: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """A toy codec without a network: small tables, an affine scale index, a short stream of groups."""
 
 import io
+import struct
 import types
 import zlib
 
@@ -18,6 +19,7 @@ from gnvc_jax.bitstream import (
     encode_group,
     frequencies_from_probabilities,
     gaussian_frequencies,
+    parse_group,
 )
 
 Z_SHAPE, Y_SHAPE = (1, 2, 2), (4, 8, 4)
@@ -55,6 +57,20 @@ def draw_latents(rng, count: int, coder: EntropyCoder) -> list[LatentSymbols]:
         y = np.where(index >= coder.tables.k_skip, y, 0).astype(np.int8)
         latents.append(LatentSymbols(int(i > 0), q_index, z, y, index))
     return latents
+
+
+def version_1(payload: bytes, latents: list[LatentSymbols], coder: EntropyCoder) -> bytes:
+    """The payload of a group as streams of version 1 have it; payload: that of version 2."""
+    group = parse_group(payload)
+    symbols = b"".join(s.z.tobytes() + s.y.tobytes() for s in latents)
+    fields = group.number, group.first_frame, group.n_frames, len(latents)
+    out = struct.pack("<IQHHII16s", *fields, group.crc_index, zlib.crc32(symbols), bytes(16))
+    segments = [coder.encode([s]) for s in latents]
+    for s, segment in zip(latents, segments):
+        length = len(segment)
+        varint = [length] if length < 128 else [length & 127 | 128, length >> 7]
+        out += bytes([s.kind, s.q_index, *varint])
+    return out + b"".join(segments)
 
 
 def make_header(**changes) -> Header:
@@ -151,4 +167,5 @@ def toy():
         chunks=chunks,
         mend=mend,
         edit=edit,
+        version_1=lambda n: version_1(payloads[n], groups[n], coder),
     )

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from gnvc_jax.bitstream import BitstreamError, Group, StreamReader, StreamWriter
+from gnvc_jax.bitstream import BitstreamError, Entry, Group, StreamReader, StreamWriter
 from gnvc_jax.bitstream import errors as kinds
 from gnvc_jax.bitstream.errors import (
     ChecksumMismatch,
@@ -389,3 +389,21 @@ def test_files_are_closed(toy, tmp_path):
     with StreamReader(mine):
         pass
     assert not mine.closed
+
+
+def test_streams_of_version_1_are_read_whole(toy):
+    """Header, index and groups as version 1 wrote them, each latent in a segment of its own."""
+    file = io.BytesIO()
+    writer = StreamWriter(file, toy.header())
+    for number, latents in enumerate(toy.groups):
+        payload = toy.version_1(number)
+        offset, frames = writer.offset, (9, 9, 1)[number]
+        mean = round(np.mean([s.q_index for s in latents]))
+        writer.entries.append(Entry(offset, 9 * number, len(payload) + 12, frames, mean))
+        writer._chunk(b"GOPC", payload)
+        writer.frames += frames
+    writer.close()
+    data = toy.mend(toy.edit(file.getvalue(), 8, b"\1"))
+    assert toy.decode(data) == toy.symbols
+    with StreamReader(data) as reader:
+        assert reader.header.version == 1 and len(reader.group(1).segments) == 3

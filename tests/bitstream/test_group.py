@@ -37,24 +37,9 @@ def test_layout_of_the_payload(toy):
     assert payload[16 + len(MOTION) :] == toy.coder.encode(latents)
 
 
-def version_1(toy, number: int) -> bytes:
-    """The payload of a group as streams of version 1 have it."""
-    latents = toy.groups[number]
-    crcs = parse_group(toy.payloads[number])
-    symbols = b"".join(s.z.tobytes() + s.y.tobytes() for s in latents)
-    fields = number, 9 * number, (9, 9, 1)[number], len(latents)
-    out = struct.pack("<IQHHII16s", *fields, crcs.crc_index, zlib.crc32(symbols), bytes(16))
-    segments = [toy.coder.encode([s]) for s in latents]
-    for s, segment in zip(latents, segments):
-        length = len(segment)
-        varint = [length] if length < 128 else [length & 127 | 128, length >> 7]
-        out += bytes([s.kind, s.q_index, *varint])
-    return out + b"".join(segments)
-
-
 def test_version_1_is_still_read(toy):
     for number, latents in enumerate(toy.groups):
-        group = parse_group(version_1(toy, number), version=1)
+        group = parse_group(toy.version_1(number), version=1)
         assert len(group.segments) == len(latents)
         for got, want in zip(decode(toy, group), latents, strict=True):
             np.testing.assert_array_equal(got.y, want.y)
@@ -115,7 +100,7 @@ def test_contradictions(toy, damage, message):
 )
 def test_contradictions_in_version_1(toy, damage, message):
     with pytest.raises(MalformedChunk, match=message):
-        parse_group(damage(version_1(toy, 0)), version=1)
+        parse_group(damage(toy.version_1(0)), version=1)
 
 
 def test_segment_of_half_words(toy):

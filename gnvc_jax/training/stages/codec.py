@@ -66,14 +66,19 @@ class Coding:
     metrics: dict[str, Array]
 
 
+def check_crop(experiment: Experiment) -> None:
+    """UsageError unless the sides of crops are multiples of what one hyperlatent stands for."""
+    unit = experiment.vae.stride * LATENT_MULTIPLE
+    if any(side < unit or side % unit for side in experiment.data.size):
+        raise UsageError(f"data.size: must be multiples of {unit}, got {experiment.data.size}")
+
+
 class CodecStage(Stage):
     """Rate-distortion training with a quality level drawn for every clip."""
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
-        unit = experiment.vae.stride * LATENT_MULTIPLE
-        if any(side < unit or side % unit for side in experiment.data.size):
-            raise UsageError(f"data.size: {experiment.data.size} are no multiples of {unit}")
+        check_crop(experiment)
         self.vae = make_vae(experiment)
         self.codec = LatentCodec(experiment.codec)
 

@@ -17,17 +17,19 @@ from einops import rearrange
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import structured_start
 from gnvc_jax.codec.model import LatentCodec, to_cells
+from gnvc_jax.errors import UsageError
 from gnvc_jax.moments import Moments
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend
 from gnvc_jax.training.config import Experiment, LossConfig
 from gnvc_jax.training.stages import Stage, Tree, agreed, placed_like
+from gnvc_jax.training.stages.codec import check_crop
 from gnvc_jax.training.stages.vae import init_vae, make_vae, pixels
 from gnvc_jax.vae import klt
 
 Array = jax.Array
 
-PERIOD = 4  # latents; of the level patterns inside a group
+LOSS_SCALE = 0.03  # keeps the norm of gradients well below `optim.clip`
 LEVELS_PER_UNIT = 127.5  # 8-bit steps per unit of pixels in [-1, 1]
 
 
@@ -60,6 +62,9 @@ class TransformStage(Stage):
 
     def __init__(self, experiment: Experiment):
         super().__init__(experiment)
+        check_crop(experiment)
+        if experiment.codec is None or experiment.codec.motion is None:
+            raise UsageError("codec.motion: the stage `transform` trains a codec with motion")
         self.vae = make_vae(experiment)
         self.codec = LatentCodec(experiment.codec)
 
@@ -216,7 +221,7 @@ class TransformStage(Stage):
             "bpp_low": mean_of(written + motion, low),
             "psnr_low": mean_of(psnr.mean(1), low),
         }
-        return 0.03 * loss, metrics
+        return LOSS_SCALE * loss, metrics
 
     def code(self, params: Tree, clip: Tree, keys: Array) -> tuple[Tree, Array]:
         """Codes clips in training form.
