@@ -108,15 +108,15 @@ def test_a_fitted_model_codes_without_training(tmp_path):
     rng = np.random.default_rng(2)
     canvas = rng.normal(size=(4, 40, 40, 3)).repeat(4, 1).repeat(4, 2)
     canvas = np.clip(128 + 40 * (canvas + np.roll(canvas, 1, 1) + np.roll(canvas, 1, 2)), 0, 255)
-    clips = np.stack([canvas[:, t : t + 96, t : t + 96] for t in range(5)], 1).astype(np.uint8)
-    vectors = np.zeros((4, 1, 4, 6, 6, 2), np.int16)
+    clips = np.stack([canvas[:, t : t + 128, t : t + 128] for t in range(5)], 1).astype(np.uint8)
+    vectors = np.zeros((4, 1, 4, 8, 8, 2), np.int16)
     vectors[...] = 16 * np.arange(1, 5)[:, None, None, None]
     experiment = Experiment(
         stage="transform",
         vae=VAEConfig(latent_channels=24, linear=True, head=4),
         codec=dataclasses.replace(CONFIG, latent_channels=24, y_channels=32, motion="blocks"),
         loss=TransformLoss(),
-        data=DataConfig(size=(96, 96), batch=4),
+        data=DataConfig(size=(128, 128), batch=4),
         optim=OptimConfig(),
     )
     stage = make_stage(experiment)
