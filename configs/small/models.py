@@ -17,5 +17,5 @@ CODEC = CodecConfig(
     inter_context=3,
     inter_synthesis=3,
     motion="blocks",
-    intra_offset=30,
+    intra_offset=25,
 )

@@ -49,9 +49,9 @@ class TransformLoss(LossConfig):
     """
 
     lambda_low: float = 1e-5
-    lambda_high: float = 3e-3
+    lambda_high: float = 1e-2
     balance: float = 0.5
-    intra_offset: tuple[int, int] = (20, 40)
+    intra_offset: tuple[int, int] = (17, 33)
     pattern: tuple[int, ...] = (-4, -2, -4, 4)
     pattern_prob: float = 0.5
     fit_batches: int = 40
@@ -251,10 +251,9 @@ class TransformStage(Stage):
         def step(carry, xs):
             last, state = carry
             frames, vectors, q_index, key = xs
-            # The picture that a decoder has: rounded, and without gradients, which would have to
-            # go through the scattered reads of the warp.
-            reference = to_eight_bits(jax.lax.stop_gradient(last))
-            predicted = predict(reference, vectors)
+            # The picture that a decoder has. Gradients flow through it into the past: what is
+            # spent on a frame also serves all frames that are predicted from it.
+            predicted = predict(to_eight_bits(last), vectors)
             prediction = self.encode(vae, predicted, False)
             latent = self.encode(vae, frames, False)
             state, coded = self.codec.apply(
