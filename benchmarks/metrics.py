@@ -38,7 +38,7 @@ LAYERS = {
 }
 
 
-def torch_trunk(net: str) -> Callable[[np.ndarray], None]:
+def torch_backbone(net: str) -> Callable[[np.ndarray], None]:
     """The convolutions of a network on float frames (b, h, w, 3)."""
     layers, channels = [], 3
     for layer in LAYERS[net]:
@@ -51,8 +51,8 @@ def torch_trunk(net: str) -> Callable[[np.ndarray], None]:
         conv = torch.nn.Conv2d(channels, width, window, stride, padding)
         layers += [conv, torch.nn.ReLU(inplace=True)]
         channels = width
-    trunk = torch.nn.Sequential(*layers)
-    return lambda x: trunk(torch.from_numpy(x).permute(0, 3, 1, 2))
+    backbone = torch.nn.Sequential(*layers)
+    return lambda x: backbone(torch.from_numpy(x).permute(0, 3, 1, 2))
 
 
 def peers() -> dict[str, Callable[[np.ndarray, np.ndarray], None]]:
@@ -63,8 +63,8 @@ def peers() -> dict[str, Callable[[np.ndarray, np.ndarray], None]]:
             a, b = (torch.from_numpy(v)[None].permute(0, 3, 1, 2).float() for v in pair)
             ms_ssim(a, b, data_range=255)
 
-    def trunk(net):
-        run = torch_trunk(net)
+    def backbone(net):
+        run = torch_backbone(net)
 
         def both(x, y):
             for frame in (*x, *y):
@@ -75,7 +75,7 @@ def peers() -> dict[str, Callable[[np.ndarray, np.ndarray], None]]:
     return {
         "psnr": lambda x, y: [peak_signal_noise_ratio(*pair) for pair in zip(x, y)],
         "ms_ssim": torch_ms_ssim,
-        **{name: trunk(net) for name, net in NETWORKS.items()},
+        **{name: backbone(net) for name, net in NETWORKS.items()},
     }
 
 

@@ -21,10 +21,9 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
-from gnvc_jax import planner
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
-from gnvc_jax.parallel import chips
+from gnvc_jax.planner import chips, training
 from gnvc_jax.training import config
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +62,7 @@ def plan(case: str, topology: str, mesh: str, batch: int) -> dict:
     settings = ["--mesh", mesh, "--data.size", *SIZES[frames], "--data.batch", str(batch)]
     experiment = config.override(config.load(path), [*settings, "--data.latents", "cache"])
     start = time.process_time()
-    found = planner.plan(experiment, f"v5p:{topology}")
+    found = training.plan(experiment, f"v5p:{topology}")
     key = {"case": case, "point": [topology, mesh, batch]}
     return key | found | {"planned_cpu_s": round(time.process_time() - start)}
 
@@ -119,14 +118,14 @@ def main() -> None:
             wanted = args.topologies is None or point[0] in args.topologies
             if wanted and (case, *point) not in plans:
                 plans[case, *point] = plan(case, *point)
-                print(planner.report(plans[case, *point]), flush=True)
+                print(training.report(plans[case, *point]), flush=True)
                 write_json(RESULTS, list(plans.values()))
                 jax.clear_caches()
     for case, ways in CASES.items():
         for way, points in ways.items():
             if known := [plans[case, *p] for p in points if (case, *p) in plans]:
                 print(f"\n{case}, {way} scaling\n")
-                print(planner.table(known))
+                print(training.table(known))
     figure(plans, ROOT / "docs/scaling.svg")
 
 

@@ -21,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.files import write_json
-from gnvc_jax.parallel import MeshConfig, hlo, make_mesh
-from gnvc_jax.planner import abstract_arguments, bytes_per_device
+from gnvc_jax.parallel import MeshConfig, make_mesh
+from gnvc_jax.planner import hlo
+from gnvc_jax.planner.program import bytes_per_device
+from gnvc_jax.planner.training import abstract_arguments
 from gnvc_jax.refiner import DiT, DiTConfig
 from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
 from gnvc_jax.training.loop import State, init_state, jit_step

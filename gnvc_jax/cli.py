@@ -192,7 +192,7 @@ def export(args: argparse.Namespace) -> int:
 
 
 def encode_all(args: argparse.Namespace) -> int:
-    from gnvc_jax.corpus import encode_all
+    from gnvc_jax.encode_dataset import encode_all
     from gnvc_jax.pretrained import load_pretrained
     from gnvc_jax.runtime import join_processes
 
@@ -221,8 +221,8 @@ def left_out(failed: dict[str, str]) -> int:
 def plan(args: argparse.Namespace) -> int:
     import jax
 
-    from gnvc_jax import planner
     from gnvc_jax.files import write_json
+    from gnvc_jax.planner import coding, training
     from gnvc_jax.training import config
 
     if args.coding and (args.per_device or any(x.startswith("--mesh") for x in args.settings)):
@@ -232,12 +232,12 @@ def plan(args: argparse.Namespace) -> int:
     jax.config.update("jax_platforms", "cpu")  # compiles for TPUs, needs none
     sys.path.insert(0, os.getcwd())  # configurations import each other, as under train.py
     experiment = config.override(config.load(args.config), args.settings)
-    plans, report = [], planner.report
-    found_each = planner.sweep(experiment, args.topology, args.per_device, args.clips)
+    plans, report = [], training.report
+    found_each = training.sweep(experiment, args.topology, args.per_device, args.clips)
     if args.coding:
-        report = planner.coding_report
+        report = coding.coding_report
         found_each = (
-            planner.plan_coding(experiment, topology, args.coding, args.steps)
+            coding.plan_coding(experiment, topology, args.coding, args.steps)
             for topology in args.topology
         )
     for found in found_each:
@@ -246,7 +246,7 @@ def plan(args: argparse.Namespace) -> int:
         if args.out:  # after each, since a large one takes minutes
             write_json(Path(args.out), plans)
     if len(plans) > 1 and not args.coding:
-        print(planner.table(plans))
+        print(training.table(plans))
     return 0 if all(found["fits"] for found in plans) else EXIT_DAMAGED
 
 

@@ -14,13 +14,13 @@ import numpy as np
 
 from gnvc_jax.evaluation.vmaf import vmaf
 from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420
+from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.clip import clip_measures, load_clip
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.ms_ssim import ms_ssim
 from gnvc_jax.metrics.psnr import decibels, mean_squared_error, psnr
 from gnvc_jax.metrics.temporal import drift, seam, temporal
-from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.metrics.warping import warping_error
 
 FIELDS = {  # metric: what it adds to a record

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from gnvc_jax.metrics.trunks import check_images, features, load_weights
+from gnvc_jax.metrics.backbones import check_images, features, load_weights
 
 WEIGHTS = Path(__file__).with_name("dists.safetensors")
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet
@@ -37,7 +37,7 @@ def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
     """
     check_images("dists", x, y, "[0, 1]")
     structure, texture = [], []
-    for a, b in zip(_stages(params["trunk"], x), _stages(params["trunk"], y)):
+    for a, b in zip(_stages(params["backbone"], x), _stages(params["backbone"], y)):
         mean_a, mean_b = a.mean((1, 2)), b.mean((1, 2))
         var_a = jnp.square(a - mean_a[:, None, None]).mean((1, 2))
         var_b = jnp.square(b - mean_b[:, None, None]).mean((1, 2))
@@ -50,9 +50,9 @@ def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
     return 1.0 - similarity / total
 
 
-def _stages(trunk: list, x: jax.Array) -> list[jax.Array]:
+def _stages(backbone: list, x: jax.Array) -> list[jax.Array]:
     """The image itself and five activations of VGG."""
-    return [x, *features(trunk, (x - _MEAN) / _STD, pool=_l2_pool)]
+    return [x, *features(backbone, (x - _MEAN) / _STD, pool=_l2_pool)]
 
 
 def _l2_pool(z: jax.Array, _: int) -> jax.Array:
@@ -69,6 +69,6 @@ def _l2_pool(z: jax.Array, _: int) -> jax.Array:
 
 
 def load_dists(path: str | Path | None = None) -> dict:
-    """Parameters for `dists`; path: VGG weights, see `gnvc_jax.metrics.trunks.load_weights`."""
+    """Parameters for `dists`; path: VGG weights, see `gnvc_jax.metrics.backbones.load_weights`."""
     weights = {k: jnp.asarray(v.reshape(-1)) for k, v in load_file(WEIGHTS).items()}
-    return weights | {"trunk": load_weights("vgg", path)["trunk"]}
+    return weights | {"backbone": load_weights("vgg", path)["backbone"]}

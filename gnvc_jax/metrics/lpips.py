@@ -1,17 +1,17 @@
 """LPIPS v0.1: learned perceptual distance on AlexNet or VGG16 features.
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018;
-version 0.1 of the authors' repository (linear weights on a frozen ImageNet trunk, with the input
-scaling layer). Plain functions over a parameter tree, see `gnvc_jax.metrics.trunks`:
+version 0.1 of the authors' repository (linear weights on a frozen ImageNet backbone, with the input
+scaling layer). Plain functions over a parameter tree, see `gnvc_jax.metrics.backbones`:
 
-    {"trunk": [{"kernel": (k, k, in, out), "bias": (out,)}, ...], "lins": [(channels,), ...]}
+    {"backbone": [{"kernel": (k, k, in, out), "bias": (out,)}, ...], "lins": [(channels,), ...]}
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gnvc_jax.metrics.trunks import check_images, features
+from gnvc_jax.metrics.backbones import check_images, features
 
 # ImageNet mean and standard deviation, moved from [0, 1] to [-1, 1].
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -24,7 +24,7 @@ def lpips(
     """LPIPS distance of image pairs, differentiable everywhere.
 
     Args:
-        params: `gnvc_jax.metrics.trunks.load_weights("alex")`, or "vgg".
+        params: `gnvc_jax.metrics.backbones.load_weights("alex")`, or "vgg".
         x, y: (b, h, w, 3) float RGB in [-1, 1], both sides at least 32.
         dtype: of the convolutions; bfloat16 is good enough for a loss, not for a report.
         precision: of their products, see `jax.default_matmul_precision`; less than "highest" is
@@ -40,8 +40,8 @@ def lpips(
     check_images("lpips", x, y, "[-1, 1]")
     # Two passes rather than one on the concatenation: where only one side is differentiated,
     # the other then costs no backward pass and keeps no activations.
-    fx = features(params["trunk"], (x - _SHIFT) / _SCALE, dtype, precision=precision)
-    fy = features(params["trunk"], (y - _SHIFT) / _SCALE, dtype, precision=precision)
+    fx = features(params["backbone"], (x - _SHIFT) / _SCALE, dtype, precision=precision)
+    fy = features(params["backbone"], (y - _SHIFT) / _SCALE, dtype, precision=precision)
     distance = jnp.zeros(x.shape[0], jnp.float32)
     for lin, a, b in zip(params["lins"], fx, fy, strict=True):
         squares = jnp.square(_unit(a) - _unit(b))

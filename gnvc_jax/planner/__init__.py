@@ -1,24 +1,11 @@
-"""What training and coding cost on a pod, from the compiled programs and without the pod.
+"""Costs of training and coding on a pod, read from the compiled programs, without the pod.
 
-The train step of an experiment, or the programs that coding a video consists of, are compiled ahead
-of time for devices that are not there; memory, communication and memory traffic are read from the
-programs, operations are counted before. Nothing is loaded, all arrays are shapes.
+`training` plans the train step of an experiment, `coding` the programs that encode or decode a
+video. Both compile ahead of time for devices that are not attached, with shapes in place of arrays:
+nothing is loaded or run. `flops` counts operations in the traced program; `hlo` reads communication
+and memory traffic from the compiled text; `program` combines them with the memory that the compiler
+reports; `chips` holds the published figures of the hardware.
+
+Of these, `flops`, `hlo` and `chips` import no other package of the project, so that training can
+use them for its own metrics.
 """
-
-from gnvc_jax.planner.coding import coding_for, coding_report, plan_coding
-from gnvc_jax.planner.program import bytes_per_device, too_large
-from gnvc_jax.planner.training import abstract_arguments, plan, plan_for, report, sweep, table
-
-__all__ = [
-    "abstract_arguments",
-    "bytes_per_device",
-    "coding_for",
-    "coding_report",
-    "plan",
-    "plan_coding",
-    "plan_for",
-    "report",
-    "sweep",
-    "table",
-    "too_large",
-]

@@ -14,9 +14,10 @@ from gnvc_jax.codec.entropy import Integers
 from gnvc_jax.coder import check_columns
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model, Programs, programs, stored_dtype
-from gnvc_jax.parallel import MeshConfig, flops, make_mesh
-from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
+from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.parallel.rules import activation_spec
+from gnvc_jax.planner import flops
+from gnvc_jax.planner.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.refiner.model import windows

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-from gnvc_jax.parallel import hlo
-from gnvc_jax.parallel.chips import Chip
+from gnvc_jax.planner import hlo
+from gnvc_jax.planner.chips import Chip
 
 Tree = Any
 

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
-from gnvc_jax.parallel.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.parallel.rules import BATCH
+from gnvc_jax.planner.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.loop import abstract_state, jit_step

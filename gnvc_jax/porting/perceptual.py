@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from gnvc_jax.metrics.trunks import TORCH_INDEX, known_tensors
+from gnvc_jax.metrics.backbones import TORCH_INDEX, known_tensors
 from gnvc_jax.porting.checkpoint import new_folder
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.port import check_finite

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from gnvc_jax.porting.errors import PortError
+from gnvc_jax.restricted_pickle import RestrictedUnpickler
 
 STORAGES = {
     "FloatStorage": np.float32,
@@ -72,19 +73,17 @@ KNOWN = {
 } | {("torch", name): np.dtype(dtype) for name, dtype in STORAGES.items()}
 
 
-class Reader(pickle.Unpickler):
-    """An unpickler that knows nothing but KNOWN."""
+def describe_storage(pid: object) -> tuple[str, np.dtype, int]:
+    """Stands in for the storage that a persistent id refers to: its key, dtype and length."""
+    match pid:
+        case ("storage", np.dtype() as dtype, str(key), _, count, *_):
+            return key, dtype, count
+    raise pickle.UnpicklingError(f"unknown storage {pid!r}")
 
-    def find_class(self, module: str, name: str):
-        if (module, name) not in KNOWN:
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which no tensor needs")
-        return KNOWN[module, name]
 
-    def persistent_load(self, pid):
-        kind, dtype, key, _, count = pid[:5]
-        if kind != "storage" or not isinstance(dtype, np.dtype) or not isinstance(key, str):
-            raise pickle.UnpicklingError(f"unknown storage {pid!r}")
-        return key, dtype, count
+def load_pickle(file: BinaryIO) -> object:
+    """The next pickle of a file, which can refer to nothing but KNOWN."""
+    return RestrictedUnpickler(file, KNOWN, describe_storage).load()
 
 
 def read_descriptions(path: Path) -> dict[str, Described]:
@@ -102,7 +101,7 @@ def read_descriptions(path: Path) -> dict[str, Described]:
 def read_zip(path: Path) -> dict[str, Described]:
     with zipfile.ZipFile(path) as archive:
         with archive.open(member(archive, "data.pkl")) as file:
-            found = named_tensors(Reader(file).load())
+            found = named_tensors(load_pickle(file))
         for name, tensor in found.items():
             size = archive.getinfo(member(archive, f"data/{tensor.key}")).file_size
             if size != tensor.count * tensor.dtype.itemsize:
@@ -115,12 +114,12 @@ def read_old(path: Path) -> dict[str, Described]:
         if file.read(1) != b"\x80":
             raise pickle.UnpicklingError("it is no PyTorch file")
         file.seek(0)
-        if Reader(file).load() != OLD_MAGIC:
+        if load_pickle(file) != OLD_MAGIC:
             raise pickle.UnpicklingError("it is no PyTorch file")
-        Reader(file).load(), Reader(file).load()  # version of the format, machine
-        found = named_tensors(Reader(file).load())
+        load_pickle(file), load_pickle(file)  # version of the format, machine
+        found = named_tensors(load_pickle(file))
         storages = {tensor.key: tensor for tensor in found.values()}
-        places = {key: skip_storage(file, storages[key]) for key in Reader(file).load()}
+        places = {key: skip_storage(file, storages[key]) for key in load_pickle(file)}
     return {k: dataclasses.replace(x, place=places[x.key]) for k, x in found.items()}
 
 

@@ -5,13 +5,14 @@ import time
 
 import jax
 
-from gnvc_jax.parallel import MeshConfig, flops, make_mesh
-from gnvc_jax.parallel.chips import PEAK_FLOPS
+from gnvc_jax.parallel import MeshConfig, make_mesh
+from gnvc_jax.planner import flops
+from gnvc_jax.planner.chips import PEAK_FLOPS
 from gnvc_jax.training.stages import Stage
 
 
 def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = False) -> float:
-    """Operations of a step over all devices, forward and backward; see `parallel.flops`.
+    """Operations of a step over all devices, forward and backward; see `gnvc_jax.planner.flops`.
 
     frames: per clip; remat: whether what the backward pass computes again counts twice (False: the
     number that MFU refers to).

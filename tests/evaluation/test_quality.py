@@ -10,7 +10,7 @@ from skimage.metrics import peak_signal_noise_ratio
 from gnvc_jax.evaluation import quality
 from gnvc_jax.evaluation.quality import Meter
 from gnvc_jax.media.colour import rgb_to_yuv420
-from gnvc_jax.metrics.trunks import TORCH_INDEX, load_weights
+from gnvc_jax.metrics.backbones import TORCH_INDEX, load_weights
 
 
 def clip(t=3, h=32, w=48, seed=0):
@@ -63,7 +63,7 @@ def save_alex(path, scale):
     """LPIPS on AlexNet as `gnvc port` writes it, its linear weights times `scale`."""
     weights = load_weights("alex")
     tensors = {f"lin{k}.model.1.weight": scale * x for k, x in enumerate(weights["lins"])}
-    for index, layer in zip(TORCH_INDEX["alex"], weights["trunk"]):
+    for index, layer in zip(TORCH_INDEX["alex"], weights["backbone"]):
         tensors[f"features.{index}.weight"] = layer["kernel"].transpose(3, 2, 0, 1)
         tensors[f"features.{index}.bias"] = layer["bias"]
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)

@@ -6,7 +6,8 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gnvc_jax.parallel import MeshConfig, hlo, make_mesh, rules, shardings
+from gnvc_jax.parallel import MeshConfig, make_mesh, rules, shardings
+from gnvc_jax.planner import hlo
 from gnvc_jax.refiner import DiT, DiTConfig
 
 LAYERS, DEVICES = 2, 4

@@ -1,8 +1,8 @@
 """LPIPS and DISTS against the authors' packages, values and gradients, with shared random weights;
 MS-SSIM against pytorch-msssim.
 
-torchvision, from which both take their trunks, has a stand-in: its packages exist for few builds of
-torch, and all that is needed of it is the order of layers.
+torchvision, from which both take their backbones, has a stand-in: its packages exist for few builds
+of torch, and all that is needed of it is the order of layers.
 """
 
 import sys
@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.dists import dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.ms_ssim import ms_ssim
-from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.porting.perceptual import port_perceptual
 
 torch = pytest.importorskip("torch", reason="torch is not installed: make test-parity")
@@ -133,7 +133,7 @@ def test_dists(torchvision, images, tmp_path, record_property):
         k: jnp.asarray(getattr(reference, k).detach().numpy().reshape(-1))
         for k in ("alpha", "beta")
     }
-    params = weights | {"trunk": load_weights("vgg", tmp_path / "vgg.safetensors")["trunk"]}
+    params = weights | {"backbone": load_weights("vgg", tmp_path / "vgg.safetensors")["backbone"]}
     expected = theirs(lambda x, y: reference(x, y, require_grad=True), *images)
     close(record_property, "dists", ours(dists, params, *images), expected)
 

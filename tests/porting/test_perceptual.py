@@ -5,44 +5,44 @@ import pytest
 from safetensors.numpy import save_file
 
 from gnvc_jax import cli
-from gnvc_jax.metrics.trunks import load_weights
+from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.perceptual import expected_shapes, port_perceptual
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A trunk with its classifier, as of torchvision, and linear weights, as of lpips."""
+    """A backbone with its classifier, as of torchvision, and linear weights, as of lpips."""
     rng = np.random.default_rng(0)
-    trunk, lins = {"classifier.1.weight": np.zeros((2, 2), np.float32)}, {}
+    backbone, lins = {"classifier.1.weight": np.zeros((2, 2), np.float32)}, {}
     for name, shape in expected_shapes("alex").items():
         value = rng.normal(size=shape).astype(np.float32)
         if name.startswith("lin"):
             lins[f"{name}.model.1.weight"] = value
         else:
-            trunk[f"features.{name}"] = value
+            backbone[f"features.{name}"] = value
     (tmp_path / "in").mkdir()
-    save_file(trunk, tmp_path / "in" / "alexnet.safetensors")
+    save_file(backbone, tmp_path / "in" / "alexnet.safetensors")
     save_file(lins, tmp_path / "in" / "alex.safetensors")
-    return tmp_path / "in", trunk, lins
+    return tmp_path / "in", backbone, lins
 
 
 def test_two_files_become_one(folder, tmp_path, capsys):
-    source, trunk, lins = folder
+    source, backbone, lins = folder
     assert cli.main(["port", "--from", str(source), "--to", str(tmp_path / "out")]) == 0
     file = tmp_path / "out" / "lpips_alex.safetensors"
     assert str(file) in capsys.readouterr().out
     weights = load_weights("alex", file)
-    kernel = trunk["features.3.weight"].transpose(2, 3, 1, 0)
-    np.testing.assert_array_equal(weights["trunk"][1]["kernel"], kernel)
+    kernel = backbone["features.3.weight"].transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(weights["backbone"][1]["kernel"], kernel)
     np.testing.assert_array_equal(weights["lins"][4], lins["lin4.model.1.weight"].ravel())
 
 
 def test_all_that_does_not_fit_is_listed_and_nothing_written(folder, tmp_path):
-    source, trunk, _ = folder
-    trunk["features.6.weight"] = trunk["features.6.weight"][:1]
-    trunk["features.7.bias"] = trunk.pop("features.3.bias")
-    save_file(trunk, source / "alexnet.safetensors")
+    source, backbone, _ = folder
+    backbone["features.6.weight"] = backbone["features.6.weight"][:1]
+    backbone["features.7.bias"] = backbone.pop("features.3.bias")
+    save_file(backbone, source / "alexnet.safetensors")
     (source / "alex.safetensors").unlink()
     with pytest.raises(PortError) as error:
         port_perceptual(source, tmp_path / "out")

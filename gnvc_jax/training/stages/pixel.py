@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.errors import UsageError
-from gnvc_jax.metrics.trunks import load_weights
+from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.refiner import flow
 from gnvc_jax.training import lora
 from gnvc_jax.training.config import Experiment, check_choices

@@ -8,8 +8,8 @@ import numpy as np
 from einops import rearrange
 from jax import lax
 
+from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.lpips import lpips
-from gnvc_jax.metrics.trunks import load_weights
 from gnvc_jax.training.config import Experiment, LossConfig, Policy
 from gnvc_jax.training.stages import Stage, Tree, agreed, placed_like
 from gnvc_jax.vae import VAE, klt

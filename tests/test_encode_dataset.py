@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from gnvc_jax import corpus
-from gnvc_jax.corpus import encode_all
+from gnvc_jax import encode_dataset
 from gnvc_jax.demo import write_all
+from gnvc_jax.encode_dataset import encode_all
 from gnvc_jax.errors import UsageError
 
 
@@ -109,7 +109,7 @@ def test_a_full_disk_ends_the_job(clips, tmp_path, monkeypatch):
     def write(path, data):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(corpus, "write_whole", write)
+    monkeypatch.setattr(encode_dataset, "write_whole", write)
     with pytest.raises(OSError, match="No space"):
         encode_all(clips, tmp_path / "out", Stand(), 24, progress=False)
 

@@ -11,9 +11,10 @@ import pytest
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from gnvc_jax import cli, planner
+from gnvc_jax import cli
 from gnvc_jax.model import Functions
-from gnvc_jax.parallel import MeshConfig, chips, flops, hlo, make_mesh, rules
+from gnvc_jax.parallel import MeshConfig, make_mesh, rules
+from gnvc_jax.planner import chips, coding, flops, hlo, program, training
 from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
 from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.training import loop
@@ -42,14 +43,14 @@ class Layers(Stage):
 
 @pytest.fixture
 def experiment(monkeypatch):
-    monkeypatch.setattr(planner.training, "make_stage", Layers)
+    monkeypatch.setattr(training, "make_stage", Layers)
     monkeypatch.setattr(rules, "SMALL", 0)
     return Experiment("layers", data=DataConfig(frames=1, size=(8, 8), batch=1024))
 
 
 def plans(experiment, **mesh):
     experiment = dataclasses.replace(experiment, mesh=MeshConfig(**mesh))
-    return planner.plan_for(experiment, jax.devices(), chips.CHIPS["v5p"])
+    return training.plan_for(experiment, jax.devices(), chips.CHIPS["v5p"])
 
 
 def test_a_plan_of_a_known_step(experiment):
@@ -80,7 +81,7 @@ def test_memory_is_that_of_the_step_that_trains(experiment):
     mesh = MeshConfig(data=2, fsdp=4)
     found = plans(experiment, **dataclasses.asdict(mesh))
     stage, mesh = Layers(experiment), make_mesh(mesh)
-    shapes = planner.abstract_arguments(experiment, stage, mesh, frames=1)
+    shapes = training.abstract_arguments(experiment, stage, mesh, frames=1)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (shapes[0].params, *shapes[1:]))
     params, frozen, batch = zeros
     state = loop.init_state(experiment.optim, params, jax.random.key(0))
@@ -108,7 +109,7 @@ def test_a_plan_of_decoding(tiny_codec, tiny_model):
         data=DataConfig(frames=9, size=(64, 128)),
     )
     devices, chip = jax.devices()[:4], chips.CHIPS["v5p"]
-    found = planner.coding_for(experiment, devices, chip, "decode", steps=3)
+    found = coding.coding_for(experiment, devices, chip, "decode", steps=3)
     parts = found["programs"]
     # Three latents, refined in two windows of two.
     assert {name: one["times"] for name, one in parts.items()} == {
@@ -130,18 +131,18 @@ def test_a_plan_of_decoding(tiny_codec, tiny_model):
         < high
         == 9 / sum(x["times"] * max(x["roofline_s"].values()) for x in parts.values())
     )
-    assert found["fits"] and "velocity" in planner.coding_report(found | {"topology": ""})
+    assert found["fits"] and "velocity" in coding.coding_report(found | {"topology": ""})
     with pytest.raises(ValueError, match="`vae` has no codec"):
         vae = dataclasses.replace(experiment, stage="vae", loss=VAELoss())
-        planner.coding_for(vae, devices, chip, "decode")
+        coding.coding_for(vae, devices, chip, "decode")
     wrong = dataclasses.replace(experiment, data=DataConfig(frames=9, size=(64, 72)))
     with pytest.raises(ValueError, match=r"data\.size"):
-        planner.coding_for(wrong, devices, chip, "encode")
+        coding.coding_for(wrong, devices, chip, "encode")
 
 
 def test_sizes_are_checked_first(experiment):
     with pytest.raises(ValueError, match="batch 1024 does not divide by 5"):
-        planner.plan_for(
+        training.plan_for(
             dataclasses.replace(experiment, mesh=MeshConfig(5)),
             jax.devices()[:5],
             chips.CHIPS["v4"],
@@ -259,7 +260,7 @@ def test_what_does_not_fit(experiment, monkeypatch):
     assert found["fits"] is False and words in found["reason"]
     assert any(f"x 1024 x {WIDTH} f32" in line for line in found["largest"])
     assert any("per device: 0/params/layers" in line for line in found["largest"])
-    assert words in planner.report(found)
-    assert "does not fit" in planner.table([found])
+    assert words in training.report(found)
+    assert "does not fit" in training.table([found])
     with pytest.raises(RuntimeError, match="something else"):
-        planner.too_large("something else\n", "", ())
+        program.too_large("something else\n", "", ())

