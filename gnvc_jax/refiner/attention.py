@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from gnvc_jax.errors import UsageError
@@ -54,6 +55,61 @@ def attention(
         raise UsageError(f"attention {name!r}: expected one of {names}")
     options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
     return parallel.attention(IMPLEMENTATIONS[name], q, k, v, **options)
+
+
+def windowed(
+    q: Array,
+    k: Array,
+    v: Array,
+    grid: tuple[int, int, int],
+    window: int,
+    implementation: str | None = None,
+) -> Array:
+    """Attention of each token to its spatial neighbourhood, in all latents.
+
+    Tokens are taken in square blocks of half a window, and each block attends to the window around
+    it. At the borders the window moves inwards instead of being cut, so all windows have the same
+    size and nothing is masked; the cost grows with the area of the frame rather than with its
+    square. Frames no larger than a window get plain attention.
+
+    Args:
+        q, k, v: (b, n, heads, d), n = columns * latents * rows, in this order.
+        grid: (latents, rows, columns) of tokens.
+        window: tokens per side, even.
+        implementation: see `attention`.
+
+    Raises:
+        UsageError: if a mesh spreads tokens over its axis `context`.
+    """
+    t, rows, columns = grid
+    if rows <= window and columns <= window:
+        return attention(q, k, v, implementation)
+    if axis_size("context") > 1:
+        raise UsageError("attention in windows does not spread tokens; use a mesh with context=1")
+    block = window // 2
+
+    def starts(count: int) -> np.ndarray:
+        """First token of the window of each block along one axis."""
+        first = np.arange(0, count, block) - (window - block) // 2
+        return np.clip(first, 0, max(0, count - window))
+
+    across, down = starts(columns), starts(rows)
+    q = rearrange(q, "b (w t h) n d -> b w t h n d", t=t, h=rows)
+    fill = ((0, -columns % block), (0, 0), (0, -rows % block))
+    q = jnp.pad(q, ((0, 0), *fill, (0, 0), (0, 0)))
+    # (blocks across, blocks down) become part of the batch.
+    q = rearrange(q, "b (x i) t (y j) n d -> (b x y) (i t j) n d", i=block, j=block)
+
+    def windows(x: Array) -> Array:
+        x = rearrange(x, "b (w t h) n d -> b w t h n d", t=t, h=rows)
+        x = x[:, across[:, None] + np.arange(min(window, columns))]  # (b, x, i, t, h, n, d)
+        x = x[:, :, :, :, down[:, None] + np.arange(min(window, rows))]  # (b, x, i, t, y, j, n, d)
+        return rearrange(x, "b x i t y j n d -> (b x y) (i t j) n d")
+
+    out = attention(q, windows(k), windows(v), implementation)
+    sizes = {"x": len(across), "y": len(down), "i": block, "j": block}
+    out = rearrange(out, "(b x y) (i t j) n d -> b (x i) t (y j) n d", t=t, **sizes)
+    return rearrange(out[:, :columns, :, :rows], "b w t h n d -> b (w t h) n d")
 
 
 def exchanged_heads(heads: int, devices: int) -> int | None:

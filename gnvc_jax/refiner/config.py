@@ -1,6 +1,7 @@
 """Sizes of the video DiT and of the refiner, and what a forward pass costs."""
 
 import dataclasses
+import math
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner.flow import START
@@ -17,7 +18,9 @@ class DiTConfig:
     and blocks; frequencies: width of the sinusoid that stands for time; channels: of the latents;
     text_width, text_length: of the text condition (length 0: no cross-attention); context_every: 0
     for a plain DiT, s for VACE's adapter with one context block per s blocks (the first before
-    block 0); context_channels: of the adapter's condition, on the grid of the latents.
+    block 0); context_channels: of the adapter's condition, on the grid of the latents; window:
+    tokens per side of the neighbourhood that self-attention sees in each latent, even, 0 for all
+    tokens (see `gnvc_jax.refiner.attention.windowed`).
 
     Raises UsageError for sizes that do not divide.
     """
@@ -32,10 +35,13 @@ class DiTConfig:
     text_length: int = 512
     context_every: int = 0
     context_channels: int = 96
+    window: int = 0
 
     def __post_init__(self):
         if self.width % (2 * self.heads):
             raise UsageError(f"width {self.width} over {self.heads} heads: no even head width")
+        if self.window % 2 or self.window < 0:
+            raise UsageError(f"window is {self.window}, expected an even number of tokens")
         if self.frequencies % 2:
             raise UsageError(f"frequencies is {self.frequencies}, expected an even number")
         if self.layers % self.group_size:
@@ -68,7 +74,8 @@ class DiTConfig:
         """
         n, m, d = self.tokens(t, h, w), self.text_length, self.width
         attended = (heads or self.heads) * self.head_width
-        block = 8 * n * d**2 + 4 * n**2 * attended + 4 * n * d * self.ffn_width
+        seen = t * math.prod(min(side // PATCH, self.window or side) for side in (h, w))
+        block = 8 * n * d**2 + 4 * n * seen * attended + 4 * n * d * self.ffn_width
         if m:
             block += 4 * (n + m) * d**2 + 4 * n * m * d
         patches = 2 * n * d * PATCH**2 * 2 * self.channels

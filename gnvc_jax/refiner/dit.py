@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import axis_size, constrain
-from gnvc_jax.refiner.attention import attention
+from gnvc_jax.refiner.attention import attention, windowed
 from gnvc_jax.refiner.config import PATCH, DiTConfig
 
 Array = jax.Array
@@ -121,11 +121,16 @@ class HeadsNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Tokens x (b, n, d) attend to tokens y (b, m, d); rotation of both where a table is given."""
+    """Tokens x (b, n, d) attend to tokens y (b, m, d); rotation of both where a table is given.
+
+    grid: (latents, rows, columns) of tokens that attend to their neighbourhood (`config.window`),
+    None for attention to all tokens.
+    """
 
     config: DiTConfig
     dtype: jnp.dtype
     implementation: str | None
+    grid: tuple[int, int, int] | None = None
 
     @nn.compact
     def __call__(self, x: Array, y: Array, table: tuple[Array, Array] | None) -> Array:
@@ -137,9 +142,12 @@ class Attention(nn.Module):
             return x if table is None or name == "v" else rotate(x, table)
 
         q, k, v = heads("q", x), heads("k", y), heads("v", y)
-        # The tokens of the clip are spread over devices; the text is the same on all.
-        spread = {} if table is None else {"length": table[0].shape[0], "split_keys": True}
-        y = attention(q, k, v, self.implementation, **spread)
+        if self.grid:
+            y = windowed(q, k, v, self.grid, self.config.window, self.implementation)
+        else:
+            # The tokens of the clip are spread over devices; the text is the same on all.
+            spread = {} if table is None else {"length": table[0].shape[0], "split_keys": True}
+            y = attention(q, k, v, self.implementation, **spread)
         y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
         return dense(self.config.width, self.dtype, "o")(y)
 
@@ -154,6 +162,7 @@ class Block(nn.Module):
     config: DiTConfig
     dtype: jnp.dtype
     attention: str | None
+    grid: tuple[int, int, int] | None = None
 
     @nn.compact
     def __call__(self, x: Array, time: Array, text: Array, table: tuple[Array, Array]) -> Array:
@@ -163,7 +172,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(time, 6, axis=1)
 
         y = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
-        y = Attention(cfg, self.dtype, self.attention, name="self_attention")(y, y, table)
+        attend = Attention(cfg, self.dtype, self.attention, self.grid, name="self_attention")
+        y = attend(y, y, table)
         x = x + gate1 * y
 
         if cfg.text_length:
@@ -189,6 +199,7 @@ class Group(nn.Module):
     dtype: jnp.dtype
     attention: str | None
     remat: str
+    grid: tuple[int, int, int] | None = None
 
     @nn.compact
     def __call__(self, carry, scale, time, text, table):
@@ -198,12 +209,13 @@ class Group(nn.Module):
             block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
         hint = 0.0
         if cfg.context_every:
-            context = block(cfg, self.dtype, self.attention, name="context")(
+            context = block(cfg, self.dtype, self.attention, self.grid, name="context")(
                 context, time, text, table
             )
             hint = dense(cfg.width, self.dtype, "context_out", nn.initializers.zeros)(context)
         for i in range(cfg.group_size):
-            x = block(cfg, self.dtype, self.attention, name=f"block_{i}")(x, time, text, table)
+            one = block(cfg, self.dtype, self.attention, self.grid, name=f"block_{i}")
+            x = one(x, time, text, table)
             x = x + scale * hint if i == 0 else x
         return (x, context), None
 
@@ -265,13 +277,14 @@ class DiT(nn.Module):
             first = dense(cfg.width, self.dtype, "context_in", nn.initializers.zeros)
             tokens = first(spread(tokens + context_extra)) + x
 
+        grid = (t, h // PATCH, w // PATCH) if cfg.window else None
         groups = nn.scan(
             Group,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.groups,
-        )(cfg, self.dtype, self.attention, self.remat, name="groups")
+        )(cfg, self.dtype, self.attention, self.remat, grid, name="groups")
         table = rotary_table(cfg.head_width, t, h, w)
         scale = jnp.broadcast_to(jnp.asarray(context_scale, jnp.float32), (cfg.groups,))
         (x, _), _ = groups((x, tokens), scale, rows, text, table)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner import attention as module
-from gnvc_jax.refiner.attention import attention, choose, chunked, splash
+from gnvc_jax.refiner.attention import attention, choose, chunked, splash, windowed
 
 
 def inputs(n, m, heads=2, d=128, b=2):
@@ -74,3 +75,41 @@ def test_the_choice_by_backend():
     assert choose(jnp.bfloat16, 64, "tpu") == choose(jnp.float32, 128, "cpu") == "chunked"
     with pytest.raises(ValueError, match="flash"):
         attention(*inputs(2, 2, d=8)[:3], "flash")
+
+
+def neighbourhood(position: int, count: int, window: int) -> range:
+    """Tokens along one axis that a token sees: those of the window around its block."""
+    block = window // 2
+    first = position // block * block - (window - block) // 2
+    first = min(max(first, 0), max(0, count - window))
+    return range(first, min(first + window, count))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(6, 9), (3, 10), (4, 4)])
+def test_windowed_attention_is_plain_attention_among_neighbours(rows, columns):
+    t, window = 2, 4
+    q, k, v, _ = inputs(t * rows * columns, t * rows * columns, d=8, b=1)
+    got = windowed(q, k, v, (t, rows, columns), window)
+    tokens = np.arange(t * rows * columns).reshape(columns, t, rows)
+    for x in range(columns):
+        for y in range(rows):
+            seen = tokens[neighbourhood(x, columns, window)][:, :, neighbourhood(y, rows, window)]
+            keys = k[:, seen.ravel()], v[:, seen.ravel()]
+            want = reference(q[:, tokens[x, :, y]], *keys)
+            np.testing.assert_allclose(got[:, tokens[x, :, y]], want, atol=1e-5)
+
+
+def test_windowed_attention_costs_as_much_per_token_in_large_frames():
+    def operations(rows, columns):
+        q = jax.ShapeDtypeStruct((1, rows * columns, 2, 8), jnp.float32)
+        function = functools.partial(windowed, grid=(1, rows, columns), window=8)
+        return jax.jit(function).lower(q, q, q).compile().cost_analysis()["flops"]
+
+    assert operations(32, 32) < 1.2 * 4 * operations(16, 16)
+
+
+def test_windowed_attention_refuses_tokens_spread_over_devices(monkeypatch):
+    monkeypatch.setattr(module, "axis_size", lambda axis: 2 if axis == "context" else 1)
+    q, k, v, _ = inputs(64, 64, d=8)
+    with pytest.raises(UsageError, match="context=1"):
+        windowed(q, k, v, (1, 8, 8), 4)
