@@ -93,9 +93,11 @@ class RefinerConfig:
 
     dit: its context has VACE's 96 channels, or as many as latents have (decoded latents alone);
     features: channels of the codec's features; window, overlap: latents that are refined together
-    and that neighbouring windows share; start: t_N, flow time at which refinement begins;
-    deviation: 0 where the DiT gives the velocity itself, as Wan's does; else it corrects
-    `flow.linear_velocity` with this deviation of coding errors, which small models need.
+    and that neighbouring windows share; start: t_N, flow time at which refinement begins; noise:
+    standard deviation of the noise in the starting state, 1 for an ordinary flow, 0 for a
+    deterministic refiner of one step; deviation: 0 where the DiT gives the velocity itself, as
+    Wan's does; else it corrects `flow.linear_velocity` with this deviation of coding errors, which
+    small models need.
 
     Raises UsageError for sizes that do not fit.
     """
@@ -105,6 +107,7 @@ class RefinerConfig:
     window: int = 7
     overlap: int = 2
     start: float = START
+    noise: float = 1.0
     deviation: float = 0.0
 
     def __post_init__(self):

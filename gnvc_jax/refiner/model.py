@@ -171,5 +171,6 @@ def refine(
             moves = moves.at[:, part].add(weight * v)
         return moves / total
 
-    state = flow.start_state(decoded, noise_for(key, decoded.shape), config.start)
+    noise = config.noise * noise_for(key, decoded.shape)
+    state = flow.start_state(decoded, noise, config.start)
     return flow.integrate(move, state, flow.step_times(steps, config.start))

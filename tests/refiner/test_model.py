@@ -71,6 +71,22 @@ def test_a_small_refiner_gives_the_decoded_latents_at_first():
     np.testing.assert_allclose(flow.clean_estimate(state, velocity, 0.7), decoded, atol=1e-5)
 
 
+def test_refinement_without_noise_is_deterministic():
+    _, _, decoded, features, _ = inputs()
+    config = dataclasses.replace(SMALL, noise=0.0)
+
+    def refined(config, seed):
+        def velocity(state, tau, decoded, features):
+            return state - 2.0 * decoded
+
+        return refine(velocity, config, decoded, features, jax.random.key(seed), 1)
+
+    np.testing.assert_array_equal(refined(config, 0), refined(config, 1))
+    assert float(jnp.abs(refined(SMALL, 0) - refined(SMALL, 1)).max()) > 0.1
+    # One Euler step of 0.3 from 0.7 of the decoded latents: 0.7 + 0.3 * (0.7 - 2).
+    np.testing.assert_allclose(refined(config, 0), 0.31 * decoded, rtol=1e-5)
+
+
 def test_the_condition_of_vace():
     decoded, grey = inputs()[2], jnp.arange(8.0).reshape(2, 4)
     condition = vace_context(decoded, grey)
