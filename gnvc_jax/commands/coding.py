@@ -1,0 +1,381 @@
+"""Commands on single videos and streams: encode, decode, info, demo."""
+
+import contextlib
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, BinaryIO
+
+import numpy as np
+from tqdm import tqdm
+from tyro.conf import Positional, arg
+
+from gnvc_jax.bitstream import BitstreamError, Group, Header, StreamReader
+from gnvc_jax.commands.options import EXIT_PARTIAL, MAX_STEPS, Force, check_range
+from gnvc_jax.errors import UsageError
+from gnvc_jax.files import atomic_output, is_same_file, would_overwrite
+from gnvc_jax.media.colour import Colour
+from gnvc_jax.media.errors import OutputExists, UnwritableOutput
+
+if TYPE_CHECKING:
+    from gnvc_jax.coder import Coder
+
+AUDIO_NOTE = "audio is not carried"
+
+
+def encode(
+    input: Positional[str],
+    output: Annotated[
+        Positional[str], arg(help_behavior_hint="(default: INPUT with .gnvc appended)")
+    ] = "",
+    *,
+    qp: int = 24,
+    gop: int = 97,
+    frames: int | None = None,
+    size: str | None = None,
+    fps: str | None = None,
+    pix_fmt: str | None = None,
+    stream: int | None = None,
+    tolerant: bool = False,
+    devices: int = 1,
+    model: str = "small",
+    force: Force = False,
+    no_progress: bool = False,
+) -> int:
+    """Encode a video to a .gnvc stream.
+
+    Example: gnvc encode clip.mp4 clip.gnvc --qp 24
+
+    Args:
+        input: Video file, raw .yuv file, folder of PNG images, or - to read y4m from stdin.
+        output: Stream to write, or - for stdout.
+        qp: Quality level from 0 to 63; lower is better and larger.
+        gop: Frames per group, 1 + 4k; each group can be decoded on its own.
+        frames: Maximum number of frames to encode.
+        size: Frame size of a raw .yuv file, for example 1920x1080.
+        fps: Frame rate such as 25, 29.97 or 30000/1001, overriding that of the input.
+        pix_fmt: Pixel format of a raw .yuv file; yuv420p if not given.
+        stream: Index of the video stream to encode, counted from 0; if not given, the default
+            stream of the file, or else its largest.
+        tolerant: Encode as much as can be decoded of a damaged or truncated video, and exit
+            with code 3.
+        devices: Number of devices to shard each frame over (for large frames).
+        model: Name of a shipped model, or path of a model file.
+        force: Overwrite an existing output.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax.coder import check_video
+    from gnvc_jax.media.reader import open_video
+    from gnvc_jax.pretrained import load_pretrained
+
+    if not output and input == "-":
+        raise UsageError("an output is required when the input is stdin")
+    output = output or f"{input.rstrip('/')}.gnvc"
+    check_range("--frames", frames, 1)
+    refuse_same_file(input, output)
+    options = {
+        "size": parse_size(size),
+        "fps": parse_rate(fps),
+        "pix_fmt": pix_fmt,
+        "stream": stream,
+        "tolerant": tolerant,
+    }
+    with (
+        frames_over(devices),
+        open_video(input, **options) as video,
+        binary_output(output, force) as file,
+    ):
+        check_video(video.info)
+        coder = load_pretrained(model)
+        rate = (video.fps.numerator, video.fps.denominator)
+        header = coder.header(
+            video.width, video.height, rate, gop=gop, colour=video.colour.code_points
+        )
+        total = min(filter(None, (video.frame_count, frames)), default=None)
+        start = time.perf_counter()
+        with progress_bar(total, "encoding", no_progress) as progress:
+            # islice stops at the last frame wanted, so damage behind it is never looked at.
+            count = coder.encode_frames(
+                itertools.islice(video, frames), file, header, qp, progress.update
+            )
+        written, seconds = file.tell(), time.perf_counter() - start
+        for note in [*video.notes, *[AUDIO_NOTE] * video.has_audio]:
+            print(f"gnvc: {input}: {note}", file=sys.stderr)
+    print(
+        f"{output}: {count} frames, {written} bytes, {rate_text(written, count, header)}, "
+        f"{count / seconds:.2f} frames/s including compilation",
+        file=sys.stderr,
+    )
+    return EXIT_PARTIAL if video.damaged else 0
+
+
+def decode(
+    input: Positional[str],
+    output: Positional[str],
+    *,
+    steps: int | None = None,
+    tolerant: bool = False,
+    max_pixels: int | None = None,
+    devices: int = 1,
+    model: str = "small",
+    force: Force = False,
+    no_progress: bool = False,
+) -> int:
+    """Decode a .gnvc stream to a video.
+
+    Example: gnvc decode clip.gnvc clip.mp4
+
+    Args:
+        input: Stream to read, or - for stdin.
+        output: Video to write: .mp4, .mkv (lossless), .y4m, a folder of PNG images, or - for y4m
+            on stdout.
+        steps: Number of refinement steps, 0 for none; if not given, 1 for models with a refiner.
+        tolerant: Replace the frames of damaged groups by the last good frame, and exit with
+            code 3.
+        max_pixels: Refuse streams whose frames have more pixels; 33554432 (8K) if not given.
+        devices: Number of devices to shard each frame over (for large frames).
+        model: Name of a shipped model, or path of a model file.
+        force: Overwrite an existing output.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax.coder import MAX_PIXELS
+    from gnvc_jax.media.writer import open_writer
+    from gnvc_jax.pretrained import load_pretrained
+
+    refuse_same_file(input, output)
+    source = sys.stdin.buffer if input == "-" else input
+    damaged: list[BitstreamError] = []
+    check_range("--steps", steps, 0, MAX_STEPS)
+    with frames_over(devices), StreamReader(source) as reader:
+        header, coder = reader.header, load_pretrained(model)
+        coder.check(header, MAX_PIXELS if max_pixels is None else max_pixels)
+        fps = Fraction(*header.fps)
+        colour = Colour.from_code_points(*header.colour)
+        with open_writer(
+            output, header.width, header.height, fps, colour=colour, force=force
+        ) as out:
+            start, count, last = time.perf_counter(), 0, None
+            with progress_bar(header.frame_count, "decoding", no_progress) as progress:
+                for group in reader.groups(tolerant=tolerant):
+                    for frame in group_frames(coder, header, group, last, damaged, steps, tolerant):
+                        out.write(frame)
+                        last, count = frame, count + 1
+                        progress.update(1)
+                # Inside `open_writer`, so that a video of no frames is not left behind.
+                if damaged and not count:
+                    raise damaged[-1]
+            seconds = time.perf_counter() - start
+    rate = f"{count / seconds:.2f} frames/s including compilation"
+    print(f"{output}: {count} frames, {rate}", file=sys.stderr)
+    for note in out.notes:
+        print(f"gnvc: {output}: {note}", file=sys.stderr)
+    for error in damaged:
+        print(f"gnvc: {input}: {error.n_frames} frames replaced: {error}", file=sys.stderr)
+    return EXIT_PARTIAL if damaged else 0
+
+
+def info(input: Positional[str]) -> int:
+    """Print what a stream contains: video, rate, model, groups.
+
+    Example: gnvc info clip.gnvc
+
+    Args:
+        input: Stream to read.
+    """
+    with StreamReader(input) as reader:
+        header = reader.header
+        size = Path(input).stat().st_size
+        groups = list(reader.groups())
+    frames = sum(g.n_frames for g in groups)
+    latents = sum(len(s) for g in groups for s in g.segments)
+    motion = sum(len(g.motion) for g in groups)
+    fps = header.fps[0] / header.fps[1]
+    codec, vae = (x.hex()[:8] for x in (header.codec_fingerprint, header.vae_fingerprint))
+    print(f"{input}: gnvc stream, {size} bytes")
+    print(f"  video     {header.width}x{header.height}, {frames} frames, {fps:.3f} frames/s")
+    print(f"  rate      {rate_text(size, frames, header)}")
+    print(f"  model     codec {codec}, VAE {vae}")
+    container = size - latents - motion
+    print(f"  bytes     latents {latents}, motion {motion}, container {container}")
+    print(f"  audio     {AUDIO_NOTE}")
+    for g in groups:
+        coded = f"{len(g.q_indices)} latents, {sum(map(len, g.segments)) + len(g.motion)} bytes"
+        qps = sorted({63 - q for q in g.q_indices})
+        print(f"  group {g.number}: frames {g.first_frame}+{g.n_frames}, {coded}, qp {qps}")
+    return 0
+
+
+def demo(
+    *,
+    clip: str | None = None,
+    qp: int = 24,
+    frames: int = 33,
+    model: str = "small",
+    out: str = "demo_out",
+) -> int:
+    """Encode a clip, decode it in a new process, and compare the two.
+
+    Example: gnvc demo --clip clip.mp4
+
+    Args:
+        clip: Video to use; if not given, a camera move over a photograph.
+        qp: Quality level from 0 to 63; lower is better and larger.
+        frames: Maximum number of frames to use.
+        model: Name of a shipped model, or path of a model file.
+        out: Folder for the results.
+    """
+    from gnvc_jax.demo import run
+
+    check_range("--frames", frames, 1)
+    run(clip, qp, frames, model, Path(out))
+    return 0
+
+
+def frames_over(devices: int) -> contextlib.AbstractContextManager:
+    """Context in which frames are sharded over a number of devices.
+
+    Raises UsageError where there are fewer devices.
+    """
+    if devices == 1:
+        return contextlib.nullcontext()
+
+    import jax
+
+    from gnvc_jax.parallel import MeshConfig, make_mesh
+
+    return jax.set_mesh(make_mesh(MeshConfig(data=1, context=devices)))
+
+
+def group_frames(
+    coder: "Coder",
+    header: Header,
+    group: Group | BitstreamError,
+    last: np.ndarray | None,
+    damaged: list[BitstreamError],
+    steps: int | None,
+    tolerant: bool,
+) -> Iterator[np.ndarray]:
+    """Decodes a group, or stands in for a damaged one.
+
+    Args:
+        coder: Decoder.
+        header: Header of the stream.
+        group: Group as read from the stream, or the error that reading it gave.
+        last: The frame before the group, uint8 (h, w, 3); None if there is none.
+        damaged: List to which errors are appended.
+        steps: Refinement steps, None for the model's default.
+        tolerant: Whether damaged groups are replaced by repeats of `last` instead of raising.
+
+    Yields:
+        Frames, uint8 (h, w, 3).
+    """
+    error = group
+    if isinstance(group, Group):
+        try:
+            frames = coder.decode_group(header, group, steps)
+            # Decoded to the end before the first frame goes out: damage may show late in a group,
+            # and a group is replaced as a whole.
+            yield from list(frames) if tolerant else frames
+            return
+        except BitstreamError as caught:
+            if not tolerant:
+                raise
+            error, caught.n_frames = caught, group.n_frames
+    damaged.append(error)
+    grey = np.full((header.height, header.width, 3), 128, np.uint8)
+    yield from [grey if last is None else last] * group.n_frames
+
+
+def rate_text(size: int, frames: int, header: Header) -> str:
+    """Bits per pixel and bitrate of `size` bytes, as text."""
+    if not frames:
+        return "none, there are no frames"
+    bpp = 8 * size / (frames * header.width * header.height)
+    kbps = 8 * size * header.fps[0] / header.fps[1] / frames / 1000
+    return f"{bpp:.5f} bpp, {kbps:.2f} kb/s"
+
+
+def progress_bar(total: int | None, text: str, hidden: bool) -> tqdm:
+    """A progress bar on stderr; None leaves it to tqdm, which shows one on terminals only."""
+    return tqdm(total=total, desc=text, unit="frame", disable=hidden or None)
+
+
+class CountingFile:
+    """A binary file that counts the bytes written to it, since pipes cannot tell."""
+
+    def __init__(self, file: BinaryIO):
+        self.file, self.count = file, 0
+
+    def write(self, data: bytes) -> None:
+        self.file.write(data)
+        self.count += len(data)
+
+    def tell(self) -> int:
+        return self.count
+
+
+def refuse_same_file(source: str, output: str) -> None:
+    """Raises UnwritableOutput if the output is the input, by links or a redirected stdin too."""
+    if output != "-" and is_same_file(0 if source == "-" else source, output):
+        raise UnwritableOutput(output, "is the input; name another output")
+
+
+@contextlib.contextmanager
+def binary_output(path: str, force: bool) -> Iterator[CountingFile]:
+    """Opens an output file that appears at `path` only if the block succeeds.
+
+    Args:
+        path: Path of the file, or "-" for standard output.
+        force: Whether to replace an existing file.
+
+    Raises:
+        OutputExists: the file exists and `force` is not given.
+        UnwritableOutput: the path is a folder, or nothing can be created there.
+    """
+    if path == "-":
+        yield CountingFile(sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return
+    target = Path(path)
+    if target.is_dir() or path.endswith("/"):
+        raise UnwritableOutput(path, "is a folder, expected the name of a file")
+    if would_overwrite(target) and not force:
+        raise OutputExists(path, "exists; use --force to overwrite")
+    with contextlib.ExitStack() as stack:
+        try:
+            temporary = stack.enter_context(atomic_output(target))
+            file = stack.enter_context(open(temporary, "wb"))
+        except OSError as error:
+            raise UnwritableOutput(path, error.strerror or str(error)) from error
+        yield CountingFile(file)
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """Converts "WxH" to (width, height)."""
+    if text is None:
+        return None
+    try:
+        width, height = map(int, text.lower().split("x"))
+    except ValueError:
+        raise UsageError(
+            f"--size must be WIDTHxHEIGHT, for example 1920x1080, got {text!r}"
+        ) from None
+    return width, height
+
+
+def parse_rate(text: str | None) -> Fraction | None:
+    """Converts "25", "29.97" or "30000/1001" to frames per second."""
+    if text is None:
+        return None
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise UsageError(
+            f"--fps must be a positive number such as 25, 29.97 or 30000/1001, got {text!r}"
+        )
+    return rate

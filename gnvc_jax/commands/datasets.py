@@ -1,0 +1,72 @@
+"""Commands on many videos, which processes that are started together share."""
+
+import sys
+
+from gnvc_jax.commands.options import EXIT_PARTIAL, check_range
+
+
+def encode_all(
+    *,
+    data: str,
+    to: str,
+    qp: int = 24,
+    gop: int = 97,
+    model: str = "small",
+    no_progress: bool = False,
+) -> int:
+    """Encode many videos, and list them in manifest.csv.
+
+    Example: gnvc encode-all --data clips --to streams --qp 24
+
+    Videos that cannot be read are left out, with exit code 3. Processes that are started together
+    share the work.
+
+    Args:
+        data: Folder of videos, list of videos (.txt), or a single video.
+        to: Output folder; rerun the same command to resume.
+        qp: Quality level from 0 to 63; lower is better and larger.
+        gop: Frames per group, 1 + 4k.
+        model: Name of a shipped model, or path of a model file.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax import encode_dataset
+    from gnvc_jax.pretrained import load_pretrained
+    from gnvc_jax.runtime import join_processes
+
+    join_processes()
+    coder = load_pretrained(model)
+    failed = encode_dataset.encode_all(data, to, coder, qp, gop, not no_progress)
+    return report_left_out(failed)
+
+
+def cache_latents(
+    *, data: str, to: str, vae: str, frames: int = 13, no_progress: bool = False
+) -> int:
+    """Encode many videos to latents by a frozen VAE, to train on them later.
+
+    Example: gnvc cache-latents --data clips --vae weights/vace --to cache
+
+    Videos that cannot be read are left out, with exit code 3. Processes that are started together
+    share the work.
+
+    Args:
+        data: Folder of videos, list of videos (.txt), or a single video.
+        to: Output folder; rerun the same command to resume.
+        vae: Folder made by `gnvc port`, run folder of the stage `vae`, name of a shipped model, or
+            path of a model file.
+        frames: Frames per clip, 1 + 4k.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax import caching
+    from gnvc_jax.runtime import join_processes
+
+    check_range("--frames", frames, 1)
+    join_processes()
+    return report_left_out(caching.cache_latents(data, to, vae, frames, not no_progress))
+
+
+def report_left_out(failed: dict[str, str]) -> int:
+    """Prints the reason for each video that was left out, and returns the exit code."""
+    for reason in failed.values():
+        print(f"gnvc: left out: {reason}", file=sys.stderr)
+    return EXIT_PARTIAL if failed else 0

@@ -1,0 +1,69 @@
+"""Types of options that several commands share."""
+
+import math
+from collections.abc import Callable, Collection
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from gnvc_jax.errors import UsageError
+
+T = TypeVar("T")
+
+MAX_STEPS = 100  # of refinement
+EXIT_PARTIAL = 3  # done, but something was left out or replaced, or does not fit
+
+# Flags that stand alone: `--force`, without a `--no-force` beside it.
+Force = Annotated[bool, tyro.conf.arg(aliases=("-y",))]
+Source = Annotated[str, tyro.conf.arg(name="from")]  # `from` is a keyword of Python
+
+
+def numbers(
+    read: Callable[[str], T], metavar: str
+) -> tyro.constructors.PrimitiveConstructorSpec[tuple[T, ...]]:
+    """Specification of an option whose value is a list of numbers such as 8,24,40.
+
+    Args:
+        read: Type of the numbers, int or float.
+        metavar: Placeholder for the value in help texts.
+    """
+
+    def parse(text: str) -> tuple[T, ...]:
+        try:
+            return tuple(map(read, text.split(",")))
+        except ValueError:
+            kind = "integers" if read is int else "numbers"
+            raise ValueError(f"expected {kind} separated by commas, got {text!r}") from None
+
+    return _one_text(parse, metavar)
+
+
+def names(choices: Collection[str]) -> tyro.constructors.PrimitiveConstructorSpec[tuple[str, ...]]:
+    """Specification of an option whose value is a list of names, or "all"."""
+
+    def parse(text: str) -> tuple[str, ...]:
+        found = tuple(choices) if text == "all" else tuple(text.split(","))
+        if unknown := [name for name in found if name not in choices]:
+            raise ValueError(f"expected names out of {', '.join(choices)}, got {unknown[0]!r}")
+        return found
+
+    return _one_text(parse, "NAME,...")
+
+
+def _one_text(
+    parse: Callable[[str], tuple[T, ...]], metavar: str
+) -> tyro.constructors.PrimitiveConstructorSpec[tuple[T, ...]]:
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda texts: parse(texts[0]),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+def check_range(option: str, value: Any, low: float, high: float = math.inf) -> None:
+    """Raises UsageError unless low <= value <= high; None passes."""
+    if value is not None and not low <= value <= high:
+        bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
+        raise UsageError(f"{option} must be {bounds}, got {value}")

@@ -1,0 +1,66 @@
+"""Commands on weights: port and export those of others."""
+
+from typing import Literal
+
+from gnvc_jax.commands.options import Source
+from gnvc_jax.errors import UsageError
+
+
+def port(
+    *,
+    source: Source,
+    to: str,
+    dtype: Literal["stored", "float32", "bfloat16"] = "stored",
+    prompt: str | None = None,
+    heads: int | None = None,
+    no_progress: bool = False,
+) -> int:
+    """Convert public weights of Wan2.1 or LPIPS to a checkpoint folder.
+
+    Example: gnvc port --from Wan2.1-VACE-1.3B --to weights/vace
+
+    Args:
+        source: Weight file, or folder in the layout of Wan-AI or diffusers that holds a VAE, a DiT
+            or both; for LPIPS, a folder with the files of torchvision and lpips.
+        to: Folder to create.
+        dtype: Type of the converted weights; "stored" keeps the type of each tensor.
+        prompt: Text condition to store with the DiT, a .npy or .safetensors file.
+        heads: Number of attention heads; needed only if config.json is missing.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax.porting import port as porting
+    from gnvc_jax.porting.perceptual import open_perceptual, port_perceptual
+
+    if open_perceptual(source):
+        if prompt or heads is not None or dtype != "stored":
+            raise UsageError("--dtype, --prompt and --heads do not apply to weights of LPIPS")
+        print(port_perceptual(source, to))
+        return 0
+    for part in porting.port(source, to, dtype, heads, prompt, progress=not no_progress):
+        print(
+            f"{to}/{part.architecture.component}: {part.tensors} tensors, "
+            f"{part.parameters} parameters, {part.bytes / 2**30:.2f} GiB, "
+            f"from {part.source.path} ({part.source.scheme} names)"
+        )
+    return 0
+
+
+def export(*, source: Source, to: str, shard_gib: float = 2.0, no_progress: bool = False) -> int:
+    """Convert a checkpoint folder back to the model folders of diffusers.
+
+    Example: gnvc export --from weights/vace --to exported
+
+    Args:
+        source: Folder made by `gnvc port`.
+        to: Folder to create.
+        shard_gib: Maximum size of a weight file in GiB.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax.porting import export as exporting
+
+    if shard_gib <= 0:
+        raise UsageError(f"--shard-gib must be positive, got {shard_gib:g}")
+    size = int(shard_gib * 2**30)
+    for folder in exporting.export(source, to, size, progress=not no_progress):
+        print(folder)
+    return 0
