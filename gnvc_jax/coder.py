@@ -18,7 +18,7 @@ from gnvc_jax.bitstream import (
     EntropyCoder,
     Group,
     Header,
-    LatentSymbols,
+    QuantisedLatent,
     StreamReader,
     StreamWriter,
     decode_group,
@@ -26,7 +26,7 @@ from gnvc_jax.bitstream import (
 )
 from gnvc_jax.bitstream.errors import LimitExceeded, WrongModel
 from gnvc_jax.bitstream.header import check_picture
-from gnvc_jax.codec.entropy import Integers
+from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.codec.model import LATENT_MULTIPLE
 from gnvc_jax.errors import UsageError
 from gnvc_jax.media.errors import UnsupportedFormat
@@ -173,13 +173,13 @@ class Coder:
                 index = self.functions.scale_index(kind, q_index, z, *previous)
                 y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
                 decoded, _, state = self.functions.reconstruct(
-                    Integers(z, y, index), state, q_index, prediction
+                    LatentSymbols(z, y, index), state, q_index, prediction
                 )
             if self.motion:
                 with _Clock(self.timing, "vae"):
                     shown, _ = self.functions.decode_latents({} if kind else None, decoded[:, None])
                     source, reference = chunk[-1], shown[0, -1]
-            latents.append(LatentSymbols(kind, q_index, z, y, index))
+            latents.append(QuantisedLatent(kind, q_index, z, y, index))
             previous, count = (y, index), count + given
             progress(given)
         if not latents:
@@ -220,7 +220,7 @@ class Coder:
                 f"frames of {header.width}x{header.height}, {pixels} pixels, allowed {max_pixels}"
             )
 
-    def symbols(self, header: Header, group: Group) -> list[LatentSymbols]:
+    def symbols(self, header: Header, group: Group) -> list[QuantisedLatent]:
         """The integers of a group; raises BitstreamError kinds."""
         h, w = self._grid(header)
         cfg = self.model.codec_config
@@ -285,7 +285,7 @@ class Coder:
                 with _Clock(self.timing, "motion"):
                     prediction = self.functions.predict(frames[0, -1], expand(fields[i - 1]))
             with _Clock(self.timing, "codec"):
-                integers = Integers(s.z, s.y, s.index)
+                integers = LatentSymbols(s.z, s.y, s.index)
                 latent, feature, state = self.functions.reconstruct(
                     integers, state, s.q_index, prediction
                 )

@@ -28,8 +28,8 @@ from gnvc_jax.bitstream import Tables, frequencies_from_probabilities, gaussian_
 from gnvc_jax.bitstream.errors import DeviceNotExact, ModelCorrupt
 from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
-from gnvc_jax.codec.entropy import Integers
-from gnvc_jax.codec.model import LatentCodec, State, pad_latents
+from gnvc_jax.codec.entropy import LatentSymbols
+from gnvc_jax.codec.model import CodecState, LatentCodec, pad_latents
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.motion import coding as motion_coding
@@ -114,7 +114,7 @@ def build(
     networks = tuple(
         scales.export(codec_config, codec[kind]["entropy"]["scales"]) for kind in KINDS
     )
-    sigmas = np.asarray(scales.sigma_of(np.arange(SCALES, dtype=np.float64)), np.float64)
+    sigmas = np.asarray(scales.sigma_from_index(np.arange(SCALES, dtype=np.float64)), np.float64)
     tables = Tables(
         gaussian_frequencies(sigmas), frequencies_from_probabilities(z), codec_config.k_skip
     )
@@ -363,8 +363,8 @@ class Functions:
     encode_video(cache, frames) -> latents, cache       frames float (1, t, h, w, 3)
     decode_latents(cache, latents) -> uint8 frames, cache
     predict(reference, vectors) -> latent               by block motion from the last frame
-    analyse(latent, state, q_index, prediction) -> Integers             state None: intra
-    reconstruct(integers, state, q_index, prediction) -> latent, feature, State
+    analyse(latent, state, q_index, prediction) -> LatentSymbols             state None: intra
+    reconstruct(integers, state, q_index, prediction) -> latent, feature, CodecState
     refine(latents, features, q_index, seed, steps) -> latents      of a whole group
     scale_index(kind, q_index, z, prev_y, prev_index) -> uint8 indices
     """
@@ -400,18 +400,18 @@ class Functions:
         return self.programs.predict(self.vae_params, reference[None], vectors[None])
 
     def analyse(
-        self, latent: Array, state: State | None, q_index: int, prediction: Array | None = None
-    ) -> Integers:
+        self, latent: Array, state: CodecState | None, q_index: int, prediction: Array | None = None
+    ) -> LatentSymbols:
         q = jnp.full((1,), q_index)
         return self.programs.analyse(self.codec_params, latent, state, q, prediction)
 
     def reconstruct(
         self,
-        integers: Integers,
-        state: State | None,
+        integers: LatentSymbols,
+        state: CodecState | None,
         q_index: int,
         prediction: Array | None = None,
-    ) -> tuple[Array, Array, State]:
+    ) -> tuple[Array, Array, CodecState]:
         q = jnp.full((1,), q_index)
         return self.programs.reconstruct(self.codec_params, integers, state, q, prediction)
 

@@ -55,7 +55,7 @@ def tiny_model(tiny_codec):
     codec_config = tiny_codec
     linear_config = VAEConfig(latent_channels=4, linear=True, head=4)
     motion_config = dataclasses.replace(codec_config, motion="blocks", k_skip=0)
-    starts = {layer.name: layer.start for layer in scales.layers_of(codec_config)}
+    starts = {layer.name: layer.start for layer in scales.scale_layers(codec_config)}
 
     def init(k, vae, codec):
         q_index, latents = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 8, 8, 4))

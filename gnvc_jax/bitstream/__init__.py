@@ -3,8 +3,8 @@
 from gnvc_jax.bitstream.container import Entry, StreamReader, StreamWriter
 from gnvc_jax.bitstream.entropy import (
     EntropyCoder,
-    LatentSymbols,
     PlainCoder,
+    QuantisedLatent,
     SegmentDecoder,
     words_of,
 )
@@ -25,8 +25,8 @@ __all__ = [
     "Entry",
     "Group",
     "Header",
-    "LatentSymbols",
     "PlainCoder",
+    "QuantisedLatent",
     "ScaleIndex",
     "SegmentDecoder",
     "StreamReader",

@@ -62,7 +62,7 @@ class PlainCoder(plain.Coder):
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentSymbols:
+class QuantisedLatent:
     """The integers of one latent.
 
     z int8 (h, w, cz); y int8 (4h, 4w, cy); index uint8 like y, which follows from z and from y and
@@ -103,7 +103,7 @@ class EntropyCoder:
             self._z_models[key] = [self.backend.model(row) for row in rows]
         return self._z_models[key]
 
-    def encode(self, latents: Sequence[LatentSymbols]) -> bytes:
+    def encode(self, latents: Sequence[QuantisedLatent]) -> bytes:
         """Segment of latents in a row.
 
         Raises ValueError if a symbol is out of range or stands where nothing is coded.
@@ -114,7 +114,7 @@ class EntropyCoder:
             self._push(coder, latent)
         return np.asarray(coder.get_words(), "<u4").tobytes()
 
-    def _push(self, coder, latent: LatentSymbols) -> None:
+    def _push(self, coder, latent: QuantisedLatent) -> None:
         for name, values, bound in (("z", latent.z, Z_BOUND), ("y", latent.y, SYMBOL_BOUND)):
             if values.min(initial=0) < -bound or values.max(initial=0) > bound:
                 raise ValueError(f"a symbol of {name} is outside -{bound}..{bound}")
@@ -140,7 +140,7 @@ class EntropyCoder:
         order = positions[np.argsort(flat[positions], kind="stable")]
         return order, np.bincount(flat[positions], minlength=len(self.tables.y))
 
-    def ideal_bits(self, latent: LatentSymbols) -> float:
+    def ideal_bits(self, latent: QuantisedLatent) -> float:
         """-log2 of the probability of a latent's symbols under the integer tables."""
         order, _ = self._order(latent.index)
         k = np.asarray(latent.index).reshape(-1)[order]

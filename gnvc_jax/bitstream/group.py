@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from gnvc_jax.bitstream.entropy import EntropyCoder, LatentSymbols, SegmentDecoder
+from gnvc_jax.bitstream.entropy import EntropyCoder, QuantisedLatent, SegmentDecoder
 from gnvc_jax.bitstream.errors import (
     Desynchronised,
     EntropyError,
@@ -53,7 +53,7 @@ class Group:
 
 
 def encode_group(
-    latents: Sequence[LatentSymbols],
+    latents: Sequence[QuantisedLatent],
     coder: EntropyCoder,
     scale_index: ScaleIndex,
     *,
@@ -197,7 +197,7 @@ def decode_group(
     z_shape: tuple[int, int, int],
     y_shape: tuple[int, int, int],
     memory_limit: int = MEMORY_LIMIT,
-) -> list[LatentSymbols]:
+) -> list[QuantisedLatent]:
     """All integers of a group but those of motion.
 
     LimitExceeded if they need more than memory_limit bytes; a few bytes of stream can claim any
@@ -216,7 +216,7 @@ def decode_group(
         )
     most = (4 * (z_size + y_size) + 64) * (count if len(group.segments) == 1 else 1)
     crc_index = crc_symbols = 0
-    latents: list[LatentSymbols] = []
+    latents: list[QuantisedLatent] = []
     problem = ""
     segments = iter(group.segments)
     for i, q_index in enumerate(group.q_indices):
@@ -232,7 +232,7 @@ def decode_group(
         kind, before = int(i > 0), latents[-1] if latents else None
         z = decoder.z(kind, q_index, z_shape)
         index = scale_index(kind, q_index, z, before and before.y, before and before.index)
-        latents.append(LatentSymbols(kind, q_index, z, decoder.y(index), index))
+        latents.append(QuantisedLatent(kind, q_index, z, decoder.y(index), index))
         crc_index, crc_symbols = _update(crc_index, crc_symbols, latents[-1])
         if ends:
             try:
@@ -252,7 +252,7 @@ def decode_group(
     return latents
 
 
-def _update(crc_index: int, crc_symbols: int, s: LatentSymbols) -> tuple[int, int]:
+def _update(crc_index: int, crc_symbols: int, s: QuantisedLatent) -> tuple[int, int]:
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.z, np.int8).tobytes(), crc_symbols)
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.y, np.int8).tobytes(), crc_symbols)
     return zlib.crc32(np.ascontiguousarray(s.index, np.uint8).tobytes(), crc_index), crc_symbols

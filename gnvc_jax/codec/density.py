@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax.scipy.special import ndtr
 
 from gnvc_jax.codec.config import KNOTS, Z_BOUND
-from gnvc_jax.codec.quality import at_every_level
+from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.codec.quantise import bound
 
 Array = jax.Array
@@ -15,7 +15,7 @@ LAYERS = 4
 LIKELIHOOD_MIN = 1e-9
 
 
-class Density(nn.Module):
+class FactorisedDensity(nn.Module):
     """Cumulative distribution of each hyperlatent channel at each quality level.
 
     F(x) = sigmoid(f4(f3(f2(f1(x))))) with f(x) = x * softplus(h) + b, for the first three followed
@@ -27,9 +27,9 @@ class Density(nn.Module):
 
     def setup(self):
         init, shape = nn.initializers.normal(0.01), (LAYERS, KNOTS, self.channels)
-        self.h = at_every_level(self.param("h", init, shape))
-        self.b = at_every_level(self.param("b", init, shape))
-        self.a = at_every_level(self.param("a", init, (LAYERS - 1, *shape[1:])))
+        self.h = interpolate_levels(self.param("h", init, shape))
+        self.b = interpolate_levels(self.param("b", init, shape))
+        self.a = interpolate_levels(self.param("a", init, (LAYERS - 1, *shape[1:])))
 
     def logit(self, x: Array, q_index: Array) -> Array:
         """Logit of F at x (b, h, w, channels) for the quality levels q_index (b,)."""
@@ -53,7 +53,7 @@ def probabilities(params: dict) -> np.ndarray:
 
     The end symbols hold the whole tails.
     """
-    h, b, a = (at_every_level(np.asarray(params[k], np.float64)) for k in ("h", "b", "a"))
+    h, b, a = (interpolate_levels(np.asarray(params[k], np.float64)) for k in ("h", "b", "a"))
     x = np.arange(-Z_BOUND, Z_BOUND)[None, None] + np.full((*h.shape[1:], 1), 0.5)
     for k in range(LAYERS):
         x = x * np.logaddexp(0, h[k])[..., None] + b[k][..., None]

@@ -16,10 +16,10 @@ import numpy as np
 from flax import linen as nn
 
 from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
-from gnvc_jax.codec.density import Density, gaussian_bits
-from gnvc_jax.codec.layers import Block, Blocks, Down2, Up2, dense
+from gnvc_jax.codec.density import FactorisedDensity, gaussian_bits
+from gnvc_jax.codec.layers import DepthwiseBlock, DepthwiseBlocks, Downsample, Upsample, dense
 from gnvc_jax.codec.quantise import bound, round_ste
-from gnvc_jax.codec.scales import ScaleNetwork, sigma_of
+from gnvc_jax.codec.scales import ScaleNetwork, sigma_from_index
 
 Array = jax.Array
 
@@ -27,7 +27,7 @@ Array = jax.Array
 QUADRANTS = ((0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2))
 
 
-class Integers(NamedTuple):
+class LatentSymbols(NamedTuple):
     """What the entropy path knows of a latent: hyperlatent, symbols, table indices."""
 
     z: Array
@@ -52,7 +52,7 @@ def spatial_masks(passes: int, h: int, w: int, channels: int) -> np.ndarray:
 class EntropyModel(nn.Module):
     """Hyper transforms, mean and scale networks of one kind of latent (`passes`: intra 4, else 2).
 
-    `previous` are the Integers of the latent before (y and index used), zeros for intra.
+    `previous` are the LatentSymbols of the latent before (y and index used), zeros for intra.
     `temporal` is the float temporal prior (b, h, w, entropy_width), or None for intra.
     """
 
@@ -62,20 +62,20 @@ class EntropyModel(nn.Module):
     def setup(self):
         cy, cz = self.config.y_channels, self.config.z_channels
         width = self.config.entropy_width
-        self.hyper_in = Block(cz)
-        self.hyper_down = (Down2(cz), Down2(cz))
-        self.hyper_up = (Up2(cz), Up2(cz))
-        self.hyper_out = Block(cy)
-        self.fusion = Blocks(width, 3 if self.passes == 4 else 2)
+        self.hyper_in = DepthwiseBlock(cz)
+        self.hyper_down = (Downsample(cz), Downsample(cz))
+        self.hyper_up = (Upsample(cz), Upsample(cz))
+        self.hyper_out = DepthwiseBlock(cy)
+        self.fusion = DepthwiseBlocks(width, 3 if self.passes == 4 else 2)
         # Means start at zero, so that at first y is what the transform made of it.
         zeros = nn.initializers.zeros
         self.first_mean = dense(cy, kernel_init=zeros)
         self.prior = dense(cy)
-        self.adaptors = tuple(Block(width) for _ in range(self.passes - 1))
-        self.spatial = Blocks(width, 2)
+        self.adaptors = tuple(DepthwiseBlock(width) for _ in range(self.passes - 1))
+        self.spatial = DepthwiseBlocks(width, 2)
         self.later_mean = dense(cy, kernel_init=zeros)
         self.scales = ScaleNetwork(self.config)
-        self.density = Density(cz)
+        self.density = FactorisedDensity(cz)
 
     def hyper(self, y: Array) -> Array:
         """The hyperlatent of y, not rounded."""
@@ -84,7 +84,7 @@ class EntropyModel(nn.Module):
             y = down(y)
         return y
 
-    def index(self, q_index: Array, z: Array, previous: Integers) -> Array:
+    def index(self, q_index: Array, z: Array, previous: LatentSymbols) -> Array:
         """Table indices, whole numbers in float32."""
         return self.scales(q_index, z, previous.y, previous.index)
 
@@ -113,10 +113,10 @@ class EntropyModel(nn.Module):
         y: Array,
         q_index: Array,
         temporal: Array | None,
-        previous: Integers,
+        previous: LatentSymbols,
         skip: bool = True,
-    ) -> tuple[Array, Array, Integers]:
-        """Quantise y: (y_hat, mu, Integers), with straight-through gradients.
+    ) -> tuple[Array, Array, LatentSymbols]:
+        """Quantise y: (y_hat, mu, LatentSymbols), with straight-through gradients.
 
         skip: symbols whose scale index is below `k_skip` are zero, as in a stream. In training
         they had better not be: a coefficient that is zeroed gets no gradient to come back by.
@@ -129,26 +129,26 @@ class EntropyModel(nn.Module):
             return coded * round_ste(bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND))
 
         y_hat, mu, symbols = self.passes_over(z, temporal, residual)
-        return y_hat, mu, Integers(z, symbols, index)
+        return y_hat, mu, LatentSymbols(z, symbols, index)
 
     def carries_symbol(self, index: Array) -> Array:
         """1 where an element is written to the stream, 0 where it is skipped; no gradient."""
         return jax.lax.stop_gradient(index >= self.config.k_skip).astype(jnp.float32)
 
-    def written_bits(self, integers: Integers, q_index: Array) -> Array:
+    def written_bits(self, integers: LatentSymbols, q_index: Array) -> Array:
         """Bits (b,) that the tables of a released model will give these symbols."""
-        y_bits = gaussian_bits(integers.y, sigma_of(integers.index))
+        y_bits = gaussian_bits(integers.y, sigma_from_index(integers.index))
         y_bits = y_bits * self.carries_symbol(integers.index)
         bits = _total(y_bits) + _total(self.density.bits(integers.z, q_index))
         return jax.lax.stop_gradient(bits)
 
     def bits(
-        self, y: Array, mu: Array, integers: Integers, q_index: Array, key: Array
+        self, y: Array, mu: Array, integers: LatentSymbols, q_index: Array, key: Array
     ) -> tuple[Array, Array]:
         """Rates (b,) in bits of y and z, with additive uniform noise in place of rounding."""
         key_y, key_z = jax.random.split(key)
         noise = jax.random.uniform(key_y, y.shape, minval=-0.5, maxval=0.5)
-        y_bits = gaussian_bits(y - mu + noise, sigma_of(integers.index))
+        y_bits = gaussian_bits(y - mu + noise, sigma_from_index(integers.index))
         z = bound(self.hyper(y), -Z_BOUND, Z_BOUND)
         noise = jax.random.uniform(key_z, z.shape, minval=-0.5, maxval=0.5)
         return _total(y_bits), _total(self.density.bits(z + noise, q_index))

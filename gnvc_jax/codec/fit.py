@@ -1,4 +1,4 @@
-"""A latent codec from statistics alone: the structured start of training.
+"""A latent codec from statistics alone: the start of training.
 
 What a transform coder needs is known at once. The basis of y is the Karhunen-Loeve transform of
 2x2 latents (of the residual, for predicted ones); the step of the quantiser follows from lambda;
@@ -12,13 +12,13 @@ import numpy as np
 
 from gnvc_jax.codec.config import SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
 from gnvc_jax.codec.quality import POSITIONS
-from gnvc_jax.codec.scales import BIAS_UNIT, layers_of
+from gnvc_jax.codec.scales import BIAS_UNIT, scale_layers
 from gnvc_jax.moments import Moments
 
 WHITENING_FLOOR = 0.1  # of the mean variance: channels that hardly vary are not blown up
 
 
-def step_of(worth: np.ndarray) -> np.ndarray:
+def quantiser_step(worth: np.ndarray) -> np.ndarray:
     """Step of a uniform quantiser where a squared error is worth so many bits.
 
     At the optimum -dR/dD = worth. With D = step^2 / 12 and a slope of 6.02 dB a bit that gives
@@ -33,7 +33,7 @@ def whitening(variances: np.ndarray) -> np.ndarray:
     return (1.0 / np.sqrt(variances + floor)).astype(np.float32)
 
 
-def structured_start(
+def init_from_statistics(
     params: Mapping,
     config: CodecConfig,
     kind: str,
@@ -59,7 +59,7 @@ def structured_start(
     kept = min(y, len(vectors))
     basis = np.zeros((len(vectors), y))
     basis[:, :kept] = vectors[:, :kept]
-    steps = step_of(worth_low * (worth_high / worth_low) ** POSITIONS)
+    steps = quantiser_step(worth_low * (worth_high / worth_low) ** POSITIONS)
     deviation = np.sqrt(np.maximum(np.pad(variances[:kept], (0, y - kept)), 1e-12))
     tables = np.log(deviation / steps[:, None] / SCALE_MIN) / np.log(SCALE_MAX / SCALE_MIN)
 
@@ -69,7 +69,7 @@ def structured_start(
     log_steps = np.repeat(np.log(steps)[:, None], y, 1).astype(np.float32)
     part["y_gain"], part["y_inverse"] = {"log_gain": -log_steps}, {"log_gain": log_steps}
 
-    last = layers_of(config)[-1]
+    last = scale_layers(config)[-1]
     unit = 2.0**last.shift / 96.0 / BIAS_UNIT  # of a bias that moves the index by one
     index = np.clip((SCALES - 1) * tables, 0, SCALES - 1)
     scales = dict(part["entropy"]["scales"])

@@ -13,7 +13,7 @@ Array = jax.Array
 xavier = nn.initializers.xavier_normal()
 # The last convolution of a residual branch starts small: without normalisation layers, deep chains
 # of full-strength branches would overflow before they learn.
-quiet = nn.initializers.variance_scaling(0.01, "fan_avg", "truncated_normal")
+small_residual_init = nn.initializers.variance_scaling(0.01, "fan_avg", "truncated_normal")
 
 
 @jax.jit  # traced once per shape, not once per layer; so below
@@ -40,7 +40,7 @@ def dense(features: int, name: str | None = None, kernel_init=xavier) -> nn.Dens
     return nn.Dense(features, kernel_init=kernel_init, name=name)
 
 
-class Depthwise(nn.Module):
+class DepthwiseConv(nn.Module):
     """Depthwise 3x3 convolution with bias."""
 
     @nn.compact
@@ -50,7 +50,7 @@ class Depthwise(nn.Module):
         return depthwise3x3(x, kernel) + self.param("bias", nn.initializers.zeros, (c,))
 
 
-class Block(nn.Module):
+class DepthwiseBlock(nn.Module):
     """Residual block c -> features: mix space by a depthwise convolution, then mix channels.
 
     `reduction` narrows the hidden widths (1: the full block, 2: the half block).
@@ -65,13 +65,13 @@ class Block(nn.Module):
         if x.shape[-1] != f:
             x = dense(f, "adaptor")(x)
         y = wsilu(dense(hidden, "space_in")(x))
-        x = x + dense(f, "space_out", quiet)(Depthwise(name="space")(y))
+        x = x + dense(f, "space_out", small_residual_init)(DepthwiseConv(name="space")(y))
         y = wsilu(dense(4 * hidden, "channel_in")(x))
         y = reduce(y, "b h w (c four) -> b h w c", "sum", four=4)
-        return x + dense(f, "channel_out", quiet)(y)
+        return x + dense(f, "channel_out", small_residual_init)(y)
 
 
-class Blocks(nn.Module):
+class DepthwiseBlocks(nn.Module):
     """`depth` residual blocks, all `features` wide."""
 
     features: int
@@ -81,11 +81,11 @@ class Blocks(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         for i in range(self.depth):
-            x = Block(self.features, self.reduction, name=f"block{i}")(x)
+            x = DepthwiseBlock(self.features, self.reduction, name=f"block{i}")(x)
         return x
 
 
-class Down2(nn.Module):
+class Downsample(nn.Module):
     """Space to depth by 2, 1x1, residual block."""
 
     features: int
@@ -93,10 +93,10 @@ class Down2(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         x = rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
-        return Block(self.features, name="block")(dense(self.features, "mix")(x))
+        return DepthwiseBlock(self.features, name="block")(dense(self.features, "mix")(x))
 
 
-class Up2(nn.Module):
+class Upsample(nn.Module):
     """1x1 to four times the width, depth to space by 2, residual block."""
 
     features: int
@@ -105,4 +105,4 @@ class Up2(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = dense(4 * self.features, "mix")(x)
         x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
-        return Block(self.features, name="block")(x)
+        return DepthwiseBlock(self.features, name="block")(x)

@@ -23,9 +23,9 @@ from einops import rearrange
 from flax import linen as nn
 
 from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.codec.entropy import EntropyModel, Integers
-from gnvc_jax.codec.layers import Blocks, Down2, dense
-from gnvc_jax.codec.quality import Gain
+from gnvc_jax.codec.entropy import EntropyModel, LatentSymbols
+from gnvc_jax.codec.layers import DepthwiseBlocks, Downsample, dense
+from gnvc_jax.codec.quality import QualityGain
 from gnvc_jax.codec.quantise import round_ste
 
 Array = jax.Array
@@ -39,7 +39,7 @@ exact = jax.default_matmul_precision("highest")
 MEMORY_GRID = 256.0  # the memory is rounded to 1/256, so that smaller differences vanish
 
 
-class State(NamedTuple):
+class CodecState(NamedTuple):
     """What a predicted latent knows of the past.
 
     Attributes:
@@ -51,10 +51,10 @@ class State(NamedTuple):
 
     latent: Array
     memory: Array | None
-    previous: Integers
+    previous: LatentSymbols
 
 
-class Coded(NamedTuple):
+class LatentCodecOutput(NamedTuple):
     """Result of encoding in training form.
 
     Attributes:
@@ -67,7 +67,7 @@ class Coded(NamedTuple):
 
     latent: Array
     feature: Array
-    integers: Integers
+    integers: LatentSymbols
     y_bits: Array
     z_bits: Array
     written_bits: Array
@@ -80,19 +80,19 @@ def pad_latents(latents: Array) -> Array:
     return jnp.pad(latents, pads, mode="edge")
 
 
-def no_integers(config: CodecConfig, batch: int, h: int, w: int) -> Integers:
+def zero_symbols(config: CodecConfig, batch: int, h: int, w: int) -> LatentSymbols:
     """The integers before an intra latent of size h x w: zeros."""
     y = jnp.zeros((batch, h // 2, w // 2, config.y_channels))
-    return Integers(jnp.zeros((batch, h // 8, w // 8, config.z_channels)), y, y)
+    return LatentSymbols(jnp.zeros((batch, h // 8, w // 8, config.z_channels)), y, y)
 
 
-def to_cells(x: Array) -> Array:
+def space_to_depth(x: Array) -> Array:
     """2x2 latents to one vector: (b, h, w, c) -> (b, h/2, w/2, 4c)."""
     return rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
 
 
-def from_cells(x: Array) -> Array:
-    """Undoes `to_cells`."""
+def depth_to_space(x: Array) -> Array:
+    """Undoes `space_to_depth`."""
     return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
 
 
@@ -115,19 +115,19 @@ class ResidualTransform(nn.Module):
         self.inverse = self.param("inverse", lambda *_: self.basis.T)
         self.whitening = self.param("whitening", nn.initializers.ones, (cfg.latent_channels,))
         if inter:
-            self.extractor = Blocks(c, cfg.inter_context)
-            self.temporal = Down2(cfg.entropy_width)
-            self.temporal_gain = Gain()
+            self.extractor = DepthwiseBlocks(c, cfg.inter_context)
+            self.temporal = Downsample(cfg.entropy_width)
+            self.temporal_gain = QualityGain()
             if cfg.motion is None:
-                self.update = Blocks(c, 3)
-        self.analysis = Blocks(c, cfg.inter_analysis if inter else cfg.intra_analysis)
+                self.update = DepthwiseBlocks(c, 3)
+        self.analysis = DepthwiseBlocks(c, cfg.inter_analysis if inter else cfg.intra_analysis)
         self.merge = dense(y, kernel_init=ZEROS)
         self.entropy = EntropyModel(cfg, passes=2 if inter else 4)
         self.up = dense(4 * c)
-        self.synthesis = Blocks(c, cfg.inter_synthesis if inter else cfg.intra_synthesis)
+        self.synthesis = DepthwiseBlocks(c, cfg.inter_synthesis if inter else cfg.intra_synthesis)
         self.out = dense(cfg.latent_channels, kernel_init=ZEROS)
-        self.encoder_gain, self.decoder_gain = Gain(), Gain()
-        self.y_gain, self.y_inverse = Gain(GAIN_SLOPE), Gain(-GAIN_SLOPE)
+        self.encoder_gain, self.decoder_gain = QualityGain(), QualityGain()
+        self.y_gain, self.y_inverse = QualityGain(GAIN_SLOPE), QualityGain(-GAIN_SLOPE)
         if not inter:
             self.feature = dense(cfg.width)
 
@@ -158,16 +158,16 @@ class ResidualTransform(nn.Module):
         if context is not None:
             x = jnp.concatenate([x, context], axis=-1)
         x = self.encoder_gain(self.analysis(x), q_index)
-        y = jnp.dot(to_cells(residual), self.basis, precision="highest")
-        return self.y_gain(y + self.merge(to_cells(x)), q_index)
+        y = jnp.dot(space_to_depth(residual), self.basis, precision="highest")
+        return self.y_gain(y + self.merge(space_to_depth(x)), q_index)
 
     def synthesise(
         self, y_hat: Array, prediction: Array | float, context: Array | None, q_index: Array
     ) -> tuple[Array, Array]:
         """Decoded latent (b, h, w, c) and feature (b, h, w, width) from y."""
         y = self.y_inverse(y_hat, q_index)
-        base = from_cells(jnp.dot(y, self.inverse, precision="highest"))
-        x = [from_cells(self.up(y)), self.white(base)]
+        base = depth_to_space(jnp.dot(y, self.inverse, precision="highest"))
+        x = [depth_to_space(self.up(y)), self.white(base)]
         x = jnp.concatenate(x if context is None else [*x, context], axis=-1)
         x = self.decoder_gain(self.synthesis(x), q_index)
         latent = prediction + base + self.out(x)
@@ -179,9 +179,9 @@ class LatentCodec(nn.Module):
 
     Methods (``apply(..., method=)``); q_index (b,) int32, a larger one is better quality; state is
     None for an intra latent; prediction (b, h, w, c), by default the state's latent:
-      encode(latent, state, q_index, prediction) -> Integers
-      decode(integers, state, q_index, prediction) -> latent, feature, State
-      train(latent, state, q_index, key, prediction) -> State, Coded
+      encode(latent, state, q_index, prediction) -> LatentSymbols
+      decode(integers, state, q_index, prediction) -> latent, feature, CodecState
+      train(latent, state, q_index, key, prediction) -> CodecState, LatentCodecOutput
       __call__(latents, q_index, key): the training form over a whole group, without motion
     """
 
@@ -191,24 +191,30 @@ class LatentCodec(nn.Module):
         self.intra = ResidualTransform(self.config, False)
         self.inter = ResidualTransform(self.config, True)
 
-    def _given(self, state: State | None, shape, q_index: Array, prediction: Array | None):
+    def _given(self, state: CodecState | None, shape, q_index: Array, prediction: Array | None):
         """Transform, prediction, context, temporal prior and integers before of a latent."""
         if state is None:
-            return self.intra, 0.0, None, None, no_integers(self.config, *shape)
+            return self.intra, 0.0, None, None, zero_symbols(self.config, *shape)
         prediction = state.latent if prediction is None else prediction
         context, temporal = self.inter.context(prediction, state.memory, q_index)
         return self.inter, prediction, context, temporal, state.previous
 
-    def _after(self, state: State | None, latent: Array, feature: Array, integers: Integers):
+    def _after(
+        self, state: CodecState | None, latent: Array, feature: Array, integers: LatentSymbols
+    ):
         memory = None
         if self.config.motion is None:
             memory = feature if state is None else self.inter.remember(state.memory, feature)
-        return State(latent, memory, integers)
+        return CodecState(latent, memory, integers)
 
     @exact
     def encode(
-        self, latent: Array, state: State | None, q_index: Array, prediction: Array | None = None
-    ) -> Integers:
+        self,
+        latent: Array,
+        state: CodecState | None,
+        q_index: Array,
+        prediction: Array | None = None,
+    ) -> LatentSymbols:
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, prediction, context, temporal, previous = given
         y = part.analyse(latent, prediction, context, q_index)
@@ -217,11 +223,11 @@ class LatentCodec(nn.Module):
     @exact
     def decode(
         self,
-        integers: Integers,
-        state: State | None,
+        integers: LatentSymbols,
+        state: CodecState | None,
         q_index: Array,
         prediction: Array | None = None,
-    ) -> tuple[Array, Array, State]:
+    ) -> tuple[Array, Array, CodecState]:
         b, h, w, _ = integers.y.shape
         given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
         part, prediction, context, temporal, _ = given
@@ -233,11 +239,11 @@ class LatentCodec(nn.Module):
     def train(
         self,
         latent: Array,
-        state: State | None,
+        state: CodecState | None,
         q_index: Array,
         key: Array,
         prediction: Array | None = None,
-    ) -> tuple[State, Coded]:
+    ) -> tuple[CodecState, LatentCodecOutput]:
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, prediction, context, temporal, previous = given
         y = part.analyse(latent, prediction, context, q_index)
@@ -247,10 +253,10 @@ class LatentCodec(nn.Module):
         written = part.entropy.written_bits(integers, q_index)
         # The next latent's scale indices see these integers; gradients through them are noise.
         state = self._after(state, decoded, feature, jax.lax.stop_gradient(integers))
-        return state, Coded(decoded, feature, integers, *rates, written)
+        return state, LatentCodecOutput(decoded, feature, integers, *rates, written)
 
     @exact
-    def __call__(self, latents: Array, q_index: Array, key: Array) -> Coded:
+    def __call__(self, latents: Array, q_index: Array, key: Array) -> LatentCodecOutput:
         """Codes a group (b, t, h, w, c), each latent predicted by the one before.
 
         Every field of the result gets an axis t. Gradients flow through time and straight through

@@ -17,14 +17,14 @@ SPACING = QUALITIES // (KNOTS - 1)
 POSITIONS = SPACING * np.arange(KNOTS) / (QUALITIES - 1)  # of the knots: 0 lowest, 1 best level
 
 
-def at_every_level(table):
+def interpolate_levels(table):
     """Values at the knots (..., KNOTS, c) -> at all levels (..., QUALITIES, c); NumPy or JAX."""
     level = np.arange(QUALITIES)
     low, part = level // SPACING, (level % SPACING / SPACING)[:, None].astype(np.float32)
     return table[..., low, :] * (1 - part) + table[..., low + 1, :] * part
 
 
-class Gain(nn.Module):
+class QualityGain(nn.Module):
     """One positive gain per quality level and channel; its logarithm is what is stored.
 
     Starts at exp(slope * q_index / 63): lambda, and with it the best step size, is geometric in
@@ -41,4 +41,4 @@ class Gain(nn.Module):
             return jnp.broadcast_to(self.slope * POSITIONS[:, None], shape).astype(jnp.float32)
 
         table = self.param("log_gain", init, (KNOTS, x.shape[-1]))
-        return x * jnp.exp(at_every_level(table)[q_index])[:, None, None, :]
+        return x * jnp.exp(interpolate_levels(table)[q_index])[:, None, None, :]

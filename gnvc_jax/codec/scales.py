@@ -24,7 +24,7 @@ from jax import lax
 
 from gnvc_jax.codec.config import KNOTS, SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
 from gnvc_jax.codec.layers import depthwise3x3
-from gnvc_jax.codec.quality import at_every_level
+from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.codec.quantise import bound, round_ste, straight_through
 
 Array = jax.Array
@@ -34,8 +34,8 @@ INDEX_LIMIT = SCALES - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
-    """Static facts of one layer of the network (see `layers_of`)."""
+class ScaleLayer:
+    """Static facts of one layer of the network (see `scale_layers`)."""
 
     name: str
     inputs: int
@@ -67,21 +67,21 @@ class Layer:
         return 0.25 * self.limit * 2.0**self.shift / 96 / BIAS_UNIT
 
 
-def layers_of(config: CodecConfig) -> tuple[Layer, ...]:
+def scale_layers(config: CodecConfig) -> tuple[ScaleLayer, ...]:
     """The layers, in order; the previous latent's integers join before P2."""
     c, y = config.scale_width, config.y_channels
     return (
-        Layer("P0", config.z_channels, 4 * c, per_quality=True, upsample=True),
-        Layer("D0", c, c, depthwise=True),
-        Layer("P1", c, 4 * c, upsample=True),
-        Layer("D1", c, c, depthwise=True),
-        Layer("P2", c + 2 * y, c, per_quality=True),
-        Layer("D2", c, c, depthwise=True),
-        Layer("P3", c, y, per_quality=True, last=True),
+        ScaleLayer("P0", config.z_channels, 4 * c, per_quality=True, upsample=True),
+        ScaleLayer("D0", c, c, depthwise=True),
+        ScaleLayer("P1", c, 4 * c, upsample=True),
+        ScaleLayer("D1", c, c, depthwise=True),
+        ScaleLayer("P2", c + 2 * y, c, per_quality=True),
+        ScaleLayer("D2", c, c, depthwise=True),
+        ScaleLayer("P3", c, y, per_quality=True, last=True),
     )
 
 
-def sigma_of(index: Array) -> Array:
+def sigma_from_index(index: Array) -> Array:
     """Standard deviation of table `index` (may be fractional): 0.11 * (16 / 0.11) ** (k / 63)."""
     return SCALE_MIN * jnp.exp(index * (np.log(SCALE_MAX / SCALE_MIN) / INDEX_LIMIT))
 
@@ -107,9 +107,9 @@ class ScaleNetwork(nn.Module):
     config: CodecConfig
 
     def setup(self):
-        self.weights = {layer.name: self._integers(layer) for layer in layers_of(self.config)}
+        self.weights = {layer.name: self._integers(layer) for layer in scale_layers(self.config)}
 
-    def _integers(self, layer: Layer) -> tuple[Array, Array, Array]:
+    def _integers(self, layer: ScaleLayer) -> tuple[Array, Array, Array]:
         """Weights, bias and multiplier as integers in float32, with straight-through gradients."""
         bias_shape = ((KNOTS,) if layer.per_quality else ()) + (layer.outputs,)
 
@@ -118,7 +118,7 @@ class ScaleNetwork(nn.Module):
 
         kernel = param("kernel", nn.initializers.normal(0.25), layer.window)
         bias = param("bias", nn.initializers.constant(layer.start), bias_shape)
-        bias = at_every_level(bias) if layer.per_quality else bias
+        bias = interpolate_levels(bias) if layer.per_quality else bias
         mult = param("mult", nn.initializers.zeros, (layer.outputs,))
         return (
             round_ste(bound(128.0 * kernel, -127.0, 127.0)),
@@ -134,7 +134,7 @@ class ScaleNetwork(nn.Module):
         float32); gradients pass straight through every rounding.
         """
         x, *previous = scale_inputs(z, prev_y, prev_index)
-        for layer in layers_of(self.config):
+        for layer in scale_layers(self.config):
             kernel, bias, mult = self.weights[layer.name]
             if layer.name == "P2":
                 x = jnp.concatenate([x, *previous], axis=-1)
@@ -160,7 +160,7 @@ def export(config: CodecConfig, params: dict) -> dict[str, np.ndarray]:
     """The trained network as integers: NAME_kernel int8, NAME_bias int32, NAME_mult int8."""
     weights = ScaleNetwork(config).bind({"params": params}).weights
     out = {}
-    for layer in layers_of(config):
+    for layer in scale_layers(config):
         for part, value, dtype in zip(
             ("kernel", "bias", "mult"),
             weights[layer.name],
@@ -189,7 +189,7 @@ def scale_index(
     """
     sums = jnp.int32 if dtype == jnp.int32 else jnp.float32
     x, *previous = scale_inputs(*(v.astype(jnp.int32)[None] for v in (z, prev_y, prev_index)))
-    for layer in layers_of(config):
+    for layer in scale_layers(config):
         kernel, bias, mult = (tables[f"{layer.name}_{p}"] for p in ("kernel", "bias", "mult"))
         if layer.name == "P2":
             x = jnp.concatenate([x, *previous], axis=-1)
@@ -215,7 +215,7 @@ def scale_index(
 def scale_index_numpy(config, tables, q_index, z, prev_y, prev_index) -> np.ndarray:
     """The exported network in NumPy int64: the reference, and the path of last resort."""
     x, *previous = scale_inputs(*(np.asarray(v).astype(np.int64) for v in (z, prev_y, prev_index)))
-    for layer in layers_of(config):
+    for layer in scale_layers(config):
         kernel, bias, mult = (
             tables[f"{layer.name}_{p}"].astype(np.int64) for p in ("kernel", "bias", "mult")
         )

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gnvc_jax.codec.entropy import Integers
+from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.coder import check_columns
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model, Programs, programs, stored_dtype
@@ -135,7 +135,7 @@ def coding_programs(
     _, decoder = jax.eval_shape(used.decode_latents, params["vae"], None, latent)
     one = columns(jax.tree.map(lambda x: array(1, *x.shape[2:]), latent))
     integers = jax.eval_shape(used.analyse, params["codec"], one, None, q_index, None)
-    integers = whole(Integers(*integers[:3]))
+    integers = whole(LatentSymbols(*integers[:3]))
     decoded, feature, state = jax.eval_shape(
         used.reconstruct, params["codec"], integers, None, q_index, None
     )

@@ -15,7 +15,7 @@ from einops import rearrange
 from flax import linen as nn
 
 from gnvc_jax.codec.config import KNOTS
-from gnvc_jax.codec.quality import at_every_level
+from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.refiner import flow
 from gnvc_jax.refiner.config import MASKS, RefinerConfig
 from gnvc_jax.refiner.dit import DiT, patchify
@@ -74,7 +74,7 @@ class Refiner(nn.Module):
                 flow.wan_timestep(tau),
                 text,
                 condition,
-                time_extra=at_every_level(knots)[q_index],
+                time_extra=interpolate_levels(knots)[q_index],
                 context_extra=embed(patchify(features)),
             )
         velocity = flow.velocity_from_wan(velocity)

@@ -11,7 +11,7 @@ import pytest
 from gnvc_jax.bitstream import (
     EntropyCoder,
     Header,
-    LatentSymbols,
+    QuantisedLatent,
     StreamReader,
     StreamWriter,
     Tables,
@@ -44,7 +44,7 @@ def scale_index(kind, q_index, z, prev_y, prev_index):
     return np.clip(index, 0, 63).astype(np.uint8)
 
 
-def draw_latents(rng, count: int, coder: EntropyCoder) -> list[LatentSymbols]:
+def draw_latents(rng, count: int, coder: EntropyCoder) -> list[QuantisedLatent]:
     """Random integers that the toy codec could have made."""
     latents = []
     for i in range(count):
@@ -55,11 +55,11 @@ def draw_latents(rng, count: int, coder: EntropyCoder) -> list[LatentSymbols]:
         sigma = 0.11 * (16 / 0.11) ** (index / 63)
         y = np.clip(np.round(rng.normal(0, sigma)), -127, 127)
         y = np.where(index >= coder.tables.k_skip, y, 0).astype(np.int8)
-        latents.append(LatentSymbols(int(i > 0), q_index, z, y, index))
+        latents.append(QuantisedLatent(int(i > 0), q_index, z, y, index))
     return latents
 
 
-def version_1(payload: bytes, latents: list[LatentSymbols], coder: EntropyCoder) -> bytes:
+def version_1(payload: bytes, latents: list[QuantisedLatent], coder: EntropyCoder) -> bytes:
     """The payload of a group as streams of version 1 have it; payload: that of version 2."""
     group = parse_group(payload)
     symbols = b"".join(s.z.tobytes() + s.y.tobytes() for s in latents)
@@ -82,14 +82,14 @@ def make_header(**changes) -> Header:
     return Header(**fields | changes)
 
 
-def decode(stream, coder: EntropyCoder) -> list[list[LatentSymbols]]:
+def decode(stream, coder: EntropyCoder) -> list[list[QuantisedLatent]]:
     """All symbols of a stream, as a decoder of video reads it."""
     reader = StreamReader(stream)
     reader.header.check_model(CODEC, VAE, coder.tables.crc32())
     return [decode_group(g, coder, scale_index, Z_SHAPE, Y_SHAPE) for g in reader.groups()]
 
 
-def fingerprint(groups: list[list[LatentSymbols]]) -> list:
+def fingerprint(groups: list[list[QuantisedLatent]]) -> list:
     """Symbols in a form that can be compared."""
     return [[(s.z.tobytes(), s.y.tobytes(), s.index.tobytes()) for s in g] for g in groups]
 

@@ -5,8 +5,8 @@ import pytest
 
 from gnvc_jax.bitstream import (
     EntropyCoder,
-    LatentSymbols,
     PlainCoder,
+    QuantisedLatent,
     SegmentDecoder,
     frequencies_from_probabilities,
 )
@@ -17,7 +17,7 @@ constriction = pytest.importorskip("constriction")
 
 
 def encode(coder, kind, q_index, z, y, index):
-    return coder.encode([LatentSymbols(kind, q_index, z, y, index)])
+    return coder.encode([QuantisedLatent(kind, q_index, z, y, index)])
 
 
 def decode(coder, kind, q_index, segment, z_shape, index):
@@ -115,13 +115,13 @@ def test_bytes_are_what_theory_says(toy, low, high):
     z, y, index = draw(np.random.default_rng(high), coder.tables, (40, 40, 2), low, high)
     assert y.size >= 200_000
     bits = 8 * len(encode(coder, 1, 33, z, y, index))
-    ideal = coder.ideal_bits(LatentSymbols(1, 33, z, y, index))
+    ideal = coder.ideal_bits(QuantisedLatent(1, 33, z, y, index))
     assert ideal <= bits <= 1.001 * ideal + 64
     sigma = 0.11 * (16 / 0.11) ** (index / 63)
     a = np.abs(y.astype(float))
     mass = scipy.stats.norm.sf((a - 0.5) / sigma) - scipy.stats.norm.sf((a + 0.5) / sigma)
     y_bits = -np.log2(np.maximum(mass, 2**-24)).sum()
-    z_bits = ideal - coder.ideal_bits(LatentSymbols(1, 33, z[:0], y, index))
+    z_bits = ideal - coder.ideal_bits(QuantisedLatent(1, 33, z[:0], y, index))
     assert ideal - z_bits == pytest.approx(y_bits, rel=2e-3)
 
 
@@ -156,7 +156,7 @@ def test_latents_of_a_group_share_a_segment(toy):
     """They come out in order, and cost no more than the coder's state beyond their information."""
     rng, tables = np.random.default_rng(8), toy.tables()
     coder = EntropyCoder(tables)
-    latents = [LatentSymbols(1, 33, *draw(rng, tables, (2, 2, 2), 20)) for _ in range(5)]
+    latents = [QuantisedLatent(1, 33, *draw(rng, tables, (2, 2, 2), 20)) for _ in range(5)]
     segment = coder.encode(latents)
     decoder = SegmentDecoder(coder, segment)
     for latent in latents:

@@ -1,4 +1,4 @@
-"""The structured start: against eigenvectors, against theory of quantisers, and as a codec."""
+"""The start from statistics: against eigenvectors, against theory of quantisers, and as a codec."""
 
 import dataclasses
 
@@ -8,10 +8,10 @@ import pytest
 from scipy.integrate import quad
 
 from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.codec.fit import step_of, structured_start, whitening
+from gnvc_jax.codec.fit import init_from_statistics, quantiser_step, whitening
 from gnvc_jax.codec.model import LatentCodec
-from gnvc_jax.codec.quality import POSITIONS, at_every_level
-from gnvc_jax.codec.scales import export, scale_index_numpy, sigma_of
+from gnvc_jax.codec.quality import POSITIONS, interpolate_levels
+from gnvc_jax.codec.scales import export, scale_index_numpy, sigma_from_index
 from gnvc_jax.coder import Coder
 from gnvc_jax.model import build
 from gnvc_jax.moments import Moments
@@ -48,7 +48,9 @@ def started(params, cells):
     moments = Moments(12)
     for part in np.array_split(cells, 7):
         moments.add(part)
-    return structured_start(params, CONFIG, "intra", moments, np.array([4.0, 1.0, 0.01]), 0.1, 10.0)
+    return init_from_statistics(
+        params, CONFIG, "intra", moments, np.array([4.0, 1.0, 0.01]), 0.1, 10.0
+    )
 
 
 def test_basis_is_that_of_numpy(cells, started):
@@ -77,7 +79,7 @@ def test_step_is_the_best_for_its_worth():
             )[0]
         return rate + worth * error
 
-    steps = step_of(worth) * np.array([0.6, 0.8, 1.0, 1.25, 1.6])
+    steps = quantiser_step(worth) * np.array([0.6, 0.8, 1.0, 1.25, 1.6])
     assert np.argmin([cost(step) for step in steps]) == 2
 
 
@@ -85,16 +87,16 @@ def test_tables_are_those_of_the_deviations(cells, started):
     """The integer network gives every coefficient the table of its deviation, at every level."""
     deviations = np.sqrt(np.linalg.eigvalsh(np.cov(cells.T))[::-1][:8])
     network = export(CONFIG, started["entropy"]["scales"])
-    steps = step_of(0.1 * 100.0**POSITIONS)
+    steps = quantiser_step(0.1 * 100.0**POSITIONS)
     rng = np.random.default_rng(1)
     nothing = np.zeros((4, 4, 8), int)
     for q_index in (0, 8, 40, 56):
         z = rng.integers(-15, 16, (1, 1, 4))
         index = scale_index_numpy(CONFIG, network, q_index, z, nothing, nothing)
         assert (index == index[:1, :1]).all()  # nothing else is known yet
-        step = np.exp(at_every_level(np.log(steps)[:, None])[q_index, 0])
+        step = np.exp(interpolate_levels(np.log(steps)[:, None])[q_index, 0])
         want = np.clip(deviations / step, 0.11, 16.0)
-        np.testing.assert_allclose(sigma_of(index[0, 0].astype(float)), want, rtol=0.05)
+        np.testing.assert_allclose(sigma_from_index(index[0, 0].astype(float)), want, rtol=0.05)
 
 
 def test_whitening_evens_channels_out():

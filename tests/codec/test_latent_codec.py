@@ -12,7 +12,7 @@ from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.codec.entropy import spatial_masks
 from gnvc_jax.codec.model import GAIN_SLOPE, LatentCodec, pad_latents
 from gnvc_jax.codec.quantise import bound, round_ste
-from gnvc_jax.codec.scales import layers_of
+from gnvc_jax.codec.scales import scale_layers
 
 TINY = CodecConfig(
     latent_channels=4,
@@ -38,7 +38,7 @@ def shapes(config):
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(3)
-    starts = {layer.name: layer.start for layer in layers_of(TINY)}
+    starts = {layer.name: layer.start for layer in scale_layers(TINY)}
 
     def draw(path, leaf):
         name, fan_in = path[-1].key, max(1, int(np.prod(leaf.shape[:-1])))
@@ -164,7 +164,7 @@ def test_gaussian_bits_against_scipy():
 
 
 def test_hyperlatent_table_agrees_with_the_trained_density():
-    model = density.Density(3)
+    model = density.FactorisedDensity(3)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1, 1, 3)), jnp.zeros(1, int),
                         method="bits")["params"]  # fmt: skip
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)

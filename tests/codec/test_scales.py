@@ -19,7 +19,7 @@ def params():
         scales.ScaleNetwork(CONFIG).init, jax.random.key(0), jnp.zeros((1,), jnp.int32), *zeros()
     )["params"]
 
-    starts = {layer.name: layer.start for layer in scales.layers_of(CONFIG)}
+    starts = {layer.name: layer.start for layer in scales.scale_layers(CONFIG)}
 
     def draw(path, leaf):
         name = path[-1].key
@@ -101,7 +101,7 @@ def test_gradients_reach_every_parameter(params):
 
     def total(p):
         index = scales.ScaleNetwork(CONFIG).apply({"params": p}, jnp.asarray([9]), *given)
-        return jnp.mean(scales.sigma_of(index))
+        return jnp.mean(scales.sigma_from_index(index))
 
     for name, grad in jax.jit(jax.grad(total))(params).items():
         assert np.isfinite(grad).all() and np.abs(grad).max() > 0, name

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.caching import cache_latents
-from gnvc_jax.codec.model import Coded, LatentCodec
+from gnvc_jax.codec.model import LatentCodec, LatentCodecOutput
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.porting.architectures import Architecture
@@ -354,7 +354,7 @@ def test_windows_begin_anywhere_and_whiten_by_place(base):
         dataclasses.replace(base, refiner=dataclasses.replace(base.refiner, window=3, overlap=1))
     )
     latents = jnp.arange(5.0)[None, :, None, None, None] * jnp.ones((2, 5, 2, 2, 4)) + 1
-    done = Coding(latents, Coded(latents, latents, *[None] * 4), *[None] * 5)
+    done = Coding(latents, LatentCodecOutput(latents, latents, *[None] * 4), *[None] * 5)
     firsts = []
     for seed in range(20):
         window = stage.window(STATISTICS["white"], done, jax.random.key(seed))

@@ -9,7 +9,7 @@ import numpy as np
 
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import whitening
-from gnvc_jax.codec.model import LATENT_MULTIPLE, Coded, LatentCodec
+from gnvc_jax.codec.model import LATENT_MULTIPLE, LatentCodec, LatentCodecOutput
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.parallel import constrain
@@ -53,12 +53,12 @@ class CodecLoss(LossConfig):
 class Coding:
     """A batch of clips after the codec.
 
-    latents: of the VAE, normalised; coded: see `Coded`, with an axis t; q_index (b,); rate (b,) in
-    bits per pixel; error (b,) mean squared; multiplier (b,): lambda, rising along the batch.
+    latents: of the VAE, normalised; coded: with an axis t; q_index (b,); rate (b,) in bits per
+    pixel; error (b,) mean squared; multiplier (b,): lambda, rising along the batch.
     """
 
     latents: Array
-    coded: Coded
+    coded: LatentCodecOutput
     q_index: Array
     rate: Array
     error: Array

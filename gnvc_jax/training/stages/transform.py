@@ -1,9 +1,9 @@
 """Stage `transform`: the codec of a linear VAE with motion, on squared error of pixels.
 
-A new run starts from statistics of training clips (`gnvc_jax.vae.klt.fit`,
-`gnvc_jax.codec.fit.structured_start`), so that its first step already codes. The last frame of each
-latent goes through the VAE's head and becomes the reference of the next latent's motion, as it will
-in use; codec and head train together.
+A new run starts from statistics of training clips (`gnvc_jax.vae.klt.fit` and
+`gnvc_jax.codec.fit.init_from_statistics`), so that its first step already codes. The last frame of
+each latent goes through the VAE's head and becomes the reference of the next latent's motion, as
+it will in use; codec and head train together.
 """
 
 import dataclasses
@@ -15,8 +15,8 @@ import numpy as np
 from einops import rearrange
 
 from gnvc_jax.codec.config import QUALITIES
-from gnvc_jax.codec.fit import structured_start
-from gnvc_jax.codec.model import LatentCodec, to_cells
+from gnvc_jax.codec.fit import init_from_statistics
+from gnvc_jax.codec.model import LatentCodec, space_to_depth
 from gnvc_jax.errors import UsageError
 from gnvc_jax.moments import Moments
 from gnvc_jax.motion.warp import predict, to_eight_bits
@@ -135,13 +135,13 @@ class TransformStage(Stage):
             intra, later, residual = latents_of(batch)
             for kind, latents, coded in (("intra", intra, intra), ("inter", later, residual)):
                 plain[kind].add(latents)
-                cells[kind].add(to_cells(coded))
+                cells[kind].add(space_to_depth(coded))
         codec = dict(params["codec"])
         for kind, scale in (("intra", "first_scale"), ("inter", "later_scale")):
             # One latent unit is 1 / scale of an orthonormal coefficient of pixels; the squared
             # error of a pixel is the mean of three colours.
             worth = (LEVELS_PER_UNIT / vae["klt"][scale]) ** 2 / 3.0
-            codec[kind] = structured_start(
+            codec[kind] = init_from_statistics(
                 codec,
                 config,
                 kind,
