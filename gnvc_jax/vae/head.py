@@ -15,7 +15,7 @@ Array = jax.Array
 SIDE = 4  # pixels per position, each way
 
 
-class Convolution(nn.Module):
+class FrameConv(nn.Module):
     """3x3 convolution of every frame, zero padding: (b, t, h, w, c) -> (b, t, h, w, o)."""
 
     features: int
@@ -27,7 +27,7 @@ class Convolution(nn.Module):
         return conv2d(x, kernel) + self.param("bias", nn.initializers.zeros, (self.features,))
 
 
-class CleaningHead(nn.Module):
+class DeblockingHead(nn.Module):
     """Adds to a video (b, t, h, w, 3) what three convolutions `width` wide make of it."""
 
     width: int
@@ -35,7 +35,7 @@ class CleaningHead(nn.Module):
     @nn.compact
     def __call__(self, video: Array) -> Array:
         x = to_blocks(video, 1, SIDE)
-        y = Convolution(self.width, name="first")(x)
-        y = y + Convolution(self.width, name="second")(nn.relu(y))
-        y = Convolution(x.shape[-1], nn.initializers.zeros, name="last")(nn.relu(y))
+        y = FrameConv(self.width, name="first")(x)
+        y = y + FrameConv(self.width, name="second")(nn.relu(y))
+        y = FrameConv(x.shape[-1], nn.initializers.zeros, name="last")(nn.relu(y))
         return video + from_blocks(y, 1, SIDE)

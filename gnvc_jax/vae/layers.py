@@ -23,7 +23,7 @@ Array = jax.Array
 SCORES_IN_MEMORY = 1 << 24
 
 
-def with_history(module: nn.Module, x: Array, frames: int, first: bool) -> tuple[Array, int]:
+def prepend_history(module: nn.Module, x: Array, frames: int, first: bool) -> tuple[Array, int]:
     """x after the `frames` frames that came before it, and how many of these are left out.
 
     At the start of a clip nothing came before: all are left out and stand for zeros. The last
@@ -39,7 +39,7 @@ def with_history(module: nn.Module, x: Array, frames: int, first: bool) -> tuple
     return x, zeros
 
 
-class Kernel(nn.Module):
+class ConvBase(nn.Module):
     """Base of the convolutions: a kernel and a bias in float32, cast to the compute type."""
 
     features: int
@@ -53,7 +53,7 @@ class Kernel(nn.Module):
         return kernel.astype(self.dtype), bias.astype(self.dtype)
 
 
-def present(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
+def last_tap_init(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     """Initial kernel (kt, kh, kw, c, o) that only sees the present frame.
 
     An untrained network thus treats frames one by one, and taps that short training clips never
@@ -63,20 +63,20 @@ def present(key: Array, shape: tuple[int, ...], dtype=jnp.float32) -> Array:
     return jnp.zeros(shape, dtype).at[-1].set(newest)
 
 
-class CausalConv(Kernel):
+class CausalConv(ConvBase):
     """3-D convolution that sees the present and the past: (b, t, h, w, c) -> (b, t, h, w, o)."""
 
-    kernel_init: nn.initializers.Initializer = present
+    kernel_init: nn.initializers.Initializer = last_tap_init
     window: tuple[int, int, int] = (3, 3, 3)
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
         kernel, bias = self.weights(x, self.window)
-        x, zeros = with_history(self, x, self.window[0] - 1, first)
+        x, zeros = prepend_history(self, x, self.window[0] - 1, first)
         return conv3d(x, kernel, zeros) + bias
 
 
-class SpatialDown(Kernel):
+class SpatialDownsample(ConvBase):
     """3x3 convolution with stride 2, padded by one zero row below and one zero column right."""
 
     @nn.compact
@@ -85,7 +85,7 @@ class SpatialDown(Kernel):
         return conv2d(x, kernel, stride=2, padding=((0, 1), (0, 1))) + bias
 
 
-class SpatialUp(Kernel):
+class SpatialUpsample(ConvBase):
     """Nearest-neighbour doubling of rows and columns, then a 3x3 convolution."""
 
     @nn.compact
@@ -94,7 +94,7 @@ class SpatialUp(Kernel):
         return conv2d_of_doubled(x, kernel) + bias
 
 
-class TemporalDown(Kernel):
+class TemporalDownsample(ConvBase):
     """Halves the frame rate: 1 + 2m frames -> 1 + m at the start of a clip, 2m -> m later.
 
     Frame 0 passes untouched; output j sees input frames 2j-2, 2j-1 and 2j.
@@ -114,7 +114,7 @@ class TemporalDown(Kernel):
         return jnp.concatenate([head, y], axis=1)
 
 
-class TemporalUp(Kernel):
+class TemporalUpsample(ConvBase):
     """Doubles the frame rate: 1 + n frames -> 1 + 2n at the start of a clip, n -> 2n later.
 
     Frame 0 passes untouched and is never seen by the convolution: its place in the history is zero.
@@ -125,14 +125,14 @@ class TemporalUp(Kernel):
         kernel, bias = self.weights(x, (3, 1, 1))
         head, x = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
         n = x.shape[1]
-        x, zeros = with_history(self, x, 2, first)
+        x, zeros = prepend_history(self, x, 2, first)
         x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
         y = sum(x[:, k : k + n] @ kernel[k, 0, 0] for k in range(3)) + bias
         y = rearrange(y, "b n h w (two c) -> b (n two) h w c", two=2)
         return jnp.concatenate([head, y], axis=1)
 
 
-class RMSNorm(nn.Module):
+class ChannelRMSNorm(nn.Module):
     """x / max(|x|, 1e-12) * sqrt(c) * gamma over channels, computed in float32.
 
     Written with rsqrt so that the gradient at an all-zero channel vector is finite.
@@ -158,9 +158,9 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
-        y = nn.silu(RMSNorm(name="norm1")(x))
+        y = nn.silu(ChannelRMSNorm(name="norm1")(x))
         y = CausalConv(self.features, self.dtype, name="conv1")(y, first)
-        y = nn.silu(RMSNorm(name="norm2")(y))
+        y = nn.silu(ChannelRMSNorm(name="norm2")(y))
         y = CausalConv(self.features, self.dtype, nn.initializers.zeros, name="conv2")(y, first)
         if x.shape[-1] != self.features:
             shortcut = CausalConv(self.features, self.dtype, window=(1, 1, 1), name="shortcut")
@@ -168,7 +168,7 @@ class ResidualBlock(nn.Module):
         return x + y
 
 
-class Attention(nn.Module):
+class FrameAttention(nn.Module):
     """Single-head self-attention over the positions of each frame, with a residual.
 
     Queries are processed in blocks of rows so that the scores never exceed SCORES_IN_MEMORY.
@@ -179,7 +179,7 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         b, _, h, w, c = x.shape
-        qkv = nn.Dense(3 * c, dtype=self.dtype, name="to_qkv")(RMSNorm(name="norm")(x))
+        qkv = nn.Dense(3 * c, dtype=self.dtype, name="to_qkv")(ChannelRMSNorm(name="norm")(x))
         q, k, v = jnp.split(rearrange(qkv, "b t h w c -> (b t) h w c"), 3, axis=-1)
         k, v = (rearrange(y, "n h w c -> n (h w) c") for y in (k, v))
 

@@ -9,17 +9,17 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from gnvc_jax.vae.config import VAEConfig
-from gnvc_jax.vae.head import CleaningHead
+from gnvc_jax.vae.head import DeblockingHead
 from gnvc_jax.vae.klt import EXACT, BlockTransform, from_blocks, to_blocks
 from gnvc_jax.vae.layers import (
-    Attention,
     CausalConv,
+    ChannelRMSNorm,
+    FrameAttention,
     ResidualBlock,
-    RMSNorm,
-    SpatialDown,
-    SpatialUp,
-    TemporalDown,
-    TemporalUp,
+    SpatialDownsample,
+    SpatialUpsample,
+    TemporalDownsample,
+    TemporalUpsample,
 )
 
 Array = jax.Array
@@ -29,7 +29,7 @@ Array = jax.Array
 LINEAR_LOGVAR = -5.0
 
 
-class Middle(nn.Module):
+class MidBlock(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
     remat: bool = False
@@ -39,11 +39,11 @@ class Middle(nn.Module):
     def __call__(self, x: Array, first: bool) -> Array:
         block = residual(self.remat)
         x = block(x.shape[-1], self.dtype, name="block_0")(x, first)
-        x = Attention(self.dtype, name="attention")(x)
+        x = FrameAttention(self.dtype, name="attention")(x)
         return block(x.shape[-1], self.dtype, name="block_1")(x, first)
 
 
-class Head(nn.Module):
+class OutputHead(nn.Module):
     """Norm, SiLU and the last 3x3x3 convolution."""
 
     features: int
@@ -52,7 +52,7 @@ class Head(nn.Module):
     @nn.compact
     def __call__(self, x: Array, first: bool) -> Array:
         return CausalConv(self.features, self.dtype, name="conv")(
-            nn.silu(RMSNorm(name="norm")(x)), first
+            nn.silu(ChannelRMSNorm(name="norm")(x)), first
         )
 
 
@@ -61,7 +61,7 @@ def residual(remat: bool) -> type[nn.Module]:
     return nn.remat(ResidualBlock, static_argnums=(2,)) if remat else ResidualBlock
 
 
-class Encoder(nn.Module):
+class VAEEncoder(nn.Module):
     """Video (b, t, h, w, 3) -> features (b, t', h/8, w/8, 2z), before the quant convolution."""
 
     config: VAEConfig
@@ -77,14 +77,14 @@ class Encoder(nn.Module):
             for i in range(cfg.blocks):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
             if level < len(cfg.widths) - 1:
-                x = SpatialDown(width, self.dtype, name=f"level{level}_down")(x)
+                x = SpatialDownsample(width, self.dtype, name=f"level{level}_down")(x)
                 if cfg.temporal_down[level]:
-                    x = TemporalDown(width, self.dtype, name=f"level{level}_time")(x, first)
-        x = Middle(self.remat, self.dtype, name="middle")(x, first)
-        return Head(2 * cfg.latent_channels, self.dtype, name="head")(x, first)
+                    x = TemporalDownsample(width, self.dtype, name=f"level{level}_time")(x, first)
+        x = MidBlock(self.remat, self.dtype, name="middle")(x, first)
+        return OutputHead(2 * cfg.latent_channels, self.dtype, name="head")(x, first)
 
 
-class Decoder(nn.Module):
+class VAEDecoder(nn.Module):
     """Latents after the post-quant convolution -> video (b, t, h, w, 3), not clipped."""
 
     config: VAEConfig
@@ -96,15 +96,15 @@ class Decoder(nn.Module):
         cfg, block = self.config, residual(self.remat)
         widths, temporal_up = cfg.widths[::-1], cfg.temporal_down[::-1]
         x = CausalConv(widths[0], self.dtype, name="conv_in")(x, first)
-        x = Middle(self.remat, self.dtype, name="middle")(x, first)
+        x = MidBlock(self.remat, self.dtype, name="middle")(x, first)
         for level, width in enumerate(widths):
             for i in range(cfg.blocks + 1):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
             if level < len(widths) - 1:
                 if temporal_up[level]:
-                    x = TemporalUp(2 * width, self.dtype, name=f"level{level}_time")(x, first)
-                x = SpatialUp(width // 2, self.dtype, name=f"level{level}_up")(x)
-        x = Head(3 * cfg.patch**2, self.dtype, name="head")(x, first)
+                    x = TemporalUpsample(2 * width, self.dtype, name=f"level{level}_time")(x, first)
+                x = SpatialUpsample(width // 2, self.dtype, name=f"level{level}_up")(x)
+        x = OutputHead(3 * cfg.patch**2, self.dtype, name="head")(x, first)
         return from_blocks(x, 1, cfg.patch).astype(jnp.float32)
 
 
@@ -132,11 +132,11 @@ class VAE(nn.Module):
         cfg, z = self.config, self.config.latent_channels
         if cfg.linear:
             self.klt = BlockTransform(z, cfg.stride, cfg.temporal_stride)
-            self.head = CleaningHead(cfg.head) if cfg.head else None
+            self.head = DeblockingHead(cfg.head) if cfg.head else None
         else:
-            self.encoder = Encoder(cfg, self.remat)
+            self.encoder = VAEEncoder(cfg, self.remat)
             self.quant = CausalConv(2 * z, window=(1, 1, 1))
-            self.decoder = Decoder(cfg, self.remat, self.dtype)
+            self.decoder = VAEDecoder(cfg, self.remat, self.dtype)
             self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
 
     @jax.default_matmul_precision(EXACT)
