@@ -35,7 +35,7 @@ from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.motion import coding as motion_coding
 from gnvc_jax.motion.warp import predict
 from gnvc_jax.parallel import backend, constrain
-from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, by_place, refine
+from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, per_latent_factors, refine
 from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
 
 Array = jax.Array
@@ -428,7 +428,7 @@ class Functions:
             return self.programs.velocity(self.refiner_params, state, tau, decoded, features, q)
 
         key, config, white = jax.random.key(seed), self.model.refiner_config, self.model.white
-        white = 1.0 if white is None else by_place(jnp.asarray(white), latents.shape[1])
+        white = 1.0 if white is None else per_latent_factors(jnp.asarray(white), latents.shape[1])
         return refine(velocity, config, latents * white, features, key, steps) / white
 
     def scale_index(self, kind, q_index, z, prev_y, prev_index) -> np.ndarray:

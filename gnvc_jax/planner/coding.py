@@ -20,7 +20,7 @@ from gnvc_jax.planner import flops
 from gnvc_jax.planner.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.refiner.attention import exchanged_heads
-from gnvc_jax.refiner.model import windows
+from gnvc_jax.refiner.model import window_starts
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecStage
@@ -66,7 +66,7 @@ def coding_for(
     if command == "decode":
         times = dict.fromkeys(("reconstruct", "decode_latents"), latents)
     if steps:
-        times["velocity"] = steps * len(windows(latents, refiner.window, refiner.overlap))
+        times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
     stage = make_stage(experiment)
     if not isinstance(stage, CodecStage):
         raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")

@@ -9,7 +9,7 @@ from gnvc_jax.refiner.config import (
     RefinerConfig,
 )
 from gnvc_jax.refiner.dit import DiT
-from gnvc_jax.refiner.model import Refiner, by_place, refine
+from gnvc_jax.refiner.model import Refiner, per_latent_factors, refine
 
 __all__ = [
     "VACE_1_3B",
@@ -20,6 +20,6 @@ __all__ = [
     "DiTConfig",
     "Refiner",
     "RefinerConfig",
-    "by_place",
+    "per_latent_factors",
     "refine",
 ]

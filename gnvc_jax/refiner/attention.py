@@ -57,7 +57,7 @@ def attention(
     return parallel.attention(IMPLEMENTATIONS[name], q, k, v, **options)
 
 
-def windowed(
+def windowed_attention(
     q: Array,
     k: Array,
     v: Array,
@@ -136,7 +136,7 @@ def choose(dtype: jnp.dtype, head_width: int, platform: str | None = None) -> st
     return "chunked"
 
 
-def chunked(q: Array, k: Array, v: Array) -> Array:
+def chunked_attention(q: Array, k: Array, v: Array) -> Array:
     """Plain attention over chunks of queries, so that the scores never exceed SCORES_IN_MEMORY.
 
     The scores are made again in the backward pass, whose memory is bounded by this too.
@@ -154,7 +154,7 @@ def chunked(q: Array, k: Array, v: Array) -> Array:
     return rearrange(y, "c b s h d -> b (c s) h d")[:, :n]
 
 
-def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
+def splash_attention(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
     """The Pallas flash kernel of TPUs; padded keys are masked by their segment."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -195,6 +195,6 @@ def splash(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
 IMPLEMENTATIONS = {
     "xla": functools.partial(jax.nn.dot_product_attention, implementation="xla"),
     "cudnn": functools.partial(jax.nn.dot_product_attention, implementation="cudnn"),
-    "chunked": chunked,
-    "splash": splash,
+    "chunked": chunked_attention,
+    "splash": splash_attention,
 }

@@ -20,7 +20,7 @@ class DiTConfig:
     for a plain DiT, s for VACE's adapter with one context block per s blocks (the first before
     block 0); context_channels: of the adapter's condition, on the grid of the latents; window:
     tokens per side of the neighbourhood that self-attention sees in each latent, even, 0 for all
-    tokens (see `gnvc_jax.refiner.attention.windowed`).
+    tokens (see `gnvc_jax.refiner.attention.windowed_attention`).
 
     Raises UsageError for sizes that do not divide.
     """

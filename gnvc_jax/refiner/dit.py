@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import axis_size, constrain
-from gnvc_jax.refiner.attention import attention, windowed
+from gnvc_jax.refiner.attention import attention, windowed_attention
 from gnvc_jax.refiner.config import PATCH, DiTConfig
 
 Array = jax.Array
@@ -51,7 +51,7 @@ def unpatchify(tokens: Array, t: int, h: int, w: int) -> Array:
     return rearrange(tokens, "b (w t h) (p q c) -> b t (h p) (w q) c", **sizes)
 
 
-def spread(tokens: Array) -> Array:
+def shard_tokens(tokens: Array) -> Array:
     """Tokens (b, n, d) over the mesh axis `context`; zero rows fill them up to a multiple."""
     rest = -tokens.shape[1] % axis_size("context")
     return constrain(jnp.pad(tokens, ((0, 0), (0, rest), (0, 0))), batch=0, context=1)
@@ -120,7 +120,7 @@ class HeadsNorm(nn.Module):
         return (x32 * lax.rsqrt(mean + EPSILON) * scale).astype(x.dtype)
 
 
-class Attention(nn.Module):
+class DiTAttention(nn.Module):
     """Tokens x (b, n, d) attend to tokens y (b, m, d); rotation of both where a table is given.
 
     grid: (latents, rows, columns) of tokens that attend to their neighbourhood (`config.window`),
@@ -143,7 +143,7 @@ class Attention(nn.Module):
 
         q, k, v = heads("q", x), heads("k", y), heads("v", y)
         if self.grid:
-            y = windowed(q, k, v, self.grid, self.config.window, self.implementation)
+            y = windowed_attention(q, k, v, self.grid, self.config.window, self.implementation)
         else:
             # The tokens of the clip are spread over devices; the text is the same on all.
             spread = {} if table is None else {"length": table[0].shape[0], "split_keys": True}
@@ -152,7 +152,7 @@ class Attention(nn.Module):
         return dense(self.config.width, self.dtype, "o")(y)
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """Self-attention and feed-forward, both modulated by time, cross-attention to text between.
 
     x (b, n, d) float32; time (b, 6, d): shift, scale, gate of attention, then of the feed-forward;
@@ -172,14 +172,14 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(time, 6, axis=1)
 
         y = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
-        attend = Attention(cfg, self.dtype, self.attention, self.grid, name="self_attention")
+        attend = DiTAttention(cfg, self.dtype, self.attention, self.grid, name="self_attention")
         y = attend(y, y, table)
         x = x + gate1 * y
 
         if cfg.text_length:
             y = layer_norm(x) * self.param("cross_scale", nn.initializers.ones, (cfg.width,))
             y = y + self.param("cross_bias", nn.initializers.zeros, (cfg.width,))
-            cross = Attention(cfg, self.dtype, self.attention, name="cross_attention")
+            cross = DiTAttention(cfg, self.dtype, self.attention, name="cross_attention")
             x = x + cross(y.astype(self.dtype), text, None)
 
         y = layer_norm(x) * (1 + scale2) + shift2
@@ -188,7 +188,7 @@ class Block(nn.Module):
         return x + gate2 * y
 
 
-class Group(nn.Module):
+class DiTGroup(nn.Module):
     """One context block, if the model has an adapter, and the blocks up to the next one.
 
     The carry is (x, context), both (b, n, d); scale: weight of the hint that the context block
@@ -203,10 +203,10 @@ class Group(nn.Module):
 
     @nn.compact
     def __call__(self, carry, scale, time, text, table):
-        (x, context), cfg, block = carry, self.config, Block
+        (x, context), cfg, block = carry, self.config, DiTBlock
         x = constrain(x, batch=0, context=1)
         if self.remat != "none":
-            block = nn.remat(Block, policy=REMAT[self.remat], prevent_cse=False)
+            block = nn.remat(DiTBlock, policy=REMAT[self.remat], prevent_cse=False)
         hint = 0.0
         if cfg.context_every:
             context = block(cfg, self.dtype, self.attention, self.grid, name="context")(
@@ -258,7 +258,7 @@ class DiT(nn.Module):
         check_sizes(cfg, latents, text, context)
         _, t, h, w, _ = latents.shape
         n = cfg.tokens(t, h, w)
-        x = spread(patchify(latents))
+        x = shard_tokens(patchify(latents))
         x = dense(cfg.width, self.dtype, "patch_embedding")(x).astype(jnp.float32)
 
         time = exact_dense(cfg.width, "time_in", SMALL)(sinusoid(time, cfg.frequencies))
@@ -275,11 +275,11 @@ class DiT(nn.Module):
         if cfg.context_every:
             tokens = dense(cfg.width, self.dtype, "context_embedding")(patchify(context))
             first = dense(cfg.width, self.dtype, "context_in", nn.initializers.zeros)
-            tokens = first(spread(tokens + context_extra)) + x
+            tokens = first(shard_tokens(tokens + context_extra)) + x
 
         grid = (t, h // PATCH, w // PATCH) if cfg.window else None
         groups = nn.scan(
-            Group,
+            DiTGroup,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),

@@ -96,7 +96,7 @@ def vace_context(decoded: Array, grey: Array) -> Array:
     return jnp.concatenate([inactive, decoded, mask], axis=-1)
 
 
-def by_place(factors: Array, count: int) -> Array:
+def per_latent_factors(factors: Array, count: int) -> Array:
     """Factors (2, c) of first and later latents, for each of `count` latents: (count, 1, 1, c).
 
     The refiner works on latents that are whitened by such factors: in what a linear VAE gives,
@@ -107,7 +107,7 @@ def by_place(factors: Array, count: int) -> Array:
     return jnp.concatenate([factors[:1], later])[:, None, None, :]
 
 
-def noise_for(key: Array, shape: tuple[int, ...], first: int = 0) -> Array:
+def latent_noise(key: Array, shape: tuple[int, ...], first: int = 0) -> Array:
     """Noise of latents (b, t, h, w, c): that of each latent depends on its place `first + i` only.
 
     So windows, and a decoder that starts in the middle, draw the same numbers.
@@ -118,7 +118,7 @@ def noise_for(key: Array, shape: tuple[int, ...], first: int = 0) -> Array:
     return rearrange(noise, "t b ... -> b t ...")
 
 
-def windows(count: int, size: int, overlap: int) -> list[int]:
+def window_starts(count: int, size: int, overlap: int) -> list[int]:
     """First latents of windows of `size` that cover `count` latents, sharing at least `overlap`.
 
     One window where all fit.
@@ -130,7 +130,7 @@ def windows(count: int, size: int, overlap: int) -> list[int]:
     return [round(i * last / (number - 1)) for i in range(number)]
 
 
-def ramp(size: int, overlap: int, first: bool, last: bool) -> Array:
+def window_weights(size: int, overlap: int, first: bool, last: bool) -> Array:
     """Weights (size,) of a window's latents: linear over the shared ones, never zero."""
     rise = jnp.minimum(1.0, (jnp.arange(size) + 1.0) / (overlap + 1.0))
     one = jnp.ones(size)
@@ -156,8 +156,8 @@ def refine(
         return decoded
     t = decoded.shape[1]
     size = min(t, config.window)
-    starts = windows(t, config.window, config.overlap)
-    weights = [ramp(size, config.overlap, s == 0, s == starts[-1]) for s in starts]
+    starts = window_starts(t, config.window, config.overlap)
+    weights = [window_weights(size, config.overlap, s == 0, s == starts[-1]) for s in starts]
     weights = [w[:, None, None, None] for w in weights]
     total = jnp.zeros((t, 1, 1, 1))
     for s, weight in zip(starts, weights):
@@ -171,6 +171,6 @@ def refine(
             moves = moves.at[:, part].add(weight * v)
         return moves / total
 
-    noise = config.noise * noise_for(key, decoded.shape)
+    noise = config.noise * latent_noise(key, decoded.shape)
     state = flow.start_state(decoded, noise, config.start)
     return flow.integrate(move, state, flow.step_times(steps, config.start))

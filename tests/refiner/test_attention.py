@@ -9,7 +9,13 @@ import pytest
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner import attention as module
-from gnvc_jax.refiner.attention import attention, choose, chunked, splash, windowed
+from gnvc_jax.refiner.attention import (
+    attention,
+    choose,
+    chunked_attention,
+    splash_attention,
+    windowed_attention,
+)
 
 
 def inputs(n, m, heads=2, d=128, b=2):
@@ -32,9 +38,9 @@ def gradients(function, q, k, v, cotangent):
 def test_chunks_of_queries_give_the_same_result(n, m, monkeypatch):
     q, k, v, cotangent = inputs(n, m, d=16)
     monkeypatch.setattr(module, "SCORES_IN_MEMORY", 10 * m * 2 * 2)  # chunks of ten queries
-    np.testing.assert_allclose(chunked(q, k, v), reference(q, k, v), atol=1e-5)
+    np.testing.assert_allclose(chunked_attention(q, k, v), reference(q, k, v), atol=1e-5)
     plain = functools.partial(attention, implementation="xla")
-    for ours, theirs in zip(gradients(chunked, q, k, v, cotangent),
+    for ours, theirs in zip(gradients(chunked_attention, q, k, v, cotangent),
                             gradients(plain, q, k, v, cotangent)):  # fmt: skip
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -47,14 +53,16 @@ def test_chunks_bound_the_scores(monkeypatch):
         compiled = jax.jit(function).lower(q, k, v).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    assert largest(chunked) < largest(functools.partial(attention, implementation="xla")) / 2
+    assert (
+        largest(chunked_attention) < largest(functools.partial(attention, implementation="xla")) / 2
+    )
 
 
 @pytest.mark.parametrize(("n", "m"), [(256, 256), (200, 130)])
 def test_the_tpu_kernel_in_interpretation(n, m, monkeypatch):
     monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
     q, k, v, _ = inputs(n, m, b=1)
-    ours = splash(q, k, v, interpret=True)
+    ours = splash_attention(q, k, v, interpret=True)
     np.testing.assert_allclose(ours, reference(q, k, v), atol=2e-5)
 
 
@@ -62,7 +70,7 @@ def test_the_tpu_kernel_in_interpretation(n, m, monkeypatch):
 def test_gradients_of_the_tpu_kernel(monkeypatch):
     monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
     q, k, v, cotangent = inputs(140, 130, heads=1, b=1)
-    ours = gradients(functools.partial(splash, interpret=True), q, k, v, cotangent)
+    ours = gradients(functools.partial(splash_attention, interpret=True), q, k, v, cotangent)
     theirs = gradients(functools.partial(attention, implementation="xla"), q, k, v, cotangent)
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(a, b, atol=5e-5)
@@ -89,7 +97,7 @@ def neighbourhood(position: int, count: int, window: int) -> range:
 def test_windowed_attention_is_plain_attention_among_neighbours(rows, columns):
     t, window = 2, 4
     q, k, v, _ = inputs(t * rows * columns, t * rows * columns, d=8, b=1)
-    got = windowed(q, k, v, (t, rows, columns), window)
+    got = windowed_attention(q, k, v, (t, rows, columns), window)
     tokens = np.arange(t * rows * columns).reshape(columns, t, rows)
     for x in range(columns):
         for y in range(rows):
@@ -102,7 +110,7 @@ def test_windowed_attention_is_plain_attention_among_neighbours(rows, columns):
 def test_windowed_attention_costs_as_much_per_token_in_large_frames():
     def operations(rows, columns):
         q = jax.ShapeDtypeStruct((1, rows * columns, 2, 8), jnp.float32)
-        function = functools.partial(windowed, grid=(1, rows, columns), window=8)
+        function = functools.partial(windowed_attention, grid=(1, rows, columns), window=8)
         return jax.jit(function).lower(q, q, q).compile().cost_analysis()["flops"]
 
     assert operations(32, 32) < 1.2 * 4 * operations(16, 16)
@@ -112,4 +120,4 @@ def test_windowed_attention_refuses_tokens_spread_over_devices(monkeypatch):
     monkeypatch.setattr(module, "axis_size", lambda axis: 2 if axis == "context" else 1)
     q, k, v, _ = inputs(64, 64, d=8)
     with pytest.raises(UsageError, match="context=1"):
-        windowed(q, k, v, (1, 8, 8), 4)
+        windowed_attention(q, k, v, (1, 8, 8), 4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax.refiner import DiT, DiTConfig, Refiner, RefinerConfig, flow, refine
-from gnvc_jax.refiner.model import noise_for, ramp, vace_context, windows
+from gnvc_jax.refiner.model import latent_noise, vace_context, window_starts, window_weights
 
 DIT = DiTConfig(
     width=32,
@@ -64,7 +64,7 @@ def test_a_ported_model_is_unchanged_at_first():
 def test_a_small_refiner_gives_the_decoded_latents_at_first():
     _, _, decoded, features, q_index = inputs()
     refiner = Refiner(SMALL)
-    state = flow.start_state(decoded, noise_for(jax.random.key(1), decoded.shape))
+    state = flow.start_state(decoded, latent_noise(jax.random.key(1), decoded.shape))
     arguments = jnp.full(2, 0.7), decoded, features, q_index
     params = refiner.init(jax.random.key(0), state, *arguments)
     velocity = refiner.apply(params, state, *arguments)
@@ -100,7 +100,7 @@ def test_the_condition_of_vace():
 @pytest.mark.parametrize("count", [1, 3, 5, 6, 7, 12, 25, 26, 27, 100])
 @pytest.mark.parametrize(("size", "overlap"), [(5, 2), (7, 0), (7, 6)])
 def test_windows_cover_a_group_and_overlap(count, size, overlap):
-    starts = windows(count, size, overlap)
+    starts = window_starts(count, size, overlap)
     covered = [set(range(s, s + min(size, count))) for s in starts]
     assert set().union(*covered) == set(range(count))
     assert all(len(a & b) >= overlap for a, b in itertools.pairwise(covered))
@@ -109,9 +109,9 @@ def test_windows_cover_a_group_and_overlap(count, size, overlap):
 
 
 def test_weights_of_windows():
-    np.testing.assert_allclose(ramp(5, 2, True, True), np.ones(5))
-    np.testing.assert_allclose(ramp(5, 2, False, True), [1 / 3, 2 / 3, 1, 1, 1])
-    np.testing.assert_allclose(ramp(5, 2, True, False), [1, 1, 1, 2 / 3, 1 / 3])
+    np.testing.assert_allclose(window_weights(5, 2, True, True), np.ones(5))
+    np.testing.assert_allclose(window_weights(5, 2, False, True), [1 / 3, 2 / 3, 1, 1, 1])
+    np.testing.assert_allclose(window_weights(5, 2, True, False), [1, 1, 1, 2 / 3, 1 / 3])
 
 
 @pytest.mark.parametrize("t", [1, 7, 8, 19])
@@ -151,8 +151,8 @@ def test_overlapping_windows_mix():
 
 def test_noise_belongs_to_a_place():
     key = jax.random.key(3)
-    whole = noise_for(key, (2, 6, 3, 3, 4))
-    np.testing.assert_array_equal(noise_for(key, (2, 2, 3, 3, 4), first=3), whole[:, 3:5])
+    whole = latent_noise(key, (2, 6, 3, 3, 4))
+    np.testing.assert_array_equal(latent_noise(key, (2, 2, 3, 3, 4), first=3), whole[:, 3:5])
     assert abs(float(whole.std()) - 1) < 0.1
     assert float(jnp.abs(whole[:, 0] - whole[:, 1]).min()) > 0
 

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, load_weights, read_architecture
-from gnvc_jax.refiner import Refiner, by_place, flow
+from gnvc_jax.refiner import Refiner, flow, per_latent_factors
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params, load_statistics
 from gnvc_jax.training.config import Experiment
@@ -275,7 +275,7 @@ class LatentStage(CodecStage):
         count = done.latents.shape[1]
         size = min(self.experiment.refiner.window, max(1, count - 1))
         first = jax.random.randint(key, (), 0, count - size + 1)
-        return Window(first, size, by_place(white, count), done.coded.feature)
+        return Window(first, size, per_latent_factors(white, count), done.coded.feature)
 
     def velocity(
         self,
