@@ -16,7 +16,7 @@ import numpy as np
 
 from gnvc_jax.bitstream import (
     EntropyCoder,
-    Group,
+    GroupPayload,
     Header,
     QuantisedLatent,
     StreamReader,
@@ -33,7 +33,7 @@ from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
 from gnvc_jax.model import Functions, Model
 from gnvc_jax.motion import MotionField, expand
-from gnvc_jax.motion.coding import FieldDecoder, encode_fields
+from gnvc_jax.motion.coding import MotionDecoder, encode_fields
 from gnvc_jax.motion.field import COARSE
 from gnvc_jax.parallel import axis_size
 
@@ -220,7 +220,7 @@ class Coder:
                 f"frames of {header.width}x{header.height}, {pixels} pixels, allowed {max_pixels}"
             )
 
-    def symbols(self, header: Header, group: Group) -> list[QuantisedLatent]:
+    def symbols(self, header: Header, group: GroupPayload) -> list[QuantisedLatent]:
         """The integers of a group; raises BitstreamError kinds."""
         h, w = self._grid(header)
         cfg = self.model.codec_config
@@ -228,7 +228,7 @@ class Coder:
         with _Clock(self.timing, "entropy"):
             return decode_group(group, self.entropy, self.functions.scale_index, z_shape, y_shape)
 
-    def fields(self, header: Header, group: Group) -> list[MotionField]:
+    def fields(self, header: Header, group: GroupPayload) -> list[MotionField]:
         """Motion of the predicted latents of a group; raises BitstreamError kinds."""
         if not self.motion:
             if group.motion:
@@ -239,7 +239,7 @@ class Coder:
         side = self.unit // COARSE
         h, w = (side * n for n in self._grid(header))
         with _Clock(self.timing, "entropy"):
-            decoder = FieldDecoder(group.motion, self.entropy)
+            decoder = MotionDecoder(group.motion, self.entropy)
             fields = [decoder.next((h, w)) for _ in group.q_indices[1:]]
             decoder.finish()
         return fields
@@ -249,7 +249,7 @@ class Coder:
         return -(-header.height // self.unit), -(-header.width // self.unit)
 
     def decode_group(
-        self, header: Header, group: Group, steps: int | None = None
+        self, header: Header, group: GroupPayload, steps: int | None = None
     ) -> Iterator[np.ndarray]:
         """Frames uint8 (h, w, 3) of one group, refined in `steps` steps (0: not at all).
 
@@ -273,7 +273,9 @@ class Coder:
             left -= len(frames)
             yield from frames
 
-    def _decoded(self, header: Header, group: Group) -> Iterator[tuple[Array, Array, Array | None]]:
+    def _decoded(
+        self, header: Header, group: GroupPayload
+    ) -> Iterator[tuple[Array, Array, Array | None]]:
         """Decoded latents (1, h, w, c) of a group, the codec's features after each, and frames.
 
         Frames (1, t, h, w, 3) are there with motion only, which needs the last one of each latent.
@@ -296,7 +298,7 @@ class Coder:
             yield latent, feature, frames
 
     def _refined(
-        self, group: Group, decoded: list, steps: int
+        self, group: GroupPayload, decoded: list, steps: int
     ) -> Iterator[tuple[Array, None, None]]:
         """The latents after refinement; the checksum of the group's symbols seeds the noise."""
         with _Clock(self.timing, "refiner"):

@@ -277,7 +277,7 @@ def self_test(config: CodecConfig, networks: tuple[Tree, Tree], scale_index: Cal
     return crc
 
 
-def shared(tree: Tree) -> Tree:
+def shard_columns(tree: Tree) -> Tree:
     """Arrays (..., h, w, c) with their columns spread over the mesh axis `context`, if it divides
     them."""
     return jax.tree.map(lambda x: constrain(x, context=x.ndim - 2), tree)
@@ -312,13 +312,13 @@ def programs(model: Model) -> Programs:
 
     @jax.jit
     def encode_video(params, cache, frames):
-        latents, cache = encode_chunk(vae, params, cache, shared(frames))
-        return (latents - mean) / std, shared(cache)
+        latents, cache = encode_chunk(vae, params, cache, shard_columns(frames))
+        return (latents - mean) / std, shard_columns(cache)
 
     @jax.jit
     def decode_latents(params, cache, latents):
-        frames, cache = decode_chunk(vae, params, cache, shared(latents) * std + mean)
-        return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), shared(cache)
+        frames, cache = decode_chunk(vae, params, cache, shard_columns(latents) * std + mean)
+        return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), shard_columns(cache)
 
     def call(params, method, *args):
         return codec.apply({"params": params}, *args, method=method)
@@ -326,19 +326,19 @@ def programs(model: Model) -> Programs:
     @jax.jit
     def predict_latent(params, reference, vectors):
         frames = predict(reference.astype(jnp.float32) / 127.5 - 1.0, vectors)
-        latents, _ = encode_chunk(vae, params, {}, shared(frames))
+        latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
         return ((latents - mean) / std)[:, 0]
 
     @jax.jit
     def analyse(params, latent, state, q_index, prediction):
-        latent = shared(pad_latents(latent[:, None])[:, 0])
+        latent = shard_columns(pad_latents(latent[:, None])[:, 0])
         out = call(params, "encode", latent, state, q_index, prediction)
         return jax.tree.map(lambda x: x[0].astype(jnp.int32), out)
 
     @jax.jit
     def reconstruct(params, integers, state, q_index, prediction):
         integers = jax.tree.map(lambda x: x.astype(jnp.float32)[None], integers)
-        return shared(call(params, "decode", integers, state, q_index, prediction))
+        return shard_columns(call(params, "decode", integers, state, q_index, prediction))
 
     velocity = None
     if model.refiner_config is not None:

@@ -1,6 +1,6 @@
 """The file format and its entropy coder. Knows integers and bytes, and no neural network."""
 
-from gnvc_jax.bitstream.container import Entry, StreamReader, StreamWriter
+from gnvc_jax.bitstream.container import IndexEntry, StreamReader, StreamWriter
 from gnvc_jax.bitstream.entropy import (
     EntropyCoder,
     PlainCoder,
@@ -10,7 +10,7 @@ from gnvc_jax.bitstream.entropy import (
 )
 from gnvc_jax.bitstream.errors import BitstreamError
 from gnvc_jax.bitstream.group import (
-    Group,
+    GroupPayload,
     ScaleIndex,
     decode_group,
     encode_group,
@@ -22,9 +22,9 @@ from gnvc_jax.bitstream.tables import Tables, frequencies_from_probabilities, ga
 __all__ = [
     "BitstreamError",
     "EntropyCoder",
-    "Entry",
-    "Group",
+    "GroupPayload",
     "Header",
+    "IndexEntry",
     "PlainCoder",
     "QuantisedLatent",
     "ScaleIndex",

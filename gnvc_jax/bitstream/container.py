@@ -21,7 +21,7 @@ from gnvc_jax.bitstream.errors import (
     MalformedChunk,
     Truncated,
 )
-from gnvc_jax.bitstream.group import Group, claimed_frames, parse_group
+from gnvc_jax.bitstream.group import GroupPayload, claimed_frames, parse_group
 from gnvc_jax.bitstream.header import Header, read_header
 
 MAX_CHUNK = 1 << 28
@@ -34,7 +34,7 @@ BLOCK = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class IndexEntry:
     """Where a group lies: offset and size of its chunk in bytes, and its frames."""
 
     offset: int
@@ -49,7 +49,7 @@ class StreamWriter:
 
     def __init__(self, file: BinaryIO, header: Header):
         self.file, self.header = file, header
-        self.entries: list[Entry] = []
+        self.entries: list[IndexEntry] = []
         self.frames = 0
         data = header.pack()
         file.write(data)
@@ -90,12 +90,12 @@ class StreamWriter:
         self.offset += len(data) + 4
 
 
-def _entry(group: Group, offset: int, size: int) -> Entry:
+def _entry(group: GroupPayload, offset: int, size: int) -> IndexEntry:
     mean = round(sum(group.q_indices) / len(group.q_indices))
-    return Entry(offset, group.first_frame, size, group.n_frames, mean)
+    return IndexEntry(offset, group.first_frame, size, group.n_frames, mean)
 
 
-def _fits(group: Group, header: Header) -> bool:
+def _fits(group: GroupPayload, header: Header) -> bool:
     return len(group.q_indices) <= header.gop_latents and group.n_frames <= header.gop_frames
 
 
@@ -128,7 +128,7 @@ class StreamReader:
         if self.owned:
             self.file.close()
 
-    def groups(self, tolerant: bool = False) -> Iterator[Group | BitstreamError]:
+    def groups(self, tolerant: bool = False) -> Iterator[GroupPayload | BitstreamError]:
         """The groups in order, each checked.
 
         Raises the kinds of BitstreamError; a file that ends early raises Truncated at the end.
@@ -160,7 +160,7 @@ class StreamReader:
                 missing -= error.n_frames
             yield error
 
-    def _groups(self, lost: list[BitstreamError] | None) -> Iterator[Group]:
+    def _groups(self, lost: list[BitstreamError] | None) -> Iterator[GroupPayload]:
         """As `groups`; if there is a list, errors that can be stepped over go there."""
         at, number, frames = self.start, 0, 0
         while True:
@@ -198,10 +198,10 @@ class StreamReader:
                 raise MalformedChunk(f"unknown chunk {kind!r} at offset {at}")
             at += size
 
-    def _parse(self, payload: bytes) -> Group:
+    def _parse(self, payload: bytes) -> GroupPayload:
         return parse_group(payload, self.header.version, self.header.temporal_stride)
 
-    def _check(self, group: Group, number: int, frames: int | None) -> Group:
+    def _check(self, group: GroupPayload, number: int, frames: int | None) -> GroupPayload:
         if group.number != number:
             raise MalformedChunk(f"group number {group.number} where {number} was expected")
         if frames is not None and group.first_frame != frames:
@@ -231,14 +231,14 @@ class StreamReader:
         whole = isinstance(error, ChecksumMismatch) and error.kind == b"GOPC"
         return at + error.size if whole else None
 
-    def _parse_index(self, payload: bytes) -> tuple[int, int, list[Entry]]:
+    def _parse_index(self, payload: bytes) -> tuple[int, int, list[IndexEntry]]:
         if len(payload) < INDEX_HEAD.size:
             raise MalformedChunk(f"index of {len(payload)} bytes")
         total, count = INDEX_HEAD.unpack_from(payload)
         if len(payload) != INDEX_HEAD.size + count * ENTRY.size:
             raise MalformedChunk(f"index of {len(payload)} bytes for {count} groups")
         rows = ENTRY.iter_unpack(payload[INDEX_HEAD.size :])
-        return total, count, [Entry(*row) for row in rows]
+        return total, count, [IndexEntry(*row) for row in rows]
 
     def _read_chunk(self, at: int, number: int) -> tuple[bytes, bytes, int]:
         """Type, payload and size of the chunk at the current position."""
@@ -297,12 +297,12 @@ class StreamReader:
         self.file.seek(here)
         return end - here
 
-    def index(self) -> list[Entry]:
+    def index(self) -> list[IndexEntry]:
         """Where the groups are; found by a scan, with a warning, if the index is damaged."""
         return self._index
 
     @functools.cached_property
-    def _index(self) -> list[Entry]:
+    def _index(self) -> list[IndexEntry]:
         stored = self._stored_index
         if isinstance(stored, list):
             return stored
@@ -310,13 +310,13 @@ class StreamReader:
         return self._scan()
 
     @functools.cached_property
-    def _stored_index(self) -> list[Entry] | BitstreamError:
+    def _stored_index(self) -> list[IndexEntry] | BitstreamError:
         try:
             return self._read_index()
         except BitstreamError as error:
             return error
 
-    def _scan(self) -> list[Entry]:
+    def _scan(self) -> list[IndexEntry]:
         entries, at = [], self.start
         try:
             while True:
@@ -328,7 +328,7 @@ class StreamReader:
         except BitstreamError:
             return entries
 
-    def _read_index(self) -> list[Entry]:
+    def _read_index(self) -> list[IndexEntry]:
         end = self.file.seek(0, io.SEEK_END)
         if end < self.start + FOOTER.size:
             raise Truncated("no footer")
@@ -348,7 +348,7 @@ class StreamReader:
                 raise MalformedChunk(f"index puts group {n} outside the file")
         return entries
 
-    def group(self, number: int) -> Group:
+    def group(self, number: int) -> GroupPayload:
         """Random access to one group. IndexError if there is no such group."""
         if not 0 <= number < len(self.index()):
             raise IndexError(f"group {number}: the stream has {len(self.index())}")

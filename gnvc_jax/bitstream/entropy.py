@@ -21,7 +21,7 @@ except ImportError:  # no wheel for this platform: the plain coder reads and wri
     constriction = None
 
 
-class FastCoder:
+class ConstrictionCoder:
     """The coder of `plain` by constriction's AnsCoder."""
 
     def __init__(self, words: Sequence[int] = ()):
@@ -47,8 +47,8 @@ class FastCoder:
         return self.ans.is_empty()
 
 
-class PlainCoder(plain.Coder):
-    """The plain coder under the interface of FastCoder."""
+class PlainCoder(plain.AnsCoder):
+    """The plain coder under the interface of ConstrictionCoder."""
 
     def __init__(self, words: Sequence[int] = ()):
         super().__init__(np.asarray(words, np.uint32).tolist())
@@ -81,7 +81,7 @@ class EntropyCoder:
     """Encoder and decoder of segments under one set of tables."""
 
     tables: Tables
-    backend: type = PlainCoder if constriction is None else FastCoder
+    backend: type = PlainCoder if constriction is None else ConstrictionCoder
 
     @functools.cached_property
     def motion_models(self) -> list:

@@ -35,7 +35,7 @@ ScaleIndex = Callable[[int, int, np.ndarray, np.ndarray | None, np.ndarray | Non
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class GroupPayload:
     """A parsed payload: what the group says of itself, and its segments still coded.
 
     segments: one for all latents; one for each in streams of version 1. motion: the symbols of
@@ -98,7 +98,7 @@ def _period(levels: list[int]) -> list[int]:
     return levels
 
 
-def parse_group(payload: bytes, version: int = 2, temporal_stride: int = 4) -> Group:
+def parse_group(payload: bytes, version: int = 2, temporal_stride: int = 4) -> GroupPayload:
     """Read the fields of a payload and check that they agree; nothing is decoded.
 
     version: major version of the stream; temporal_stride: frames per latent after the first.
@@ -107,7 +107,7 @@ def parse_group(payload: bytes, version: int = 2, temporal_stride: int = 4) -> G
     return _parse_1(payload) if version == 1 else _parse_2(payload, temporal_stride)
 
 
-def _parse_2(payload: bytes, temporal_stride: int) -> Group:
+def _parse_2(payload: bytes, temporal_stride: int) -> GroupPayload:
     fields, at = [], 0
     for name in ("number", "first frame", "number of frames"):
         value, at = _read_varint(payload, at, f"group: {name}")
@@ -134,10 +134,10 @@ def _parse_2(payload: bytes, temporal_stride: int) -> Group:
             f"group {number}: motion of {size} bytes, {len(payload) - at} are there"
         )
     motion, segment = payload[at : at + size], payload[at + size :]
-    return Group(number, first, n_frames, crc_index, crc_symbols, levels, (segment,), motion)
+    return GroupPayload(number, first, n_frames, crc_index, crc_symbols, levels, (segment,), motion)
 
 
-def _parse_1(payload: bytes) -> Group:
+def _parse_1(payload: bytes) -> GroupPayload:
     if len(payload) < FIXED_1.size:
         raise MalformedChunk(f"group payload of {len(payload)} bytes, expected >= {FIXED_1.size}")
     number, first, n_frames, count, crc_index, crc_symbols, _ = FIXED_1.unpack_from(payload)
@@ -168,7 +168,9 @@ def _parse_1(payload: bytes) -> Group:
     for length in lengths:
         segments.append(payload[at : at + length])
         at += length
-    return Group(number, first, n_frames, crc_index, crc_symbols, tuple(q_indices), tuple(segments))
+    return GroupPayload(
+        number, first, n_frames, crc_index, crc_symbols, tuple(q_indices), tuple(segments)
+    )
 
 
 def claimed_frames(start: bytes, number: int, version: int = 2) -> int | None:
@@ -191,7 +193,7 @@ def claimed_frames(start: bytes, number: int, version: int = 2) -> int | None:
 
 
 def decode_group(
-    group: Group,
+    group: GroupPayload,
     coder: EntropyCoder,
     scale_index: ScaleIndex,
     z_shape: tuple[int, int, int],

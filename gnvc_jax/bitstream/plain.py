@@ -17,7 +17,7 @@ MASK = (1 << PRECISION) - 1
 WORD = 32
 
 
-class Coder:
+class AnsCoder:
     """A stack of symbols as a list of words, the last word on top."""
 
     def __init__(self, words: list[int] | None = None):

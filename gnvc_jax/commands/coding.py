@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional, arg
 
-from gnvc_jax.bitstream import BitstreamError, Group, Header, StreamReader
+from gnvc_jax.bitstream import BitstreamError, GroupPayload, Header, StreamReader
 from gnvc_jax.commands.options import EXIT_PARTIAL, MAX_STEPS, Force, check_range
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, is_same_file, would_overwrite
@@ -252,7 +252,7 @@ def frames_over(devices: int) -> contextlib.AbstractContextManager:
 def group_frames(
     coder: "Coder",
     header: Header,
-    group: Group | BitstreamError,
+    group: GroupPayload | BitstreamError,
     last: np.ndarray | None,
     damaged: list[BitstreamError],
     steps: int | None,
@@ -263,7 +263,7 @@ def group_frames(
     Args:
         coder: Decoder.
         header: Header of the stream.
-        group: Group as read from the stream, or the error that reading it gave.
+        group: GroupPayload as read from the stream, or the error that reading it gave.
         last: The frame before the group, uint8 (h, w, 3); None if there is none.
         damaged: List to which errors are appended.
         steps: Refinement steps, None for the model's default.
@@ -273,7 +273,7 @@ def group_frames(
         Frames, uint8 (h, w, 3).
     """
     error = group
-    if isinstance(group, Group):
+    if isinstance(group, GroupPayload):
         try:
             frames = coder.decode_group(header, group, steps)
             # Decoded to the end before the first frame goes out: damage may show late in a group,

@@ -75,7 +75,7 @@ def probabilities() -> np.ndarray:
     return np.stack(rows)
 
 
-def walk(
+def code_field(
     code: Code, shape: tuple[int, int], previous: MotionField | None, field: MotionField | None
 ) -> MotionField:
     """Codes one field.
@@ -154,14 +154,14 @@ def encode_fields(fields: Sequence[MotionField], coder: EntropyCoder) -> bytes:
         return value
 
     for field in fields:
-        previous = walk(note, field.split.shape, previous, field)
+        previous = code_field(note, field.split.shape, previous, field)
     ans = coder.backend()
     for row, value in reversed(symbols):
         ans.push(np.asarray([value + MAX_VECTOR]), coder.motion_models[row])
     return np.asarray(ans.get_words(), "<u4").tobytes()
 
 
-class FieldDecoder:
+class MotionDecoder:
     """Decodes the fields of a motion segment one by one.
 
     Raises EntropyError, here and later, if the bytes cannot be a motion segment.
@@ -177,7 +177,7 @@ class FieldDecoder:
         def read(row: int, _: int) -> int:
             return int(self.ans.pop(1, self.models[row])[0]) - MAX_VECTOR
 
-        self.previous = walk(read, shape, self.previous, None)
+        self.previous = code_field(read, shape, self.previous, None)
         return self.previous
 
     def finish(self) -> None:
@@ -195,7 +195,7 @@ def bits(field: MotionField, previous: MotionField | None, table: np.ndarray) ->
         total -= np.log2(table[row, value + MAX_VECTOR])
         return value
 
-    walk(count, field.split.shape, previous, field)
+    code_field(count, field.split.shape, previous, field)
     return total
 
 
@@ -210,6 +210,6 @@ def counts(sequences: list[list[MotionField]]) -> np.ndarray:
     for fields in sequences:
         previous = None
         for field in fields:
-            walk(count, field.split.shape, previous, field)
+            code_field(count, field.split.shape, previous, field)
             previous = field
     return table

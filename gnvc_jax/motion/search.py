@@ -60,9 +60,9 @@ def search(
     last, second = optical_flow(frames[3], reference), optical_flow(frames[1], reference)
     start = half_pels(last, COARSE)
     known = () if previous is None else (previous.coarse,)
-    coarse = refine(frames[3], reference, start, rate, known)
+    coarse = search_coarse(frames[3], reference, start, rate, known)
     field = field._replace(coarse=coarse)
-    field = split(field, frames[3], reference, half_pels(last, FINE), rate)
+    field = split_blocks(field, frames[3], reference, half_pels(last, FINE), rate)
     field = add_middle(field, frames, reference, half_pels(second, COARSE), rate)
     return add_shifts(field, frames, reference, rate)
 
@@ -139,7 +139,7 @@ def displaced(reference: np.ndarray, displacement: np.ndarray) -> np.ndarray:
     return cv2.remap(reference, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
-def refine(
+def search_coarse(
     frame: np.ndarray, reference: np.ndarray, start: np.ndarray, rate: float, known=()
 ) -> np.ndarray:
     """Coarse vectors that minimise differences plus rate, from those of the flow."""
@@ -166,7 +166,7 @@ def refine(
     return vectors
 
 
-def split(
+def split_blocks(
     field: MotionField, frame: np.ndarray, reference: np.ndarray, flow: np.ndarray, rate: float
 ) -> MotionField:
     """Gives quarters of 16x16 vectors of their own where that pays."""

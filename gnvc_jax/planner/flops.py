@@ -11,20 +11,20 @@ import jax
 from gnvc_jax.errors import UsageError
 
 
-def count(function, *args: Any, turns: float = 1.0) -> float:
+def count(function, *args: Any, trip_count: float = 1.0) -> float:
     """Operations of `function(*args)`; multiply and add are two. args: arrays or shapes.
 
     Matrix products and convolutions only; of the branches of a condition the dearest counts.
-    turns: of loops whose length is not known before they run.
+    trip_count: of loops whose length is not known before they run.
     """
-    return _of(jax.make_jaxpr(function)(*args).jaxpr, turns)
+    return _of(jax.make_jaxpr(function)(*args).jaxpr, trip_count)
 
 
-def _of(jaxpr, turns: float) -> float:
-    return sum(_of_equation(equation, turns) for equation in jaxpr.eqns)
+def _of(jaxpr, trip_count: float) -> float:
+    return sum(_of_equation(equation, trip_count) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation, turns: float) -> float:
+def _of_equation(equation, trip_count: float) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -39,8 +39,8 @@ def _of_equation(equation, turns: float) -> float:
     if name == "pallas_call":
         raise UsageError("kernels cannot be counted; choose an attention without them")
     if name == "cond":
-        return max(_of(branch.jaxpr, turns) for branch in params["branches"])
+        return max(_of(branch.jaxpr, trip_count) for branch in params["branches"])
     inner = [getattr(x, "jaxpr", x) for x in params.values()]
     inner = [x for x in inner if hasattr(x, "eqns")]
-    times = {"scan": params.get("length"), "while": turns}.get(name, 1)
-    return times * sum(_of(jaxpr, turns) for jaxpr in inner)
+    times = {"scan": params.get("length"), "while": trip_count}.get(name, 1)
+    return times * sum(_of(jaxpr, trip_count) for jaxpr in inner)

@@ -85,8 +85,8 @@ def parse(text: str) -> tuple[str, Computations]:
     return entry, computations
 
 
-def turns_of(loop: Instruction, computations: Computations) -> int | None:
-    """How often a loop turns: what it says, or the constant that its counter is compared with."""
+def loop_trip_count(loop: Instruction, computations: Computations) -> int | None:
+    """Trip count of a loop: what it says, or the constant that its counter is compared with."""
     if known := TURNS.search(loop.rest):
         return int(known[1])
     condition = computations[loop.calls("condition")]
@@ -96,7 +96,7 @@ def turns_of(loop: Instruction, computations: Computations) -> int | None:
 
 
 def runs(
-    entry: str, computations: Computations, turns: float
+    entry: str, computations: Computations, trip_count: float
 ) -> Iterator[tuple[float, str, Instruction]]:
     """(how often it runs, its computation, the instruction), without the insides of fusions."""
 
@@ -104,7 +104,7 @@ def runs(
         for instruction in computations[name]:
             yield times, name, instruction
             if instruction.operation == "while":
-                inside = times * (turns_of(instruction, computations) or turns)
+                inside = times * (loop_trip_count(instruction, computations) or trip_count)
                 yield from visit(instruction.calls("body"), inside)
             elif instruction.operation == "conditional":
                 listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
@@ -132,10 +132,10 @@ class Collective:
     sent: float
 
 
-def collectives(text: str, turns: float = 1.0) -> list[Collective]:
+def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
     """Communication of one run of a compiled program, by kind.
 
-    turns: of loops whose length is not known before they run.
+    trip_count: of loops whose length is not known before they run.
     """
     entry, computations = parse(text)
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
@@ -160,7 +160,7 @@ def collectives(text: str, turns: float = 1.0) -> list[Collective]:
             for i, value in enumerate((1, given, sent)):
                 totals[kind][i] += times * value
 
-    for times, where, instruction in runs(entry, computations, turns):
+    for times, where, instruction in runs(entry, computations, trip_count):
         add(times, where, instruction)
         if instruction.operation == "fusion":
             inner = instruction.calls("calls")
@@ -169,14 +169,14 @@ def collectives(text: str, turns: float = 1.0) -> list[Collective]:
     return [Collective(kind, *values) for kind, values in sorted(totals.items())]
 
 
-def traffic(text: str, turns: float = 1.0) -> float:
+def traffic(text: str, trip_count: float = 1.0) -> float:
     """Bytes that one run moves between a device and its memory: operands and results of each
     instruction, of slices and of updates in place only the part that is touched.
     """
     entry, computations = parse(text)
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
     total = 0.0
-    for times, where, one in runs(entry, computations, turns):
+    for times, where, one in runs(entry, computations, trip_count):
         if NO_TRAFFIC.fullmatch(one.operation):
             continue
         operands = [size(types[where].get(x, ""), on_chip=False) for x in one.operands]

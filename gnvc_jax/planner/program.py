@@ -41,12 +41,12 @@ def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
     }
 
 
-def roofline(text: str, operations: float, chip: Chip, turns: float = 1.0) -> dict:
+def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) -> dict:
     """Communication of a compiled program, and seconds of each resource at its peak.
 
     operations: of one device. A collective runs in a ring along one axis of the torus, both ways.
     """
-    sent, moved = hlo.collectives(text, turns), hlo.traffic(text, turns)
+    sent, moved = hlo.collectives(text, trip_count), hlo.traffic(text, trip_count)
     return {
         "collectives": [dataclasses.asdict(one) for one in sent],
         "hbm_traffic_bytes": moved,

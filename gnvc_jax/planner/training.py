@@ -180,7 +180,7 @@ def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: i
     """Communication and time of a step: resources at their peaks, in turn or all at once."""
     experiment, devices = stage.experiment, found["devices"]
     per_device = found["flops"]["computed"] / devices
-    resources = roofline(text, per_device, chip, stage.turns)
+    resources = roofline(text, per_device, chip, stage.trip_count)
     seconds = resources["roofline_s"].values()
     best, worst = max(seconds), sum(seconds)
     rate = {

@@ -26,7 +26,11 @@ def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = Fals
     mesh = make_mesh(MeshConfig(data=1), [device])  # the platform's layers, undivided
     with jax.set_mesh(mesh):
         return flops.count(
-            jax.value_and_grad(stage.loss, has_aux=True), *inputs, key, step, turns=stage.turns
+            jax.value_and_grad(stage.loss, has_aux=True),
+            *inputs,
+            key,
+            step,
+            trip_count=stage.trip_count,
         )
 
 

@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 import pytest
 
-from gnvc_jax.bitstream import BitstreamError, Entry, Group, StreamReader, StreamWriter
+from gnvc_jax.bitstream import BitstreamError, GroupPayload, IndexEntry, StreamReader, StreamWriter
 from gnvc_jax.bitstream import errors as kinds
 from gnvc_jax.bitstream.errors import (
     ChecksumMismatch,
@@ -270,29 +270,29 @@ def test_tolerant_reading_loses_one_group(toy, number, where):
         list(StreamReader(data).groups())
     got = list(StreamReader(data).groups(tolerant=True))
     want = list(StreamReader(toy.data).groups())
-    assert [isinstance(g, Group) for g in got] == [i != number for i in range(3)]
+    assert [isinstance(g, GroupPayload) for g in got] == [i != number for i in range(3)]
     assert [g for i, g in enumerate(got) if i != number] == want[:number] + want[number + 1 :]
 
 
 def test_tolerant_reading_without_seeking(toy):
     at = toy.chunks(toy.data)[1][0] + 30
     got = list(StreamReader(Pipe(toy.edit(toy.data, at, b"\x55"))).groups(tolerant=True))
-    assert [type(g) for g in got] == [Group, ChecksumMismatch, Group]
+    assert [type(g) for g in got] == [GroupPayload, ChecksumMismatch, GroupPayload]
     # a wrong length hides all that follows
     got = list(StreamReader(Pipe(toy.edit(toy.data, at - 24, b"\xff"))).groups(tolerant=True))
-    assert [type(g) for g in got] == [Group, Truncated]
+    assert [type(g) for g in got] == [GroupPayload, Truncated]
 
 
 def test_tolerant_reading_of_a_contradiction(toy):
     at = toy.chunks(toy.data)[1][0] + 8
     got = list(StreamReader(toy.mend(toy.edit(toy.data, at, b"\5"))).groups(tolerant=True))
-    assert [type(g) for g in got] == [Group, MalformedChunk, Group]
+    assert [type(g) for g in got] == [GroupPayload, MalformedChunk, GroupPayload]
 
 
 def lost_frames(data, source=lambda d: d) -> list[int | None]:
     """Frames of each item of tolerant reading; those of groups are negative."""
     items = StreamReader(source(data)).groups(tolerant=True)
-    return [-g.n_frames if isinstance(g, Group) else g.n_frames for g in items]
+    return [-g.n_frames if isinstance(g, GroupPayload) else g.n_frames for g in items]
 
 
 @pytest.mark.parametrize("source", [lambda d: d, Pipe])
@@ -399,7 +399,7 @@ def test_streams_of_version_1_are_read_whole(toy):
         payload = toy.version_1(number)
         offset, frames = writer.offset, (9, 9, 1)[number]
         mean = round(np.mean([s.q_index for s in latents]))
-        writer.entries.append(Entry(offset, 9 * number, len(payload) + 12, frames, mean))
+        writer.entries.append(IndexEntry(offset, 9 * number, len(payload) + 12, frames, mean))
         writer._chunk(b"GOPC", payload)
         writer.frames += frames
     writer.close()

@@ -44,7 +44,7 @@ def draw(rng, tables, z_shape, low=0, high=64):
 @pytest.mark.parametrize("z_shape", [(1, 1, 2), (3, 5, 2)])
 def test_constriction_and_plain_read_each_other(toy, k_skip, z_shape):
     tables = toy.tables(k_skip)
-    fast, plain = EntropyCoder(tables, module.FastCoder), EntropyCoder(tables, PlainCoder)
+    fast, plain = EntropyCoder(tables, module.ConstrictionCoder), EntropyCoder(tables, PlainCoder)
     z, y, index = draw(np.random.default_rng(k_skip), tables, z_shape)
     segment = encode(fast, 1, 33, z, y, index)
     assert encode(plain, 1, 33, z, y, index) == segment
@@ -60,11 +60,11 @@ def test_extreme_tables_and_symbols():
     p = np.concatenate([np.eye(31)[[0, 15, 30]], rng.dirichlet(np.full(31, 0.02), 5)])
     for row in frequencies_from_probabilities(p):
         symbols = rng.integers(0, 31, 200)
-        fast, plain = module.FastCoder(), PlainCoder()
+        fast, plain = module.ConstrictionCoder(), PlainCoder()
         fast.push(symbols, fast.model(row))
         plain.push(symbols, plain.model(row))
         assert fast.get_words().tolist() == plain.get_words()
-        fast, plain = module.FastCoder(plain.get_words()), PlainCoder(plain.get_words())
+        fast, plain = module.ConstrictionCoder(plain.get_words()), PlainCoder(plain.get_words())
         np.testing.assert_array_equal(fast.pop(200, fast.model(row)), symbols)
         assert plain.pop(200, plain.model(row)) == symbols.tolist()
         assert fast.is_empty() and plain.is_empty()
@@ -79,7 +79,7 @@ def test_both_read_the_same_nonsense(toy):
         words = rng.integers(1, 2**32, length, np.uint32)
         readers = [
             SegmentDecoder(EntropyCoder(tables, backend), words.astype("<u4").tobytes())
-            for backend in (module.FastCoder, PlainCoder)
+            for backend in (module.ConstrictionCoder, PlainCoder)
         ]
         np.testing.assert_array_equal(*(r.z(0, 5, (1, 2, 2)) for r in readers))
         np.testing.assert_array_equal(*(r.y(index) for r in readers))
@@ -93,7 +93,7 @@ GOLDEN = (
 )
 
 
-@pytest.mark.parametrize("backend", [module.FastCoder, PlainCoder])
+@pytest.mark.parametrize("backend", [module.ConstrictionCoder, PlainCoder])
 def test_golden_bytes(toy, backend):
     coder = EntropyCoder(toy.tables(), backend)
     z = np.array([[[-15, 0], [3, 15]]], np.int8)
@@ -141,7 +141,7 @@ def test_canonical_order(toy):
     assert reader.is_empty()
 
 
-@pytest.mark.parametrize("backend", [module.FastCoder, PlainCoder])
+@pytest.mark.parametrize("backend", [module.ConstrictionCoder, PlainCoder])
 def test_symbols_out_of_range(toy, backend):
     coder = EntropyCoder(toy.tables(), backend)
     z, y, index = draw(np.random.default_rng(6), coder.tables, (1, 2, 2))

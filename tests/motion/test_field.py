@@ -7,7 +7,7 @@ import pytest
 from gnvc_jax.bitstream import EntropyCoder, PlainCoder, Tables, frequencies_from_probabilities
 from gnvc_jax.bitstream.errors import EntropyError
 from gnvc_jax.motion import MotionField, expand, no_motion
-from gnvc_jax.motion.coding import FieldDecoder, bits, encode_fields, probabilities
+from gnvc_jax.motion.coding import MotionDecoder, bits, encode_fields, probabilities
 
 SHAPE = (3, 5)
 
@@ -57,7 +57,7 @@ def test_fields_come_back(coder, backend, size):
     reading = coder if backend is None else EntropyCoder(coder.tables, backend)
     fields = [draw(seed, size) for seed in range(4)]
     data = encode_fields(fields, coder)
-    decoder = FieldDecoder(data, reading)
+    decoder = MotionDecoder(data, reading)
     for field in fields:
         for got, want in zip(decoder.next(SHAPE), field):
             np.testing.assert_array_equal(got, want)
@@ -87,7 +87,7 @@ def test_damaged_segments_are_errors_or_fields(coder):
             changed[rng.integers(len(changed))] ^= 1 << int(rng.integers(8))
         changed = changed[: rng.integers(len(changed) + 1)] if rng.random() < 0.3 else changed
         try:
-            decoder = FieldDecoder(bytes(changed), coder)
+            decoder = MotionDecoder(bytes(changed), coder)
             for _ in range(2):
                 assert np.abs(decoder.next(SHAPE).coarse).max() <= 127
             decoder.finish()

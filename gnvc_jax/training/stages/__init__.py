@@ -32,10 +32,10 @@ STAGES = {
 class Stage:
     """What the training loop asks of a stage; subclasses define `init` and `loss`.
 
-    turns: of a loop in the loss whose length is drawn in each step, on average.
+    trip_count: of a loop in the loss whose length is drawn in each step, on average.
     """
 
-    turns = 1.0
+    trip_count = 1.0
 
     def __init__(self, experiment: Experiment):
         self.experiment = experiment

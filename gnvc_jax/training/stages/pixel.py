@@ -67,7 +67,7 @@ class PixelStage(LatentStage):
         return super().frozen_shapes() | {"lpips": jax.eval_shape(lambda: self.perceptual)}
 
     @property
-    def turns(self) -> float:
+    def trip_count(self) -> float:
         """Steps before the last one."""
         weights = self.experiment.loss
         return (1.0 - weights.single) * (weights.steps - 1)
