@@ -3,16 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-parity test-all lint format bench clean
+.PHONY: help demo test test-nightly test-parity lint format docs bench clean
 
 help:
-	@echo "make demo [CLIP=video.mp4]  code a clip, decode it, show what it cost"
-	@echo "make test                   the tests that take seconds"
-	@echo "make test-parity            comparison with torch and diffusers, which it installs"
-	@echo "make test-all               all tests"
-	@echo "make lint | format          check | repair style"
-	@echo "make bench                  all benchmarks"
-	@echo "make clean                  remove .venv and caches"
+	@echo "make demo [CLIP=video.mp4]  encode a clip, decode it, print rate and quality"
+	@echo "make test                   run the fast tests"
+	@echo "make test-parity            compare with torch and diffusers (installs both)"
+	@echo "make test-nightly           run all tests, the slow ones included"
+	@echo "make lint                   check style and types"
+	@echo "make format                 fix style"
+	@echo "make docs                   build the documentation site into site/"
+	@echo "make bench                  run all benchmarks"
+	@echo "make clean                  remove .venv, caches and build outputs"
 
 demo: $(VENV)/.installed
 	$(BIN)/gnvc demo $(if $(CLIP),--clip "$(CLIP)")
@@ -23,37 +25,52 @@ test: $(VENV)/.installed-test
 test-parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -n 2 tests/parity
 
-test-all: $(VENV)/.installed-parity
+test-nightly: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -n 2
 
-lint: $(VENV)/.installed-test
+lint: $(VENV)/.installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
-format: $(VENV)/.installed-test
+format: $(VENV)/.installed-lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.installed-parity
 	set -e; for script in benchmarks/*.py; do $(BIN)/python "$$script"; done
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache build dist site *.egg-info
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+# Each file marks a set of extras as installed.
 $(VENV)/.installed: requirements.txt pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	$(INSTALL) --editable ".[eval]"
 	@touch $@
 
 $(VENV)/.installed-test: requirements.txt pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	$(INSTALL) --editable ".[test]"
 	@touch $@ $(VENV)/.installed
 
+$(VENV)/.installed-lint: requirements.txt pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable ".[test,lint]"
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed
+
+$(VENV)/.installed-docs: requirements.txt pyproject.toml | $(BIN)/python
+	$(INSTALL) --editable ".[docs]"
+	@touch $@
+
 $(VENV)/.installed-parity: requirements.txt pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test,parity]"
-	# Without torchvision, which it asks for: few builds of it fit a build of torch.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps lpips==0.1.4
-	@touch $@ $(VENV)/.installed $(VENV)/.installed-test
+	$(INSTALL) --editable ".[test,parity]"
+	# Without torchvision, which lpips requires: few builds of it match a build of torch.
+	$(INSTALL) --no-deps lpips==0.1.4
+	@touch $@ $(VENV)/.installed-test $(VENV)/.installed

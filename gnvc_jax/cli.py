@@ -12,6 +12,7 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import tyro
 
@@ -90,28 +91,35 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, Callable[[], int]]:
     module, _, function_name = COMMANDS[name][0].partition(":")
     function = getattr(importlib.import_module(f"gnvc_jax.commands.{module}"), function_name)
 
-    signature = inspect.signature(function)
-
-    # Parsing and calling are kept apart: inside tyro, a ValueError would count as a usage error.
-    @functools.wraps(function)
-    def deferred(*args: object, **kwargs: object) -> Callable[[], int]:
-        return functools.partial(function, *args, **kwargs)
-
-    # tyro would keep the line breaks of long descriptions, so join what is indented further. It
-    # looks for docstrings behind `__wrapped__`; the signature is all that it is to find there.
-    del deferred.__wrapped__
-    deferred.__signature__ = signature
-    deferred.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
-    options = {"prog": f"gnvc {name}", "args": arguments, "config": STYLE}
-    if "settings" in signature.parameters:
+    deferred = _deferred(function)
+    options: dict[str, Any] = {"prog": f"gnvc {name}", "args": arguments, "config": STYLE}
+    if "settings" in inspect.signature(function).parameters:
         # Once an experiment is named, --help is about its settings and answered by them.
         named = any(x.partition("=")[0] == "--config" for x in arguments)
         call, settings = tyro.cli(deferred, return_unknown_args=True, add_help=not named, **options)
         call = functools.partial(call, settings=settings)
     else:
         call = tyro.cli(deferred, **options)
-    bound = signature.bind_partial(*call.args, **call.keywords)
+    bound = inspect.signature(function).bind_partial(*call.args, **call.keywords)
     return name, bound.arguments.get("input"), call
+
+
+def _deferred(function: Callable[..., int]) -> Callable[..., functools.partial[int]]:
+    """A function of the same signature that returns the call instead of making it.
+
+    tyro calls what it parses for, and reports a ValueError from inside as a usage error; a command
+    must run outside.
+    """
+
+    def deferred(*args: object, **kwargs: object) -> functools.partial[int]:
+        return functools.partial(function, *args, **kwargs)
+
+    # tyro would keep the line breaks of long descriptions: join the lines that are indented
+    # further. (`functools.wraps` would lead it to the original docstring.)
+    deferred.__doc__ = re.sub(r"\n {8,}(?=\S)", " ", inspect.cleandoc(function.__doc__ or ""))
+    deferred.__annotations__ = function.__annotations__
+    deferred.__dict__["__signature__"] = inspect.signature(function)
+    return deferred
 
 
 def expand_files(arguments: Sequence[str]) -> list[str]:

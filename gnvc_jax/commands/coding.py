@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import numpy as np
 from tqdm import tqdm
@@ -76,7 +76,7 @@ def encode(
     output = output or f"{input.rstrip('/')}.gnvc"
     check_range("--frames", frames, 1)
     refuse_same_file(input, output)
-    options = {
+    options: dict[str, Any] = {
         "size": parse_size(size),
         "fps": parse_rate(fps),
         "pix_fmt": pix_fmt,
@@ -97,10 +97,13 @@ def encode(
         total = min(filter(None, (video.frame_count, frames)), default=None)
         start = time.perf_counter()
         with progress_bar(total, "encoding", no_progress) as progress:
+
+            def advance(count: int) -> None:
+                progress.update(count)
+
             # islice stops at the last frame wanted, so damage behind it is never looked at.
-            count = coder.encode_frames(
-                itertools.islice(video, frames), file, header, qp, progress.update
-            )
+            wanted = itertools.islice(video, frames)
+            count = coder.encode_frames(wanted, cast(BinaryIO, file), header, qp, advance)
         written, seconds = file.tell(), time.perf_counter() - start
         for note in [*video.notes, *[AUDIO_NOTE] * video.has_audio]:
             print(f"gnvc: {input}: {note}", file=sys.stderr)
@@ -188,7 +191,7 @@ def info(input: Positional[str]) -> int:
     with StreamReader(input) as reader:
         header = reader.header
         size = Path(input).stat().st_size
-        groups = list(reader.groups())
+        groups = [group for group in reader.groups() if isinstance(group, GroupPayload)]
     frames = sum(g.n_frames for g in groups)
     latents = sum(len(s) for g in groups for s in g.segments)
     motion = sum(len(g.motion) for g in groups)
@@ -272,8 +275,9 @@ def group_frames(
     Yields:
         Frames, uint8 (h, w, 3).
     """
-    error = group
-    if isinstance(group, GroupPayload):
+    if isinstance(group, BitstreamError):
+        error = group
+    else:
         try:
             frames = coder.decode_group(header, group, steps)
             # Decoded to the end before the first frame goes out: damage may show late in a group,
@@ -310,10 +314,12 @@ class CountingFile:
         self.file, self.count = file, 0
 
     def write(self, data: bytes) -> None:
+        """Writes all of `data`."""
         self.file.write(data)
         self.count += len(data)
 
     def tell(self) -> int:
+        """Returns the number of bytes written so far."""
         return self.count
 
 
