@@ -8,7 +8,7 @@ descriptions of tensors in PyTorch files (`gnvc_jax.porting.torch_file`).
 
 import pickle
 from collections.abc import Callable, Mapping
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class RestrictedUnpickler(pickle.Unpickler):
 
     def __init__(
         self,
-        file: BinaryIO,
+        file: IO[bytes],
         known: Mapping[tuple[str, str], Any],
         persistent: Callable[[Any], Any] | None = None,
     ):

@@ -33,7 +33,8 @@ _COLOUR_TAGS = "-color_range tv -colorspace bt709 -color_primaries bt709 -color_
 @dataclasses.dataclass(frozen=True)
 class Encoder:
     """options: ffmpeg's, between source and rate; format: of the elementary stream; rate: option
-    that takes the rate factor; largest, step: the coarsest factor and the grid of those tried."""
+    that takes the rate factor; largest, step: the coarsest factor and the grid of those tried.
+    """
 
     options: str
     format: str
@@ -104,7 +105,8 @@ class AnchorResult:
 @dataclasses.dataclass(frozen=True)
 class Match:
     """The coded clip whose size is nearest to `target_bytes`; `at_floor` says that even the
-    codec's coarsest setting takes more."""
+    codec's coarsest setting takes more.
+    """
 
     result: AnchorResult
     target_bytes: int

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
     """name: of files and tables; frames: (t, h, w, 3) uint8 RGB; fps: frames per second; colour:
-    of the YUV that standard codecs and metrics get made of the frames."""
+    of the YUV that standard codecs and metrics get made of the frames.
+    """
 
     name: str
     frames: np.ndarray

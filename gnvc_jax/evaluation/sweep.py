@@ -26,7 +26,8 @@ class Sweep:
         """out: folder for records; force: measure again what is on record; progress: is called
         with a label and 'kept', 'ok' or 'failed' after every point; flow: folder with a folder of
         flow for each clip, see `metrics.warping.flow_of_files`; anchor_rates: of standard codecs,
-        as multiples of the rates of our points."""
+        as multiples of the rates of our points.
+        """
         self.records, self.meter, self.force, self.progress = Records(out), meter, force, progress
         self.flow, self.anchor_rates = flow, anchor_rates
         self.pictures = Pictures(out)

@@ -89,7 +89,7 @@ def _errors(pairs: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Ar
 
 
 def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
-    """image (h, w, c) at each pixel's place plus its flow (h, w, 2: x, y), bilinear."""
+    """Image (h, w, c) at each pixel's place plus its flow (h, w, 2: x, y), bilinear."""
     rows, columns = _places(flow)
     channels = [
         map_coordinates(image[..., c], [rows, columns], order=1, mode="nearest")

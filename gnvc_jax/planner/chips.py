@@ -1,8 +1,8 @@
-"""What a chip can do, and the topologies that libtpu can compile for without one.
+"""Peak figures of chips, and the TPU topologies that libtpu can compile for without one.
 
-Figures per chip from the pages of docs.cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}: bfloat16
-operations, memory and its bandwidth, interconnect. The interconnect's published figure counts both
-directions of all links.
+Figures per chip are those of docs.cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}: bfloat16
+operations, capacity and bandwidth of memory, interconnect. The published figure of the interconnect
+counts both directions of all links.
 """
 
 import dataclasses
@@ -17,11 +17,16 @@ from gnvc_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Figures of one chip.
+    """Peak figures of one chip.
 
-    platform: name in libtpu's topologies; flops: bfloat16 operations per second; memory: bytes;
-    bandwidth: of memory, link: of one link in one direction, bytes per second; axes: of the torus;
-    devices: that a topology has per chip (v4's cores are one device to a program that runs there).
+    Attributes:
+        platform: Name in libtpu's topologies.
+        flops: Dense bfloat16 operations per second.
+        memory: Bytes of HBM.
+        bandwidth: Bytes per second of HBM.
+        link: Bytes per second of one link of the interconnect, in one direction.
+        axes: Number of axes of the torus.
+        devices: Devices per chip in a topology. (On a real v4, both cores are one device.)
     """
 
     platform: str
@@ -41,8 +46,8 @@ CHIPS = {
     "v7x": Chip("tpu7x", 2307e12, 192 << 30, 7370e9, 100e9, 3, devices=2),
 }
 
-# Dense bfloat16 operations per second of a device, by the name that JAX gives its kind. GPUs: data
-# sheets of NVIDIA, whose figures for sparse matrices are twice as high.
+# Dense bfloat16 operations per second of a device, by `jax.Device.device_kind`. Those of GPUs are
+# from the data sheets of NVIDIA, where the figures for sparse matrices are twice as high.
 PEAK_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -62,7 +67,10 @@ PEAK_FLOPS = {
 
 
 def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
-    """ "v5p:4x4x4" -> its chip and (4, 4, 4). UsageError for an unknown chip or shape."""
+    """Splits a topology such as "v5p:4x4x4" into its chip and shape (4, 4, 4).
+
+    Raises UsageError for an unknown chip, or a shape with the wrong number of axes.
+    """
     name, _, shape = text.partition(":")
     if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
         raise UsageError(f"topology {text!r}: expected CHIP:AxB[xC], CHIP of {', '.join(CHIPS)}")
@@ -73,15 +81,15 @@ def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def topology_devices(text: str) -> list[jax.Device]:
-    """Devices that programs can be compiled for, but not run on.
+    """Returns devices of a topology, which programs can be compiled for, but not run on.
 
-    Raises UsageError for a topology that does not exist, and without libtpu.
+    Raises UsageError for a topology that does not exist, and if libtpu is not installed.
     """
     from jax.experimental import topologies
 
     chip, sizes = parse_topology(text)
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to be asked
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor claimed
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor to claim
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu_path())
     name = f"{chip.platform}:{'x'.join(map(str, sizes))}"
     try:
@@ -95,9 +103,9 @@ def topology_devices(text: str) -> list[jax.Device]:
 
 
 def libtpu_path() -> str:
-    """Path of libtpu, which compiles for TPUs on any x86 machine."""
+    """Path of libtpu, which compiles for TPUs on any x86 machine; UsageError if not installed."""
     try:
-        import libtpu
+        import libtpu  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise UsageError("compiling for TPUs needs libtpu: pip install 'jax[tpu]'") from None
+        raise UsageError("compiling for TPUs needs libtpu: pip install 'gnvc-jax[tpu]'") from None
     return libtpu.get_library_path()

@@ -1,8 +1,12 @@
-"""What coding costs: the programs between the first and the last latent of a group, compiled."""
+"""Cost of coding on a pod: the programs of encoder and decoder, compiled.
+
+`plan_coding` compiles what runs between the first and the last latent of a group, with each frame
+sharded over all devices, as `gnvc encode --devices` does it.
+"""
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.bitstream.tables import Tables
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.coder import check_columns
 from gnvc_jax.errors import UsageError
@@ -29,10 +34,16 @@ Tree = Any
 
 
 def plan_coding(experiment: Experiment, topology: str, command: str, steps: int = 1) -> dict:
-    """Cost of coding groups of `data.frames` frames of `data.size` on a topology.
+    """Predicts the cost of coding groups of `data.frames` frames of `data.size` on a topology.
 
-    command: "encode" or "decode"; steps: of refinement when decoding, 0 without a refiner. All
-    devices share each frame, as `gnvc encode --devices` has it. Raises UsageError as `plan`.
+    Args:
+        experiment: Experiment whose model codes.
+        topology: Topology such as "v5p:4x4x4".
+        command: "encode" or "decode".
+        steps: Refinement steps when decoding; ignored without a refiner.
+
+    Raises:
+        UsageError: sizes that do not divide, an unknown topology, or no libtpu.
     """
     chip, _ = parse_topology(topology)
     devices = topology_devices(topology)
@@ -42,11 +53,11 @@ def plan_coding(experiment: Experiment, topology: str, command: str, steps: int 
 def coding_for(
     experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, command: str, steps: int = 1
 ) -> dict:
-    """`plan_coding` for given devices, whose figures are those of `chip`.
+    """Does what `plan_coding` does for given devices, with the peak figures of `chip`.
 
-    "programs" are those between the first and the last latent of a group, each with the times that
-    it runs in a group; the host's entropy coder, two copies of integers and the first latent's
-    programs, which do less, are left out.
+    "programs" of the result are those between the first and the last latent of a group, each with
+    the number of times that it runs per group. Not included are the entropy coder on the host, the
+    transfers of symbols from and to it, and the programs for the first latent, which do less.
     """
     data, refiner = experiment.data, experiment.refiner
     steps = steps if command == "decode" and refiner is not None else 0
@@ -62,10 +73,11 @@ def coding_for(
         "hbm_bytes": chip.memory // chip.devices,
         "programs": {},
     }
-    times = dict.fromkeys(("encode_video", "analyse", "reconstruct"), latents)
+    names = ["encode_video", "analyse", "reconstruct"]
     if command == "decode":
-        times = dict.fromkeys(("reconstruct", "decode_latents"), latents)
-    if steps:
+        names = ["reconstruct", "decode_latents"]
+    times = dict.fromkeys(names, latents)
+    if steps and refiner is not None:
         times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
     stage = make_stage(experiment)
     if not isinstance(stage, CodecStage):
@@ -82,9 +94,10 @@ def coding_for(
         used, arguments = coding_programs(experiment, params, latents)
         for name, count in times.items():
             function, inputs = getattr(used, name), arguments[name]
-            if name == "velocity":  # kernels of attention cannot be counted
+            if name == "velocity" and refiner is not None:  # attention kernels cannot be counted
                 heads = exchanged_heads(refiner.dit.heads, len(devices))
-                work = refiner.dit.flops(*inputs[1].shape[1:4], heads)
+                t, h, w = inputs[1].shape[1:4]
+                work = refiner.dit.flops(t, h, w, heads)
             else:
                 work = flops.count(function, *inputs)
             one = planned(function, inputs, work / len(devices), chip, loaded)
@@ -101,31 +114,38 @@ def coding_for(
 def coding_programs(
     experiment: Experiment, params: Tree, latents: int
 ) -> tuple[Programs, dict[str, tuple[Tree, ...]]]:
-    """Programs of a model, and their arguments, for the mesh in use, as shapes with shardings.
+    """Programs of a model and their arguments, as shapes with shardings on the current mesh.
 
-    params: shapes of those of all parts; latents: of a group.
+    Args:
+        experiment: Experiment.
+        params: Shapes of the parameters by part.
+        latents: Latents per group.
     """
     mesh = jax.sharding.get_mesh()
     vae, codec, refiner = experiment.vae, experiment.codec, experiment.refiner
+    if codec is None:
+        raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
     zeros, text = np.zeros(vae.latent_channels, np.float32), None
     if refiner is not None and refiner.dit.text_length:
         text = np.zeros((1, refiner.dit.text_length, refiner.dit.text_width), np.float32)
+    # The functions of a model need its sizes only: parameters and tables are passed to them.
+    no_tables = cast(Tables, None)
     used = programs(
-        Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), None, 0, refiner, None, text)
+        Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), no_tables, 0, refiner, None, text)
     )
 
-    def whole(tree):
+    def whole(tree: Tree) -> Tree:
         place = NamedSharding(mesh, P())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
-    def columns(tree):
-        def one(x):
+    def columns(tree: Tree) -> Tree:
+        def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             place = activation_spec(mesh, x.shape, context=len(x.shape) - 2)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, place))
 
         return jax.tree.map(one, tree)
 
-    def array(*shape, dtype=jnp.float32):
+    def array(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
     q_index, (height, width) = whole(array(1, dtype=jnp.int32)), experiment.data.size
@@ -157,9 +177,14 @@ def coding_programs(
 def planned(
     function: Any, arguments: tuple[Tree, ...], operations: float, chip: Chip, loaded: int
 ) -> dict:
-    """Memory and cost of a jitted function of parameters and more, on each device of a mesh.
+    """Memory and cost of a jitted function on each device.
 
-    loaded: bytes of the whole model's parameters.
+    Args:
+        function: Jitted function of parameters and other arguments.
+        arguments: Shapes with shardings.
+        operations: Operations per device.
+        chip: Figures of the chip.
+        loaded: Bytes of the parameters of the whole model, which are in memory in any case.
     """
     lowered, start = function.lower(*arguments), time.perf_counter()
     try:
@@ -173,7 +198,7 @@ def planned(
 
 
 def coding_report(found: dict) -> str:
-    """A plan of coding in words."""
+    """Describes a plan of coding in words."""
     gib = 2**30
     lines = [f"{found['topology']}: {found['experiment']}; {mesh_text(found)}"]
     for name, one in found["programs"].items():
@@ -193,6 +218,6 @@ def coding_report(found: dict) -> str:
     if found["fits"]:
         low, high = found["frames_per_s"]
         lines.append(
-            f"  frames/s     at most {low:.3g} if nothing overlaps, {high:.3g} if all does"
+            f"  frames/s     at most {low:.3g} if nothing overlaps, {high:.3g} if everything does"
         )
     return "\n".join(lines)

@@ -1,30 +1,43 @@
-"""Operations of a program, counted from what was traced, before any compiler.
+"""Floating-point operations of a function, counted in its jaxpr.
 
-The compiler's own count takes the body of a loop once and knows nothing of hand-written kernels.
+XLA's own cost analysis counts the body of a loop once, whatever its trip count, and counts nothing
+inside of hand-written kernels. Here scans are multiplied by their length, and a kernel is an error
+rather than zero. Only matrix products and convolutions are counted, as is customary for MFU.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import Jaxpr
 
 from gnvc_jax.errors import UsageError
 
 
-def count(function, *args: Any, trip_count: float = 1.0) -> float:
-    """Operations of `function(*args)`; multiply and add are two. args: arrays or shapes.
+def count(function: Callable, *args: Any, trip_count: float = 1.0) -> float:
+    """Counts the operations of `function(*args)`; a multiplication and an addition are two.
 
-    Matrix products and convolutions only; of the branches of a condition the dearest counts.
-    trip_count: of loops whose length is not known before they run.
+    Args:
+        function: Function to trace.
+        *args: Arrays, or shapes with dtypes.
+        trip_count: Trip count assumed for loops whose length is not known before they run.
+
+    Returns:
+        Operations of matrix products and convolutions; of the branches of a condition, the most
+        expensive one counts.
+
+    Raises:
+        UsageError: the function calls a Pallas kernel, which cannot be counted.
     """
     return _of(jax.make_jaxpr(function)(*args).jaxpr, trip_count)
 
 
-def _of(jaxpr, trip_count: float) -> float:
+def _of(jaxpr: Jaxpr, trip_count: float) -> float:
     return sum(_of_equation(equation, trip_count) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation, trip_count: float) -> float:
+def _of_equation(equation: Any, trip_count: float) -> float:
     name, params = equation.primitive.name, equation.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]

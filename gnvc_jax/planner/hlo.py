@@ -1,7 +1,9 @@
-"""What a compiled program sends between devices and moves through memory, read from its text.
+"""Communication and memory traffic of a compiled program, read from its HLO text.
 
-XLA (openxla.org/xla/operation_semantics) prints a program after partitioning, so that shapes are
-those of one device. Loops are taken as often as they turn.
+XLA prints a program after partitioning, so that shapes are those of one device (for the semantics
+of operations see openxla.org/xla/operation_semantics). `parse` splits the text into computations,
+`runs` walks them with the number of times that each instruction executes, loops included, and
+`collectives` and `traffic` add up what the instructions send and move.
 """
 
 import dataclasses
@@ -11,15 +13,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 
+# `ENTRY %main.42 (x: f32[8]) -> f32[8] {` begins a computation; its instructions follow, indented:
+# `  ROOT %add.1 = f32[8]{0} add(%x, %y), metadata={...}`.
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*)$")
 ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
-TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# On TPU one collective can be cut into a chain of fusions; these two numbers identify it.
 CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 KIND = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?")
 BITS = {"pred": 8, "token": 0}
 
-# Instructions that move nothing, or whose parts are looked at one by one.
+# Instructions that move nothing themselves, or whose parts are visited one by one.
 NO_TRAFFIC = re.compile(
     r"parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|iota"
     r"|partition-id|.*-done"
@@ -27,19 +32,32 @@ NO_TRAFFIC = re.compile(
 
 
 def size(types: str, on_chip: bool = True) -> int:
-    """Bytes of all arrays in the text of a type; on_chip: also of those in a chip's own memory."""
+    """Adds up the bytes of all arrays in the text of a type.
+
+    Args:
+        types: Type such as "f32[8,16]{1,0}" or a tuple of types.
+        on_chip: Whether to count arrays in a chip's on-chip memory (VMEM), too.
+    """
     bits = 0
     for dtype, dims, layout in ARRAY.findall(types):
+        # The layout of an array in another memory space than HBM ends in S(1) or higher.
         if on_chip or not re.search(r"S\([1-9]", layout):
-            width = re.search(r"\d+", dtype)
-            each = BITS.get(dtype) if dtype in BITS else int(width[0])
-            bits += each * math.prod(int(dim) for dim in dims.split(",") if dim)
+            width = BITS[dtype] if dtype in BITS else int(re.findall(r"\d+", dtype)[0])
+            bits += width * math.prod(int(dim) for dim in dims.split(",") if dim)
     return bits // 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """A line `name = result operation(operands), attributes`."""
+    """A line `name = result operation(operands), attributes`.
+
+    Attributes:
+        root: Whether this is the result of its computation.
+        name: Name of the instruction, unique within the computation.
+        result: Text of the type of the result.
+        operation: Opcode, such as "dot".
+        rest: Operands and attributes.
+    """
 
     root: bool
     name: str
@@ -49,16 +67,20 @@ class Instruction:
 
     @cached_property
     def operands(self) -> list[str]:
+        """Names of the operands."""
         return re.findall(r"%([\w.\-]+)", self.rest.split("), ")[0])
 
-    def calls(self, attribute: str) -> str | None:
-        """Name of the computation that an attribute refers to."""
-        found = re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest)
-        return found[1] if found else None
+    def calls(self, *attributes: str) -> str:
+        """Name of the computation that the first of these attributes to be present refers to."""
+        for attribute in attributes:
+            if found := re.search(rf"\b{attribute}=%?([\w.\-]+)", self.rest):
+                return found[1]
+        raise KeyError(f"{self.name}: no attribute {' or '.join(attributes)}")
 
     @property
     def group(self) -> int:
-        """Devices that take part in a collective together."""
+        """Number of devices that take part in a collective together."""
+        # Three notations: all groups listed, their number and size, or axes of a named mesh.
         if found := re.search(r"replica_groups=\{\{([\d,]*)\}", self.rest):
             return len(found[1].split(","))
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", self.rest):
@@ -74,7 +96,7 @@ Computations = dict[str, list[Instruction]]
 
 
 def parse(text: str) -> tuple[str, Computations]:
-    """Name of the entry, and the instructions of each computation."""
+    """Splits HLO text into the name of the entry computation and all computations by name."""
     computations, entry, current = {}, "", []
     for line in text.splitlines():
         if found := COMPUTATION.match(line):
@@ -86,8 +108,12 @@ def parse(text: str) -> tuple[str, Computations]:
 
 
 def loop_trip_count(loop: Instruction, computations: Computations) -> int | None:
-    """Trip count of a loop: what it says, or the constant that its counter is compared with."""
-    if known := TURNS.search(loop.rest):
+    """Trip count of a loop, None if it cannot be told.
+
+    XLA annotates most loops with it; otherwise it is the constant that the counter is compared
+    with, if the condition has but one constant and one comparison.
+    """
+    if known := TRIP_COUNT.search(loop.rest):
         return int(known[1])
     condition = computations[loop.calls("condition")]
     bounds = [i for i in condition if i.operation == "constant" and i.result.startswith("s32")]
@@ -98,9 +124,18 @@ def loop_trip_count(loop: Instruction, computations: Computations) -> int | None
 def runs(
     entry: str, computations: Computations, trip_count: float
 ) -> Iterator[tuple[float, str, Instruction]]:
-    """(how often it runs, its computation, the instruction), without the insides of fusions."""
+    """Walks the instructions of a program, loops and branches included, fusions from outside only.
 
-    def visit(name: str, times: float):
+    Args:
+        entry: Name of the entry computation.
+        computations: All computations, see `parse`.
+        trip_count: Trip count assumed for loops whose length is not known before they run.
+
+    Yields:
+        (times it executes, name of its computation, instruction).
+    """
+
+    def visit(name: str, times: float) -> Iterator[tuple[float, str, Instruction]]:
         for instruction in computations[name]:
             yield times, name, instruction
             if instruction.operation == "while":
@@ -108,11 +143,14 @@ def runs(
                 yield from visit(instruction.calls("body"), inside)
             elif instruction.operation == "conditional":
                 listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
-                named = [instruction.calls(f"{x}_computation") for x in ("true", "false")]
-                for one in re.findall(r"[\w.\-]+", listed[1]) if listed else named:
+                if listed:
+                    branches = re.findall(r"[\w.\-]+", listed[1])
+                else:
+                    branches = [instruction.calls(f"{x}_computation") for x in ("true", "false")]
+                for one in branches:  # every branch counts, as if all were taken
                     yield from visit(one, times)
             elif instruction.operation in ("call", "async-start"):
-                called = instruction.calls("to_apply") or instruction.calls("calls")
+                called = instruction.calls("to_apply", "calls")
                 yield from visit(called, times)
 
     yield from visit(entry, 1.0)
@@ -120,10 +158,15 @@ def runs(
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One kind of communication: how often per run, bytes that a device gives in, and sends.
+    """Communication of one kind in one run of a program, on each device.
 
-    Sent bytes are those of a ring of n devices: n - 1 parts to gather, (n - 1) / n of what is
-    scattered or exchanged, twice that for a reduction whose result all have.
+    Attributes:
+        kind: Name of the collective, such as "all-gather".
+        count: Number of times it executes.
+        bytes: Bytes of its operands.
+        sent: Bytes that a device sends if the n devices of a group form a ring: n - 1 times the
+            operand for an all-gather, (n - 1) / n of it for a reduce-scatter or all-to-all, twice
+            that for an all-reduce, all of it for a permutation.
     """
 
     kind: str
@@ -133,9 +176,11 @@ class Collective:
 
 
 def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
-    """Communication of one run of a compiled program, by kind.
+    """Adds up the communication of one run of a compiled program, by kind.
 
-    trip_count: of loops whose length is not known before they run.
+    Args:
+        text: HLO text of the program.
+        trip_count: Trip count assumed for loops whose length is not known before they run.
     """
     entry, computations = parse(text)
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
@@ -145,13 +190,15 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
         found = KIND.fullmatch(one.operation)
         if found is None:
             return
-        # TPU: a collective that overlaps with computation stands in each fusion it overlaps with.
+        # On TPU a collective that overlaps with computation appears in each fusion that it
+        # overlaps with, and must be counted once.
         if chain := CHAIN.search(one.rest):
             if chain.groups() in seen:
                 return
             seen.add(chain.groups())
         kind, n = found[1], one.group
-        if where.startswith("all-reduce-scatter"):  # TPU: each device keeps its part only
+        # On TPU an all-reduce of which each device keeps its part only is a fusion of this name.
+        if where.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         given = sum(size(types[where][x]) for x in one.operands if x in types[where])
         part = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
@@ -170,8 +217,14 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
 
 
 def traffic(text: str, trip_count: float = 1.0) -> float:
-    """Bytes that one run moves between a device and its memory: operands and results of each
-    instruction, of slices and of updates in place only the part that is touched.
+    """Estimates the bytes that one run moves between a device and its memory.
+
+    Each instruction, or fusion, reads its operands and writes its result once. Of slices and of
+    updates in place, only the part that is touched counts.
+
+    Args:
+        text: HLO text of the program.
+        trip_count: Trip count assumed for loops whose length is not known before they run.
     """
     entry, computations = parse(text)
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
@@ -198,7 +251,7 @@ def traffic(text: str, trip_count: float = 1.0) -> float:
 
 
 def touched(body: list[Instruction]) -> list[float]:
-    """Bytes read of each parameter of a fusion: all, or the slices where only slices are taken."""
+    """Bytes that a fusion reads of each parameter: infinite, or those of the slices it takes."""
     read = {}
     for parameter in (i for i in body if i.operation == "parameter"):
         users = [i for i in body if parameter.name in i.operands]

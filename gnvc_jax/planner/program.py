@@ -1,8 +1,14 @@
-"""What one compiled program needs of a device: memory, communication, time at the peaks."""
+"""Cost of one compiled program on a device: memory, communication, and time at peak rates.
+
+`memory` reads the compiler's memory analysis, `roofline` divides operations, traffic and
+communication by what the chip can do at best, and `too_large` explains a program that the compiler
+gave up on.
+"""
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -14,16 +20,22 @@ Tree = Any
 
 
 def bytes_per_device(tree: Tree) -> int:
-    """Bytes of a tree of shapes with shardings on each device."""
+    """Bytes per device of a tree of shapes with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
-        if not jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key)
+        if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
     )
 
 
 def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
-    """A device's memory in bytes; arguments: what lies there before, by default what is used."""
+    """Memory of a device while the program runs, in bytes.
+
+    Args:
+        compiled: Compiled program.
+        available: Memory of a device.
+        arguments: Bytes that are in memory before; if None, the arguments of the program.
+    """
     stats = compiled.memory_analysis()
     arguments = stats.argument_size_in_bytes if arguments is None else arguments
     total = (
@@ -42,9 +54,15 @@ def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
 
 
 def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) -> dict:
-    """Communication of a compiled program, and seconds of each resource at its peak.
+    """Communication of a compiled program, and the seconds that each resource takes at its peak.
 
-    operations: of one device. A collective runs in a ring along one axis of the torus, both ways.
+    A collective is taken to run in a ring along one axis of the torus, in both directions.
+
+    Args:
+        text: HLO text of the program.
+        operations: Operations per device.
+        chip: Figures of the chip.
+        trip_count: Trip count assumed for loops whose length is not known before they run.
     """
     sent, moved = hlo.collectives(text, trip_count), hlo.traffic(text, trip_count)
     return {
@@ -59,10 +77,16 @@ def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) 
 
 
 def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
-    """What is known of a program that the compiler gave up on: the figure and the largest tensors.
+    """Explains a program that does not fit: the compiler's reason and the largest tensors.
 
-    text: the program before it was divided, so that tensors count for all devices, but for those
-    inside attention. Raises RuntimeError with the message if it speaks of anything but memory.
+    Args:
+        message: Message of the compiler's error.
+        text: StableHLO of the program. It is not partitioned yet, so that tensors have the sizes of
+            all devices together, except inside of attention.
+        arguments: Shapes with shardings of the arguments.
+
+    Raises:
+        RuntimeError: the message is about something else than memory.
     """
     reason = message.splitlines()[0]
     if "RESOURCE_EXHAUSTED" not in reason:
@@ -79,7 +103,7 @@ def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
         for path, x in jax.tree_util.tree_leaves_with_path(arguments)
     ]
 
-    def largest(sizes, what):
+    def largest(sizes: Iterable[tuple[int, str]], what: str) -> list[str]:
         return [
             f"{size / 2**20:,.0f} MiB {what} {x}" for size, x in sorted(sizes, reverse=True)[:5]
         ]
@@ -91,5 +115,5 @@ def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
 
 
 def mesh_text(found: dict) -> str:
-    """The mesh of a plan in words."""
+    """Describes the mesh of a plan."""
     return ", ".join(f"{k} {v}" for k, v in found["mesh"].items() if v > 1) or "one device"

@@ -1,4 +1,8 @@
-"""What a train step costs: the step itself, compiled."""
+"""Cost of a train step on a pod: the step itself, compiled for devices that are not attached.
+
+`plan` compiles for one topology and `sweep` for several; `report` and `table` describe plans in
+words. A plan is a JSON-ready dictionary.
+"""
 
 import dataclasses
 import math
@@ -24,9 +28,15 @@ Tree = Any
 
 
 def plan(experiment: Experiment, topology: str, clips: int = 1_000_000) -> dict:
-    """Cost of the experiment's train step, its longest clips, on a topology ("v5p:4x4x4").
+    """Predicts the cost of an experiment's train step on a topology.
 
-    clips: of an epoch. Raises UsageError for sizes that do not fit, and without libtpu.
+    Args:
+        experiment: Experiment; of its clip lengths, the longest is planned.
+        topology: Topology such as "v5p:4x4x4".
+        clips: Clips per epoch.
+
+    Raises:
+        UsageError: sizes that do not divide, an unknown topology, or no libtpu.
     """
     chip, _ = parse_topology(topology)
     devices = topology_devices(topology)
@@ -36,13 +46,13 @@ def plan(experiment: Experiment, topology: str, clips: int = 1_000_000) -> dict:
 def plan_for(
     experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, clips: int = 1_000_000
 ) -> dict:
-    """`plan` for given devices, whose figures are those of `chip`."""
+    """Does what `plan` does for given devices, with the peak figures of `chip`."""
     stage = make_stage(experiment)
     mesh = make_mesh(experiment.mesh, devices)
     data = experiment.data
     pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
     if data.batch % pieces:
-        raise UsageError(f"data.batch {data.batch} does not divide by {pieces} parts")
+        raise UsageError(f"data.batch must be a multiple of {pieces}, got {data.batch}")
     frames = max([data.frames, *(frames for _, frames in data.longer)])
     arguments = abstract_arguments(experiment, stage, mesh, frames)
     step = jit_step(experiment, stage, mesh, *arguments[:2])
@@ -72,7 +82,7 @@ def plan_for(
     return (
         found
         | memory(compiled, found["hbm_bytes"])
-        | cost(found, compiled.as_text(), stage, chip, frames, clips)
+        | cost(found, compiled.as_text() or "", stage, chip, frames, clips)
     )
 
 
@@ -82,10 +92,18 @@ def sweep(
     per_device: int | None = None,
     clips: int = 1_000_000,
 ) -> Iterator[dict]:
-    """A plan for each topology in turn.
+    """Yields a plan for each topology in turn.
 
-    per_device: clips per device along data x fsdp in place of `data.batch`: the batch grows with
-    the pod (weak scaling), else it stays (strong scaling). Raises UsageError as `plan`.
+    Args:
+        experiment: Experiment.
+        topologies: Topologies such as "v5p:4x4x4".
+        per_device: Clips per device along the axes data and fsdp, overriding `data.batch`, so that
+            the batch grows with the pod (weak scaling). If None, the batch stays the same (strong
+            scaling).
+        clips: Clips per epoch.
+
+    Raises:
+        UsageError: as `plan`.
     """
     for topology in topologies:
         here = experiment
@@ -100,7 +118,7 @@ def sweep(
 
 
 def report(found: dict) -> str:
-    """A plan in words."""
+    """Describes a plan in words."""
     gib = 2**30
     lines = [
         f"{found['topology']}: {found['experiment']}; {mesh_text(found)}",
@@ -118,13 +136,13 @@ def report(found: dict) -> str:
         f"  temporaries  {found['temp_bytes'] / gib:.2f} GiB; peak {found['peak_bytes'] / gib:.2f}"
         + ("" if found["fits"] else ", DOES NOT FIT"),
         f"  operations   {found['flops']['model']:.3g} per step, "
-        f"{found['flops']['computed']:.3g} with what is computed again",
+        f"{found['flops']['computed']:.3g} including rematerialisation",
         *(
             f"  {x['kind']:19}{x['count']:6.0f} times, {x['sent'] / gib:.3f} GiB sent per device"
             for x in found["collectives"]
         ),
         "  at peak      " + ", ".join(f"{k} {v:.4f} s" for k, v in found["roofline_s"].items()),
-        f"  step         {low:.4f} s if all overlaps, {high:.4f} s if nothing does",
+        f"  step         {low:.4f} s if everything overlaps, {high:.4f} s if nothing does",
         f"  MFU          at most {found['mfu_bound']:.0%}",
         f"  {found['clips_per_epoch']:,} clips: {epoch[0]:.3g} to {epoch[1]:.3g} chip hours",
     ]
@@ -132,7 +150,7 @@ def report(found: dict) -> str:
 
 
 def table(plans: Sequence[dict]) -> str:
-    """Plans side by side, as a table in Markdown."""
+    """Puts plans side by side in a Markdown table."""
     rows = [
         "| topology | mesh | batch | peak GiB | step s | MFU at most | clips/s | chip hours |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
@@ -155,10 +173,10 @@ def table(plans: Sequence[dict]) -> str:
 def abstract_arguments(
     experiment: Experiment, stage: Stage, mesh: Mesh, frames: int
 ) -> tuple[Tree, ...]:
-    """(state, frozen, batch) of the train step as shapes with shardings."""
+    """Arguments (state, frozen, batch) of the train step, as shapes with shardings."""
 
-    def placed(tree, places):
-        def one(x, place):
+    def placed(tree: Tree, places: Tree) -> Tree:
+        def one(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
         return jax.tree.map(one, tree, places)
@@ -171,13 +189,17 @@ def abstract_arguments(
 
 
 def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
-    """Numbers that train and that do not, without what stands only in the optimiser."""
+    """Counts of trained and frozen parameters, without optimiser moments and averages."""
     trees = {"trained": state.params, "frozen": frozen}
     return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
 
 
 def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: int) -> dict:
-    """Communication and time of a step: resources at their peaks, in turn or all at once."""
+    """Communication and time of a step.
+
+    The time lies between that of the slowest resource at its peak (if everything overlaps) and the
+    sum over the resources (if nothing does).
+    """
     experiment, devices = stage.experiment, found["devices"]
     per_device = found["flops"]["computed"] / devices
     resources = roofline(text, per_device, chip, stage.trip_count)

@@ -1,4 +1,8 @@
-"""From public configurations and tensor shapes to ours, and back."""
+"""Architectures of public weights: recognised from tensor shapes and config.json, and written back.
+
+`recognise` turns a source into an `Architecture`, which knows the public tensors that a component
+has (`names`) and the parameters that they become. `diffusers_config` is the way back.
+"""
 
 import dataclasses
 from typing import Any
@@ -26,7 +30,7 @@ WAN_STD = (
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
 
-# What a public configuration may say of things that are fixed here.
+# Values that a public config may state, of things that cannot be changed here.
 FIXED = {
     "dit": {
         "patch_size": [1, PATCH, PATCH],
@@ -51,7 +55,14 @@ FIXED = {
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What a component is. latents_mean, latents_std: per channel, of a VAE; None for a DiT."""
+    """Architecture of a component.
+
+    Attributes:
+        component: "vae" or "dit".
+        config: Sizes of the network.
+        latents_mean: Mean of the latents per channel, None for a DiT.
+        latents_std: Standard deviation of the latents per channel, None for a DiT.
+    """
 
     component: str
     config: VAEConfig | DiTConfig
@@ -61,19 +72,24 @@ class Architecture:
     @property
     def tensors(self) -> list[Tensor]:
         """The public tensors of such a component."""
-        return (vae_tensors if self.component == "vae" else dit_tensors)(self.config)
+        if isinstance(self.config, VAEConfig):
+            return vae_tensors(self.config)
+        return dit_tensors(self.config)
 
     def by_parameter(self) -> dict[str, list[Tensor]]:
-        """The public tensors that make up each parameter, by its path."""
+        """Public tensors that make up each parameter, by the path of the parameter.
+
+        A parameter of layers that are scanned over consists of one tensor per layer.
+        """
         parts: dict[str, list[Tensor]] = {}
         for tensor in self.tensors:
             parts.setdefault(tensor.path, []).append(tensor)
         return parts
 
     def abstract(self) -> Tree:
-        """Its parameters as shapes (float32)."""
+        """Parameters as a tree of shapes (float32)."""
         cfg, key = self.config, jax.random.key(0)
-        if self.component == "vae":
+        if isinstance(cfg, VAEConfig):
             video = jnp.zeros((1, 1, cfg.stride, cfg.stride, 3))
             return jax.eval_shape(VAE(cfg).init, key, video)["params"]
         latents = jnp.zeros((1, 1, PATCH, PATCH, cfg.channels))
@@ -83,24 +99,36 @@ class Architecture:
         return jax.eval_shape(DiT(cfg).init, key, *inputs)["params"]
 
     def to_json(self) -> dict:
+        """Returns a JSON-ready dictionary, from which `from_json` restores the architecture."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_json(cls, facts: dict) -> "Architecture":
-        """Raises KeyError, TypeError or ValueError if `to_json` did not make it."""
+        """Restores an architecture.
+
+        Raises KeyError, TypeError or ValueError for anything that `to_json` did not make.
+        """
         kind = VAEConfig if facts["component"] == "vae" else DiTConfig
 
-        def tuples(values):
+        def tuples(values: dict) -> dict[str, Any]:
             return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
-        return cls(**tuples(facts) | {"config": kind(**tuples(facts["config"]))})
+        config: Any = kind(**tuples(facts["config"]))
+        return cls(**tuples(facts) | {"config": config})
 
 
 def recognise(source: Source, heads: int | None = None) -> Architecture:
-    """The architecture of a source: sizes from the shapes of its tensors, the rest from its facts.
+    """Recognises the architecture of a source.
 
-    heads: number of attention heads where no config.json tells; by default heads are 128 wide, as
-    in all Wan models. Raises PortError for a variant that is not Wan2.1's text-to-video or VACE.
+    Sizes come from the shapes of tensors, everything else from config.json.
+
+    Args:
+        source: Source with a single component.
+        heads: Number of attention heads of the DiT; if None, that of config.json, and without it
+            the number of heads of width 128, the width in all Wan models.
+
+    Raises:
+        PortError: a variant other than text-to-video or VACE of Wan2.1.
     """
     strange = [
         f"{key} = {source.facts[key]!r} (only {value!r})"
@@ -116,18 +144,21 @@ def recognise(source: Source, heads: int | None = None) -> Architecture:
 
 
 def _sizes(source: Source, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of a tensor; the default where it is missing or of another rank (reported later)."""
+    """Shape of a tensor, or a default if it is missing or of another rank.
+
+    Such a tensor is reported later, together with everything else that does not fit.
+    """
     shape = source.entries[name].shape if name in source.entries else default
     return shape if len(shape) == len(default) else default
 
 
 def _count(source: Source, prefix: str) -> int:
-    """Number of blocks whose names begin with `prefix` and a number."""
+    """Number of blocks whose names begin with `prefix` and a number, counted up to the largest."""
     numbers = {name.split(".")[1] for name in source.entries if name.startswith(prefix + ".")}
     return 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
 
 
-def _dit(source: Source, heads: int | None) -> DiTConfig:
+def _dit(source: Source, heads: int | None) -> Architecture:
     plain, facts = DiTConfig(), source.facts
     names = {
         "original": ("time_embedding.0.weight", "text_embedding.0.weight", "blocks.0.ffn.0.bias"),
@@ -147,15 +178,17 @@ def _dit(source: Source, heads: int | None) -> DiTConfig:
     every = layers // context_blocks if context_blocks else 0
     places = list(range(0, layers, every)) if every else None
     if facts.get("vace_layers") not in (None, places):
-        raise ValueError(f"vace_layers = {facts['vace_layers']}, only every {every}th is known")
+        raise ValueError(f"vace_layers = {facts['vace_layers']}, expected every {every}th layer")
     if heads is None:
         heads = facts.get("num_attention_heads", facts.get("num_heads"))
     if heads is None and width % 128:
-        raise ValueError(f"width {width}, no multiple of 128, and no config.json: give --heads")
+        raise ValueError(
+            f"width {width} is not a multiple of 128 and config.json is missing: give --heads"
+        )
     if heads is None:
         heads = width // 128
     if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise ValueError(f"width {width} over {heads} heads: expected a divisor of the width")
+        raise ValueError(f"the number of heads must divide the width {width}, got {heads}")
     config = DiTConfig(
         width=width,
         ffn_width=_sizes(source, ffn, (plain.ffn_width,))[0],
@@ -186,15 +219,17 @@ def _vae(source: Source) -> Architecture:
     )
     mean, std = facts.get("latents_mean", WAN_MEAN), facts.get("latents_std", WAN_STD)
     if not len(mean) == len(std) == z:
-        raise ValueError(f"{len(mean)} means and {len(std)} deviations for {z} latent channels")
+        raise ValueError(
+            f"{len(mean)} means and {len(std)} standard deviations for {z} latent channels"
+        )
     return Architecture("vae", config, tuple(mean), tuple(std))
 
 
 def diffusers_config(architecture: Architecture) -> dict:
-    """config.json with which diffusers builds the same model."""
+    """Contents of the config.json with which diffusers builds the same model."""
     cfg = architecture.config
     fixed = {k: v for k, v in FIXED[architecture.component].items() if v is not None}
-    if architecture.component == "vae":
+    if isinstance(cfg, VAEConfig):
         return fixed | {
             "_class_name": "AutoencoderKLWan",
             "base_dim": cfg.base,
@@ -202,8 +237,8 @@ def diffusers_config(architecture: Architecture) -> dict:
             "dim_mult": list(cfg.multipliers),
             "num_res_blocks": cfg.blocks,
             "temperal_downsample": list(cfg.temporal_down),
-            "latents_mean": list(architecture.latents_mean),
-            "latents_std": list(architecture.latents_std),
+            "latents_mean": list(architecture.latents_mean or ()),
+            "latents_std": list(architecture.latents_std or ()),
         }
     facts = fixed | {
         "_class_name": "WanTransformer3DModel",

@@ -11,13 +11,13 @@ and `prompt.npy`, the text condition, if one was given.
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -40,7 +40,10 @@ CHUNK_BYTES = 64 << 20  # a host reads only the chunks that its devices need
 
 @contextmanager
 def new_folder(target: str | Path) -> Iterator[Path]:
-    """A new folder to fill, which becomes `target` if the block succeeds. FileExistsError."""
+    """Context with a new folder, which becomes `target` if the block succeeds.
+
+    Raises FileExistsError if the target exists.
+    """
     target = Path(target)
     if target.exists():
         raise FileExistsError(f"{target}: exists")
@@ -53,16 +56,23 @@ def new_folder(target: str | Path) -> Iterator[Path]:
 def write_component(
     folder: Path, architecture: Architecture, arrays: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Write parameters, as (path, array) in any order, and what they are, into a new folder."""
+    """Writes the parameters and the architecture of a component into a new folder.
+
+    Args:
+        folder: Folder to create.
+        architecture: Architecture of the component.
+        arrays: (path, array) of each parameter, in any order. They are consumed one by one, so that
+            a generator need not hold all of them.
+    """
     folder.mkdir()
-    weights = folder.absolute() / "weights"
+    weights = os.fspath(folder.absolute() / "weights")
     context = ocp.Context()
     context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
     with context:
         batch: dict[str, np.ndarray] = {}
         for path, array in arrays:
             batch[path] = array
-            del array  # or it would live on while the next one is made
+            del array  # otherwise it stays in memory while the next one is made
             if sum(a.nbytes for a in batch.values()) > BATCH_BYTES:
                 ocp.partial.save(weights, unflatten_dict(batch, sep="/"))
                 batch = {}
@@ -72,15 +82,21 @@ def write_component(
     (folder / "architecture.json").write_text(json.dumps(architecture.to_json(), indent=2) + "\n")
 
 
+def leaves_by_path(tree: Tree) -> dict[str, Any]:
+    """Leaves of a nested dictionary by path, such as "groups/ffn_in/kernel"."""
+    return cast(dict[str, Any], flatten_dict(tree, sep="/"))
+
+
 def has_component(folder: str | Path, component: str) -> bool:
     """Whether a folder holds this component in ported form."""
     return (Path(folder) / component / "architecture.json").is_file()
 
 
 def read_architecture(folder: str | Path, component: str) -> Architecture:
-    """What a component of a checkpoint folder is.
+    """Reads the architecture of a component of a checkpoint folder.
 
-    Raises FileNotFoundError if it is not there, PortError if its description is damaged.
+    Raises FileNotFoundError if the folder has no such component, PortError if its description is
+    damaged.
     """
     path = Path(folder) / component / "architecture.json"
     if not has_component(folder, component):
@@ -94,25 +110,35 @@ def read_architecture(folder: str | Path, component: str) -> Architecture:
 def load_weights(
     folder: str | Path,
     component: str,
-    dtype: jnp.dtype | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
     shardings: Tree = None,
     *,
     wanted: Tree = None,
 ) -> tuple[Architecture, Tree]:
-    """A ported component: what it is, and its parameters.
+    """Loads a ported component.
 
-    dtype: by default each as stored. shardings: a tree like the parameters, to read onto devices,
-    each its own part; without it arrays are NumPy's. wanted: shapes of some parameters, to read
-    these alone; each with its type, and its sharding if it has one, in place of the other two.
-    Errors as `read_architecture`, and PortError if the parameters are not those of the described
-    component.
+    Args:
+        folder: Checkpoint folder, as `gnvc port` makes it.
+        component: "vae" or "dit".
+        dtype: Type of the parameters; if None, each as stored.
+        shardings: Tree of shardings like the parameters. If given, each device reads its own part;
+            otherwise the parameters are NumPy arrays.
+        wanted: Tree of shapes of some of the parameters. If given, only these are read, with their
+            types, and onto devices if they have a sharding; `dtype` and `shardings` are ignored.
+
+    Returns:
+        The architecture, and the parameters as a nested dictionary.
+
+    Raises:
+        FileNotFoundError: the folder has no such component.
+        PortError: the description is damaged, or does not match the parameters.
     """
     architecture = read_architecture(folder, component)
     saved, like = open_weights(folder, component, architecture)
     if wanted is not None:
         part = {
             k: x if x.sharding else dataclasses.replace(like[k], dtype=np.dtype(x.dtype))
-            for k, x in flatten_dict(wanted, sep="/").items()
+            for k, x in leaves_by_path(wanted).items()
         }
         context = ocp.Context()
         context.pytree.loading.partial_load = True
@@ -121,7 +147,7 @@ def load_weights(
     if dtype is not None:
         like = {k: dataclasses.replace(x, dtype=np.dtype(dtype)) for k, x in like.items()}
     if shardings is not None:
-        shardings = flatten_dict(shardings, sep="/")
+        shardings = leaves_by_path(shardings)
         like = {
             k: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=shardings[k])
             for k, x in like.items()
@@ -129,13 +155,23 @@ def load_weights(
     return architecture, ocp.load(saved, unflatten_dict(like, sep="/"))
 
 
-def open_weights(folder: str | Path, component: str, architecture: Architecture):
-    """Path of the Orbax checkpoint of a component, and its arrays as metadata by path."""
+def open_weights(
+    folder: str | Path, component: str, architecture: Architecture
+) -> tuple[str, dict[str, Any]]:
+    """Opens the Orbax checkpoint of a component and checks that it matches the architecture.
+
+    Returns:
+        Path of the checkpoint, and the metadata (shape, dtype) of its arrays by path.
+
+    Raises:
+        PortError: the weights are missing or do not match.
+    """
     saved = Path(folder).absolute() / component / "weights"
     if not saved.is_dir():
         raise PortError(f"{saved}: the weights are missing")
-    found = flatten_dict(ocp.metadata(saved).metadata, sep="/")
-    wanted = flatten_dict(architecture.abstract(), sep="/")
+    saved = os.fspath(saved)
+    found = leaves_by_path(ocp.metadata(saved).metadata)
+    wanted = leaves_by_path(architecture.abstract())
     problems = [
         f"{path} is {getattr(found.get(path), 'shape', 'missing')}, expected "
         f"{getattr(wanted.get(path), 'shape', 'nothing')}"
@@ -148,10 +184,19 @@ def open_weights(folder: str | Path, component: str, architecture: Architecture)
 
 
 def load_prompt(path: str | Path, config: DiTConfig | None = None) -> np.ndarray:
-    """Text condition (1, rows, width) float32 from .npy or a .safetensors file with one tensor.
+    """Loads a text condition.
 
-    The file holds (rows, width) or (1, rows, width): the encoder's output for the tokens of a
-    prompt, without padding. Raises FileNotFoundError, and PortError if it does not fit.
+    Args:
+        path: .npy file, or .safetensors file with one tensor, of shape (rows, width) or (1, rows,
+            width): the output of the text encoder for the tokens of a prompt, without padding.
+        config: Sizes of the DiT that it must fit.
+
+    Returns:
+        Text condition (1, rows, width), float32.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        PortError: the file cannot be read or does not fit.
     """
     config = config or DiTConfig()
     path = Path(path)
@@ -169,5 +214,5 @@ def load_prompt(path: str | Path, config: DiTConfig | None = None) -> np.ndarray
     if array.ndim != 3 or array.shape[::2] != (1, width) or not 0 < array.shape[1] <= rows:
         raise PortError(f"{path}: shape {array.shape}, expected (1, 1 to {rows}, {width})")
     if not np.isfinite(array).all():
-        raise PortError(f"{path}: has values that are not finite")
+        raise PortError(f"{path}: contains NaN or infinite values")
     return array

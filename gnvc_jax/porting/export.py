@@ -1,4 +1,4 @@
-"""Checkpoint folders back into the model folders of diffusers."""
+"""Checkpoint folders converted back to the model folders of diffusers (`gnvc export`)."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import orbax.checkpoint.experimental.v1 as ocp
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
@@ -14,6 +14,7 @@ from gnvc_jax.porting.architectures import Architecture, diffusers_config
 from gnvc_jax.porting.checkpoint import (
     COMPONENTS,
     has_component,
+    leaves_by_path,
     new_folder,
     open_weights,
     read_architecture,
@@ -26,11 +27,23 @@ WEIGHTS = "diffusion_pytorch_model"
 def export(
     folder: str | Path, target: str | Path, shard_bytes: int = 2 << 30, progress: bool = True
 ) -> list[Path]:
-    """Write a checkpoint folder as diffusers model folders (vae/, transformer/); what it wrote.
+    """Writes a checkpoint folder as model folders of diffusers (vae/, transformer/).
 
-    Weights keep their stored type, so that a port with dtype "stored" comes back bit for bit.
-    shard_bytes: largest file; about twice as much memory is needed. Raises FileNotFoundError if
-    the folder holds no component, FileExistsError if the target exists.
+    Weights keep their stored type, so that what was ported with dtype "stored" comes back bit for
+    bit. Memory: about twice the size of the largest file.
+
+    Args:
+        folder: Checkpoint folder.
+        target: Folder to create.
+        shard_bytes: Maximum size of a weight file.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The folders that were written.
+
+    Raises:
+        FileNotFoundError: the folder holds no component.
+        FileExistsError: the target exists.
     """
     components = [c for c in COMPONENTS if has_component(folder, c)]
     if not components:
@@ -47,20 +60,30 @@ def export(
 
 def export_one(
     architecture: Architecture,
-    saved: Path,
+    saved: str,
     found: dict,
     folder: Path,
     shard_bytes: int,
     progress: bool,
 ) -> None:
-    """Write one component: config.json, and its tensors in one file or several with an index."""
+    """Writes one component: config.json, and its tensors in one file, or in several with an index.
+
+    Args:
+        architecture: Architecture of the component.
+        saved: Path of its Orbax checkpoint.
+        found: Metadata of its arrays by path.
+        folder: Folder to write to.
+        shard_bytes: Maximum size of a weight file.
+        progress: Whether to show a progress bar.
+    """
     facts = json.dumps(diffusers_config(architecture), indent=2)
     (folder / "config.json").write_text(facts + "\n")
 
+    # One parameter is read at a time; the placeholders stand for those that are not.
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, parts in architecture.by_parameter().items():
             like = {k: x if k == path else ocp.PLACEHOLDER for k, x in found.items()}
-            array = flatten_dict(ocp.load(saved, unflatten_dict(like, sep="/")), sep="/")[path]
+            array = leaves_by_path(ocp.load(saved, unflatten_dict(like, sep="/")))[path]
             for tensor in parts:
                 yield (
                     tensor.diffusers,
@@ -94,7 +117,7 @@ def export_one(
 def in_shards(
     tensors: Iterable[tuple[str, np.ndarray]], limit: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Tensors in dictionaries of at most `limit` bytes each, or of one larger tensor."""
+    """Groups tensors into dictionaries of at most `limit` bytes each, or of one larger tensor."""
     shard: dict[str, np.ndarray] = {}
     size = 0
     for name, value in tensors:

@@ -1,8 +1,8 @@
-"""Names and shapes of the public Wan2.1 tensors, in both schemes, and where each goes.
+"""Names and shapes of the public tensors of Wan2.1, and the parameters that they become.
 
-"original" is the scheme of the Wan-AI files, "diffusers" that of the diffusers folders. Trap: the
-affine norm before cross-attention is `norm3` in the original and `norm2` in diffusers; the other
-two norms of a block have no parameters.
+Two naming schemes are known: "original" is that of the files of Wan-AI, "diffusers" that of
+diffusers. Beware: the affine norm before cross-attention is `norm3` in the original scheme and
+`norm2` in that of diffusers; the other two norms of a block have no parameters.
 
 Layouts: kernels (out, in, *window) become (*window, in, out), flattened to two dimensions where the
 layer is a matrix product here; everything else is only reshaped.
@@ -23,7 +23,15 @@ SCHEMES = ("original", "diffusers")
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One public tensor: its two names and shape; path of the parameter, row of a scanned one."""
+    """One public tensor.
+
+    Attributes:
+        original: Name in the original scheme.
+        diffusers: Name in the scheme of diffusers.
+        path: Path of the parameter that it becomes.
+        shape: Shape of the public tensor.
+        index: Row of the parameter, for parameters of layers that are scanned over.
+    """
 
     original: str
     diffusers: str
@@ -32,17 +40,22 @@ class Tensor:
     index: int | None = None
 
     def name(self, scheme: str) -> str:
-        """Raises AttributeError for an unknown scheme."""
+        """Returns the name in a scheme; raises AttributeError for an unknown scheme."""
         return getattr(self, scheme)
 
     def forward(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The public array in the parameter's layout; shape: of the parameter, without rows."""
+        """Converts the public array to the layout of the parameter.
+
+        Args:
+            array: Public array of shape `self.shape`.
+            shape: Shape of the parameter, or of one of its rows.
+        """
         if self.path.endswith("kernel"):
             array = np.moveaxis(array, (0, 1), (-1, -2))
         return array.reshape(shape)
 
     def inverse(self, array: np.ndarray) -> np.ndarray:
-        """Undoes `forward`, bit for bit."""
+        """Inverts `forward`, bit for bit."""
         if not self.path.endswith("kernel"):
             return array.reshape(self.shape)
         out, inner, *window = self.shape
@@ -57,18 +70,26 @@ def layer(
     shape: tuple[int, ...],
     index: int | None = None,
 ) -> Iterator[Tensor]:
-    """Kernel and bias of a layer; shape: of the kernel, (out, in, *window)."""
+    """Yields kernel and bias of a layer.
+
+    Args:
+        original: Name of the layer in the original scheme.
+        diffusers: Name of the layer in the scheme of diffusers.
+        path: Path of the layer's parameters.
+        shape: Shape of the public kernel, (out, in, *window).
+        index: Row of the parameters, if the layer is scanned over.
+    """
     for theirs, ours, size in (("weight", "kernel", shape), ("bias", "bias", shape[:1])):
         names = f"{original}.{theirs}", f"{diffusers}.{theirs}", f"{path}/{ours}"
         yield Tensor(*names, size, index)
 
 
 def dit_tensors(cfg: DiTConfig) -> list[Tensor]:
-    """All tensors of the DiT, with those of VACE's adapter if it has one."""
+    """All tensors of the DiT, including those of VACE's adapter if it has one."""
     d, patch = cfg.width, (1, PATCH, PATCH)
     condition = "condition_embedder."
 
-    def top(original, diffusers, path, *shape):
+    def top(original: str, diffusers: str, path: str, *shape: int) -> Iterator[Tensor]:
         return layer(original, diffusers, path, shape)
 
     tensors = [
@@ -110,7 +131,7 @@ def dit_tensors(cfg: DiTConfig) -> list[Tensor]:
 
 
 def block(cfg: DiTConfig, name: str, path: str, index: int) -> Iterator[Tensor]:
-    """Tensors of one transformer block."""
+    """Yields the tensors of one transformer block."""
     d = cfg.width
     table = f"{name}.modulation", f"{name}.scale_shift_table", f"{path}/modulation"
     yield Tensor(*table, (1, 6, d), index)
@@ -133,7 +154,7 @@ def block(cfg: DiTConfig, name: str, path: str, index: int) -> Iterator[Tensor]:
 
 
 def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
-    """All tensors of the VAE. Raises UsageError for a VAE that has no public form."""
+    """All tensors of the VAE. Raises UsageError for a VAE of another architecture than Wan2.1's."""
     if cfg.linear or cfg.patch != 1:
         raise UsageError("only a VAE of Wan2.1's architecture has public names")
     z, widths, window = cfg.latent_channels, cfg.widths, (3, 3, 3)
@@ -179,7 +200,7 @@ def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
 
 
 def residual(original: str, diffusers: str, path: str, inner: int, outer: int) -> Iterator[Tensor]:
-    """Tensors of a residual block from `inner` to `outer` channels."""
+    """Yields the tensors of a residual block from `inner` to `outer` channels."""
     for place, norm, width in ((0, "norm1", inner), (3, "norm2", outer)):
         names = f"{original}.residual.{place}.gamma", f"{diffusers}.{norm}.gamma"
         yield Tensor(*names, f"{path}/{norm}/gamma", (width, 1, 1, 1))
@@ -194,11 +215,13 @@ def residual(original: str, diffusers: str, path: str, inner: int, outer: int) -
 def resample(
     original: str, diffusers: str, path: str, kind: str, inner: int, outer: int
 ) -> Iterator[Tensor]:
+    """Yields the tensors of the convolution that changes the resolution."""
     names = f"{original}.resample.1", f"{diffusers}.resample.1", f"{path}_{kind}"
     return layer(*names, (outer, inner, 3, 3))
 
 
 def time_conv(original: str, diffusers: str, path: str, inner: int, outer: int) -> Iterator[Tensor]:
+    """Yields the tensors of the convolution over time that changes the frame rate."""
     names = f"{original}.time_conv", f"{diffusers}.time_conv", f"{path}_time"
     return layer(*names, (outer, inner, 3, 1, 1))
 
@@ -206,7 +229,14 @@ def time_conv(original: str, diffusers: str, path: str, inner: int, outer: int) 
 def middle_and_head(
     part: str, width: int, outputs: int, head_width: int | None = None
 ) -> Iterator[Tensor]:
-    """Tensors of the middle blocks and of the head; head_width: where it is not `width`."""
+    """Yields the tensors of the middle blocks, of width `width`, and of the head.
+
+    Args:
+        part: "encoder" or "decoder".
+        width: Channels of the middle blocks.
+        outputs: Output channels of the head.
+        head_width: Input channels of the head; `width` if None.
+    """
     middle, blocks = f"{part}.middle", f"{part}.mid_block"
     yield from residual(
         f"{middle}.0", f"{blocks}.resnets.0", f"{part}/middle/block_0", width, width

@@ -1,4 +1,4 @@
-"""Weights of LPIPS (and with VGG, of DISTS) from files of torchvision and of the lpips package."""
+"""Weights of LPIPS (and, with VGG, of DISTS) from files of torchvision and of the package lpips."""
 
 import itertools
 from pathlib import Path
@@ -12,7 +12,7 @@ from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.port import check_finite
 from gnvc_jax.porting.sources import Entry, list_tensors
 
-# Input and output channels of every convolution, side of its kernel; inputs of LPIPS's weights.
+# (input channels, output channels, kernel size) of each convolution; inputs of the linear weights.
 _ALEX = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
 _VGG_WIDTHS = (3, 64, 64, 128, 128, 256, 256, 256, *(512,) * 6)
 SHAPES = {"alex": _ALEX, "vgg": tuple((a, b, 3) for a, b in itertools.pairwise(_VGG_WIDTHS))}
@@ -28,10 +28,14 @@ def expected_shapes(net: str) -> dict[str, tuple[int, ...]]:
 
 
 def open_perceptual(path: str | Path) -> dict[str, Entry]:
-    """The tensors of LPIPS in a file or in the files of a folder; empty if there are none.
+    """Finds the tensors of LPIPS in a file or in the files of a folder; empty if there are none.
 
-    A file of torchvision has the convolutions, one of the lpips package (weights/v0.1) the linear
-    weights, a state of the package's module both. Raises FileNotFoundError, PortError.
+    A file of torchvision has the convolutions, a file of the lpips package (weights/v0.1) the
+    linear weights, and a state dictionary of the package's module has both.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        PortError: a file is damaged, or two files hold the same tensor.
     """
     path = Path(path)
     if not path.exists():
@@ -47,11 +51,14 @@ def open_perceptual(path: str | Path) -> dict[str, Entry]:
 
 
 def port_perceptual(path: str | Path, target: str | Path) -> Path:
-    """Write `lpips_alex.safetensors` or `lpips_vgg.safetensors` into the new folder `target`.
+    """Writes `lpips_alex.safetensors` or `lpips_vgg.safetensors` into the new folder `target`.
 
-    The net is known by the shape of its first convolution. Raises FileExistsError, and PortError
-    that lists every tensor that is missing or of another shape, or names one that is not finite;
-    nothing is written then.
+    The network is recognised by the shape of its first convolution.
+
+    Raises:
+        FileExistsError: the target exists.
+        PortError: tensors are missing or of another shape (all are listed), or contain NaN or
+            infinities (the first one is named). Nothing is written.
     """
     found = open_perceptual(path)
     first = found.get("0.weight")

@@ -1,4 +1,4 @@
-"""Public weights into checkpoint folders, tensor by tensor."""
+"""Public weights converted to checkpoint folders, tensor by tensor (`gnvc port`)."""
 
 import csv
 import dataclasses
@@ -6,14 +6,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.architectures import Architecture, recognise
-from gnvc_jax.porting.checkpoint import PROMPT, load_prompt, new_folder, write_component
+from gnvc_jax.porting.checkpoint import (
+    PROMPT,
+    leaves_by_path,
+    load_prompt,
+    new_folder,
+    write_component,
+)
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.sources import Entry, Source, open_sources
+from gnvc_jax.refiner import DiTConfig
 
 DTYPES = ("stored", "float32", "bfloat16")
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -22,7 +28,15 @@ COLUMNS = "file tensor dtype shape parameter row stored_dtype stored_shape".spli
 
 @dataclasses.dataclass(frozen=True)
 class Ported:
-    """Summary of one component: what it is, its source, tensors, parameters, bytes written."""
+    """Summary of one ported component.
+
+    Attributes:
+        architecture: Architecture of the component.
+        source: Where the weights came from.
+        tensors: Number of public tensors.
+        parameters: Number of parameters.
+        bytes: Bytes written.
+    """
 
     architecture: Architecture
     source: Source
@@ -39,15 +53,27 @@ def port(
     prompt: str | Path | None = None,
     progress: bool = True,
 ) -> list[Ported]:
-    """Write the public weights in `path` as a checkpoint folder, one parameter after the other.
+    """Converts public weights to a checkpoint folder, one parameter after the other.
 
-    dtype: "stored" keeps each tensor's own, so that `export` gives the same bytes; "float32" and
-    "bfloat16" convert. heads: see `recognise`. prompt: file of a text condition (`load_prompt`).
-    Memory: about four times the largest parameter (one kernel of all layers).
+    Memory: about four times the largest parameter, which is one kernel of all layers.
 
-    Raises FileNotFoundError, FileExistsError if the target exists, and PortError with every tensor
-    that is missing, unexpected or of a wrong shape, or the first with NaN or infinities; nothing is
-    written then.
+    Args:
+        path: File or folder with public weights.
+        target: Folder to create.
+        dtype: "stored" keeps the type of each tensor, so that `export` gives the same bytes;
+            "float32" and "bfloat16" convert.
+        heads: Number of attention heads, see `recognise`.
+        prompt: File with a text condition, see `load_prompt`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A summary of each component.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        FileExistsError: the target exists.
+        PortError: tensors are missing, unexpected or of a wrong shape (all of them are listed), or
+            contain NaN or infinities (the first one is named). Nothing is written.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -55,7 +81,7 @@ def port(
     found = [(source, recognise(source, heads)) for source in sources]
     for source, architecture in found:
         check(source, architecture)
-    dits = [a.config for _, a in found if a.component == "dit"]
+    dits = [a.config for _, a in found if isinstance(a.config, DiTConfig)]
     text = load_prompt(prompt, *dits) if prompt else None
     with new_folder(target) as folder:
         if text is not None:
@@ -64,7 +90,7 @@ def port(
 
 
 def check(source: Source, architecture: Architecture) -> None:
-    """PortError that lists all tensors that are missing, unexpected or do not fit."""
+    """Raises PortError with all tensors that are missing, unexpected or do not fit."""
     wanted = {t.name(source.scheme): t for t in architecture.tensors}
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - source.entries.keys())]
     problems += [f"unexpected: {name}" for name in sorted(source.entries.keys() - wanted.keys())]
@@ -83,7 +109,7 @@ def check(source: Source, architecture: Architecture) -> None:
 
 
 def check_finite(entry: Entry, name: str, array: np.ndarray) -> None:
-    """PortError that names the tensor if what would be stored of it is not finite."""
+    """Raises PortError with the name of a tensor if the converted array is not finite."""
     bad = array.size - np.count_nonzero(np.isfinite(array))
     if bad:
         raise PortError(
@@ -95,8 +121,8 @@ def check_finite(entry: Entry, name: str, array: np.ndarray) -> None:
 def port_one(
     source: Source, architecture: Architecture, folder: Path, dtype: str, progress: bool
 ) -> Ported:
-    """Write one component whose tensors have been checked."""
-    shapes = {k: x.shape for k, x in flatten_dict(architecture.abstract(), sep="/").items()}
+    """Writes one component whose tensors have been checked."""
+    shapes = {k: x.shape for k, x in leaves_by_path(architecture.abstract()).items()}
     report, size = [], 0
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
@@ -107,7 +133,7 @@ def port_one(
             array = np.empty(shapes[path], stored if dtype == "stored" else dtype)
             for tensor, entry in zip(tensors, entries):
                 place = array[... if tensor.index is None else tensor.index]
-                with np.errstate(over="ignore"):  # said below, by name
+                with np.errstate(over="ignore"):  # reported below, by name
                     place[...] = tensor.forward(entry.read(), place.shape)
                 check_finite(entry, tensor.name(source.scheme), place)
                 origin = entry.file, tensor.name(source.scheme), entry.dtype, size_text(entry.shape)
@@ -132,4 +158,5 @@ def port_one(
 
 
 def size_text(shape: tuple[int, ...]) -> str:
+    """A shape as text, such as "3x16"."""
     return "x".join(map(str, shape))

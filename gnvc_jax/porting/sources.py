@@ -1,7 +1,9 @@
-"""Files and folders with public Wan2.1 weights, opened without reading the weights.
+"""Files and folders with public weights of Wan2.1, opened without reading the weights.
 
-Known are safetensors (one file, or shards, with their index or without), PyTorch files, and folders
-of either: the component folders of diffusers (vae/, transformer/) and the repositories of Wan-AI.
+Supported are safetensors (a single file, or shards with or without their index), PyTorch files, and
+folders of either: the component folders of diffusers (vae/, transformer/) and the repositories of
+Wan-AI. `open_sources` returns one `Source` for each component, whose entries read a tensor when
+they are asked to.
 """
 
 import dataclasses
@@ -25,13 +27,13 @@ DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
-# What other programs put before the public names: ComfyUI, trainers of adapters, wrapping modules.
+# Prefixes that other programs add to the public names: ComfyUI, adapter trainers, module wrappers.
 PREFIX = re.compile(r"^(model\.diffusion_model|diffusion_model|model|module)\.")
 
 # The second expert of Wan2.2's A14B models, as diffusers and as Wan-AI name its folder.
 SECOND_EXPERTS = {"transformer_2": "transformer", "low_noise_model": "high_noise_model"}
 
-# (component, scheme) by how some of the names begin.
+# (component, scheme) by the prefix of a tensor that only it has.
 MARKS = {
     "condition_embedder.": ("dit", "diffusers"),
     "time_embedding.": ("dit", "original"),
@@ -42,7 +44,14 @@ MARKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a file: shape, name of its dtype, and how to read it."""
+    """One tensor of a file.
+
+    Attributes:
+        file: File that holds it.
+        shape: Shape.
+        dtype: Name of the dtype.
+        read: Function that reads the tensor.
+    """
 
     file: Path
     shape: tuple[int, ...]
@@ -52,10 +61,14 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """The tensors of one component by their public names.
+    """Tensors of one component by public name.
 
-    component: "vae" or "dit"; scheme: "original" or "diffusers"; facts: config.json, if there is
-    one beside the weights.
+    Attributes:
+        path: File, index or folder that it was found in.
+        component: "vae" or "dit".
+        scheme: Naming scheme, "original" or "diffusers".
+        facts: Contents of the config.json beside the weights; empty without one.
+        entries: Tensors by name.
     """
 
     path: Path
@@ -66,10 +79,11 @@ class Source:
 
 
 def open_sources(path: str | Path) -> list[Source]:
-    """The components in a file or folder.
+    """Finds the components in a file or folder.
 
-    Raises FileNotFoundError if there is no such path, PortError if nothing in it is known or a
-    component is there twice.
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        PortError: it holds no known component, or one of them twice.
     """
     path = Path(path)
     if not path.exists():
@@ -102,7 +116,7 @@ def open_sources(path: str | Path) -> list[Source]:
 
 
 def open_folder(folder: Path) -> list[Source]:
-    """The components in the files of one folder; files of other things are passed over."""
+    """Finds the components in the files of one folder; files with other contents are skipped."""
     parts: set[Path] = set()
     found = []
     for index in sorted(folder.glob("*" + INDEX)):
@@ -119,7 +133,7 @@ def open_folder(folder: Path) -> list[Source]:
 
 
 def index_files(index: Path) -> list[Path]:
-    """The files that an index names. PortError if it cannot be read or one of them is not there."""
+    """Files that an index lists. Raises PortError if it is unreadable or one of them is missing."""
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
         files = sorted(index.parent / name for name in names)
@@ -127,14 +141,22 @@ def index_files(index: Path) -> list[Path]:
         raise PortError(f"{index}: not an index of safetensors files ({error!r})") from error
     missing = [str(f) for f in files if f.parent != index.parent or not f.is_file()]
     if missing:
-        raise PortError(f"{index}: names files that are not there: {', '.join(missing)}")
+        raise PortError(f"{index}: lists missing files: {', '.join(missing)}")
     return files
 
 
 def shards_without_index(folder: Path, known: set[Path]) -> dict[Path, list[Path]]:
-    """Complete sets of shards that no index names, by the path where their index should be.
+    """Finds complete sets of shards that no index lists.
 
-    known: files that an index names. PortError if one of a set is not there.
+    Args:
+        folder: Folder to search.
+        known: Files that an index lists.
+
+    Returns:
+        The files of each set, by the path where their index should be.
+
+    Raises:
+        PortError: a set is incomplete.
     """
     sets: dict[tuple[str, int], dict[int, Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -153,7 +175,7 @@ def shards_without_index(folder: Path, known: set[Path]) -> dict[Path, list[Path
 
 
 def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
-    """The component whose tensors lie in `files`; None if they are of something else."""
+    """Opens the component whose tensors are in `files`; None if it is not a known component."""
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in list_tensors(file).items():
@@ -170,7 +192,7 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
 
 
 def list_tensors(file: Path) -> dict[str, Entry]:
-    """Shape and dtype of each tensor. PortError if the file is damaged or something else."""
+    """Lists the tensors of a file. Raises PortError if it is damaged or not a weight file."""
     check_kind(file)
     if file.suffix in (".pth", ".pt"):
         return {
@@ -189,29 +211,29 @@ def list_tensors(file: Path) -> dict[str, Entry]:
                 name: Entry(
                     file,
                     tuple(piece.get_shape()),
-                    DTYPES.get(piece.get_dtype(), piece.get_dtype()),
+                    DTYPES.get(str(piece.get_dtype()), str(piece.get_dtype())),
                     functools.partial(read_safetensor, file, name),
                 )
                 for name, piece in slices.items()
             }
     except SafetensorError as error:
-        raise PortError(f"{file}: not a whole safetensors file ({error})") from error
+        raise PortError(f"{file}: truncated or damaged safetensors file ({error})") from error
 
 
 def check_kind(file: Path) -> None:
-    """PortError if the file is one of the things that people find in place of weights."""
+    """Raises PortError if the file is something that often is found in place of weights."""
     if kind := not_weights(file):
         raise PortError(f"{file}: {kind}")
 
 
 def read_safetensor(file: Path, name: str) -> np.ndarray:
-    """One tensor. The file is opened anew each time, so that no pages of it stay mapped."""
+    """Reads one tensor. The file is opened anew each time, so that no page of it stays mapped."""
     with safe_open(file, framework="numpy") as opened:
         return opened.get_tensor(name)
 
 
 def read_facts(path: Path) -> dict:
-    """config.json of a model folder; empty if there is none. PortError if it cannot be read."""
+    """Reads the config.json of a model folder; empty if there is none. Raises PortError."""
     if not path.is_file():
         return {}
     try:

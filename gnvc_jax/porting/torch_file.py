@@ -1,10 +1,11 @@
-"""Tensors of a PyTorch file (.pth, .pt) without PyTorch, and without running anything in it.
+"""Tensors of a PyTorch file (.pth, .pt), read without PyTorch and without running anything in it.
 
-Since version 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/KEY` holds
-their bytes. Before, it was a row of pickles (magic number, version, machine, tensors, keys of the
-storages) and then each storage, its length in elements before it. A pickle can name any Python
-function; here only the few that describe tensors are known, and they build descriptions, so a
-hostile file has nothing to call.
+Since PyTorch 1.6 such a file is a zip archive: `data.pkl` describes the tensors, `data/KEY` holds
+their bytes. Before, it was a series of pickles (magic number, version, machine, tensors, keys of
+the storages), followed by the storages, each preceded by its number of elements. The pickle is read
+by `gnvc_jax.restricted_pickle`, with functions that build descriptions in place of torch's.
+
+`read_descriptions` lists the tensors of a file, `read_tensor` reads one of them.
 """
 
 import collections
@@ -13,8 +14,9 @@ import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -33,9 +35,16 @@ OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """Where a tensor's numbers lie: storage, and offset, shape and strides in elements.
+    """Location of a tensor in a file.
 
-    place: byte of an old file where its storage begins, None in a zip archive.
+    Attributes:
+        key: Key of its storage.
+        dtype: Type of its elements.
+        count: Number of elements of the storage.
+        offset: Element of the storage at which the tensor begins.
+        shape: Shape.
+        strides: Strides in elements.
+        place: Byte of an old file where the storage begins; None in a zip archive.
     """
 
     key: str
@@ -55,13 +64,19 @@ class Described:
             raise pickle.UnpicklingError(f"tensor {self.shape} reaches beyond its storage")
 
 
-def describe_tensor(storage, offset, shape, strides, *_) -> Described:
+def describe_tensor(
+    storage: tuple[str, np.dtype, int],
+    offset: int,
+    shape: Sequence[int],
+    strides: Sequence[int],
+    *_: object,
+) -> Described:
     """Stands in for torch._utils._rebuild_tensor_v2."""
     key, dtype, count = storage
     return Described(key, dtype, count, offset, tuple(shape), tuple(strides))
 
 
-def describe_parameter(tensor: Described, *_) -> Described:
+def describe_parameter(tensor: Described, *_: object) -> Described:
     """Stands in for torch._utils._rebuild_parameter."""
     return tensor
 
@@ -81,13 +96,13 @@ def describe_storage(pid: object) -> tuple[str, np.dtype, int]:
     raise pickle.UnpicklingError(f"unknown storage {pid!r}")
 
 
-def load_pickle(file: BinaryIO) -> object:
+def load_pickle(file: IO[bytes]) -> Any:
     """The next pickle of a file, which can refer to nothing but KNOWN."""
     return RestrictedUnpickler(file, KNOWN, describe_storage).load()
 
 
 def read_descriptions(path: Path) -> dict[str, Described]:
-    """Tensors by name. PortError if the file is not a plain dictionary of tensors."""
+    """Lists the tensors of a file. Raises PortError if it is not a plain dictionary of tensors."""
     try:
         return (read_zip if zipfile.is_zipfile(path) else read_old)(path)
     except zipfile.BadZipFile as error:
@@ -99,6 +114,7 @@ def read_descriptions(path: Path) -> dict[str, Described]:
 
 
 def read_zip(path: Path) -> dict[str, Described]:
+    """Lists the tensors of a zip archive."""
     with zipfile.ZipFile(path) as archive:
         with archive.open(member(archive, "data.pkl")) as file:
             found = named_tensors(load_pickle(file))
@@ -110,12 +126,13 @@ def read_zip(path: Path) -> dict[str, Described]:
 
 
 def read_old(path: Path) -> dict[str, Described]:
+    """Lists the tensors of a file in the format before PyTorch 1.6."""
     with open(path, "rb") as file:
         if file.read(1) != b"\x80":
-            raise pickle.UnpicklingError("it is no PyTorch file")
+            raise pickle.UnpicklingError("it is not a PyTorch file")
         file.seek(0)
         if load_pickle(file) != OLD_MAGIC:
-            raise pickle.UnpicklingError("it is no PyTorch file")
+            raise pickle.UnpicklingError("it is not a PyTorch file")
         load_pickle(file), load_pickle(file)  # version of the format, machine
         found = named_tensors(load_pickle(file))
         storages = {tensor.key: tensor for tensor in found.values()}
@@ -123,8 +140,8 @@ def read_old(path: Path) -> dict[str, Described]:
     return {k: dataclasses.replace(x, place=places[x.key]) for k, x in found.items()}
 
 
-def skip_storage(file: BinaryIO, tensor: Described) -> int:
-    """Where the numbers of the storage at this place begin; the file is left behind them."""
+def skip_storage(file: IO[bytes], tensor: Described) -> int:
+    """Skips the storage at the current position; returns the byte at which its elements begin."""
     (count,) = struct.unpack("<q", file.read(8).ljust(8, b"\xff"))
     place = file.tell()
     end = file.seek(0, 2)
@@ -135,15 +152,16 @@ def skip_storage(file: BinaryIO, tensor: Described) -> int:
 
 
 def named_tensors(found: object) -> dict[str, Described]:
+    """Returns what a pickle held. Raises UnpicklingError if it is not a dictionary of tensors."""
     if not isinstance(found, dict) or not all(
         isinstance(k, str) and isinstance(v, Described) for k, v in found.items()
     ):
-        raise pickle.UnpicklingError("it is no dictionary of named tensors")
+        raise pickle.UnpicklingError("it is not a dictionary of named tensors")
     return dict(found)
 
 
 def read_tensor(path: Path, tensor: Described) -> np.ndarray:
-    """The numbers of one tensor; memory for its storage only. PortError if they are damaged."""
+    """Reads one tensor; only its storage is held in memory. Raises PortError if it is damaged."""
     try:
         if tensor.place is None:
             with zipfile.ZipFile(path) as archive:
@@ -160,7 +178,7 @@ def read_tensor(path: Path, tensor: Described) -> np.ndarray:
 
 
 def member(archive: zipfile.ZipFile, name: str) -> str:
-    """Full name of a member: all lie under one folder, whose name is free. KeyError if absent."""
+    """Full name of a member: all are in one folder of any name. Raises KeyError if absent."""
     for full in archive.namelist():
         if full.partition("/")[2] == name:
             return full

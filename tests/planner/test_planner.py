@@ -140,8 +140,8 @@ def test_a_plan_of_decoding(tiny_codec, tiny_model):
         coding.coding_for(wrong, devices, chip, "encode")
 
 
-def test_sizes_are_checked_first(experiment):
-    with pytest.raises(ValueError, match="batch 1024 does not divide by 5"):
+def test_a_batch_that_does_not_divide_is_refused(experiment):
+    with pytest.raises(ValueError, match="data.batch must be a multiple of 5, got 1024"):
         training.plan_for(
             dataclasses.replace(experiment, mesh=MeshConfig(5)),
             jax.devices()[:5],
@@ -171,10 +171,10 @@ def test_operations_of_heads_of_zeros():
     assert grown == attention // 3
 
 
-def test_options_that_coding_has_not(capsys):
+def test_a_mesh_is_refused_when_planning_to_code(capsys):
     args = ["plan", "--config", "configs/wan_1_3b/latent.py", "--topology", "v5e:2x4"]
     assert cli.main([*args, "--coding", "decode", "--mesh", "fsdp=8"]) == 2
-    assert "all devices share each frame" in capsys.readouterr().err
+    assert "each frame is sharded over all devices" in capsys.readouterr().err
 
 
 def test_operations_of_convolutions():
@@ -245,7 +245,7 @@ def test_without_libtpu(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     args = ["plan", "--config", "configs/wan_1_3b/codec.py", "--topology", "v5p:2x2x1"]
     assert cli.main(args) == 2
-    assert "needs libtpu: pip install" in capsys.readouterr().err
+    assert "needs libtpu: pip install 'gnvc-jax[tpu]'" in capsys.readouterr().err
 
 
 def test_what_does_not_fit(experiment, monkeypatch):

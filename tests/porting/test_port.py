@@ -145,7 +145,7 @@ def test_all_that_does_not_fit_is_listed(public, tmp_path):
     ("name", "facts", "message"),
     [
         ("dit", {"image_dim": 1280}, "image_dim = 1280"),
-        ("dit", {"num_attention_heads": 3}, "64 over 3 heads"),
+        ("dit", {"num_attention_heads": 3}, "must divide the width 64, got 3"),
         ("vace", {"vace_layers": [0, 1]}, "vace_layers"),
         ("vae", {"is_residual": True}, "is_residual"),
         ("vae", {"latents_mean": [0.0]}, "1 means"),
@@ -294,7 +294,7 @@ def test_shards_without_their_index(public, tmp_path, caplog):
 
 @pytest.mark.parametrize("heads", [0, -2, 5, 64])
 def test_impossible_numbers_of_heads(heads, public, tmp_path):
-    with pytest.raises(PortError, match=rf"64 over {heads} heads"):
+    with pytest.raises(PortError, match=f"must divide the width 64, got {heads}"):
         port(public("dit"), tmp_path / "ported", heads=heads, progress=False)
 
 
@@ -315,7 +315,7 @@ def test_damaged_files_and_targets(public, tmp_path):
         port(folder, tmp_path / "taken", progress=False)
     file = folder / "transformer" / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(PortError, match=rf"{WEIGHTS}: not a whole safetensors file"):
+    with pytest.raises(PortError, match=rf"{WEIGHTS}: truncated or damaged safetensors file"):
         port(folder, tmp_path / "ported", progress=False)
     (folder / "transformer" / "config.json").write_text("{")
     with pytest.raises(PortError):

@@ -102,5 +102,5 @@ def test_a_missing_storage_and_a_file_of_another_kind(tmp_path):
     with pytest.raises(PortError, match=r"x\.pth.*data/0"):
         read_descriptions(torch_file(tmp_path / "x.pth", pickled((2, 3), (3, 1))))
     (tmp_path / "old.pth").write_bytes(pickle.dumps([1, 2]))
-    with pytest.raises(PortError, match=r"old\.pth.*no PyTorch file"):
+    with pytest.raises(PortError, match=r"old\.pth.*not a PyTorch file"):
         read_descriptions(tmp_path / "old.pth")
