@@ -27,7 +27,7 @@ from gnvc_jax.bitstream import (
 from gnvc_jax.bitstream.errors import LimitExceeded, WrongModel
 from gnvc_jax.bitstream.header import check_picture
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import LATENT_MULTIPLE
+from gnvc_jax.codec.model import LATENT_MULTIPLE, DecodedLatent
 from gnvc_jax.errors import UsageError
 from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
@@ -152,7 +152,7 @@ class Coder:
         stride = header.temporal_stride
         levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents)
         latents, fields, count = [], [], 0
-        cache = state = source = reference = prediction = None
+        cache = state = source = reference = predicted = prediction = None
         previous = (None, None)
         while chunk := list(itertools.islice(frames, stride if latents else 1)):
             for frame in chunk:
@@ -163,7 +163,8 @@ class Coder:
             if kind and self.motion:
                 with _Clock(self.timing, "motion"):
                     fields.append(self._search(chunk, source, q_index, fields))
-                    prediction = self.functions.predict(reference, expand(fields[-1]))
+                    vectors = expand(fields[-1])
+                    predicted, prediction = self.functions.predict(reference, vectors)
             with _Clock(self.timing, "vae"):
                 latent, cache = self.functions.encode_video(cache, to_float(chunk))
                 latent.block_until_ready()
@@ -172,13 +173,12 @@ class Coder:
                 z, y = (np.asarray(v, np.int8) for v in coded[:2])
                 index = self.functions.scale_index(kind, q_index, z, *previous)
                 y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
-                decoded, _, state = self.functions.reconstruct(
+                decoded, state = self.functions.reconstruct(
                     LatentSymbols(z, y, index), state, q_index, prediction
                 )
             if self.motion:
-                with _Clock(self.timing, "vae"):
-                    shown, _ = self.functions.decode_latents({} if kind else None, decoded[:, None])
-                    source, reference = chunk[-1], shown[0, -1]
+                shown = self._frames(decoded, prediction, predicted)
+                source, reference = chunk[-1], shown[0, -1]
             latents.append(QuantisedLatent(kind, q_index, z, y, index))
             previous, count = (y, index), count + given
             progress(given)
@@ -196,6 +196,15 @@ class Coder:
                 temporal_stride=stride,
             )
         return payload, count
+
+    def _frames(
+        self, decoded: DecodedLatent, prediction: Array | None, predicted: Array | None
+    ) -> Array:
+        """uint8 frames (1, t, h, w, 3) of a latent of a codec with motion; no prediction: intra."""
+        with _Clock(self.timing, "vae"):
+            if prediction is None:
+                return self.functions.decode_latents(None, decoded.latent[:, None])[0]
+            return self.functions.compensate(decoded, prediction, predicted)
 
     def _search(
         self, frames: np.ndarray, reference: np.ndarray, q_index: int, fields: list[MotionField]
@@ -280,34 +289,38 @@ class Coder:
 
         Frames (1, t, h, w, 3) are there with motion only, which needs the last one of each latent.
         """
-        state = prediction = frames = None
+        state = predicted = prediction = frames = None
         symbols, fields = self.symbols(header, group), self.fields(header, group)
         for i, s in enumerate(symbols):
             if i and self.motion:
                 with _Clock(self.timing, "motion"):
-                    prediction = self.functions.predict(frames[0, -1], expand(fields[i - 1]))
+                    vectors = expand(fields[i - 1])
+                    predicted, prediction = self.functions.predict(frames[0, -1], vectors)
             with _Clock(self.timing, "codec"):
                 integers = LatentSymbols(s.z, s.y, s.index)
-                latent, feature, state = self.functions.reconstruct(
-                    integers, state, s.q_index, prediction
-                )
-                latent.block_until_ready()
+                decoded, state = self.functions.reconstruct(integers, state, s.q_index, prediction)
+                decoded.latent.block_until_ready()
             if self.motion:
-                with _Clock(self.timing, "vae"):
-                    frames, _ = self.functions.decode_latents({} if i else None, latent[:, None])
-            yield latent, feature, frames
+                frames = self._frames(decoded, prediction, predicted)
+            yield decoded.latent, decoded.feature, frames
 
     def _refined(
         self, group: GroupPayload, decoded: list, steps: int
-    ) -> Iterator[tuple[Array, None, None]]:
-        """The latents after refinement; the checksum of the group's symbols seeds the noise."""
+    ) -> Iterator[tuple[Array, None, Array | None]]:
+        """The latents after refinement; the checksum of the group's symbols seeds the noise.
+
+        With motion, frames hold detail that latents do not; they get what refinement adds.
+        """
         with _Clock(self.timing, "refiner"):
             latents, features = (jnp.stack(part, axis=1) for part in list(zip(*decoded))[:2])
             seed, q_index = group.crc_symbols, group.q_indices[-1]
-            latents = self.functions.refine(latents, features, q_index, seed, steps)
-            latents.block_until_ready()
-        for t in range(latents.shape[1]):
-            yield latents[:, t], None, None
+            refined = self.functions.refine(latents, features, q_index, seed, steps)
+            refined.block_until_ready()
+        for t, (latent, _, frames) in enumerate(decoded):
+            if frames is not None:
+                with _Clock(self.timing, "vae"):
+                    frames = self.functions.add_latent(frames, refined[:, t] - latent, t == 0)
+            yield refined[:, t], None, frames
 
     def decode_frames(self, reader: StreamReader, steps: int | None = None) -> Iterator[np.ndarray]:
         """All frames of a stream, in order; steps: see `decode_group`."""

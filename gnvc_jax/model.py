@@ -29,7 +29,7 @@ from gnvc_jax.bitstream.errors import DeviceNotExact, ModelCorrupt
 from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import CodecState, LatentCodec, pad_latents
+from gnvc_jax.codec.model import CodecState, DecodedLatent, LatentCodec, pad_latents
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.motion import coding as motion_coding
@@ -300,6 +300,8 @@ class Programs(NamedTuple):
     encode_video: Callable
     decode_latents: Callable
     predict: Callable
+    compensate: Callable
+    add_latent: Callable
     analyse: Callable
     reconstruct: Callable
     velocity: Callable | None
@@ -318,7 +320,7 @@ def programs(model: Model) -> Programs:
     @jax.jit
     def decode_latents(params, cache, latents):
         frames, cache = decode_chunk(vae, params, cache, shard_columns(latents) * std + mean)
-        return jnp.floor((frames + 1.0) * 127.5 + 0.5).astype(jnp.uint8), shard_columns(cache)
+        return to_uint8(frames), shard_columns(cache)
 
     def call(params, method, *args):
         return codec.apply({"params": params}, *args, method=method)
@@ -327,7 +329,22 @@ def programs(model: Model) -> Programs:
     def predict_latent(params, reference, vectors):
         frames = predict(reference.astype(jnp.float32) / 127.5 - 1.0, vectors)
         latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
-        return ((latents - mean) / std)[:, 0]
+        return frames, ((latents - mean) / std)[:, 0]
+
+    @jax.jit
+    def compensate(params, decoded, prediction, predicted):
+        latents = (x * std + mean for x in (decoded.latent, prediction))
+        given = *latents, predicted, decoded.fresh, decoded.detail
+        return to_uint8(vae.apply({"params": params}, *given, method="compensate"))
+
+    @functools.partial(jax.jit, static_argnames="first")
+    def add_latent(params, frames, latent, first):
+        # The transform is linear: the difference to the frames of no latent is that of `latent`.
+        both = jnp.stack([latent, jnp.zeros_like(latent)], axis=0)[:, 0, None] * std
+        change = vae.apply(
+            {"params": params}, both, first, method=lambda m, x, f: m.klt.inverse(x, f)
+        )
+        return to_uint8(frames.astype(jnp.float32) / 127.5 - 1.0 + change[:1] - change[1:])
 
     @jax.jit
     def analyse(params, latent, state, q_index, prediction):
@@ -350,7 +367,21 @@ def programs(model: Model) -> Programs:
             inputs = decoded, features, q_index, model.text
             return refiner.apply({"params": params}, state, tau, *inputs)
 
-    return Programs(encode_video, decode_latents, predict_latent, analyse, reconstruct, velocity)
+    return Programs(
+        encode_video,
+        decode_latents,
+        predict_latent,
+        compensate,
+        add_latent,
+        analyse,
+        reconstruct,
+        velocity,
+    )
+
+
+def to_uint8(frames: Array) -> Array:
+    """Frames in [-1, 1] to the nearest of 0..255; those outside are clipped."""
+    return jnp.floor((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(jnp.uint8)
 
 
 class Functions:
@@ -362,9 +393,11 @@ class Functions:
 
     encode_video(cache, frames) -> latents, cache       frames float (1, t, h, w, 3)
     decode_latents(cache, latents) -> uint8 frames, cache
-    predict(reference, vectors) -> latent               by block motion from the last frame
+    predict(reference, vectors) -> frames, latent       by block motion from the last frame
+    compensate(decoded, prediction, predicted) -> uint8 frames          of a latent with motion
+    add_latent(frames, latent, first) -> uint8 frames   with what a latent adds to them
     analyse(latent, state, q_index, prediction) -> LatentSymbols             state None: intra
-    reconstruct(integers, state, q_index, prediction) -> latent, feature, CodecState
+    reconstruct(integers, state, q_index, prediction) -> DecodedLatent, CodecState
     refine(latents, features, q_index, seed, steps) -> latents      of a whole group
     scale_index(kind, q_index, z, prev_y, prev_index) -> uint8 indices
     """
@@ -395,9 +428,18 @@ class Functions:
     def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
         return self.programs.decode_latents(self.vae_params, cache, latents)
 
-    def predict(self, reference: Array, vectors: np.ndarray) -> Array:
-        """Latent (1, h, w, c) that vectors (4, h', w', 2) predict from a frame (h, w, 3) uint8."""
+    def predict(self, reference: Array, vectors: np.ndarray) -> tuple[Array, Array]:
+        """Frames (1, 4, h, w, 3) in [-1, 1] that vectors (4, h', w', 2) predict from a frame
+        (h, w, 3) uint8, and their latent (1, h, w, c)."""
         return self.programs.predict(self.vae_params, reference[None], vectors[None])
+
+    def compensate(self, decoded: DecodedLatent, prediction: Array, predicted: Array) -> Array:
+        """Frames of a latent with motion, see `gnvc_jax.vae.VAE.compensate`."""
+        return self.programs.compensate(self.vae_params, decoded, prediction, predicted)
+
+    def add_latent(self, frames: Array, latent: Array, first: bool) -> Array:
+        """uint8 frames of one latent and the frames of another latent of a linear VAE, added."""
+        return self.programs.add_latent(self.vae_params, frames, latent, first)
 
     def analyse(
         self, latent: Array, state: CodecState | None, q_index: int, prediction: Array | None = None
@@ -411,7 +453,7 @@ class Functions:
         state: CodecState | None,
         q_index: int,
         prediction: Array | None = None,
-    ) -> tuple[Array, Array, CodecState]:
+    ) -> tuple[DecodedLatent, CodecState]:
         q = jnp.full((1,), q_index)
         return self.programs.reconstruct(self.codec_params, integers, state, q, prediction)
 

@@ -394,23 +394,30 @@ def test_training_form_gives_the_symbols_of_the_stream(moving):
             prediction,
             method="train",
         )
-        return state, coded.latent, coded.integers
+        return state, coded
+
+    def scaled(latent):
+        return latent * model.std + model.mean
 
     pixels = video[None].astype(np.float32) / 127.5 - 1
-    state = prediction = shown = None
+    state = prediction = predicted = shown = None
     for i, s in enumerate(symbols):
         first, part = i == 0, slice(0, 1) if i == 0 else slice(4 * i - 3, 4 * i + 1)
         if not first:
             reference = to_eight_bits(shown[:, -1])
-            frames = predict(reference, expand(fields[i - 1])[None])
-            prediction = encode(frames, False)
+            predicted = predict(reference, expand(fields[i - 1])[None])
+            prediction = encode(predicted, False)
         latent = encode(pixels[:, part], first)
-        state, decoded, integers = code(latent, state, jax.numpy.int32(s.q_index), prediction)
+        state, coded = code(latent, state, jax.numpy.int32(s.q_index), prediction)
+        integers = coded.integers
         # One rounding in a thousand may fall on the other side of a tie.
         for ours, theirs in ((s.y, integers.y), (s.z, integers.z), (s.index, integers.index)):
             assert np.mean(np.asarray(ours) == np.asarray(theirs)[0]) > 0.999
-        decoded = decoded[:, None] * model.std + model.mean
-        shown = vae.apply(params, decoded, first, method="decode")
+        if first:
+            shown = vae.apply(params, scaled(coded.latent)[:, None], method="decode")
+        else:
+            given = scaled(coded.latent), scaled(prediction), predicted, coded.fresh, coded.detail
+            shown = vae.apply(params, *given, method="compensate")
     assert any(np.abs(s.y).max() > 0 for s in symbols[1:])
 
 

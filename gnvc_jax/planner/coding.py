@@ -156,10 +156,10 @@ def coding_programs(
     one = columns(jax.tree.map(lambda x: array(1, *x.shape[2:]), latent))
     integers = jax.eval_shape(used.analyse, params["codec"], one, None, q_index, None)
     integers = whole(LatentSymbols(*integers[:3]))
-    decoded, feature, state = jax.eval_shape(
+    decoded, state = jax.eval_shape(
         used.reconstruct, params["codec"], integers, None, q_index, None
     )
-    state, prediction = columns(state), columns(decoded) if codec.motion else None
+    state, prediction = columns(state), columns(decoded.latent) if codec.motion else None
     arguments = {
         "encode_video": (params["vae"], columns(encoder), frames),
         "analyse": (params["codec"], one, state, q_index, prediction),
@@ -168,7 +168,7 @@ def coding_programs(
     }
     if refiner is not None:
         size = min(latents, refiner.window)
-        group, features = (columns(array(1, size, *x.shape[1:])) for x in (decoded, feature))
+        group, features = (columns(array(1, size, *x.shape[1:])) for x in decoded[:2])
         inputs = group, whole(array(1)), group, features, q_index
         arguments["velocity"] = params["refiner"], *inputs
     return used, arguments

@@ -6,6 +6,7 @@ Shapes: video (b, t, h, w, 3) in [-1, 1] with t = 1 + 4k and h, w multiples of 8
 
 import jax
 import jax.numpy as jnp
+from einops import repeat
 from flax import linen as nn
 
 from gnvc_jax.vae.config import VAEConfig
@@ -114,6 +115,7 @@ class VAE(nn.Module):
     Methods (use with ``apply(..., method=)``):
       encode(video, first)   -> mean, log-variance (b, t', h/8, w/8, z)
       decode(latents, first) -> video (b, t, h, w, 3), not clipped
+      compensate(latent, prediction, predicted, ...) -> video of a latent coded with motion
 
     Attributes:
         config: sizes.
@@ -158,6 +160,45 @@ class VAE(nn.Module):
     def clean(self, video: Array) -> Array:
         """What the head makes of frames (b, t, h, w, 3), each for itself."""
         return video if self.head is None else self.head(video)
+
+    @jax.default_matmul_precision(EXACT)
+    def compensate(
+        self,
+        latent: Array,
+        prediction: Array,
+        predicted: Array,
+        fresh: Array,
+        detail: Array,
+        cleaned: int | None = None,
+    ) -> Array:
+        """Frames of one later latent of a linear VAE that was coded with motion.
+
+        A latent holds the principal components of its frames. What they leave of the predicted
+        frames is kept, so that a copied block stays as it is instead of losing its finest detail
+        with every latent; the head touches only what is fresh, for the same reason.
+
+        Args:
+          latent, prediction: (b, h, w, z), the decoded one and that of the predicted frames.
+          predicted: (b, t, 8h, 8w, 3).
+          fresh, detail: (b, h, w, 1), see `gnvc_jax.codec.model.DecodedLatent`.
+          cleaned: number of last frames that go through the head, by default all.
+
+        Returns:
+          (b, t, 8h, 8w, 3), not clipped.
+        """
+
+        def of_pixels(weights: Array) -> Array:
+            side = self.config.stride
+            return repeat(weights, "b h w c -> b 1 (h i) (w j) c", i=side, j=side)
+
+        rest = predicted - self.klt.inverse(prediction[:, None], False)
+        video = self.klt.inverse(latent[:, None], False) + of_pixels(detail) * rest
+        start = 0 if cleaned is None else video.shape[1] - cleaned
+        part = video[:, start:]
+        # The head does not pass gradients on to the past, see `ResidualTransform.follow`.
+        fixed = jax.lax.stop_gradient(part)
+        part = part + of_pixels(fresh) * (self.clean(fixed) - fixed)
+        return jnp.concatenate([video[:, :start], part], axis=1)
 
     def __call__(self, video: Array) -> Array:
         return self.decode(self.encode(video)[0])

@@ -1,5 +1,7 @@
 """The latent codec: sizes, masks, and the training form against the coding form."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +11,8 @@ from scipy.stats import norm
 
 from gnvc_jax.codec import density
 from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.codec.entropy import spatial_masks
-from gnvc_jax.codec.model import GAIN_SLOPE, LatentCodec, pad_latents
+from gnvc_jax.codec.entropy import LatentSymbols, spatial_masks
+from gnvc_jax.codec.model import GAIN_SLOPE, CodecState, LatentCodec, pad_latents
 from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import scale_layers
 
@@ -82,11 +84,11 @@ def test_training_and_coding_forms_agree(params):
     state = None
     for t in range(3):
         integers = call("encode", latents[:, t], state, q_index)
-        latent, feature, state = call("decode", integers, state, q_index)
-        np.testing.assert_allclose(feature, trained.feature[:, t], atol=1e-4)
+        decoded, state = call("decode", integers, state, q_index)
+        np.testing.assert_allclose(decoded.feature, trained.feature[:, t], atol=1e-4)
         for ours, theirs in zip(integers, trained.integers, strict=True):
             np.testing.assert_array_equal(ours, theirs[:, t])
-        np.testing.assert_allclose(latent, trained.latent[:, t], atol=1e-4)
+        np.testing.assert_allclose(decoded.latent, trained.latent[:, t], atol=1e-4)
     assert np.abs(trained.integers.y).max() >= 1  # there is something to code
     assert len(np.unique(trained.integers.index)) > 4
 
@@ -137,7 +139,7 @@ def test_a_prediction_given_takes_the_place_of_the_last_latent(params):
 @pytest.mark.slow
 def test_every_parameter_learns(params):
     codec = LatentCodec(TINY)
-    latents = jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 4))
+    latents = 5.0 * jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 4))  # some z are not 0
 
     def loss(p):
         out = codec.apply({"params": p}, latents, jnp.asarray([0, 63]), jax.random.key(1))
@@ -193,3 +195,56 @@ def test_latents_are_padded_by_their_edge():
     padded = pad_latents(latents)
     assert padded.shape == (1, 1, 8, 16, 1)
     assert padded[0, 0, 7, 15, 0] == latents[0, 0, 4, 8, 0]
+
+
+def test_cells_without_symbols_copy_the_prediction():
+    """Elsewhere the latent changes, even where networks answer to nothing; without motion none is
+    a copy."""
+    config = dataclasses.replace(TINY, motion="blocks")
+    codec, q_index = LatentCodec(config), jnp.asarray([30])
+    latents = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
+    drawn = codec.init(jax.random.key(1), latents, q_index, jax.random.key(2))["params"]
+    rng = np.random.default_rng(4)
+    drawn = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), drawn)
+    symbols = np.zeros((1, 4, 4, config.y_channels), np.float32)
+    symbols[0, 1, 2, 3] = 1
+    z = np.zeros((1, 1, 1, config.z_channels), np.float32)
+    integers = LatentSymbols(z, symbols, np.zeros_like(symbols))
+    state = CodecState(latents[:, 0], None, integers)
+    prediction = latents[:, 1]
+    decoded, _ = codec.apply(
+        {"params": drawn}, integers, state, q_index, prediction, method="decode"
+    )
+    changed = np.any(np.asarray(decoded.latent != prediction), axis=-1)[0]
+    expected = np.zeros((8, 8), bool)
+    expected[2:4, 4:6] = True
+    np.testing.assert_array_equal(changed, expected)
+    np.testing.assert_array_equal(decoded.fresh[0, ..., 0], expected)
+    assert (np.asarray(decoded.detail)[0, ~expected] == 1).all()
+    assert (np.asarray(decoded.detail)[0, expected] < 1).all()
+
+
+def test_gradients_to_the_past_are_those_of_the_linear_codec():
+    """With networks at zero: copied cells pass them on, coded ones what the basis leaves."""
+    config = dataclasses.replace(TINY, motion="blocks")
+    codec, q_index, key = LatentCodec(config), jnp.asarray([40]), jax.random.key(5)
+    latents = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
+    drawn = codec.init(jax.random.key(1), latents, q_index, key)["params"]
+    state, _ = codec.apply({"params": drawn}, latents[:, 0], None, q_index, key, method="train")
+    prediction = latents[:, 1].at[:, 2:4, 4:6].add(20.0)  # to be coded; the rest is right
+
+    def decoded(prediction):
+        arguments = latents[:, 1], state, q_index, key, prediction
+        return codec.apply({"params": drawn}, *arguments, method="train")[1]
+
+    weights = jax.random.normal(key, prediction.shape)
+    got = jax.grad(lambda x: jnp.vdot(weights, decoded(x).latent))(prediction)
+    basis = np.asarray(drawn["inter"]["basis"])
+    cells = rearrange(np.asarray(weights), "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
+    left = rearrange(cells - cells @ basis @ basis.T, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2,
+                     c=4)  # fmt: skip
+    fresh = np.asarray(decoded(prediction).fresh)
+    assert 0 < fresh.mean() < 1
+    np.testing.assert_allclose(got, fresh * left + (1 - fresh) * weights, atol=1e-4)
+    rate = jax.grad(lambda x: decoded(x).y_bits.sum())(prediction)
+    assert np.abs(rate[0, 2:4, 4:6]).max() > 0

@@ -78,3 +78,27 @@ def test_the_transform_does_not_learn(video, fitted):
     grads = loss(params)
     assert all(np.all(g == 0) for g in jax.tree.leaves(grads["klt"]))
     assert any(np.any(g != 0) for g in jax.tree.leaves(grads["head"]))
+
+
+def test_compensation_copies_or_replaces(fitted):
+    """What is not fresh stays to the last bit of detail; what is fresh is the decoded latent."""
+    rng = np.random.default_rng(5)
+    predicted = rng.normal(0, 0.3, (1, 2, 8, 8, 3)).astype(np.float32)
+    vae = VAE(CONFIG)
+    params = vae.init(jax.random.key(0), predicted[:, :1])["params"]
+    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), params)
+    params["klt"] = fitted
+    prediction = vae.apply({"params": params}, predicted, False, method="encode")[0][:, 0]
+    side = prediction.shape[1]
+    fresh = np.zeros((1, side, side, 1), np.float32)
+    fresh[:, :, side // 2 :] = 1
+    latent = prediction + fresh * rng.normal(size=prediction.shape).astype(np.float32)
+    arguments = latent, prediction, predicted, fresh, 1 - fresh
+    got = vae.apply({"params": params}, *arguments, method="compensate")
+    np.testing.assert_allclose(got[:, :, :, :4], predicted[:, :, :, :4], atol=1e-5)
+    plain = vae.apply(
+        {"params": params}, latent[:, None], method=lambda m, z: m.klt.inverse(z, False)
+    )
+    once = vae.apply({"params": params}, *arguments, 0, method="compensate")  # without the head
+    np.testing.assert_allclose(once[:, :, :, 4:], plain[:, :, :, 4:], atol=1e-5)
+    assert np.abs(got - once)[:, :, :, 4:].max() > 1e-3

@@ -157,18 +157,6 @@ class TransformStage(Stage):
         latents, _ = self.vae.apply({"params": vae}, video, first, method="encode")
         return latents[:, 0]
 
-    def decode(self, vae: Tree, latent: Array, first: bool) -> Array:
-        """Frames (b, t, h, w, 3) of one latent, of which only the last one is cleaned.
-
-        It is the only one that later latents depend on, and the head costs more than the codec.
-        """
-
-        def frames(vae, latent):
-            video = vae.klt.inverse(latent[:, None], first)
-            return jnp.concatenate([video[:, :-1], vae.clean(video[:, -1:])], axis=1)
-
-        return self.vae.apply({"params": vae}, latent, method=frames)
-
     def levels(self, key: Array, q_index: Array, latents: int) -> Array:
         """Quality level of every latent of every clip: (b, latents) int32."""
         loss, (b,) = self.experiment.loss, q_index.shape
@@ -245,7 +233,7 @@ class TransformStage(Stage):
 
         latent = self.encode(vae, video[:, :1], True)
         state, coded = self.codec.apply(codec, latent, None, levels[:, 0], keys[0], method="train")
-        decoded = self.decode(vae, coded.latent, True)
+        decoded = self.vae.apply({"params": vae}, coded.latent[:, None], method="decode")
         first = result(coded, decoded, video[:, :1])
 
         def step(carry, xs):
@@ -259,7 +247,10 @@ class TransformStage(Stage):
             state, coded = self.codec.apply(
                 codec, latent, state, q_index, key, prediction, method="train"
             )
-            decoded = self.decode(vae, coded.latent, False)
+            # Only the last frame goes through the head here: it is the only one that later latents
+            # depend on, and the head costs more than the codec.
+            given = coded.latent, prediction, predicted, coded.fresh, coded.detail, 1
+            decoded = self.vae.apply({"params": vae}, *given, method="compensate")
             done = result(coded, decoded, frames)
             return (decoded[:, -1], state), (done, error(predicted, frames))
 
