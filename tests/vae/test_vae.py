@@ -127,10 +127,10 @@ def test_gradient_is_finite_where_all_channels_are_zero(model):
 
 
 def test_an_untrained_network_treats_frames_one_by_one():
-    kernel = layers.present(jax.random.key(0), (3, 3, 3, 4, 5))
+    kernel = layers.last_tap_init(jax.random.key(0), (3, 3, 3, 4, 5))
     assert np.all(kernel[:2] == 0) and np.std(kernel[2]) > 0.1
 
 
 def test_config_rejects_a_wrong_number_of_temporal_flags():
-    with pytest.raises(ValueError, match="temporal_down has 2 entries"):
+    with pytest.raises(ValueError, match="temporal_down must have one entry"):
         VAEConfig(temporal_down=(True, True))
