@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax.training import config, loop
-from gnvc_jax.training.parts import split
+from gnvc_jax.training.partition import split
 from gnvc_jax.training.stages import make_stage
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -57,12 +57,12 @@ def cache_latents(
         frames: Frames per clip, 1 + 4k.
         no_progress: Hide the progress bar.
     """
-    from gnvc_jax import caching
+    from gnvc_jax.cache_latents import cache_latents as run
     from gnvc_jax.runtime import join_processes
 
     check_range("--frames", frames, 1)
     join_processes()
-    return report_left_out(caching.cache_latents(data, to, vae, frames, not no_progress))
+    return report_left_out(run(data, to, vae, frames, not no_progress))
 
 
 def report_left_out(failed: dict[str, str]) -> int:

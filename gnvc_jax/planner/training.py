@@ -22,7 +22,7 @@ from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofli
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.loop import abstract_state, jit_step
 from gnvc_jax.training.stages import Stage, make_stage
-from gnvc_jax.training.work import operations
+from gnvc_jax.training.throughput import operations
 
 Tree = Any
 
@@ -189,7 +189,7 @@ def abstract_arguments(
 
 
 def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
-    """Counts of trained and frozen parameters, without optimiser moments and averages."""
+    """Counts of trained and frozen parameters, without optimizer moments and averages."""
     trees = {"trained": state.params, "frozen": frozen}
     return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
 

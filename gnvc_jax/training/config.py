@@ -86,9 +86,10 @@ class DataConfig:
 class OptimConfig:
     """AdamW, linear warm-up, cosine decay to `final_lr_ratio * lr`, and an average of the weights.
 
-    Weight decay acts on kernels only (see `gnvc_jax.training.stacks.is_kernel`). The batch is split
-    into `accumulate` micro-batches, whose gradients are averaged; the gradient is clipped to the
-    global norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per step.
+    Weight decay acts on kernels only (see `gnvc_jax.training.batched_optimizer.is_kernel`). The
+    batch is split into `accumulate` micro-batches, whose gradients are averaged; the gradient is
+    clipped to the global norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per
+    step.
     """
 
     lr: float = 1e-4

@@ -22,18 +22,18 @@ from gnvc_jax.errors import TrainingDiverged, UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import metrics
+from gnvc_jax.training.batched_optimizer import StackedParameters, is_kernel
 from gnvc_jax.training.checkpoints import Checkpoints, load_statistics
 from gnvc_jax.training.config import Experiment, OptimConfig, RunConfig
-from gnvc_jax.training.stacks import Stacks, is_kernel
 from gnvc_jax.training.stages import Stage
-from gnvc_jax.training.work import Clock, Work
+from gnvc_jax.training.throughput import Clock, WorkPerStep
 
 Tree = Any
 
 # A run whose gradients stay non-finite this long will not recover.
 MAX_SKIPPED_IN_A_ROW = 100
 
-# What the amounts of `Work` become when divided by the time they took.
+# What the amounts of `WorkPerStep` become when divided by the time they took.
 RATES = {"frames": "frames_per_s", "tokens": "tokens_per_s", "peak_s": "mfu"}
 
 
@@ -60,7 +60,7 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     )
 
 
-def optimiser(config: OptimConfig, decayed: Tree) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformation:
     """Clipping and AdamW, without the learning rate, which the step applies.
 
     decayed: a tree of bools like the parameters or their stacks: which of them decay.
@@ -79,7 +79,7 @@ def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
         step=jnp.int32(0),
         params=params,
         ema=jax.tree.map(jnp.copy, params),  # a second buffer: the state is donated
-        opt_state=optimiser(config, kernels).init(params),
+        opt_state=optimizer(config, kernels).init(params),
         key=key,
     )
 
@@ -126,12 +126,12 @@ def make_step(
         (value, parts), grads = gradient(loss, config.accumulate)(
             state.params, frozen, batch, key, state.step
         )
-        stacks = Stacks(state.params)
+        stacks = StackedParameters(state.params)
         grads, *old = stacks.pack((grads, state.params, state.ema, state.opt_state))
         params, ema, opt_state = old
         grad_norm = optax.tree.norm(grads)
         lr = schedule(state.step)
-        update = optimiser(config, stacks.kernels).update
+        update = optimizer(config, stacks.kernels).update
         updates, opt_state = update(grads, opt_state, params)
         params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
         decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
@@ -241,7 +241,7 @@ class Meter:
     def __init__(self, stage: Stage, writer: metrics.Writer, clock: Clock):
         experiment = stage.experiment
         self.steps, self.log_every = experiment.optim.steps, experiment.run.log_every
-        self.work, self.writer, self.clock, self.skipped = Work(stage), writer, clock, 0
+        self.work, self.writer, self.clock, self.skipped = WorkPerStep(stage), writer, clock, 0
         self.left_out = stage.left_out
         self.restart()
 

@@ -141,7 +141,7 @@ def test_a_plan_of_decoding(tiny_codec, tiny_model):
 
 
 def test_a_batch_that_does_not_divide_is_refused(experiment):
-    with pytest.raises(ValueError, match="data.batch must be a multiple of 5, got 1024"):
+    with pytest.raises(ValueError, match=r"data\.batch must be a multiple of 5, got 1024"):
         training.plan_for(
             dataclasses.replace(experiment, mesh=MeshConfig(5)),
             jax.devices()[:5],

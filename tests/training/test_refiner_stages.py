@@ -12,14 +12,14 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from gnvc_jax.caching import cache_latents
+from gnvc_jax.cache_latents import cache_latents
 from gnvc_jax.codec.model import LatentCodec, LatentCodecOutput
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.checkpoint import write_component
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, flow
-from gnvc_jax.training import loop, lora, parts
+from gnvc_jax.training import loop, lora, partition
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import ComputeConfig, DataConfig, Experiment, RunConfig
 from gnvc_jax.training.stages import make_stage
@@ -112,11 +112,11 @@ def paths(tree):
 
 def test_parts_are_chosen_by_path():
     tree = {"a": {"x": 1, "y": 2}, "b": {"x": 3}}
-    chosen, rest = parts.split(tree, ("a/y", "b/"))
+    chosen, rest = partition.split(tree, ("a/y", "b/"))
     assert (chosen, rest) == ({"a": {"y": 2}, "b": {"x": 3}}, {"a": {"x": 1}})
-    assert parts.join(rest, chosen) == tree
+    assert partition.join(rest, chosen) == tree
     with pytest.raises(ValueError, match=r"'c/' fits no parameter; the parts are a, b"):
-        parts.split(tree, ("a/", "c/"))
+        partition.split(tree, ("a/", "c/"))
 
 
 def test_low_rank_changes_start_at_nothing_and_add_a_product():

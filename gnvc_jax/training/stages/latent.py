@@ -16,7 +16,7 @@ from gnvc_jax.refiner import Refiner, flow, per_latent_factors
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params, load_statistics
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.parts import join, split
+from gnvc_jax.training.partition import join, split
 from gnvc_jax.training.stages import Tree, on_mesh
 from gnvc_jax.training.stages.codec import CodecLoss, CodecStage, Coding
 from gnvc_jax.training.stages.vae import init_vae

@@ -16,7 +16,7 @@ from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.refiner import flow
 from gnvc_jax.training import lora
 from gnvc_jax.training.config import Experiment, check_choices
-from gnvc_jax.training.parts import split
+from gnvc_jax.training.partition import split
 from gnvc_jax.training.stages import Tree, on_mesh
 from gnvc_jax.training.stages.codec import Coding
 from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, Window, per_clip

@@ -6,8 +6,8 @@ import numpy as np
 import optax
 
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
+from gnvc_jax.training.batched_optimizer import StackedParameters, is_kernel
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.stacks import Stacks, is_kernel
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
 
@@ -21,7 +21,7 @@ def params():
 def test_there_and_back():
     tree = params()
     state = optax.scale_by_adam().init(tree)
-    stacks = Stacks(tree)
+    stacks = StackedParameters(tree)
     packed = stacks.pack((tree, state))
     assert sorted(x.shape for x in packed[0]) == [(1, 1024, 512), (5, 2, 8)]
     assert packed[1].count.shape == () and [x.shape for x in packed[1].mu] == [
@@ -46,12 +46,12 @@ def test_kernels_are_told_from_what_has_their_shape(tiny_codec):
     assert is_kernel(path_a) and is_kernel(path_b)
 
     tree = {"a": {"kernel": jnp.ones((2, 8))}, "b": {"modulation": jnp.ones((2, 8))}}
-    stacks = Stacks(tree)
+    stacks = StackedParameters(tree)
     assert len(stacks.pack(tree)) == 2 and sorted(stacks.kernels) == [False, True]
 
 
 def test_what_devices_split_is_not_stacked():
     """The biases of q, k and v lie with their heads, those of o are whole."""
     with jax.set_mesh(make_mesh(MeshConfig(tensor=4))):
-        packed = Stacks(params()).pack(params())
+        packed = StackedParameters(params()).pack(params())
     assert sorted(x.shape[0] for x in packed) == [1, 1, 1, 1, 2]

@@ -10,7 +10,7 @@ import toy_stage
 
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
-from gnvc_jax.training import loop, work
+from gnvc_jax.training import loop, throughput
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.stages import Stage
 
@@ -26,15 +26,15 @@ class Product(Stage):
 
 
 def test_share_of_the_peak(monkeypatch):
-    monkeypatch.setitem(work.PEAK_FLOPS, "cpu", 1e6)
+    monkeypatch.setitem(throughput.PEAK_FLOPS, "cpu", 1e6)
     stage = Product(Experiment("product", data=DataConfig(size=(8, 8), batch=4)))
     with jax.set_mesh(make_mesh(MeshConfig(data=4))):
-        found = work.Work(stage).of(5)
+        found = throughput.WorkPerStep(stage).of(5)
     # Forward, and the gradient of the matrix, by four devices.
     operations = 2 * 2 * (4 * 5) * 192 * 16
     assert found == {"frames": 20, "peak_s": pytest.approx(operations / 4e6)}
-    monkeypatch.delitem(work.PEAK_FLOPS, "cpu")
-    assert work.Work(stage).of(5) == {"frames": 20}
+    monkeypatch.delitem(throughput.PEAK_FLOPS, "cpu")
+    assert throughput.WorkPerStep(stage).of(5) == {"frames": 20}
 
 
 def test_tokens_of_a_clip():
@@ -47,9 +47,9 @@ def test_tokens_of_a_clip():
 
 def test_goodput_of_an_interrupted_run(monkeypatch):
     now = 1000.0
-    monkeypatch.setattr(work.time, "time", lambda: now)
+    monkeypatch.setattr(throughput.time, "time", lambda: now)
 
-    clock = work.Clock(now)
+    clock = throughput.Clock(now)
     now += 10  # compilation
     clock.run()
     now += 50
@@ -61,7 +61,7 @@ def test_goodput_of_an_interrupted_run(monkeypatch):
     now += 35  # steps that are lost
     assert clock.goodput() == pytest.approx(85 / 100)
 
-    clock = work.Clock(**saved)
+    clock = throughput.Clock(**saved)
     now += 100  # nobody is there
     clock.run()
     now += 50

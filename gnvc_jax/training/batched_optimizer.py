@@ -1,6 +1,6 @@
 """Parameters of equal shape as one array.
 
-A codec has hundreds of small parameters of a few dozen shapes. An optimiser that takes them one by
+A codec has hundreds of small parameters of a few dozen shapes. An optimizer that takes them one by
 one makes a program of tens of thousands of operations, which compilers for accelerators spend
 minutes on.
 """
@@ -30,7 +30,7 @@ def is_kernel(path: tuple) -> bool:
     return KERNEL.fullmatch(rules.path_name(path)) is not None
 
 
-class Stacks:
+class StackedParameters:
     """Parameters below `rules.SMALL` numbers that are whole on every device, in stacks.
 
     A tree like the parameters becomes a list of arrays with one axis more. All others are stacks of

@@ -34,7 +34,7 @@ def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = Fals
         )
 
 
-class Work:
+class WorkPerStep:
     """What a step of a stage has to do."""
 
     def __init__(self, stage: Stage):
