@@ -22,7 +22,7 @@ from skimage.metrics import peak_signal_noise_ratio
 
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.evaluation.environment import environment
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.files import write_json
 from gnvc_jax.pretrained import load_pretrained
 
@@ -103,7 +103,7 @@ def measure(model: str, width: int, height: int, frames: int, repeats: int) -> l
     with torch.inference_mode():
         for name in (*ALL_FRAMES, *NETWORKS):
             count = NETWORK_FRAMES if name in NETWORKS else frames
-            pair, meter = (source[:count], decoded[:count]), Meter((name,))
+            pair, meter = (source[:count], decoded[:count]), QualityMeter((name,))
             ours, theirs = [], []
             for _ in range(repeats + 1):
                 ours.append(meter(*pair).seconds[name] / count)

@@ -10,7 +10,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.files import is_same_file
 from gnvc_jax.media.errors import UnwritableOutput
 from gnvc_jax.media.reader import open_video
@@ -93,7 +93,7 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
 
     size, (t, h, w, _) = stream.stat().st_size, source.shape
     print(f"\n{t} frames of {w}x{h}, qp {qp}: {size} bytes, {8 * size / (t * h * w):.4f} bpp")
-    meter = Meter(("psnr", "ms_ssim", "lpips_alex"))
+    meter = QualityMeter(("psnr", "ms_ssim", "lpips_alex"))
     for name in steps:
         quality = meter(source, videos[name]).quality
         values = "  ".join(f"{k} {v:.4f}" for k, v in quality.items() if v is not None)

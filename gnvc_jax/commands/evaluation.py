@@ -25,7 +25,7 @@ from gnvc_jax.evaluation.clips import find_clips, read_clip
 from gnvc_jax.evaluation.compare import ResultsError, compare, read_results
 from gnvc_jax.evaluation.environment import environment
 from gnvc_jax.evaluation.points import AutoencoderPoint, FilePoint
-from gnvc_jax.evaluation.quality import DEFAULT, METRICS, WITH_WEIGHTS, Meter
+from gnvc_jax.evaluation.quality import DEFAULT, METRICS, WITH_WEIGHTS, QualityMeter
 from gnvc_jax.evaluation.report import write_report
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
@@ -162,7 +162,9 @@ def evaluate(
             if bar.disable or status == "failed":  # not a terminal, or worth keeping in sight
                 bar.write(f"{label}: {status}", file=sys.stderr)
 
-        sweep = Sweep(out, Meter(metrics, dict(weights)), force, progress, flow, anchor_rates)
+        sweep = Sweep(
+            out, QualityMeter(metrics, dict(weights)), force, progress, flow, anchor_rates
+        )
         if processes > 1:
             records = run_in_processes(processes, sweep, clips, points, anchors)
         else:

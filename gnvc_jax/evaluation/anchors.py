@@ -1,9 +1,9 @@
-"""Standard codecs on the frames that the neural codec gets: x264, x265, SVT-AV1, VVC; low delay.
+"""Standard codecs on the same frames as the neural codec: x264, x265, SVT-AV1, VVC; low delay.
 
-They run in the ffmpeg of imageio-ffmpeg (or $IMAGEIO_FFMPEG_EXE) with their own psychovisual tools
-on, one intra frame, no reordering and no look-ahead. What is counted is the bare elementary stream
-with its parameter sets, but without the encoder's settings in SEI messages and without a container,
-which at low rates would cost more than some pictures.
+They run in the ffmpeg of imageio-ffmpeg (or $IMAGEIO_FFMPEG_EXE) with their psychovisual tools on,
+one intra frame, no reordering and no look-ahead. The size is that of the bare elementary stream
+with its parameter sets, without the encoder's settings in SEI messages and without a container,
+which at low rates would take more bytes than some pictures.
 
 The codecs see 8-bit YUV 4:2:0, BT.709, limited range (SVT-AV1 works in 10 bits); frames with odd
 sides are padded by one replicated row or column before coding and cropped after decoding.
@@ -25,15 +25,21 @@ import numpy as np
 
 from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420, yuv_to_rgb
 
-TRIES = 3  # libvvenc now and then ends well with an empty file
+TRIES = 3  # libvvenc occasionally succeeds with an empty file
 
 _COLOUR_TAGS = "-color_range tv -colorspace bt709 -color_primaries bt709 -color_trc bt709".split()
 
 
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """options: ffmpeg's, between source and rate; format: of the elementary stream; rate: option
-    that takes the rate factor; largest, step: the coarsest factor and the grid of those tried.
+class AnchorEncoder:
+    """How to call an encoder.
+
+    Attributes:
+        options: Options of ffmpeg between the source and the rate.
+        format: Format of the elementary stream.
+        rate: Option that takes the rate factor.
+        largest: Coarsest rate factor.
+        step: Distance between the rate factors that are tried.
     """
 
     options: str
@@ -44,26 +50,26 @@ class Encoder:
 
 
 ENCODERS = {
-    "x264": Encoder(
+    "x264": AnchorEncoder(
         "-c:v libx264 -preset veryslow -x264-params keyint=infinite:min-keyint=1:scenecut=0:"
         "bframes=0:rc-lookahead=0:sync-lookahead=0:mbtree=0:sliced-threads=0 "
         "-bsf:v filter_units=remove_types=6",
         "h264",
     ),
-    "x265": Encoder(
+    "x265": AnchorEncoder(
         "-c:v libx265 -preset veryslow -x265-params keyint=-1:min-keyint=1:scenecut=0:bframes=0:"
         "b-adapt=0:rc-lookahead=0:cutree=0:frame-threads=1:info=0 "
         "-bsf:v filter_units=remove_types=39-40",
         "hevc",
     ),
-    "svtav1": Encoder(
+    "svtav1": AnchorEncoder(
         "-pix_fmt yuv420p10le -c:v libsvtav1 -preset 4 "
         "-svtav1-params pred-struct=1:keyint=-1:scd=0:lookahead=0:tune=0",
         "obu",
         largest=63,
         step=1,
     ),
-    "vvc": Encoder(
+    "vvc": AnchorEncoder(
         "-c:v libvvenc -preset medium -qpa 1 -period 9999 "
         "-vvenc-params GopSize=8:PicReordering=0:DecodingRefreshType=0",
         "vvc",
@@ -81,11 +87,16 @@ class AnchorError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class AnchorResult:
-    """A coded clip.
+    """A clip coded by a standard codec.
 
-    bitstream: the elementary stream; frames: (t, h, w, 3) uint8 decoded from it; crf: constant rate
-    factor (QP of VVC); command: that encoded it, with file names without folders; version: of
-    ffmpeg; encode_seconds, decode_seconds: wall clock, with process start and raw video in and out.
+    Attributes:
+        bitstream: Elementary stream.
+        frames: Decoded frames, (t, h, w, 3) uint8.
+        crf: Constant rate factor (QP for VVC).
+        command: Command that encoded it, with file names without folders.
+        version: Version of ffmpeg.
+        encode_seconds: Wall-clock time to encode, including process start and raw video.
+        decode_seconds: Wall-clock time to decode, likewise.
     """
 
     bitstream: bytes
@@ -104,8 +115,12 @@ class AnchorResult:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """The coded clip whose size is nearest to `target_bytes`; `at_floor` says that even the
-    codec's coarsest setting takes more.
+    """The coded clip whose size is closest to a target.
+
+    Attributes:
+        result: Coded clip.
+        target_bytes: Target.
+        at_floor: Whether even the coarsest setting of the codec takes more.
     """
 
     result: AnchorResult
@@ -114,13 +129,19 @@ class Match:
 
 
 class Anchor:
-    """One codec on one clip; sizes are remembered, so that several rates can be matched cheaply."""
+    """One codec on one clip; streams are kept, so that several rates can be matched cheaply."""
 
     def __init__(self, codec: str, frames: np.ndarray, fps: Fraction, colour: Colour = BT709):
-        """codec: one of ANCHORS; frames: (t, h, w, 3) uint8; fps: frames per second; colour: of
-        the YUV that is coded.
+        """Prepares the frames.
 
-        Raises ValueError for another codec or another shape.
+        Args:
+            codec: One of ANCHORS.
+            frames: (t, h, w, 3) uint8.
+            fps: Frames per second.
+            colour: Colour space of the YUV that is coded.
+
+        Raises:
+            ValueError: another codec or another shape.
         """
         if codec not in ENCODERS:
             raise ValueError(f"unknown anchor '{codec}', expected one of {', '.join(ANCHORS)}")
@@ -147,7 +168,7 @@ class Anchor:
         )
 
     def match(self, target_bytes: int) -> Match:
-        """The constant rate factor, on the codec's grid, whose size is nearest to a target."""
+        """Encodes at the rate factor whose size is closest to a target; raises AnchorError."""
         encoder = ENCODERS[self.codec]
         crf, at_floor = bisect_crf(
             lambda crf: len(self._stream(crf)[0]), target_bytes, encoder.largest, encoder.step
@@ -162,7 +183,7 @@ class Anchor:
         return encode_arguments(self.codec, f"{width}x{height}", str(self.fps), f"{crf:g}")
 
     def _stream(self, crf: float) -> tuple[bytes, float]:
-        """The elementary stream and the seconds it took."""
+        """Elementary stream, and seconds it took to encode."""
         if crf not in self._streams:
             output = f"coded.{ENCODERS[self.codec].format}"
             start = time.perf_counter()
@@ -190,7 +211,7 @@ class Anchor:
 
 
 def encode_arguments(codec: str, size: str, fps: str, crf: str) -> list[str]:
-    """What ffmpeg is called with to encode source.yuv, of this size (WxH) and frame rate."""
+    """Arguments of ffmpeg to encode source.yuv, of this size (WxH) and frame rate."""
     encoder = ENCODERS[codec]
     return [
         *f"-f rawvideo -pix_fmt yuv420p -s {size} -r {fps}".split(),
@@ -204,7 +225,7 @@ def encode_arguments(codec: str, size: str, fps: str, crf: str) -> list[str]:
 
 
 def decode_arguments(codec: str) -> list[str]:
-    """What ffmpeg is called with to decode the elementary stream again."""
+    """Arguments of ffmpeg to decode the elementary stream."""
     form = ENCODERS[codec].format
     return (
         f"-f {form} -i coded.{form} -fps_mode passthrough -f rawvideo -pix_fmt yuv420p decoded.yuv"
@@ -212,10 +233,10 @@ def decode_arguments(codec: str) -> list[str]:
 
 
 def anchor_identity(codec: str) -> dict[str, str | list[float]]:
-    """All that decides what a codec makes of given frames at a given size, JSON-ready.
+    """Everything that determines the result for given frames and a given size, JSON-ready.
 
-    The whole commands, with names in place of what depends on the clip and on the size that is to
-    be matched; the grid of rate factors; the version of ffmpeg.
+    That is the commands, with placeholders for what depends on the clip and on the size to match,
+    the grid of rate factors, and the version of ffmpeg.
     """
     return {
         "encode": shlex.join(encode_arguments(codec, "SIZE", "FPS", "CRF")),
@@ -234,7 +255,7 @@ def encode_anchor(codec: str, frames: np.ndarray, fps: Fraction, crf: float) -> 
 
 
 def match_rate(codec: str, frames: np.ndarray, fps: Fraction, target_bytes: int) -> Match:
-    """Encodes as `encode_anchor` does, as near as it gets to a size in bytes."""
+    """Encodes as `encode_anchor` does, as close as possible to a size in bytes."""
     return Anchor(codec, frames, fps).match(target_bytes)
 
 
@@ -245,16 +266,20 @@ def bisect_crf(
     step: float = 0.25,
     tolerance: float = 0.005,
 ) -> tuple[float, bool]:
-    """Finds the constant rate factor whose size is nearest to a target, in log size.
+    """Finds the constant rate factor whose size is closest to a target, in log size.
 
     Args:
-        size: bytes at a factor in 0..largest, falling in it.
-        target: bytes wanted.
-        largest, step: of the grid of factors.
-        tolerance: relative error at which the search ends early.
+        size: Function from a factor in [0, largest] to bytes; it decreases.
+        target: Target in bytes.
+        largest: Largest factor.
+        step: Distance between factors.
+        tolerance: Relative error at which the search ends early.
 
     Returns:
         The factor, and whether the size at the largest one is still above the target.
+
+    Raises:
+        ValueError: the target is not positive.
     """
     if target <= 0:
         raise ValueError(f"target of {target} bytes")
@@ -272,13 +297,25 @@ def bisect_crf(
 
 @functools.cache
 def ffmpeg_version() -> str:
-    """The version that ffmpeg names itself, such as 'n9.0.2'."""
+    """Version of ffmpeg, such as 'n9.0.2'."""
     command = [imageio_ffmpeg.get_ffmpeg_exe(), "-version"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[2]
 
 
 def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> bytes:
-    """Runs ffmpeg in a folder that holds the input files; the bytes of `output`. AnchorError."""
+    """Runs ffmpeg in a temporary folder.
+
+    Args:
+        arguments: Arguments of ffmpeg.
+        inputs: Input files by name.
+        output: Name of the output file.
+
+    Returns:
+        Contents of the output file; empty if there is none.
+
+    Raises:
+        AnchorError: ffmpeg failed.
+    """
     with tempfile.TemporaryDirectory(prefix="gnvc-anchor-") as folder:
         for name, data in inputs.items():
             (Path(folder) / name).write_bytes(data)
@@ -292,7 +329,7 @@ def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> b
 
 
 def to_raw(frames: np.ndarray, colour: Colour = BT709) -> bytes:
-    """(t, h, w, 3) uint8 RGB to planar YUV 4:2:0 with even sides."""
+    """Converts (t, h, w, 3) uint8 RGB to planar YUV 4:2:0, padded to even sides."""
     even = [(0, side % 2) for side in frames.shape[1:3]]
     return b"".join(
         plane.tobytes()
@@ -302,7 +339,7 @@ def to_raw(frames: np.ndarray, colour: Colour = BT709) -> bytes:
 
 
 def _from_raw(raw: bytes, height: int, width: int, colour: Colour) -> np.ndarray:
-    """The inverse of `to_raw`, for even sides, apart from what 4:2:0 loses."""
+    """Inverts `to_raw` for even sides, apart from what 4:2:0 subsampling loses."""
     luma, chroma = height * width, height * width // 4
     samples = np.frombuffer(raw, np.uint8).reshape(-1, luma + 2 * chroma)
     half = (height // 2, width // 2)

@@ -1,8 +1,8 @@
-"""Bjøntegaard delta rate: how much more one codec spends than another for the same quality.
+"""Bjøntegaard delta rate: how much more rate one codec needs than another for the same quality.
 
-The mean over the common interval of quality of the difference in log rate, curves interpolated by
-piecewise cubics (pchip), as in JVET and AOM conditions; by the package bjontegaard. Nothing is
-extrapolated.
+It is the mean, over the quality interval that both curves cover, of the difference in log rate,
+with curves interpolated by piecewise cubics (pchip), as in the common test conditions of JVET and
+AOM. The package bjontegaard computes it. Nothing is extrapolated.
 """
 
 import csv
@@ -10,14 +10,15 @@ import io
 import itertools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import bjontegaard
 
 from gnvc_jax.evaluation.records import curve_of, means
 
-MIN_POINTS = 4  # of each curve; with fewer the interpolation says more than the measurements
-MEASURES = {  # name: section and field of a record, whether more is better
+MIN_POINTS = 4  # per curve; with fewer, the interpolation says more than the measurements
+MEASURES = {  # name: section and field of a record, whether larger is better
     "PSNR": ("quality", "psnr_rgb", True),
     "MS-SSIM": ("quality", "ms_ssim_rgb_db", True),
     "VMAF": ("quality", "vmaf", True),
@@ -32,10 +33,15 @@ COLUMNS = ("measure", "curve", "against", *FIGURES, "clips", "note")
 def bd_rate(
     anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]
 ) -> tuple[float | None, str]:
-    """Percent of rate that `test` takes more than `anchor`, and a note.
+    """Computes the BD-rate of one curve against another.
 
-    anchor, test: (rate, quality) pairs in any order, more quality is better. None where it cannot
-    be said, with the reason as the note; otherwise the note tells what was left out.
+    Args:
+        anchor: (rate, quality) pairs in any order; larger quality is better.
+        test: (rate, quality) pairs, likewise.
+
+    Returns:
+        Percentage of rate that `test` needs more than `anchor`, and a note on what was left out; or
+        None, and the reason why there is no such number.
     """
     kept = [rising(points) for points in (anchor, test)]
     dropped = len(anchor) + len(test) - sum(map(len, kept))
@@ -44,19 +50,26 @@ def bd_rate(
     (low_a, high_a), (low_b, high_b) = ((p[0][1], p[-1][1]) for p in kept)
     if min(high_a, high_b) <= max(low_a, low_b):
         return None, "no overlap"
-    columns = [column for points in kept for column in zip(*points)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a small overlap, which the note tells
-        value = bjontegaard.bd_rate(*columns, method="pchip", require_matching_points=False)
+        warnings.simplefilter("ignore")  # about a small overlap, which the note reports
+        value = _delta(bjontegaard.bd_rate, *kept)
     common = min(high_a, high_b) - max(low_a, low_b)
     share = common / (max(high_a, high_b) - min(low_a, low_b))
     notes = [f"{share:.0%} overlap"] if share < 0.75 else []
     notes += [f"{dropped} points that do not rise left out"] if dropped else []
-    return float(value), ", ".join(notes)
+    return value, ", ".join(notes)
+
+
+def _delta(
+    function: Callable, anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]
+) -> float:
+    """Calls a function of the package bjontegaard on two curves of (rate, quality) pairs."""
+    columns = [column for points in (anchor, test) for column in zip(*points)]
+    return float(function(*columns, method="pchip", require_matching_points=False))
 
 
 def rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The points by rate, without those that cost more than another and are no better."""
+    """Sorts points by rate and drops those that cost more than another and are no better."""
     kept: list[tuple[float, float]] = []
     for rate, quality in sorted(points, key=lambda p: (p[0], -p[1])):
         if not kept or (rate > kept[-1][0] and quality > kept[-1][1]):
@@ -67,27 +80,35 @@ def rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
 def bd_quality(
     anchor: Sequence[tuple[float, float]], test: Sequence[tuple[float, float]]
 ) -> float | None:
-    """Mean of what `test` has more than `anchor` at the same rate, over the common log rates.
+    """Mean difference of `test` minus `anchor` at the same rate, over the log rates in common.
 
-    anchor, test: (rate, value) pairs in any order. None for fewer than MIN_POINTS rates, or none in
-    common.
+    Args:
+        anchor: (rate, value) pairs in any order.
+        test: (rate, value) pairs in any order.
+
+    Returns:
+        The difference; None for fewer than MIN_POINTS rates, or if no rates are in common.
     """
     kept = [sorted(dict(points).items()) for points in (anchor, test)]
     if min(map(len, kept)) < MIN_POINTS:
         return None
     if min(p[-1][0] for p in kept) <= max(p[0][0] for p in kept):
         return None
-    columns = [column for points in kept for column in zip(*points)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return float(bjontegaard.bd_psnr(*columns, method="pchip", require_matching_points=False))
+        return _delta(bjontegaard.bd_psnr, *kept)
 
 
 def bd_table(records: Sequence[dict]) -> list[dict]:
-    """One row (see COLUMNS) per measure, curve of ours and other curve with files, as `bd_rate`.
+    """BD-rates of each of our curves against every other curve, for each measure.
 
-    bd_rate_percent is that of the curves of means over clips, bd_rate_clips_percent the mean of the
-    figures of single clips, of which so many (`clips`) have one.
+    Args:
+        records: Records of a sweep.
+
+    Returns:
+        Rows with COLUMNS. bd_rate_percent is the BD-rate of curves of means over clips,
+        bd_rate_clips_percent the mean of the BD-rates of single clips, and `clips` how many clips
+        have one.
     """
     done = complete(records)
     ours = {curve_of(r) for r in done if r["codec"]["codec"] == "gnvc"}
@@ -108,10 +129,15 @@ def bd_table(records: Sequence[dict]) -> list[dict]:
     return rows
 
 
-def complete(records: Sequence[dict], measured=lambda record: True) -> list[dict]:
-    """The records of points with files that are there for all clips, so that means compare.
+def complete(
+    records: Sequence[dict], measured: Callable[[dict], bool] = lambda record: True
+) -> list[dict]:
+    """Selects the records of points that have a file for every clip, so that means are comparable.
 
-    measured: whether a record has what is asked for; clips without any such record do not count.
+    Args:
+        records: Records of a sweep.
+        measured: Whether a record has the value in question; clips without any such record do not
+            count.
     """
     done = [r for r in records if r["status"] == "ok" and r["rate"]["bpp"] is not None]
     done = [r for r in done if measured(r)]
@@ -123,9 +149,16 @@ def complete(records: Sequence[dict], measured=lambda record: True) -> list[dict
 def curves(
     records: Sequence[dict], measure: str, sign: float = 1.0
 ) -> dict[str, list[tuple[float, float]]]:
-    """(bpp, sign x measure) of the points of every curve, means over the clips that have it.
+    """Curves of a measure, as means over the clips that have it.
 
-    Points that are not measured on all of these are left out, and curves without points.
+    Args:
+        records: Records of a sweep.
+        measure: One of MEASURES.
+        sign: Factor of the measure.
+
+    Returns:
+        (bpp, sign x measure) pairs by curve. Points that were not measured on all clips are left
+        out.
     """
     section, field, _ = MEASURES[measure]
     done = complete(records, lambda r: _finite(r[section].get(field)))
@@ -147,6 +180,6 @@ def bd_csv(rows: Sequence[dict]) -> str:
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     for row in rows:
-        figures = {k: "" if row[k] is None else f"{row[k]:.2f}" for k in FIGURES}
+        figures: dict[Any, str] = {k: "" if row[k] is None else f"{row[k]:.2f}" for k in FIGURES}
         writer.writerow(row | figures)
     return text.getvalue()

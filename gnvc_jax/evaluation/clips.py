@@ -25,8 +25,13 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Clip:
-    """name: of files and tables; frames: (t, h, w, 3) uint8 RGB; fps: frames per second; colour:
-    of the YUV that standard codecs and metrics get made of the frames.
+    """A source clip.
+
+    Attributes:
+        name: Name in files and tables.
+        frames: (t, h, w, 3) uint8 RGB.
+        fps: Frames per second.
+        colour: Colour space of the YUV that the frames become for standard codecs and YUV metrics.
     """
 
     name: str
@@ -36,17 +41,23 @@ class Clip:
 
     @functools.cached_property
     def sha256(self) -> str:
-        """Of shape, rate and samples: what is coded, whatever file it came from."""
+        """SHA-256 of shape, rate and samples: identifies what is coded, not the file."""
         digest = hashlib.sha256(f"{self.frames.shape} {self.fps}".encode())
-        digest.update(np.ascontiguousarray(self.frames))
+        digest.update(np.ascontiguousarray(self.frames).data)
         return digest.hexdigest()
 
 
 def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
-    """Clip names and paths: the files given, and the videos anywhere below the folders given.
+    """Finds clips: the given files, and all videos below the given folders.
 
-    A folder that holds PNG frames is one clip. Clips of the same name are told apart by the names
-    of their folders. Raises FileNotFoundError where nothing is found.
+    A folder of PNG frames is one clip. Clips of the same name are distinguished by the names of
+    their folders.
+
+    Returns:
+        Paths by name.
+
+    Raises:
+        FileNotFoundError: a path does not exist, or there are no videos.
     """
     found = []
     for path in paths:
@@ -57,7 +68,7 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
         else:
             raise FileNotFoundError(f"{path}: no such file or folder")
     if not found:
-        raise FileNotFoundError(f"{', '.join(map(str, paths))}: no videos in it")
+        raise FileNotFoundError(f"{', '.join(map(str, paths))}: no videos found")
     clips: dict[str, Path] = {}
     for path in dict.fromkeys(p.resolve() for p in found):
         name = path.name if path.is_dir() else path.stem
@@ -73,10 +84,14 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
 def read_clip(
     path: Path, name: str = "", frames: int | None = None, full_range: bool = False
 ) -> Clip:
-    """The video at `path`, or its first `frames` frames; raises MediaError.
+    """Reads a video; raises MediaError.
 
-    full_range: YUV is read as BT.709 of full range, whatever the file says, which returns the code
-    values that standard codecs should get.
+    Args:
+        path: Path of the video.
+        name: Name of the clip; that of the file if empty.
+        frames: Maximum number of frames.
+        full_range: Whether to read YUV as full-range BT.709, whatever the file says. Standard
+            codecs then get the code values of the file.
     """
     colour = Colour(full_range=True) if full_range else None
     with open_video(path, colour=colour) as video:
@@ -87,7 +102,7 @@ def read_clip(
 
 
 def write_clip(clip: Clip, path: Path) -> None:
-    """Writes a lossless .mkv, from which `read_clip` gets the same frames; raises MediaError."""
+    """Writes a lossless .mkv that `read_clip` reads back exactly; raises MediaError."""
     height, width = clip.frames.shape[1:3]
     with open_writer(path, width, height, clip.fps) as writer:
         for frame in clip.frames:

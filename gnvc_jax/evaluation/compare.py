@@ -1,4 +1,4 @@
-"""Two runs side by side: what both measured, and how far they differ."""
+"""Comparison of two runs: what both measured, and how much the results differ."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -11,11 +11,11 @@ _RELATIVE = ("bytes", "bpp", "kbps")  # fields whose difference is given in per 
 
 
 class ResultsError(ValueError):
-    """A file that is no results.json; the message names it."""
+    """A file that is not a results.json; the message names it."""
 
 
 def read_results(path: Path) -> dict:
-    """The content of a results.json; raises ResultsError."""
+    """Reads a results.json; raises ResultsError."""
     try:
         results = json.loads(path.read_text())
     except OSError as error:
@@ -34,8 +34,9 @@ def compare(a: dict, b: dict, names: Sequence[str]) -> tuple[str, bool]:
     """Compares two results.
 
     Args:
-        a, b: as `read_results` returns them.
-        names: what to call them, usually their paths.
+        a: Results of the first run, from `read_results`.
+        b: Results of the second run.
+        names: Names of the two, usually their paths.
 
     Returns:
         Markdown, and whether they have any clip and point in common.
@@ -82,8 +83,10 @@ def _sha256(record: dict) -> str:
     return record["source"]["sha256"]
 
 
-def _differences(runs, results, changed: Sequence[tuple[str, str]]) -> list[str]:
-    """Paragraphs on everything that only one run has, or that differs in its making."""
+def _differences(
+    runs: Sequence[dict], results: Sequence[dict], changed: Sequence[tuple[str, str]]
+) -> list[str]:
+    """Paragraphs on what only one run has, and on how the two were made differently."""
     lines = []
     for clip in dict.fromkeys(clip for clip, _ in changed):
         first, second = (next(r for (c, _), r in run.items() if c == clip) for run in runs)
@@ -121,7 +124,7 @@ def _differences(runs, results, changed: Sequence[tuple[str, str]]) -> list[str]
 
 
 def _facts(records: Iterable[dict], env: dict) -> dict[str, str]:
-    """What a run was made with, apart from its clips and points."""
+    """Model, hardware and versions that a run was made with."""
     models = {
         f"{r['codec']['model']} {r['codec']['model_sha256'][:12]}"
         for r in records
@@ -146,7 +149,7 @@ def _source(record: dict) -> str:
 
 
 def _change(pairs: Sequence[tuple[dict, dict]], section: str, field: str, spec: str) -> str:
-    """'26.78 → 27.01 (+0.23)': means of the pairs of which both have the number."""
+    """Means over the pairs in which both have the number, such as '26.78 → 27.01 (+0.23)'."""
     values = [[value_of(record, section, field) for record in pair] for pair in pairs]
     values = [pair for pair in values if None not in pair]
     if not values:
@@ -161,5 +164,5 @@ def _change(pairs: Sequence[tuple[dict, dict]], section: str, field: str, spec: 
 
 
 def _plain(text: str) -> str:
-    """Text that cannot end the cell of a table."""
+    """Text with escaped column separators of Markdown tables."""
     return str(text).replace("|", "\\|")

@@ -1,4 +1,4 @@
-"""What a result was made with."""
+"""Hardware and software that a result was produced with."""
 
 import importlib.metadata
 import platform
@@ -43,7 +43,7 @@ def _processor() -> str:
 
 
 def _git() -> dict | None:
-    """Commit of the checkout that this package runs from, and whether files differ from it."""
+    """Commit of the checkout that the package runs from, and whether files differ from it."""
     folder = Path(__file__).parents[2]
     if not (folder / ".git").exists():
         return None

@@ -1,7 +1,8 @@
-"""What GNVC-VD's paper measured, beside the same of a run on the same sequences.
+"""Published figures of the GNVC-VD paper beside those of a run on the same sequences.
 
-Its Figure 4 are the curves of LPIPS and DISTS, which every run draws; here are the tables. The
-paper names neither the network of LPIPS, nor flow and scale of E_warp (taken to be that of 0..255).
+Figure 4 of the paper shows curves of LPIPS and DISTS, which every run plots; this module has its
+tables. The paper does not say which network LPIPS uses, nor the flow and the scale of E_warp (taken
+to be 0..255 here).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ SEQUENCES = {  # of 1920x1080
 FRAMES, GROUP, SIZE = 96, 25, (1920, 1080)
 ANCHOR = "vvc"  # VVenC; the paper's is VTM-17.0
 MEASURES = {"LPIPS": ("LPIPS alex", "LPIPS vgg"), "DISTS": ("DISTS",)}
-BD_RATE = {  # Table 3, per cent against VTM-17.0; doubtful figures of GLC-Video left out
+BD_RATE = {  # Table 3, percent against VTM-17.0, without doubtful figures of GLC-Video
     ("hevc-b", "LPIPS"): {"GNVC-VD": -89.4, "GLC-Video": -79.1, "DCVC-RT": -20.9},
     ("hevc-b", "DISTS"): {"GNVC-VD": -94.5, "DCVC-RT": 15.4},
     ("mcl-jcv", "LPIPS"): {"GNVC-VD": -90.8, "GLC-Video": -74.8},
@@ -35,15 +36,23 @@ OVER_TIME = {  # Table 2: field of a record's "temporal", factor, format; publis
     "E_warp": ("e_warp", 255.0**2, ".1f", {"GNVC-VD": 66.6, "GLC-Video": 86.5, "HEVC": 23.3}),
     "CLIP-F": ("clip_f", 1.0, ".3f", {"GNVC-VD": 0.982, "GLC-Video": 0.979, "HEVC": 0.982}),
 }
-PARAMETERS = 2.3  # Table 6, thousand millions
-# A frame on one A800: decoding from Table 7, encoding as VoRTeC's authors quote it.
+PARAMETERS = 2.3  # Table 6, in billions
+# Per frame on one A800: decoding from Table 7, encoding as quoted by the authors of VoRTeC.
 MILLISECONDS = {"encode": 153.0, "decode": 1557.0}
 
 
 def sequences(name: str, clips: Mapping[str, Path]) -> dict[str, Path]:
-    """The clips of a set (`SEQUENCES`), told by how the names of their files begin, in its order.
+    """Selects the clips of a test set by the beginnings of their file names.
 
-    Raises UsageError where one is not there or there several times.
+    Args:
+        name: One of SEQUENCES.
+        clips: Paths by name.
+
+    Returns:
+        The clips of the set, in its order.
+
+    Raises:
+        UsageError: a sequence is missing, or several clips match it.
     """
     chosen = {}
     for sequence in SEQUENCES[name]:
@@ -58,18 +67,29 @@ def sequences(name: str, clips: Mapping[str, Path]) -> dict[str, Path]:
 
 
 def beside(records: Sequence[dict], name: str, full_range: bool) -> dict:
-    """Figures of the paper for a set beside those of our curves in the records of a sweep.
+    """Puts figures of the paper for a test set beside those of a run.
 
-    Returns {"set", "differs": what is not as in the paper, [text], "rows"}. Each row: figure;
-    published [(method, value)]; curve, None where it was not measured; measured [value], or [at the
-    lowest, at the highest rate]; format of the values; note.
+    Args:
+        records: Records of the run.
+        name: One of SEQUENCES.
+        full_range: Whether YUV was read as full range, as in the paper.
+
+    Returns:
+        "set"; "differs", a list of differences to the setup of the paper; and "rows", each with
+        figure, published [(method, value)], curve (None if not measured), measured ([value], or
+        [value at the lowest, at the highest rate]), format of the values, and note.
     """
     done = complete(records)
     ours = {r["point"]: curve_of(r) for r in done if r["codec"]["codec"] == "gnvc"}
     rows: list[dict] = []
 
-    def add(figure, published, spec, found, otherwise):
-        """found: {curve: (values, note)}."""
+    def add(
+        figure: str,
+        published: Mapping[str, float],
+        spec: str,
+        found: Mapping[str, tuple[list[float], str]],  # (values, note) by curve
+        otherwise: str,
+    ) -> None:
         known = {"figure": figure, "published": list(published.items()), "format": spec}
         for curve, (values, note) in found.items():
             rows.append(known | {"curve": curve, "measured": values, "note": note})
@@ -105,11 +125,11 @@ def beside(records: Sequence[dict], name: str, full_range: bool) -> dict:
             note += ", flow and scale unknown" if field == "e_warp" else " unknown"
             found = {curve: (values, note) for curve, values in found.items()}
             add(f"{figure} (Table 2)", published, spec, found, f"needs {figure}")
-    nothing = "no point of ours is there for all clips"
+    nothing = "no point of ours has a file for every clip"
     found = over_rates(done, lambda r: r["codec"].get("parameters"), 1e-9)
     found = {curve: (values[:1], "") for curve, values in found.items()}
     published = {"GNVC-VD": PARAMETERS}
-    add("parameters, thousand millions (Table 6)", published, ".2g", found, nothing)
+    add("parameters, billions (Table 6)", published, ".2g", found, nothing)
     for way, published in MILLISECONDS.items():
         found = over_rates(
             done, lambda r, w=way: r["speed"][f"{w}_seconds"] / r["source"]["frames"], 1000.0
@@ -122,7 +142,7 @@ def beside(records: Sequence[dict], name: str, full_range: bool) -> dict:
 
 
 def differs(records: Sequence[dict], name: str, full_range: bool) -> list[str]:
-    """What is not as in the paper: sequences that are missing, length, size, groups, range."""
+    """Differences to the setup of the paper: missing sequences, length, size, groups, range."""
     clips = {r["clip"] for r in records}
     frames = {r["source"]["frames"] for r in records}
     sizes = {(r["source"]["width"], r["source"]["height"]) for r in records}
@@ -138,15 +158,22 @@ def differs(records: Sequence[dict], name: str, full_range: bool) -> list[str]:
 def over_rates(
     records: Sequence[dict], value: Callable[[dict], float | None], factor: float
 ) -> dict[str, list[float]]:
-    """{curve of ours: [at the lowest, at the highest rate]} of means over clips of factor x value.
+    """Means over clips at the lowest and at the highest rate of each of our curves.
 
-    value: of a record, None where it has none; clips without do not count.
+    Args:
+        records: Records of a run.
+        value: Function from a record to a value; None excludes the record.
+        factor: Factor of the value.
+
+    Returns:
+        [mean at the lowest rate, mean at the highest rate] by curve.
     """
     found: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for r in complete(records, lambda r: value(r) is not None):
-        if r["codec"]["codec"] == "gnvc":
+        amount = value(r)
+        if r["codec"]["codec"] == "gnvc" and amount is not None:
             points = found.setdefault(curve_of(r), {})
-            points.setdefault(r["point"], []).append((r["rate"]["bpp"], factor * value(r)))
+            points.setdefault(r["point"], []).append((r["rate"]["bpp"], factor * amount))
     ends = {}
     for curve, points in found.items():
         pairs = [[sum(column) / len(column) for column in zip(*p)] for p in points.values()]

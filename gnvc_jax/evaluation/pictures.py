@@ -1,6 +1,6 @@
-"""What a sweep keeps to look at: a few frames, and one row of pixels over time.
+"""Pictures that a sweep keeps for the report: a few frames, and one row of pixels over time.
 
-OUT/pictures/CLIP__source/view.json     what is kept of this clip, chosen from the source alone
+OUT/pictures/CLIP__source/view.json     what is kept of the clip, chosen from the source alone
 OUT/pictures/CLIP__source/0048.png      a frame of the source, OUT/pictures/CLIP__POINT of a point
 OUT/pictures/CLIP__source/slice.png     row y of every frame, one below the other: (t, w)
 """
@@ -22,10 +22,14 @@ SOURCE = "source"
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What is looked at in one clip.
+    """What the report shows of a clip.
 
-    frames: their indices; top, left, side: the square that is shown enlarged, in pixels; row: of
-    the slice over time.
+    Attributes:
+        frames: Indices of whole frames.
+        top: Top of the square that is shown enlarged, in pixels.
+        left: Left side of the square.
+        side: Side of the square.
+        row: Row of pixels that is shown over time.
     """
 
     frames: tuple[int, ...]
@@ -36,7 +40,7 @@ class View:
 
     @property
     def middle(self) -> int:
-        """Position in `frames` of the one that the square is cut from."""
+        """Position in `frames` of the frame that the square is taken from."""
         return len(self.frames) // 2
 
     @property
@@ -46,14 +50,14 @@ class View:
 
 
 def choose_view(frames: np.ndarray) -> View:
-    """Three frames, and the square that holds most texture and motion in the middle one.
+    """Chooses three frames, and the square with most texture and motion in the middle one.
+
+    The side of the square is a quarter of the shorter side of the frame, but at least 64 pixels if
+    the frame allows. The square is where the variance of luma plus the mean squared change to the
+    next frame is largest, so that difficult content is chosen before anything is coded.
 
     Args:
-        frames: (t, h, w, 3) uint8, the source.
-
-    The square is a quarter of the shorter side, at least 64 pixels where the frame has them, and
-    lies where variance of luma plus mean squared change to the next frame is largest: what is
-    difficult is chosen before anything is coded.
+        frames: Source, (t, h, w, 3) uint8.
     """
     t, h, w = frames.shape[:3]
     shown = tuple(sorted({t // 6, t // 2, t * 5 // 6}))
@@ -63,7 +67,7 @@ def choose_view(frames: np.ndarray) -> View:
     change = luma - frames[min(middle + 1, t - 1)].mean(-1)
     mean = uniform_filter(luma, side)
     score = uniform_filter(luma**2 + change**2, side) - mean**2
-    # The filter's value at its centre belongs to the square that begins side // 2 before it.
+    # The filter puts the mean of a square at its centre, side // 2 after its first pixel.
     inside = score[side // 2 :, side // 2 :][: h - side + 1, : w - side + 1]
     top, left = np.unravel_index(inside.argmax(), inside.shape)
     return View(shown, int(top), int(left), side, h // 2)
@@ -76,11 +80,11 @@ class Pictures:
         self.folder = out / "pictures"
 
     def path(self, clip: str, point: str, file: str) -> Path:
-        """Of a picture; clip, point: names; file: one of `View.files`."""
+        """Path of a picture; `file` is one of `View.files`."""
         return self.folder / f"{clip}__{point}" / file
 
     def view(self, clip: Clip) -> View:
-        """The view of a clip; pictures of the source are written where they are not there yet."""
+        """Returns the view of a clip, and writes pictures of the source if they are missing."""
         path = self.path(clip.name, SOURCE, "view.json")
         stored = self.load_view(clip.name, clip.sha256)
         if stored and self.complete(clip.name, SOURCE, stored):
@@ -91,7 +95,7 @@ class Pictures:
         return view
 
     def load_view(self, clip: str, sha256: str) -> View | None:
-        """The view kept for the clip of this name and content, or None."""
+        """Loads the view of a clip with this name and content; None if there is none."""
         try:
             facts = json.loads(self.path(clip, SOURCE, "view.json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
@@ -101,7 +105,7 @@ class Pictures:
         return View(**{**facts, "frames": tuple(facts["frames"])})
 
     def complete(self, clip: str, point: str, view: View) -> bool:
-        """Whether every picture of a point is there."""
+        """Whether all pictures of a point exist."""
         return all(self.path(clip, point, file).is_file() for file in view.files)
 
     def save(self, clip: str, point: str, view: View, frames: np.ndarray) -> None:

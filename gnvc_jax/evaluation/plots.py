@@ -1,7 +1,7 @@
-"""Curves of a sweep: quality over rate, and quality over the frames of a clip.
+"""Plots of a sweep: quality over rate, and quality over the frames of a clip.
 
 A curve is a codec, ours with one number of refinement steps. Standard codecs are dashed. Axes of
-metrics that count errors are turned, so that up is better everywhere.
+error metrics are inverted, so that up is better everywhere.
 """
 
 import io
@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -23,10 +24,10 @@ from gnvc_jax.files import write_whole
 Columns = Mapping[str, tuple[str, str, str]]
 Colours = Mapping[str, str]
 
-_ERRORS = ("lpips", "dists", "pulse")  # beginnings of fields where less is better
+_ERRORS = ("lpips", "dists", "pulse")  # prefixes of fields of which less is better
 _COLOURS = ("#d1495b", "#2a78b8", "#3a8f4d", "#b8740f", "#7d5ba6", "#0f8b8d", "#8c6a4f")
 _PANEL = (3.3, 2.6)  # inches, width and height of one panel
-_STYLE = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"}
+_STYLE: dict[Any, Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"}
 
 
 def is_anchor(record: dict) -> bool:
@@ -35,11 +36,11 @@ def is_anchor(record: dict) -> bool:
 
 
 def rate_groups(records: Sequence[dict]) -> list[list[dict]]:
-    """The finished records of one clip, those that go together in rate side by side.
+    """Groups the finished records of one clip by rate.
 
-    Points of ours with files of one size share a group; a standard codec joins the point whose
-    rate it was given, and is left out at multiples of it. By rising rate, points without a file
-    last.
+    Points of ours with files of the same size share a group. A standard codec joins the point whose
+    rate it was given, and is left out at multiples of that rate. Groups are in order of rate,
+    points without a file last.
     """
     groups: dict[int | None, list[dict]] = {}
     sizes = {r["point"]: r["rate"]["bytes"] for r in records if not is_anchor(r)}
@@ -51,10 +52,10 @@ def rate_groups(records: Sequence[dict]) -> list[list[dict]]:
 
 
 def mean_records(records: Sequence[dict]) -> list[dict]:
-    """Means over clips with the codec they belong to.
+    """Means over clips, with the codec of each point.
 
-    Points that some clip lacks are left out: the mean of other clips would be no point of the
-    curve.
+    Points that some clip lacks are left out, since a mean over other clips does not belong on the
+    same curve.
     """
     finished = [r for r in records if r["status"] == "ok"]
     clips = {r["clip"] for r in finished}
@@ -70,10 +71,11 @@ def rd_figure(records: Sequence[dict], columns: Columns, colours: Colours, title
     """Quality over log rate, one panel for each column.
 
     Args:
-        records: with codec, rate, quality and temporal; a point without rate becomes a line.
-        columns: as `tables.COLUMNS`, of the sections quality and temporal.
-        colours: of every curve.
-        title: taken literally.
+        records: Records with codec, rate, quality and temporal; a point without a rate becomes a
+            horizontal line.
+        columns: Columns as in `tables.COLUMNS`, of the sections quality and temporal.
+        colours: Colour of each curve.
+        title: Title, taken literally.
     """
     across = min(3, len(columns))
     down = math.ceil(len(columns) / across)
@@ -112,12 +114,12 @@ def frame_figure(
     """Quality over the frames of one clip: a row for each column, a panel for each rate.
 
     Args:
-        groups: of `rate_groups`.
-        curves: values of every frame by field, for each point.
-        seams: first frames of the groups that a point was coded in; drawn as vertical lines.
-        columns: of which those are drawn that some curve has.
-        colours: of every curve.
-        title: taken literally.
+        groups: Groups from `rate_groups`.
+        curves: Values of every frame by field, for each point.
+        seams: First frames of the groups that a point was coded in, drawn as vertical lines.
+        columns: Columns to draw, if some curve has them.
+        colours: Colour of each curve.
+        title: Title, taken literally.
     """
     columns = {
         heading: column
@@ -144,7 +146,7 @@ def frame_figure(
 
 
 def group_name(group: Sequence[dict]) -> str:
-    """What to call a group of `rate_groups`: the rate of its first point."""
+    """Name of a group from `rate_groups`: the rate of its first point."""
     bpp = group[0]["rate"]["bpp"]
     return "without a file" if bpp is None else f"{bpp:.4f} bpp"
 
@@ -155,10 +157,19 @@ def write_plots(
     curves: Mapping[tuple[str, str], Mapping[str, Sequence[float]]],
     seams: Mapping[tuple[str, str], Sequence[int]],
 ) -> dict[str, str]:
-    """Writes OUT/plots/NAME.png and NAME.svg; returns the SVG texts by name.
+    """Writes OUT/plots/NAME.png and NAME.svg.
 
-    Names: rd (means over clips, all metrics), rd_FIELD (one metric), clips/CLIP_rd and
-    clips/CLIP_frames. `curves` and `seams` are those of `frame_figure`, by (clip, point).
+    Names are rd (means over clips, all metrics), rd_FIELD (one metric), clips/CLIP_rd and
+    clips/CLIP_frames.
+
+    Args:
+        out: Folder of the sweep.
+        records: Records of the sweep.
+        curves: Values of every frame by field, for each (clip, point).
+        seams: First frames of groups, for each (clip, point).
+
+    Returns:
+        SVG texts by name.
     """
     finished = [r for r in records if r["status"] == "ok"]
     columns = {
@@ -169,25 +180,28 @@ def write_plots(
     if not columns:
         return {}
     average = mean_records(finished)
-    style = columns, dict(zip(dict.fromkeys(map(curve_of, finished)), itertools.cycle(_COLOURS)))
+    colours = dict(zip(dict.fromkeys(map(curve_of, finished)), itertools.cycle(_COLOURS)))
     figures = {}
     if average:
-        figures["rd"] = rd_figure(average, *style, "")
+        figures["rd"] = rd_figure(average, columns, colours, "")
         for heading, column in columns.items():
             figures[f"rd_{column[1]}"] = rd_figure(
-                average, {heading: column}, style[1], "Mean over clips"
+                average, {heading: column}, colours, "Mean over clips"
             )
     for clip in dict.fromkeys(r["clip"] for r in finished):
         own = [r for r in finished if r["clip"] == clip]
-        figures[f"clips/{clip}_rd"] = rd_figure(own, *style, clip)
-        mine = [{p: v for (c, p), v in table.items() if c == clip} for table in (curves, seams)]
-        if any(mine[0].values()):
-            figures[f"clips/{clip}_frames"] = frame_figure(rate_groups(own), *mine, *style, clip)
+        figures[f"clips/{clip}_rd"] = rd_figure(own, columns, colours, clip)
+        own_curves = {p: values for (c, p), values in curves.items() if c == clip}
+        own_seams = {p: values for (c, p), values in seams.items() if c == clip}
+        if any(own_curves.values()):
+            figures[f"clips/{clip}_frames"] = frame_figure(
+                rate_groups(own), own_curves, own_seams, columns, colours, clip
+            )
     return {name: _write(out / "plots", name, figure) for name, figure in figures.items()}
 
 
 def _write(folder: Path, name: str, figure: Figure) -> str:
-    """Writes both files, returns the SVG."""
+    """Writes both files and returns the SVG."""
     with matplotlib.rc_context(_STYLE):
         picture, drawing = io.BytesIO(), io.StringIO()
         figure.savefig(picture, format="png", dpi=130, facecolor="white")
@@ -198,10 +212,13 @@ def _write(folder: Path, name: str, figure: Figure) -> str:
 
 
 def inline_svg(drawing: str, prefix: str, label: str) -> str:
-    """An SVG of `write_plots` as an element of a page, in the colour of the page's text.
+    """Converts an SVG of `write_plots` to an element of a page, in the colour of the page's text.
 
-    prefix: of all identifiers, so that many drawings fit on one page; those that nothing refers to
-    are dropped. label: what the drawing is called, escaped already.
+    Args:
+        drawing: SVG text.
+        prefix: Prefix of all identifiers, so that a page can hold many drawings; identifiers that
+            nothing refers to are dropped.
+        label: Label of the drawing, already escaped.
     """
     svg = drawing[drawing.index("<svg") :]
     svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if f"#{m[1]}" in svg else "", svg)
@@ -211,8 +228,10 @@ def inline_svg(drawing: str, prefix: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
 
-def _figure(down: int, across: int, title: str, sharey="none") -> tuple[Figure, list[Axes]]:
-    """An empty figure and its panels. Margins are fixed: to measure all texts takes seconds."""
+def _figure(
+    down: int, across: int, title: str, sharey: Literal["none", "row"] = "none"
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure and its panels. Margins are fixed: measuring all texts takes seconds."""
     with matplotlib.rc_context(_STYLE):
         width, height = _PANEL
         size = max(width * across, 2 * width), height * down + 1.0
@@ -240,7 +259,7 @@ def _finish(panel: Axes, heading: str, field: str) -> None:
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend below all panels; panels that stayed empty are removed."""
+    """Adds one legend below all panels, and removes panels that stayed empty."""
     entries = {}
     for panel in panels:
         entries |= dict(zip(*reversed(panel.get_legend_handles_labels())))

@@ -1,6 +1,7 @@
-"""What a sweep measures: a clip, and the ways of coding it.
+"""Points of a sweep: ways of coding a clip, each at one quality.
 
-A point is one way of coding a clip at one quality. Anything with the attributes of `Point` will do.
+`FilePoint` is our codec, `AutoencoderPoint` the autoencoder without a file, and `AnchorPoint` a
+standard codec at the rate of another point. Anything with the attributes of `Point` works, too.
 """
 
 import dataclasses
@@ -21,22 +22,26 @@ from safetensors import safe_open
 from gnvc_jax.bitstream import BitstreamError, StreamReader
 from gnvc_jax.evaluation.anchors import ENCODERS, Anchor, anchor_identity
 from gnvc_jax.evaluation.clips import Clip, read_clip, write_clip
-from gnvc_jax.pretrained import FOLDER, load_pretrained
+from gnvc_jax.pretrained import FOLDER, Codec, load_pretrained
 
 TOOL = (sys.executable, "-m", "gnvc_jax.cli")
 
 
 class CodingError(RuntimeError):
-    """A codec that failed, or that did not return the frames that went in."""
+    """A codec that failed, or whose output does not have the shape of its input."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Coded:
+class CodedClip:
     """A clip after coding.
 
-    frames: (t, h, w, 3) uint8, as decoded; bitstream: the whole file, or None where there is none;
-    encode_seconds, decode_seconds: wall clock or None; details: JSON-ready, for the record;
-    starts: first frames of groups that were coded apart.
+    Attributes:
+        frames: Decoded frames, (t, h, w, 3) uint8.
+        bitstream: The whole file, or None if there is none.
+        encode_seconds: Wall-clock time to encode, or None.
+        decode_seconds: Wall-clock time to decode, or None.
+        details: Facts for the record, JSON-ready.
+        starts: First frames of groups that were coded independently.
     """
 
     frames: np.ndarray
@@ -48,27 +53,36 @@ class Coded:
 
 
 class Point(Protocol):
-    """label: names the point in tables and files; suffix: of its bitstreams."""
+    """One way of coding a clip at one quality."""
 
     @property
-    def label(self) -> str: ...
+    def label(self) -> str:
+        """Name of the point in tables and files."""
+        ...
 
     @property
-    def suffix(self) -> str: ...
+    def suffix(self) -> str:
+        """Suffix of the files it writes."""
+        ...
 
     def identity(self) -> dict[str, Any]:
-        """All that decides the result for a given clip, JSON-ready."""
+        """Everything that determines the result for a given clip, JSON-ready."""
+        ...
 
-    def code(self, clip: Clip) -> Coded:
-        """Encodes and decodes; any exception means that the point failed."""
+    def code(self, clip: Clip) -> CodedClip:
+        """Encodes and decodes a clip; any exception means that the point failed."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class FilePoint:
-    """A .gnvc file, written and read by separate processes of the command line tool.
+    """A .gnvc file, written and read by separate processes of `gnvc`.
 
-    model: a name or a path; qp: 0 (best) to 63 (smallest); steps: of refinement, None for what
-    `gnvc decode` does by itself; gop: frames of a group, None for what `gnvc encode` does.
+    Attributes:
+        model: Name of a shipped model, or path of a model file.
+        qp: Quality level from 0 (best) to 63 (smallest).
+        steps: Refinement steps, None for the default of `gnvc decode`.
+        gop: Frames per group, None for the default of `gnvc encode`.
     """
 
     model: str
@@ -79,13 +93,16 @@ class FilePoint:
 
     @property
     def label(self) -> str:
+        """Name of the point in tables and files."""
         return f"gnvc-qp{self.qp}" + (f"-steps{self.steps}" if self.steps is not None else "")
 
     def identity(self) -> dict[str, Any]:
+        """Everything that determines the result for a given clip, JSON-ready."""
         facts = {"codec": "gnvc", "qp": self.qp, "steps": self.steps, "gop": self.gop}
         return facts | model_identity(self.model)
 
-    def code(self, clip: Clip) -> Coded:
+    def code(self, clip: Clip) -> CodedClip:
+        """Encodes and decodes a clip."""
         bitstream, encode_seconds = _encoded(clip, self.model, self.qp, self.gop)
         with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
             coded, decoded = Path(folder) / "coded.gnvc", Path(folder) / "decoded.mkv"
@@ -96,29 +113,34 @@ class FilePoint:
             frames = read_clip(decoded).frames
             starts = group_starts(coded)
         details = {"parameters": model_parameters(self.model)}
-        return Coded(frames, bitstream, encode_seconds, decode_seconds, details, starts)
+        return CodedClip(frames, bitstream, encode_seconds, decode_seconds, details, starts)
 
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderPoint:
-    """The autoencoder alone, without codec, refiner and file: a ceiling of the quality."""
+    """The autoencoder alone, without codec, refiner and file: an upper bound of the quality."""
 
     model: str
     label = "vae"
     suffix = ""
 
     def identity(self) -> dict[str, Any]:
+        """Everything that determines the result for a given clip, JSON-ready."""
         return {"codec": "vae", **model_identity(self.model)}
 
-    def code(self, clip: Clip) -> Coded:
-        return Coded(np.asarray(_load_model(self.model).reconstruct(clip.frames)), None)
+    def code(self, clip: Clip) -> CodedClip:
+        """Encodes and decodes a clip."""
+        return CodedClip(np.asarray(_load_model(self.model).reconstruct(clip.frames)), None)
 
 
 @dataclasses.dataclass(frozen=True)
 class AnchorPoint:
     """A standard codec at the rate of another point.
 
-    codec: 'x264' or 'x265'; like: label of the other point; target_bytes: its size.
+    Attributes:
+        codec: One of `anchors.ANCHORS`.
+        like: Label of the other point.
+        target_bytes: Size of its file.
     """
 
     codec: str
@@ -127,13 +149,16 @@ class AnchorPoint:
 
     @property
     def suffix(self) -> str:
+        """Suffix of the elementary stream."""
         return f".{ENCODERS[self.codec].format}"
 
     @property
     def label(self) -> str:
+        """Name of the point in tables and files."""
         return f"{self.codec}-at-{self.like}"
 
     def identity(self) -> dict[str, Any]:
+        """Everything that determines the result for a given clip, JSON-ready."""
         return {
             "codec": self.codec,
             "mode": "ld",
@@ -143,17 +168,18 @@ class AnchorPoint:
             **anchor_identity(self.codec),
         }
 
-    def code(self, clip: Clip) -> Coded:
+    def code(self, clip: Clip) -> CodedClip:
+        """Encodes and decodes a clip."""
         match = _anchor(self.codec, clip).match(self.target_bytes)
         result = match.result
         details = {"crf": result.crf, "command": result.command, "at_floor": match.at_floor}
-        return Coded(
+        return CodedClip(
             result.frames, result.bitstream, result.encode_seconds, result.decode_seconds, details
         )
 
 
 def group_starts(path: Path) -> list[int]:
-    """First frames of the groups of a .gnvc file; empty for what is none, or not there."""
+    """First frames of the groups of a .gnvc file; empty for any other or a missing file."""
     try:
         with StreamReader(path) as reader:
             return [entry.first_frame for entry in reader.index()]
@@ -162,13 +188,13 @@ def group_starts(path: Path) -> list[int]:
 
 
 def model_identity(model: str) -> dict[str, str]:
-    """Name of a shipped model or model file, and its SHA-256; FileNotFoundError."""
+    """Name and SHA-256 of a shipped model or model file. Raises FileNotFoundError."""
     path = _model_path(model)
     return {"model": path.stem, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def model_parameters(model: str) -> int:
-    """Numbers in VAE, codec and refiner of a model; FileNotFoundError."""
+    """Number of parameters in VAE, codec and refiner of a model. Raises FileNotFoundError."""
     with safe_open(_model_path(model), framework="numpy") as file:
         names = [name for name in file.keys() if name.startswith(("vae/", "codec/", "refiner/"))]
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
@@ -184,7 +210,7 @@ def _model_path(model: str) -> Path:
 
 @functools.lru_cache(maxsize=1)
 def _encoded(clip: Clip, model: str, qp: int, gop: int | None) -> tuple[bytes, float]:
-    """The file and the seconds it took; points that differ in decoding only share it."""
+    """Encoded file, and seconds it took; points that differ only in decoding share them."""
     with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
         source, coded = Path(folder) / "source.mkv", Path(folder) / "coded.gnvc"
         write_clip(clip, source)
@@ -195,7 +221,7 @@ def _encoded(clip: Clip, model: str, qp: int, gop: int | None) -> tuple[bytes, f
 
 
 @functools.lru_cache(maxsize=1)
-def _load_model(model: str):
+def _load_model(model: str) -> Codec:
     return load_pretrained(model)
 
 
@@ -205,7 +231,7 @@ def _anchor(codec: str, clip: Clip) -> Anchor:
 
 
 def _run_tool(arguments: list) -> float:
-    """Runs the command line tool in a new process; the seconds it took."""
+    """Runs `gnvc` in a new process; returns the seconds it took. Raises CodingError."""
     start = time.perf_counter()
     done = subprocess.run(
         [*TOOL, *map(str, arguments)],

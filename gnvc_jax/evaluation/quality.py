@@ -1,4 +1,8 @@
-"""All metrics of a decoded clip at once, compiled for one batch shape and timed."""
+"""All metrics of a decoded clip, compiled once per batch shape and timed.
+
+`QualityMeter` runs the metrics that it is asked for: on the device in batches of frames, or on the
+host for those that need OpenCV or ffmpeg. What cannot be measured is listed with the reason.
+"""
 
 import dataclasses
 import functools
@@ -7,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +28,7 @@ from gnvc_jax.metrics.psnr import decibels, mean_squared_error, psnr
 from gnvc_jax.metrics.temporal import drift, seam, temporal
 from gnvc_jax.metrics.warping import warping_error
 
-FIELDS = {  # metric: what it adds to a record
+FIELDS = {  # metric: fields that it adds to a record
     "psnr": ("psnr_rgb", "apsnr_rgb"),
     "psnr_yuv": ("psnr_yuv", "psnr_y", "psnr_u", "psnr_v"),
     "ms_ssim": ("ms_ssim_rgb", "ms_ssim_rgb_db"),
@@ -36,24 +41,24 @@ FIELDS = {  # metric: what it adds to a record
     "clip": ("clip_f", "clip_f_source", "cmmd"),
 }
 METRICS = tuple(FIELDS)
-TEMPORAL = (
-    "temporal",
-    "e_warp",
-    "clip",
-)  # values of a whole clip, the others have one for each frame
-WITH_WEIGHTS = ("lpips_alex", "lpips_vgg", "dists", "clip")  # metrics that take a file of the user
+TEMPORAL = ("temporal", "e_warp", "clip")  # one value per clip; all others have one per frame
+WITH_WEIGHTS = ("lpips_alex", "lpips_vgg", "dists", "clip")  # metrics that take a weight file
 DEFAULT = ("psnr", "ms_ssim", "lpips_alex", "temporal")
 BATCH = 8
-_BATCH_PIXELS = 2**21  # bounds the activations of VGG to about half a gigabyte a layer
+_BATCH_PIXELS = 2**21  # limits activations of VGG to about half a gigabyte per layer
 
 
 @dataclasses.dataclass(frozen=True)
 class Quality:
-    """What was measured on one clip; JSON-ready.
+    """Results of one clip, JSON-ready.
 
-    quality, temporal: numbers for the whole clip, None where not measured; frames: the same for
-    every frame; seconds, compile_seconds: by metric, compilation apart; missing: why a metric was
-    not measured.
+    Attributes:
+        quality: Fidelity of the whole clip by field, None if not measured.
+        temporal: Temporal fidelity of the whole clip by field, None if not measured.
+        frames: Values of every frame by field.
+        seconds: Time by metric, without compilation.
+        compile_seconds: Compilation time by metric.
+        missing: Reason why a metric was not measured, by metric.
     """
 
     quality: dict[str, float | None]
@@ -64,14 +69,20 @@ class Quality:
     missing: dict[str, str]
 
 
-class Meter:
+class QualityMeter:
     """Measures clips; weights are loaded once, programs are compiled once for each frame size."""
 
     def __init__(self, metrics: Sequence[str] = DEFAULT, weights: Mapping[str, Path] | None = None):
-        """metrics: names from METRICS; weights: a .safetensors file for some of WITH_WEIGHTS.
+        """Chooses metrics.
 
-        Raises ValueError for other names. A file that is not there, or not what it should be, is
-        found when its metric is measured, and becomes the reason why it is missing.
+        Args:
+            metrics: Names out of METRICS.
+            weights: .safetensors files by metric, for some of WITH_WEIGHTS. A missing or unsuitable
+                file is noticed when its metric is measured, and reported as the reason why it is
+                missing.
+
+        Raises:
+            ValueError: an unknown name.
         """
         weights = dict(weights or {})
         for names, known in ((metrics, METRICS), (weights, WITH_WEIGHTS)):
@@ -82,7 +93,7 @@ class Meter:
         self._programs: dict[tuple, Callable] = {}
 
     def identity(self) -> dict:
-        """All that decides what is measured, JSON-ready: metrics, SHA-256 of weights by metric."""
+        """Everything that determines the results, JSON-ready: metrics, SHA-256 of weight files."""
         facts: dict = {"metrics": list(self.metrics)}
         if self.weights:
             facts["weights"] = {name: _sha256(path) for name, path in self.weights.items()}
@@ -96,13 +107,20 @@ class Meter:
         flow: Path | None = None,
         colour: Colour = BT709,
     ) -> Quality:
-        """Measures `output` against `source`, both (t, h, w, 3) uint8.
+        """Measures a clip.
 
-        starts: first frames of the groups that the output was coded in, for the measure of seams;
-        flow: folder with flow of the source, for e_warp; colour: of the YUV 4:2:0 that metrics of
-        YUV make of the frames.
-        A metric that this frame size or this installation does not allow is listed in `missing`.
-        Raises ValueError where the clips differ in shape or are not uint8.
+        Args:
+            source: (t, h, w, 3) uint8.
+            output: Decoded clip of the same shape.
+            starts: First frames of the groups that the output was coded in, for the seam metric.
+            flow: Folder with optical flow of the source, for e_warp.
+            colour: Colour space of the YUV 4:2:0 that YUV metrics compute on.
+
+        Returns:
+            The results; `missing` lists metrics that frame size or installation do not allow.
+
+        Raises:
+            ValueError: the clips differ in shape or are not uint8.
         """
         if source.shape != output.shape or source.dtype != np.uint8 or output.dtype != np.uint8:
             raise ValueError(
@@ -136,19 +154,19 @@ class Meter:
         return result
 
     def _by_batch(self, result: Quality, name: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """(t,) values; the last batch is filled up with its last frame."""
+        """Values (t,) of a metric; the last batch is padded by repeating its last frame."""
         most = max(1, min(BATCH, _BATCH_PIXELS // math.prod(x.shape[1:3])))
-        batch = -(-len(x) // -(-len(x) // most))  # equal shares, which leaves least to fill up
+        batch = -(-len(x) // -(-len(x) // most))  # equal batches need the least padding
         values = []
         for start in range(0, len(x), batch):
             index = np.minimum(np.arange(start, start + batch), len(x) - 1)
             values.append(self._timed(result, name, (x[index], y[index])))
         return np.concatenate(values)[: len(x)].astype(np.float64)
 
-    def _weights_of(self, name: str):
+    def _weights_of(self, name: str) -> Any:
         return _weights(name, self.weights.get(name))
 
-    def _timed(self, result: Quality, name: str, clips: tuple[np.ndarray, np.ndarray]):
+    def _timed(self, result: Quality, name: str, clips: tuple[np.ndarray, np.ndarray]) -> Any:
         arguments = (self._weights_of(name), *clips)
         key = (name, clips[0].shape)
         if key not in self._programs:
@@ -161,11 +179,11 @@ class Meter:
         return values
 
 
-def _lpips(params, x, y):
+def _lpips(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
     return lpips(params, x.astype(jnp.float32) / 127.5 - 1, y.astype(jnp.float32) / 127.5 - 1)
 
 
-_FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict for the clip
+_FUNCTIONS = {  # (weights, source, output) -> value per frame, or dictionary for the clip
     "psnr": lambda _, x, y: mean_squared_error(x, y),
     "ms_ssim": lambda _, x, y: ms_ssim(x, y),
     "lpips_alex": _lpips,
@@ -176,7 +194,7 @@ _FUNCTIONS = {  # (weights, source, output) -> a value for each frame, or a dict
 
 
 def _psnr_yuv(x: np.ndarray, y: np.ndarray, colour: Colour) -> dict[str, np.ndarray]:
-    """PSNR of 8-bit YUV 4:2:0 planes, frame by frame, and their mean with weights 6:1:1 (JVET)."""
+    """PSNR per frame of 8-bit YUV 4:2:0 planes, and their mean with weights 6:1:1 (JVET)."""
     planes = ([np.stack(p) for p in zip(*(rgb_to_yuv420(f, colour) for f in v))] for v in (x, y))
     pairs = zip("yuv", *planes)
     values = {name: np.asarray(psnr(a[..., None], b[..., None])) for name, a, b in pairs}
@@ -193,7 +211,7 @@ _ON_HOST = {  # (source, output, weights, flow or colour) -> values by field
 
 
 @functools.cache
-def _weights(name: str, path: Path | None):
+def _weights(name: str, path: Path | None) -> Any:
     if name not in WITH_WEIGHTS:
         return None
     if path is not None and not path.is_file():
@@ -209,7 +227,7 @@ def _weights(name: str, path: Path | None):
 
 @functools.cache
 def _sha256(path: Path) -> str | None:
-    """None where there is no such file."""
+    """SHA-256 of a file; None if it does not exist."""
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -217,13 +235,13 @@ def _sha256(path: Path) -> str | None:
 
 
 def _summarise(result: Quality, by_name: dict[str, np.ndarray]) -> None:
-    """Means over frames. The decibel forms of means stand beside the means of decibels."""
+    """Adds means over frames: means of decibels, and decibels of means where both are common."""
     for name, values in by_name.items():
         if name == "psnr":
-            decibel_values = np.asarray(decibels(values), np.float64)
+            decibel_values = np.asarray(decibels(jnp.asarray(values)), np.float64)
             result.frames["psnr_rgb"] = decibel_values.tolist()
             result.quality["psnr_rgb"] = float(decibel_values.mean())
-            result.quality["apsnr_rgb"] = float(decibels(values.mean()))
+            result.quality["apsnr_rgb"] = float(decibels(jnp.asarray(values.mean())))
         elif name == "ms_ssim":
             result.frames["ms_ssim_rgb"] = values.tolist()
             result.quality["ms_ssim_rgb"] = mean = float(values.mean())
@@ -233,5 +251,5 @@ def _summarise(result: Quality, by_name: dict[str, np.ndarray]) -> None:
             result.quality[name] = float(values.mean())
 
 
-def _finite(value) -> float | None:
+def _finite(value: Any) -> float | None:
     return float(value) if np.isfinite(value) else None

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gnvc_jax.evaluation.clips import Clip
-from gnvc_jax.evaluation.points import Coded, Point
+from gnvc_jax.evaluation.points import CodedClip, Point
 from gnvc_jax.evaluation.quality import Quality
 from gnvc_jax.files import write_json, write_whole
 
@@ -20,6 +20,7 @@ SCHEMA = "gnvc-eval/1"
 
 
 def now() -> str:
+    """Current time in UTC, ISO 8601."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
@@ -30,32 +31,47 @@ class Records:
         self.out = out
 
     def path(self, kind: str, clip: Clip, point: Point, suffix: str) -> Path:
+        """Path of a file of a point; `kind` is the folder, such as "records"."""
         return self.out / kind / f"{clip.name}__{point.label}{suffix}"
 
     def load(self, clip: Clip, point: Point, key: dict) -> dict | None:
-        """The finished record with this key, or None."""
+        """Loads the finished record with this key; None if there is none."""
         try:
             record = json.loads(self.path("records", clip, point, ".json").read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
-        # Through JSON, as the stored key went.
+        # The stored key has been through JSON, where tuples become lists.
         same = record.get("key") == json.loads(json.dumps(key))
         return record if same and record.get("status") == "ok" else None
 
     def save(self, clip: Clip, point: Point, record: dict) -> None:
+        """Writes a record."""
         write_json(self.path("records", clip, point, ".json"), record)
 
     def save_bitstream(self, clip: Clip, point: Point, bitstream: bytes) -> Path:
+        """Writes the file of a point and returns its path."""
         path = self.path("bitstreams", clip, point, point.suffix)
         write_whole(path, bitstream)
         return path
 
     def save_frames(self, clip: Clip, point: Point, frames: dict[str, list[float]]) -> None:
+        """Writes the metrics of every frame."""
         write_json(self.path("frames", clip, point, ".json"), frames)
 
 
-def finished(key: dict, clip: Clip, point: Point, coded: Coded, size: int | None, q: Quality):
-    """The record of a point that was coded and measured; size: bytes on disk, None without file."""
+def finished(
+    key: dict, clip: Clip, point: Point, coded: CodedClip, size: int | None, q: Quality
+) -> dict:
+    """Record of a point that was coded and measured.
+
+    Args:
+        key: Everything that determines the result.
+        clip: Source.
+        point: Way of coding.
+        coded: Coded clip.
+        size: Bytes of the file, None without a file.
+        q: Results of the metrics.
+    """
     return {
         **_head(key, clip, point),
         "status": "ok",
@@ -74,7 +90,7 @@ def finished(key: dict, clip: Clip, point: Point, coded: Coded, size: int | None
 
 
 def failed(key: dict, clip: Clip, point: Point, error: Exception) -> dict:
-    """The record of a point that could not be coded or measured."""
+    """Record of a point that could not be coded or measured."""
     reason = (str(error).strip().splitlines() or [""])[0]
     return {
         **_head(key, clip, point),
@@ -85,7 +101,7 @@ def failed(key: dict, clip: Clip, point: Point, error: Exception) -> dict:
 
 
 def rate(size: int | None, clip: Clip) -> dict[str, float | None]:
-    """bytes, bpp (bits per pixel of the source) and kbps of a file of `size` bytes."""
+    """Rate of a file of `size` bytes: bytes, bpp (bits per pixel of the source) and kbps."""
     if size is None:
         return {"bytes": None, "bpp": None, "kbps": None}
     count, height, width = clip.frames.shape[:3]
@@ -116,15 +132,19 @@ def _head(key: dict, clip: Clip, point: Point) -> dict:
 
 
 def curve_of(record: dict) -> str:
-    """The curve that a record is a point of: codec, and steps of refinement if they were given."""
+    """Name of the curve that a record belongs to: codec, and refinement steps if given."""
     codec, steps = record["codec"]["codec"], record["codec"].get("steps")
     return codec if steps is None else f"{codec}, {steps} step{'' if steps == 1 else 's'}"
 
 
 def means(records: Sequence[dict]) -> dict[str, dict]:
-    """Plain means over clips for every point: {point: {clips, section: {field: mean}}}.
+    """Plain means over clips for every point.
 
-    A field is averaged over the clips that have it; `clips` is how many finished.
+    Args:
+        records: Records of a sweep.
+
+    Returns:
+        {point: {"clips": how many finished, section: {field: mean over the clips that have it}}}.
     """
     result = {}
     for label in dict.fromkeys(r["point"] for r in records if r["status"] == "ok"):

@@ -1,4 +1,4 @@
-"""Rate-distortion sweeps: code real files, decode them, measure, remember."""
+"""Rate-distortion sweeps: code real files, decode them, measure them, and keep records."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,26 +7,33 @@ from gnvc_jax.evaluation import records as rec
 from gnvc_jax.evaluation.clips import Clip
 from gnvc_jax.evaluation.pictures import Pictures, View
 from gnvc_jax.evaluation.points import AnchorPoint, CodingError, Point
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.evaluation.records import Records
 
 
 class Sweep:
-    """Measures points on clips, one record each; what is on record already is not done again."""
+    """Measures points on clips, one record each; what is on record is not measured again."""
 
     def __init__(
         self,
         out: Path,
-        meter: Meter,
+        meter: QualityMeter,
         force: bool = False,
         progress: Callable[[str, str], None] = lambda label, status: None,
         flow: Path | None = None,
         anchor_rates: Sequence[float] = (1.0,),
     ):
-        """out: folder for records; force: measure again what is on record; progress: is called
-        with a label and 'kept', 'ok' or 'failed' after every point; flow: folder with a folder of
-        flow for each clip, see `metrics.warping.flow_of_files`; anchor_rates: of standard codecs,
-        as multiples of the rates of our points.
+        """Prepares a sweep.
+
+        Args:
+            out: Folder for records.
+            meter: Metrics.
+            force: Whether to measure again what is on record.
+            progress: Function that is called with a label and "kept", "ok" or "failed" after every
+                point.
+            flow: Folder with a folder of optical flow for each clip, see
+                `metrics.warping.flow_of_files`.
+            anchor_rates: Rates of standard codecs as multiples of the rates of our points.
         """
         self.records, self.meter, self.force, self.progress = Records(out), meter, force, progress
         self.flow, self.anchor_rates = flow, anchor_rates
@@ -42,14 +49,14 @@ class Sweep:
         """Measures every point on every clip, then each anchor at `anchor_rates` of each point.
 
         Args:
-            clips: names, and functions that read the clips.
-            points: ways of coding; those without a file get no anchors, those of one size share
-                them.
-            anchors: names of standard codecs.
-            anchor_point: makes a point from (codec, label of the point to match, its bytes).
+            clips: Functions that read the clips, by name.
+            points: Ways of coding. Points without a file get no anchors; points of the same size
+                share them.
+            anchors: Names of standard codecs.
+            anchor_point: Function from (codec, label of the point to match, its bytes) to a point.
 
         Returns:
-            All records, also of failures; a clip that cannot be read is one failure.
+            All records, including failures; a clip that cannot be read is a single failure.
         """
         result = []
         for name, read in clips.items():
@@ -76,13 +83,13 @@ class Sweep:
         return result
 
     def measure(self, clip: Clip, point: Point) -> dict:
-        """The record of one point on one clip, from disk where it is there."""
+        """Returns the record of one point on one clip, from disk if it is there."""
         label = f"{clip.name} {point.label}"
         key = {"source": clip.sha256, "codec": {}, **self.meter.identity()}
         if clip.colour.full_range:
             key["range"] = "full"
-        if self.flow:
-            key["flow"] = [[p.name, p.stat().st_mtime] for p in sorted(self._flow(clip).glob("*"))]
+        if flow := self._flow(clip):
+            key["flow"] = [[p.name, p.stat().st_mtime] for p in sorted(flow.glob("*"))]
         try:
             key["codec"] = point.identity()
             view = self.pictures.view(clip)

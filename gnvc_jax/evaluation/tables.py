@@ -4,6 +4,7 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gnvc_jax.evaluation.bd_rate import FIGURES, bd_csv, bd_table
 from gnvc_jax.evaluation.records import SCHEMA, means, now
@@ -43,9 +44,18 @@ def write_results(
     paper: dict | None = None,
     options: dict | None = None,
 ) -> str:
-    """Writes results.json, results.csv, bd.csv and results.md below `out`; returns the Markdown.
+    """Writes results.json, results.csv, bd.csv and results.md.
 
-    paper: what `paper.beside` gives, if the clips are a set of the paper; options: of the run.
+    Args:
+        out: Folder of the sweep.
+        records: Records of the sweep.
+        command: Command line of the run.
+        env: Hardware and software, from `environment`.
+        paper: Result of `paper.beside`, if the clips are a test set of the paper.
+        options: Options of the run.
+
+    Returns:
+        The tables in Markdown.
     """
     table = markdown(records, paper)
     write_json(
@@ -68,7 +78,7 @@ def write_results(
 
 
 def as_csv(records: Sequence[dict]) -> str:
-    """One line a record with all its scalars, columns named section.field."""
+    """Records as CSV, one line each, with all scalars in columns named section.field."""
     rows = []
     for record in records:
         row = {name: record.get(name) for name in ("clip", "point", "status", "error")}
@@ -85,7 +95,7 @@ def as_csv(records: Sequence[dict]) -> str:
 
 
 def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
-    """The means over clips, every clip, and what failed; paper: see `write_results`."""
+    """Tables of means over clips, of every clip, and of failures; paper: see `write_results`."""
     columns = measured_columns(records)
     mean_rows = [
         [label, str(mean["clips"]), *(cell(mean, *column) for column in columns.values())]
@@ -110,7 +120,7 @@ def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
         ]
     if bd_rows := bd_table(records):
         cells = [[row["measure"], row["curve"], row["against"], *bd_cells(row)] for row in bd_rows]
-        parts += ["Rate that a curve takes more than another for the same quality:"]
+        parts += ["Difference in rate between two curves at the same quality:"]
         parts += [pipe_table(["measure", "curve", "against", *BD_HEADINGS], cells)]
     if paper:
         parts += [f"{paper_caption(paper)}:"]
@@ -135,7 +145,7 @@ def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
 
 
 def measured_columns(records: Sequence[dict]) -> dict[str, tuple[str, str, str]]:
-    """Those of COLUMNS for which some record has a value."""
+    """Columns out of COLUMNS for which some record has a value."""
     return {
         heading: column
         for heading, column in COLUMNS.items()
@@ -143,13 +153,13 @@ def measured_columns(records: Sequence[dict]) -> dict[str, tuple[str, str, str]]
     }
 
 
-def value_of(record: dict, section: str, field: str):
-    """A number of a record or of its means, None where there is none."""
+def value_of(record: dict, section: str, field: str) -> Any:
+    """Number of a record or of means; None if there is none."""
     return (record.get(section) or {}).get(field)
 
 
 def cell(record: dict, section: str, field: str, spec: str) -> str:
-    """A number of a record as text; spec: how to format it."""
+    """Number of a record as text, in the format `spec`."""
     value = value_of(record, section, field)
     if value is None:
         return "–"
@@ -157,25 +167,25 @@ def cell(record: dict, section: str, field: str, spec: str) -> str:
 
 
 def bd_cells(row: dict) -> list[str]:
-    """A row of `bd_rate.bd_table` below BD_HEADINGS."""
+    """Cells of a row of `bd_rate.bd_table` below BD_HEADINGS."""
     mean, single = ("–" if row[k] is None else f"{row[k]:+.1f} %" for k in FIGURES)
     return [mean, f"{single} ({row['clips']})", row["note"]]
 
 
 def paper_caption(paper: dict) -> str:
-    """What the rows of `paper.beside` are, and what is not as in the paper."""
+    """Caption of the rows of `paper.beside`, with differences to the setup of the paper."""
     differs = f" (not as there: {', '.join(paper['differs'])})" if paper["differs"] else ""
     return f"Beside the figures of GNVC-VD's paper, {paper['set']}{differs}"
 
 
 def paper_cells(row: dict) -> list[str]:
-    """A row of `paper.beside` below PAPER_HEADINGS."""
+    """Cells of a row of `paper.beside` below PAPER_HEADINGS."""
     published = ", ".join(f"{name} {value:{row['format']}}" for name, value in row["published"])
     measured = " to ".join(f"{value:{row['format']}}" for value in row["measured"]) or "–"
     return [row["figure"], published, row["curve"] or "–", measured, row["note"]]
 
 
 def pipe_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; all columns but the first two are aligned to the right."""
+    """A Markdown table; all columns but the first two are aligned to the right."""
     lines = [headings, ["---", "---", *("---:" for _ in headings[2:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

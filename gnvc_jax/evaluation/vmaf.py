@@ -1,4 +1,4 @@
-"""VMAF by the libvmaf of ffmpeg, model v0.6.1 and its form without enhancement gain (NEG)."""
+"""VMAF by the libvmaf of ffmpeg: model v0.6.1, and its variant without enhancement gain (NEG)."""
 
 import json
 
@@ -12,11 +12,20 @@ MIN_SIDE = 16
 
 
 def vmaf(source: np.ndarray, output: np.ndarray, colour: Colour = BT709) -> dict[str, np.ndarray]:
-    """ "vmaf" and "vmaf_neg" of every frame, 0 to 100, of 8-bit YUV 4:2:0 made of the frames.
+    """VMAF of every frame, computed on 8-bit YUV 4:2:0.
 
-    Scores assume 1080p seen from three heights; smaller videos score too high. source, output:
-    (t, h, w, 3) uint8; colour: of the YUV. Raises ValueError for sides below 16 or an ffmpeg
-    without libvmaf.
+    Scores assume 1080p seen from a distance of three heights; smaller videos score too high.
+
+    Args:
+        source: (t, h, w, 3) uint8.
+        output: Clip of the same shape.
+        colour: Colour space of the YUV.
+
+    Returns:
+        vmaf and vmaf_neg, each (t,), from 0 to 100.
+
+    Raises:
+        ValueError: a side is below 16, or ffmpeg has no libvmaf.
     """
     t, h, w, _ = source.shape
     if min(h, w) < MIN_SIDE:

@@ -1,4 +1,4 @@
-"""A sweep whose clips are shared among processes."""
+"""Sweeps over several processes."""
 
 import copy
 import itertools
@@ -24,15 +24,25 @@ def run_in_processes(
     points: Sequence[Point],
     anchors: Sequence[str] = (),
 ) -> list[dict]:
-    """The result of `sweep.run(clips, points, anchors)`, a clip at a time in each process.
+    """Runs `sweep.run(clips, points, anchors)` in several processes, one clip at a time in each.
 
-    Everything must be picklable but `sweep.progress`, which is called here. An exception ends the
-    processes at once; what they finished is on record. Raises BrokenProcessPool if one is killed.
+    Everything must be picklable except `sweep.progress`, which is called in this process. An
+    exception ends the processes at once; what they finished is on record.
+
+    Args:
+        processes: Number of processes.
+        sweep: Sweep to run.
+        clips: Functions that read the clips, by name.
+        points: Ways of coding.
+        anchors: Names of standard codecs.
+
+    Raises:
+        BrokenProcessPool: a process was killed.
     """
     context = multiprocessing.get_context("spawn")
     said = context.Queue()
     silent = copy.copy(sweep)
-    silent.progress = None
+    silent.progress = _silent
     before = set(multiprocessing.active_children())
     with ProcessPoolExecutor(processes, context, _start, (said, silent, points, anchors)) as pool:
         try:
@@ -53,11 +63,17 @@ def run_in_processes(
             raise
 
 
-def _start(said, sweep: Sweep, points: Sequence[Point], anchors: Sequence[str]) -> None:
-    """Makes `_run` ready in a new process."""
+def _silent(label: str, status: str) -> None:
+    """Stands in for a progress function that cannot be pickled."""
+
+
+def _start(
+    said: "multiprocessing.Queue", sweep: Sweep, points: Sequence[Point], anchors: Sequence[str]
+) -> None:
+    """Prepares `_run` in a new process."""
     global _work
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: sys.exit(1))  # quietly, and temporary files are removed
+        signal.signal(number, lambda *_: sys.exit(1))  # quietly, with temporary files removed
     use_compilation_cache()
     sweep.progress = lambda *values: said.put(values)
     _work = sweep, points, anchors

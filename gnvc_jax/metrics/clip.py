@@ -1,4 +1,4 @@
-"""CLIP's image encoder, and two measures that see images as it does.
+"""CLIP's image encoder, and two metrics on its embeddings: CLIP-F and CMMD.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021: a
 vision transformer, its weights read from a model.safetensors of Hugging Face. Embeddings are unit
@@ -17,6 +17,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -37,10 +38,14 @@ BATCH = 8  # frames
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Encoder:
-    """A vision transformer: parameters by public name, those of all layers stacked.
+class ClipEncoder:
+    """A vision transformer.
 
-    activation: "quick_gelu", x sigmoid(1.702 x), or "gelu".
+    Attributes:
+        params: Parameters outside of the layers, by public name.
+        layers: Parameters of the layers by public name, each stacked over the layers.
+        heads: Number of attention heads.
+        activation: "quick_gelu", which is x sigmoid(1.702 x), or "gelu".
     """
 
     params: dict
@@ -55,32 +60,42 @@ class Encoder:
 
     @property
     def size(self) -> int:
-        """Side of the square that goes in, in pixels."""
+        """Side of the square input in pixels."""
         patches = self.params["embeddings.position_embedding.weight"].shape[0] - 1
         return self.patch * round(patches**0.5)
 
 
 def preprocess(frames: np.ndarray, size: int) -> np.ndarray:
-    """Frames (t, h, w, 3) uint8 as CLIP's own preprocessing makes them: (t, size, size, 3) float32.
+    """Preprocesses frames as CLIP does.
 
-    The shorter side is brought to `size` (Pillow's bicubic filter), the square in the middle cut
-    out, and mean and deviation of CLIP's training images are taken out.
+    The shorter side is resized to `size` with Pillow's bicubic filter, the square in the middle is
+    cropped, and values are normalised by mean and standard deviation of CLIP's training images.
+
+    Args:
+        frames: (t, h, w, 3) uint8.
+        size: Side of the input of the encoder.
+
+    Returns:
+        (t, size, size, 3) float32.
     """
     h, w = frames.shape[1:3]
     short = min(h, w)
     rows, columns = (int(size * side / short) for side in (h, w))
     top, left = (rows - size) // 2, (columns - size) // 2
     box = (left, top, left + size, top + size)
-    scaled = (Image.fromarray(frame).resize((columns, rows), Image.BICUBIC) for frame in frames)
+    scaled = (
+        Image.fromarray(frame).resize((columns, rows), Image.Resampling.BICUBIC) for frame in frames
+    )
     squares = np.stack([np.asarray(image.crop(box), np.float32) for image in scaled])
     return (squares / 255 - _MEAN) / _STD
 
 
-def embed(encoder: Encoder, images: jax.Array) -> jax.Array:
-    """Unit vectors (b, channels) float32 of images (b, size, size, 3) from `preprocess`."""
+def embed(encoder: ClipEncoder, images: jax.Array) -> jax.Array:
+    """Embeds images (b, size, size, 3) from `preprocess` as unit vectors (b, channels), float32."""
     with jax.default_matmul_precision("highest"):
         params, p = encoder.params, encoder.patch
         b, h, w, _ = images.shape
+        # Patches: rows r, p; columns c, q; i input and o output channels.
         x = images.reshape(b, h // p, p, w // p, p, 3)
         patches = params["embeddings.patch_embedding.weight"]
         x = jnp.einsum("brpcqi,oipq->brco", x, patches).reshape(b, -1, patches.shape[0])
@@ -92,8 +107,8 @@ def embed(encoder: Encoder, images: jax.Array) -> jax.Array:
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _layer(encoder: Encoder, params: dict, x: jax.Array) -> jax.Array:
-    """Attention and perceptron, each on a normalised branch; x (b, tokens, channels)."""
+def _layer(encoder: ClipEncoder, params: dict, x: jax.Array) -> jax.Array:
+    """Applies a layer with pre-normalisation: attention, then MLP; x (b, tokens, channels)."""
     y = _norm(params, "layer_norm1", x)
     q, k, v = (
         _linear(params, f"self_attn.{name}_proj", y).reshape(*y.shape[:2], encoder.heads, -1)
@@ -124,10 +139,19 @@ def _norm(params: dict, name: str, x: jax.Array) -> jax.Array:
 _embed = jax.jit(embed)
 
 
-def clip_measures(encoder: Encoder, source: np.ndarray, output: np.ndarray) -> dict[str, float]:
-    """clip_f of a clip and of its source, and cmmd of the two sets of frames; (t, h, w, 3) uint8.
+def clip_measures(encoder: ClipEncoder, source: np.ndarray, output: np.ndarray) -> dict[str, float]:
+    """CLIP-F of a clip and of its source, and CMMD between their frames.
 
-    Raises ValueError for a single frame.
+    Args:
+        encoder: Image encoder.
+        source: (t, h, w, 3) uint8.
+        output: Clip of the same shape.
+
+    Returns:
+        clip_f, clip_f_source and cmmd.
+
+    Raises:
+        ValueError: the clip has a single frame.
     """
     x, y = (
         np.concatenate(
@@ -142,7 +166,7 @@ def clip_measures(encoder: Encoder, source: np.ndarray, output: np.ndarray) -> d
 
 
 def clip_f(embeddings: np.ndarray) -> float:
-    """Mean cosine of neighbouring unit vectors; (t, channels). ValueError for less than two."""
+    """Mean cosine of adjacent unit vectors (t, channels). Raises ValueError for fewer than two."""
     if len(embeddings) < 2:
         raise ValueError("clip_f needs 2 frames")
     x = np.asarray(embeddings, np.float64)
@@ -160,14 +184,19 @@ def cmmd(x: np.ndarray, y: np.ndarray) -> float:
     return SCALE * (mean(x, x) + mean(y, y) - 2 * mean(x, y))
 
 
-def load_clip(path: Path) -> Encoder:
-    """The image encoder in a safetensors file of a CLIPModel or CLIPVisionModelWithProjection.
+def load_clip(path: Path) -> ClipEncoder:
+    """Loads the image encoder of a CLIPModel or CLIPVisionModelWithProjection.
 
-    Sizes are those of the tensors. Heads and activation come from config.json beside the file;
-    without one, heads have 64 channels and the activation is "quick_gelu", as in OpenAI's models.
+    Sizes come from the tensors, heads and activation from the config.json beside the file. Without
+    one, heads have 64 channels and the activation is "quick_gelu", as in the models of OpenAI.
 
-    Raises FileNotFoundError, and ValueError that names the file and lists every tensor that is
-    missing or of another shape.
+    Args:
+        path: .safetensors file of Hugging Face.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: the file is damaged, or tensors are missing or of another shape; the message
+            lists all of them.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
@@ -194,13 +223,14 @@ def load_clip(path: Path) -> Encoder:
         if name in found and found[name].shape != shape
     ]
     if problems:
-        raise ValueError(f"{path}: no image encoder of CLIP: {', '.join(problems)}")
+        raise ValueError(f"{path}: not an image encoder of CLIP: {', '.join(problems)}")
     heads, activation = _settings(path, found["embeddings.class_embedding"].shape[0])
     layers = {
         name: np.stack([found.pop(f"encoder.layers.{i}.{name}") for i in range(depth)])
         for name in _layer_shapes(1, 1)
     }
-    return Encoder(*jax.device_put((found, layers)), heads, activation)
+    params, layers = jax.device_put((found, layers))
+    return ClipEncoder(params, layers, heads, activation)
 
 
 def _layer_shapes(width: int, inner: int) -> dict[str, tuple[int, ...]]:
@@ -213,19 +243,25 @@ def _layer_shapes(width: int, inner: int) -> dict[str, tuple[int, ...]]:
 
 
 def _expected(path: Path, found: dict) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """Number of layers, and shapes by name, of the encoder whose tensors these seem to be."""
+    """Number of layers, and expected shapes by name, judging by the shapes of a few tensors."""
     patches = found.get("embeddings.patch_embedding.weight")
     places = found.get("embeddings.position_embedding.weight")
     inner = found.get("encoder.layers.0.mlp.fc1.bias")
     projection = found.get("visual_projection.weight")
-    if any(x is None or not x.ndim for x in (patches, places, inner, projection)):
+
+    def usable(x: np.ndarray | None) -> TypeGuard[np.ndarray]:
+        return x is not None and x.ndim > 0
+
+    if not (usable(patches) and usable(places) and usable(inner) and usable(projection)):
         raise ValueError(
-            f"{path}: no image encoder of CLIP: vision_model.embeddings, vision_model.encoder or "
-            "visual_projection is not in it"
+            f"{path}: not an image encoder of CLIP: vision_model.embeddings, "
+            "vision_model.encoder or visual_projection is not in it"
         )
     width, side, count = patches.shape[0], patches.shape[-1], places.shape[0]
     if round((count - 1) ** 0.5) ** 2 != count - 1:
-        raise ValueError(f"{path}: {count} positions are no square of patches and one more")
+        raise ValueError(
+            f"{path}: {count} positions, expected a square number of patches and one more"
+        )
     shapes = {
         "embeddings.class_embedding": (width,),
         "embeddings.patch_embedding.weight": (width, 3, side, side),
@@ -243,7 +279,7 @@ def _expected(path: Path, found: dict) -> tuple[int, dict[str, tuple[int, ...]]]
 
 
 def _settings(path: Path, width: int) -> tuple[int, str]:
-    """Heads and activation."""
+    """Number of heads and activation, from config.json or the defaults of OpenAI's models."""
     config, facts = path.with_name("config.json"), {}
     if config.is_file():
         try:
@@ -256,5 +292,5 @@ def _settings(path: Path, width: int) -> tuple[int, str]:
     if activation not in ACTIVATIONS:
         raise ValueError(f"{config}: unknown activation '{activation}'")
     if not isinstance(heads, int) or heads < 1 or width % heads:
-        raise ValueError(f"{path}: {width} channels cannot be split among {heads} heads")
+        raise ValueError(f"{path}: {width} channels do not divide by {heads} heads")
     return heads, activation

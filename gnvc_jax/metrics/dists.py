@@ -25,8 +25,9 @@ def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
     """DISTS distance of image pairs.
 
     Args:
-        params: tree from `load_dists`.
-        x, y: (b, h, w, 3) float RGB in [0, 1], both sides at least 32.
+        params: Parameters from `load_dists`.
+        x: (b, h, w, 3) float RGB in [0, 1], both sides at least 32.
+        y: Images to compare with, of the same shape.
 
     Returns:
         (b,) float32, 0 for identical images, larger is worse.
@@ -56,7 +57,10 @@ def _stages(backbone: list, x: jax.Array) -> list[jax.Array]:
 
 
 def _l2_pool(z: jax.Array, _: int) -> jax.Array:
-    """Root of the mean square under a 3x3 Hann window, every second one; (b, h, w, c)."""
+    """L2 pooling of (b, h, w, c) with a 3x3 Hann window and a stride of 2, in place of max pooling.
+
+    The window is separable, so that each axis takes a weighted sum of three shifted slices.
+    """
     z = jnp.square(z)
     for axis in (1, 2):
         size = (z.shape[axis] + 1) // 2
@@ -69,6 +73,6 @@ def _l2_pool(z: jax.Array, _: int) -> jax.Array:
 
 
 def load_dists(path: str | Path | None = None) -> dict:
-    """Parameters for `dists`; path: VGG weights, see `gnvc_jax.metrics.backbones.load_weights`."""
+    """Loads the parameters for `dists`; path: see `gnvc_jax.metrics.backbones.load_weights`."""
     weights = {k: jnp.asarray(v.reshape(-1)) for k, v in load_file(WEIGHTS).items()}
     return weights | {"backbone": load_weights("vgg", path)["backbone"]}

@@ -2,7 +2,7 @@
 
 Zhang et al., "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", CVPR 2018;
 version 0.1 of the authors' repository (linear weights on a frozen ImageNet backbone, with the input
-scaling layer). Plain functions over a parameter tree, see `gnvc_jax.metrics.backbones`:
+scaling layer). Pure functions of a parameter tree, see `gnvc_jax.metrics.backbones`:
 
     {"backbone": [{"kernel": (k, k, in, out), "bias": (out,)}, ...], "lins": [(channels,), ...]}
 """
@@ -19,16 +19,22 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 
 def lpips(
-    params: dict, x: jax.Array, y: jax.Array, dtype=jnp.float32, precision: str = "highest"
+    params: dict,
+    x: jax.Array,
+    y: jax.Array,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    precision: str = "highest",
 ) -> jax.Array:
     """LPIPS distance of image pairs, differentiable everywhere.
 
     Args:
         params: `gnvc_jax.metrics.backbones.load_weights("alex")`, or "vgg".
-        x, y: (b, h, w, 3) float RGB in [-1, 1], both sides at least 32.
-        dtype: of the convolutions; bfloat16 is good enough for a loss, not for a report.
-        precision: of their products, see `jax.default_matmul_precision`; less than "highest" is
-            good enough for a loss, too.
+        x: (b, h, w, 3) float RGB in [-1, 1], both sides at least 32.
+        y: Images to compare with, of the same shape.
+        dtype: Type that the convolutions compute in; bfloat16 is good enough for a loss, but not
+            for a report.
+        precision: Precision of the convolutions, see `jax.default_matmul_precision`; less than
+            "highest" is good enough for a loss, too.
 
     Returns:
         (b,) float32, 0 for identical images, larger is worse.

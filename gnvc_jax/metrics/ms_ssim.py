@@ -6,6 +6,8 @@ count as 0, odd sides are padded with a zero before halving, and colour planes a
 the package pytorch-msssim does.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,8 +24,9 @@ def ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
     """Single-scale SSIM of each frame, mean of the colour planes.
 
     Args:
-        x, y: (b, h, w, c), values 0..data_range, any real dtype, both sides at least 11.
-        data_range: difference between white and black.
+        x: (b, h, w, c), values 0..data_range, any real dtype, both sides at least 11.
+        y: Frames to compare with, of the same shape.
+        data_range: Difference between white and black.
 
     Returns:
         (b,) float32, 1 for identical frames.
@@ -39,17 +42,17 @@ def ms_ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
     """MS-SSIM of each frame; arguments and errors of `ssim`, but both sides at least 161."""
     _check(x, y, MIN_SIDE)
     x, y = _planes(x), _planes(y)
-    product = 1.0
+    product = jnp.ones(())
     for scale, weight in enumerate(WEIGHTS):
         full, contrast = _similarity(x, y, data_range)
         last = scale == len(WEIGHTS) - 1
         product *= _power(full if last else contrast, weight)
         if not last:
-            x, y = _halve(x), _halve(y)
+            x, y = _downsample(x), _downsample(y)
     return jnp.mean(product, axis=1)
 
 
-def _check(x, y, shortest: int) -> None:
+def _check(x: jax.Array, y: jax.Array, shortest: int) -> None:
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f"expected two (b, h, w, c) arrays, got {x.shape} and {y.shape}")
     if min(x.shape[1:3]) < shortest:
@@ -57,7 +60,7 @@ def _check(x, y, shortest: int) -> None:
 
 
 def _planes(x: jax.Array) -> jax.Array:
-    """(b, h, w, c) to float32 (b, c, h, w), where filtering along rows reads neighbours."""
+    """(b, h, w, c) to float32 (b, c, h, w), where filtering along rows reads adjacent memory."""
     return jnp.moveaxis(jnp.asarray(x, jnp.float32), -1, 1)
 
 
@@ -79,14 +82,15 @@ def _blur(x: jax.Array) -> jax.Array:
     """
     for axis in (-2, -1):
         size = x.shape[axis] - TAPS + 1
-        x = sum(
+        shifted = (
             jax.lax.slice_in_dim(x, k, k + size, axis=axis) * np.float32(weight)
             for k, weight in enumerate(_WINDOW)
         )
+        x = functools.reduce(jnp.add, shifted)
     return x
 
 
-def _halve(x: jax.Array) -> jax.Array:
+def _downsample(x: jax.Array) -> jax.Array:
     """2x2 mean; an odd side gets a zero in front."""
     x = jnp.pad(x, ((0, 0), (0, 0), (x.shape[2] % 2, 0), (x.shape[3] % 2, 0)))
     return 0.25 * (

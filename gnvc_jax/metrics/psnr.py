@@ -10,10 +10,11 @@ def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
     """Mean squared difference of each frame.
 
     Args:
-        x, y: (b, h, w, c) uint8.
+        x: (b, h, w, c) uint8.
+        y: Frames to compare with, of the same shape.
 
     Returns:
-        (b,) float32. Rows are summed as integers, so that size costs no precision.
+        (b,) float32. Rows are summed as integers, so that large frames lose no precision.
 
     Raises:
         ValueError: different shapes, or not four axes.

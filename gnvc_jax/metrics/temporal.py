@@ -29,15 +29,16 @@ _LUMA = (0.2126, 0.7152, 0.0722)
 
 
 def temporal(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
-    """The three measures of a clip.
+    """Temporal fidelity of a clip.
 
     Args:
-        x, y: source and output, (t, h, w, 3) uint8, at least 2 frames and sides of at least 16;
-            rows and columns beyond the last whole block are left out of `pulse`.
+        x: Source, (t, h, w, 3) uint8, at least 2 frames and sides of at least 16. Rows and columns
+            beyond the last whole block are left out of `pulse`.
+        y: Output, of the same shape.
 
     Returns:
-        tpsnr, ti_ratio (NaN where the source stands still) and pulse, float32 scalars, and
-        changes (t - 1,), the D of `seam`.
+        tpsnr, ti_ratio (NaN for a still source) and pulse, float32 scalars, and changes (t - 1,),
+        the D of `seam`.
 
     Raises:
         ValueError: wrong shapes.
@@ -47,10 +48,15 @@ def temporal(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
     if x.shape[0] < 2 or min(x.shape[1:3]) < BLOCK:
         raise ValueError(f"needs 2 frames and sides of {BLOCK}, got {x.shape}")
 
-    def step(t):
+    def step(t: jax.Array) -> tuple[jax.Array, ...]:
         dx, dy = _luma(x[t + 1]) - _luma(x[t]), _luma(y[t + 1]) - _luma(y[t])
         error = dy - dx
-        return _mean(jnp.square(error)), _deviation(dx), _deviation(dy), _pulse(error)
+        return (
+            _mean(jnp.square(error)),
+            _standard_deviation(dx),
+            _standard_deviation(dy),
+            _pulse(error),
+        )
 
     # One pair of frames at a time, so that memory does not grow with the clip.
     square, source, output, pulse = jax.lax.map(step, jnp.arange(x.shape[0] - 1))
@@ -65,8 +71,13 @@ def temporal(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
 def seam(changes: np.ndarray, starts: Sequence[int]) -> float:
     """How much more the error changes at borders of groups than elsewhere.
 
-    changes: (t - 1,) of `temporal`; starts: first frames of the groups, 0 left out. NaN without
-    borders or with nothing else, 1 where the error never changes, infinite where only there.
+    Args:
+        changes: (t - 1,) from `temporal`.
+        starts: First frames of the groups; 0 is ignored.
+
+    Returns:
+        Ratio of the mean change at borders to the median elsewhere. NaN if there are no borders or
+        nothing but borders, 1 if the error never changes, infinite if it changes at borders only.
     """
     at = np.zeros(len(changes), bool)
     at[[start - 1 for start in starts if 0 < start <= len(changes)]] = True
@@ -77,10 +88,15 @@ def seam(changes: np.ndarray, starts: Sequence[int]) -> float:
 
 
 def drift(psnr: Sequence[float]) -> dict[str, float]:
-    """Change of the PSNR (dB) along a clip, by the values of its frames.
+    """Change of the PSNR along a clip.
 
-    psnr_slope: of the line of least squares, dB per frame, NaN below 2 frames; psnr_end_change:
-    mean of the last eight frames less that of the first eight, NaN below 16 frames.
+    Args:
+        psnr: PSNR of each frame in dB.
+
+    Returns:
+        psnr_slope, the slope of the least-squares line in dB per frame (NaN below 2 frames), and
+        psnr_end_change, the mean of the last eight frames minus that of the first eight (NaN below
+        16 frames).
     """
     t, nan = len(psnr), float("nan")
     return {
@@ -97,11 +113,11 @@ def _luma(frame: jax.Array) -> jax.Array:
 
 
 def _mean(plane: jax.Array) -> jax.Array:
-    """In two stages, which loses less than one long sum."""
+    """Mean in two stages, which loses less precision than one long float32 sum."""
     return jnp.mean(jnp.mean(plane, axis=1))
 
 
-def _deviation(plane: jax.Array) -> jax.Array:
+def _standard_deviation(plane: jax.Array) -> jax.Array:
     return jnp.sqrt(_mean(jnp.square(plane - _mean(plane))))
 
 

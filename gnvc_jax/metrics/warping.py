@@ -6,15 +6,16 @@ Lai et al., "Learning Blind Video Temporal Consistency", ECCV 2018, with the flo
     E_warp = mean over t of sum_p M_t |V_t - W(V_{t+1}, F_t)|^2 / sum_p M_t
 
 W is bilinear backward warping, V on 0..1, squares are means over channels. Flow F_t (t to t + 1)
-and mask M_t come from the source and serve for source and output alike. M_t leaves out what the
-flow takes out of the picture, what is occluded (forward and backward flow disagree) and the borders
-of motion. A blurred video has less E_warp than its source: the ratio to the source's says more, 1
-is right, above is flicker.
+and mask M_t come from the source and are used for source and output alike. M_t excludes pixels that
+move out of the frame, occluded pixels (where forward and backward flow disagree) and the borders of
+motion. A blurred video has a lower E_warp than its source, so the ratio to that of the source says
+more: 1 is ideal, larger values are flicker.
 """
 
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import jax
@@ -28,13 +29,20 @@ MIN_SIDE = 16
 def warping_error(
     source: np.ndarray, output: np.ndarray, flow: Path | None = None
 ) -> dict[str, float]:
-    """ "e_warp" of the output, "e_warp_source", and "e_warp_ratio", their quotient.
+    """Warping errors of a clip and of its source.
 
-    source, output: (t, h, w, 3) uint8, at least 2 frames and sides of at least 16; flow: folder
-    with flow of the source, see `flow_of_files`, None for DIS. The ratio is infinite where the
-    source stands still and the output does not, and 1 where neither moves.
+    Args:
+        source: (t, h, w, 3) uint8, at least 2 frames and sides of at least 16.
+        output: Clip of the same shape.
+        flow: Folder with flow of the source, see `flow_of_files`; if None, DIS computes the flow.
 
-    Raises ValueError for smaller clips and for flow that does not fit, FileNotFoundError.
+    Returns:
+        e_warp, e_warp_source, and e_warp_ratio, their quotient. The ratio is infinite if the source
+        is still and the output is not, and 1 if both are still.
+
+    Raises:
+        ValueError: the clip is too small, or the flow does not fit it.
+        FileNotFoundError: a file with flow is missing.
     """
     if len(source) < 2 or min(source.shape[1:3]) < MIN_SIDE:
         raise ValueError(
@@ -45,24 +53,31 @@ def warping_error(
         _errors(np.stack([clip[t : t + 2] for clip in (source, output)]), forward, backward)
         for t, (forward, backward) in enumerate(flows)
     ]
-    of_source, of_output = np.mean(errors, axis=0, dtype=np.float64)
+    of_source, of_output = map(float, np.mean(np.asarray(errors, np.float64), axis=0))
     ratio = of_output / of_source if of_source else (1.0 if not of_output else np.inf)
     return {"e_warp": of_output, "e_warp_source": of_source, "e_warp_ratio": ratio}
 
 
 def flow_of_dis(source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Forward and backward flow (h, w, 2: x, y) in pixels of each pair of frames."""
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    result: Any = None  # DIS allocates it; OpenCV's stubs do not allow None
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in source]
     for before, after in itertools.pairwise(gray):
-        yield dis.calc(before, after, None), dis.calc(after, before, None)
+        yield dis.calc(before, after, result), dis.calc(after, before, result)
 
 
 def flow_of_files(folder: Path, shape: tuple[int, ...]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """As `flow_of_dis` for a clip of `shape`, from Middlebury's .flo files of any other method.
+    """Reads what `flow_of_dis` computes from Middlebury .flo files of any other method.
 
-    forward_00000.flo leads from frame 0 to frame 1, backward_00000.flo from frame 1 to frame 0, and
-    so on. Raises FileNotFoundError, and ValueError for files that are none or of another size.
+    Args:
+        folder: Folder with forward_00000.flo (from frame 0 to frame 1), backward_00000.flo (from
+            frame 1 to frame 0), and so on.
+        shape: Shape of the clip, (t, h, w, ...).
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file is not a .flo file, or of another size.
     """
 
     def read(path: Path) -> np.ndarray:
@@ -75,12 +90,12 @@ def flow_of_files(folder: Path, shape: tuple[int, ...]) -> Iterator[tuple[np.nda
         return flow
 
     for t in range(shape[0] - 1):
-        yield tuple(read(folder / f"{way}_{t:05d}.flo") for way in ("forward", "backward"))
+        yield read(folder / f"forward_{t:05d}.flo"), read(folder / f"backward_{t:05d}.flo")
 
 
 @jax.jit
 def _errors(pairs: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Array:
-    """Masked mean squares (n,) of pairs of neighbouring frames (n, 2, h, w, 3) uint8."""
+    """Masked mean squared errors (n,) of n pairs of adjacent frames (n, 2, h, w, 3) uint8."""
     pairs = pairs.astype(jnp.float32) / 255
     keep = valid(forward, backward).astype(jnp.float32)
     warped = jax.vmap(warp, in_axes=(0, None))(pairs[:, 1], forward)
@@ -89,7 +104,7 @@ def _errors(pairs: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Ar
 
 
 def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
-    """Image (h, w, c) at each pixel's place plus its flow (h, w, 2: x, y), bilinear."""
+    """Samples an image (h, w, c) bilinearly at each pixel plus its flow (h, w, 2: x, y)."""
     rows, columns = _places(flow)
     channels = [
         map_coordinates(image[..., c], [rows, columns], order=1, mode="nearest")
@@ -99,7 +114,7 @@ def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
 
 
 def valid(forward: jax.Array, backward: jax.Array) -> jax.Array:
-    """Where pixels of a frame can be found in the next one: (h, w) bool; flows (h, w, 2)."""
+    """Mask (h, w) of the pixels of a frame that can be found in the next one; flows (h, w, 2)."""
     rows, columns = _places(forward)
     h, w = rows.shape
     inside = (rows >= 0) & (rows <= h - 1) & (columns >= 0) & (columns <= w - 1)

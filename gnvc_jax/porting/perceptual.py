@@ -10,7 +10,7 @@ from gnvc_jax.metrics.backbones import TORCH_INDEX, known_tensors
 from gnvc_jax.porting.checkpoint import new_folder
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.port import check_finite
-from gnvc_jax.porting.sources import Entry, list_tensors
+from gnvc_jax.porting.sources import TensorEntry, list_tensors
 
 # (input channels, output channels, kernel size) of each convolution; inputs of the linear weights.
 _ALEX = ((3, 64, 11), (64, 192, 5), (192, 384, 3), (384, 256, 3), (256, 256, 3))
@@ -27,7 +27,7 @@ def expected_shapes(net: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def open_perceptual(path: str | Path) -> dict[str, Entry]:
+def open_perceptual(path: str | Path) -> dict[str, TensorEntry]:
     """Finds the tensors of LPIPS in a file or in the files of a folder; empty if there are none.
 
     A file of torchvision has the convolutions, a file of the lpips package (weights/v0.1) the
@@ -41,7 +41,7 @@ def open_perceptual(path: str | Path) -> dict[str, Entry]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     files = [path] if path.is_file() else sorted((*path.glob("*.pth"), *path.glob("*.safetensors")))
-    found: dict[str, Entry] = {}
+    found: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in known_tensors(list_tensors(file)).items():
             if name in found and found[name].file != file:

@@ -18,7 +18,7 @@ from gnvc_jax.porting.checkpoint import (
     write_component,
 )
 from gnvc_jax.porting.errors import PortError
-from gnvc_jax.porting.sources import Entry, Source, open_sources
+from gnvc_jax.porting.sources import Source, TensorEntry, open_sources
 from gnvc_jax.refiner import DiTConfig
 
 DTYPES = ("stored", "float32", "bfloat16")
@@ -108,7 +108,7 @@ def check(source: Source, architecture: Architecture) -> None:
         )
 
 
-def check_finite(entry: Entry, name: str, array: np.ndarray) -> None:
+def check_finite(entry: TensorEntry, name: str, array: np.ndarray) -> None:
     """Raises PortError with the name of a tensor if the converted array is not finite."""
     bad = array.size - np.count_nonzero(np.isfinite(array))
     if bad:

@@ -43,7 +43,7 @@ MARKS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """One tensor of a file.
 
     Attributes:
@@ -75,7 +75,7 @@ class Source:
     component: str
     scheme: str
     facts: dict
-    entries: dict[str, Entry]
+    entries: dict[str, TensorEntry]
 
 
 def open_sources(path: str | Path) -> list[Source]:
@@ -176,7 +176,7 @@ def shards_without_index(folder: Path, known: set[Path]) -> dict[Path, list[Path
 
 def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
     """Opens the component whose tensors are in `files`; None if it is not a known component."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, TensorEntry] = {}
     for file in files:
         for name, entry in list_tensors(file).items():
             name = PREFIX.sub("", name)
@@ -191,12 +191,12 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
     return Source(path, *kinds.pop(), read_facts(folder / "config.json"), entries)
 
 
-def list_tensors(file: Path) -> dict[str, Entry]:
+def list_tensors(file: Path) -> dict[str, TensorEntry]:
     """Lists the tensors of a file. Raises PortError if it is damaged or not a weight file."""
     check_kind(file)
     if file.suffix in (".pth", ".pt"):
         return {
-            name: Entry(
+            name: TensorEntry(
                 file,
                 tensor.shape,
                 str(tensor.dtype),
@@ -208,7 +208,7 @@ def list_tensors(file: Path) -> dict[str, Entry]:
         with safe_open(file, framework="numpy") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}
             return {
-                name: Entry(
+                name: TensorEntry(
                     file,
                     tuple(piece.get_shape()),
                     DTYPES.get(str(piece.get_dtype()), str(piece.get_dtype())),

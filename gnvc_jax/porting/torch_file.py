@@ -34,7 +34,7 @@ OLD_MAGIC = 0x1950A86A20F9469CFC6C
 
 
 @dataclasses.dataclass(frozen=True)
-class Described:
+class TensorLocation:
     """Location of a tensor in a file.
 
     Attributes:
@@ -70,13 +70,13 @@ def describe_tensor(
     shape: Sequence[int],
     strides: Sequence[int],
     *_: object,
-) -> Described:
+) -> TensorLocation:
     """Stands in for torch._utils._rebuild_tensor_v2."""
     key, dtype, count = storage
-    return Described(key, dtype, count, offset, tuple(shape), tuple(strides))
+    return TensorLocation(key, dtype, count, offset, tuple(shape), tuple(strides))
 
 
-def describe_parameter(tensor: Described, *_: object) -> Described:
+def describe_parameter(tensor: TensorLocation, *_: object) -> TensorLocation:
     """Stands in for torch._utils._rebuild_parameter."""
     return tensor
 
@@ -101,7 +101,7 @@ def load_pickle(file: IO[bytes]) -> Any:
     return RestrictedUnpickler(file, KNOWN, describe_storage).load()
 
 
-def read_descriptions(path: Path) -> dict[str, Described]:
+def read_descriptions(path: Path) -> dict[str, TensorLocation]:
     """Lists the tensors of a file. Raises PortError if it is not a plain dictionary of tensors."""
     try:
         return (read_zip if zipfile.is_zipfile(path) else read_old)(path)
@@ -113,7 +113,7 @@ def read_descriptions(path: Path) -> dict[str, Described]:
         raise PortError(f"{path}: damaged PyTorch file ({error!r})") from error
 
 
-def read_zip(path: Path) -> dict[str, Described]:
+def read_zip(path: Path) -> dict[str, TensorLocation]:
     """Lists the tensors of a zip archive."""
     with zipfile.ZipFile(path) as archive:
         with archive.open(member(archive, "data.pkl")) as file:
@@ -125,7 +125,7 @@ def read_zip(path: Path) -> dict[str, Described]:
     return found
 
 
-def read_old(path: Path) -> dict[str, Described]:
+def read_old(path: Path) -> dict[str, TensorLocation]:
     """Lists the tensors of a file in the format before PyTorch 1.6."""
     with open(path, "rb") as file:
         if file.read(1) != b"\x80":
@@ -133,14 +133,14 @@ def read_old(path: Path) -> dict[str, Described]:
         file.seek(0)
         if load_pickle(file) != OLD_MAGIC:
             raise pickle.UnpicklingError("it is not a PyTorch file")
-        load_pickle(file), load_pickle(file)  # version of the format, machine
+        _ = load_pickle(file), load_pickle(file)  # version of the format, machine
         found = named_tensors(load_pickle(file))
         storages = {tensor.key: tensor for tensor in found.values()}
         places = {key: skip_storage(file, storages[key]) for key in load_pickle(file)}
     return {k: dataclasses.replace(x, place=places[x.key]) for k, x in found.items()}
 
 
-def skip_storage(file: IO[bytes], tensor: Described) -> int:
+def skip_storage(file: IO[bytes], tensor: TensorLocation) -> int:
     """Skips the storage at the current position; returns the byte at which its elements begin."""
     (count,) = struct.unpack("<q", file.read(8).ljust(8, b"\xff"))
     place = file.tell()
@@ -151,16 +151,16 @@ def skip_storage(file: IO[bytes], tensor: Described) -> int:
     return place
 
 
-def named_tensors(found: object) -> dict[str, Described]:
+def named_tensors(found: object) -> dict[str, TensorLocation]:
     """Returns what a pickle held. Raises UnpicklingError if it is not a dictionary of tensors."""
     if not isinstance(found, dict) or not all(
-        isinstance(k, str) and isinstance(v, Described) for k, v in found.items()
+        isinstance(k, str) and isinstance(v, TensorLocation) for k, v in found.items()
     ):
         raise pickle.UnpicklingError("it is not a dictionary of named tensors")
     return dict(found)
 
 
-def read_tensor(path: Path, tensor: Described) -> np.ndarray:
+def read_tensor(path: Path, tensor: TensorLocation) -> np.ndarray:
     """Reads one tensor; only its storage is held in memory. Raises PortError if it is damaged."""
     try:
         if tensor.place is None:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from gnvc_jax.evaluation.clips import Clip
-from gnvc_jax.evaluation.points import Coded
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.points import CodedClip
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
 
@@ -52,9 +52,11 @@ class Quantiser:
             raise RuntimeError("a <b>bad</b> day")
         frames = clip.frames >> (8 - self.bits) << (8 - self.bits)
         if self.codec == "vae":
-            return Coded(frames, None)
+            return CodedClip(frames, None)
         stream = STREAM.read_bytes() if self.bits == 6 else bytes(self.size or 300 * self.bits)
-        return Coded(frames, stream, 1.5, 0.5, {"at_floor": self.bits == 4} if self.like else {})
+        return CodedClip(
+            frames, stream, 1.5, 0.5, {"at_floor": self.bits == 4} if self.like else {}
+        )
 
 
 def moving_clip(name, seed=0, frames=FRAMES):
@@ -92,7 +94,7 @@ def sweep(out, clips, metrics=("psnr", "ms_ssim", "temporal")):
         return Quantiser(4 + (size > 1000), None, codec, like, size)
 
     readers = {clip.name: (lambda clip=clip: clip) for clip in clips}
-    records = Sweep(out, Meter(metrics)).run(readers, points, ["x264"], anchor)
+    records = Sweep(out, QualityMeter(metrics)).run(readers, points, ["x264"], anchor)
     paper = {"set": "waves", "differs": ["8 frames"], "rows": [PAPER_ROW]}
     write_results(
         out, records, ["eval.py", "--data", "a b"], {"cpu": "a <cpu>", "devices": ["d"]}, paper

@@ -139,7 +139,7 @@ def test_named_errors(monkeypatch):
         encode_anchor("vp8", frames, FPS, 30)
     with pytest.raises(ValueError, match="uint8"):
         encode_anchor("x264", frames.astype(float), FPS, 30)
-    broken = anchors.Encoder("-c:v libnothing", "h264")
+    broken = anchors.AnchorEncoder("-c:v libnothing", "h264")
     monkeypatch.setitem(anchors.ENCODERS, "x264", broken)
     with pytest.raises(AnchorError, match="exit status"):
         encode_anchor("x264", frames, FPS, 30)

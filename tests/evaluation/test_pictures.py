@@ -8,8 +8,8 @@ from PIL import Image
 
 from gnvc_jax.evaluation.clips import Clip
 from gnvc_jax.evaluation.pictures import Pictures, choose_view
-from gnvc_jax.evaluation.points import Coded
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.points import CodedClip
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.evaluation.sweep import Sweep
 
 
@@ -24,7 +24,7 @@ class Negative:
 
     def code(self, clip):
         self.calls += 1
-        return Coded(255 - clip.frames, b"1234")
+        return CodedClip(255 - clip.frames, b"1234")
 
 
 def noise(t=12, h=40, w=56, seed=0):
@@ -55,7 +55,7 @@ def test_views_fit_the_clip(t, h, w):
 
 def test_pictures_are_the_decoded_pixels(tmp_path):
     clip = Clip("a", noise(), Fraction(25))
-    Sweep(tmp_path, Meter(("psnr",))).run({"a": lambda: clip}, [Negative()])
+    Sweep(tmp_path, QualityMeter(("psnr",))).run({"a": lambda: clip}, [Negative()])
     view = choose_view(clip.frames)
     for point, frames in (("source", clip.frames), ("negative", 255 - clip.frames)):
         folder = tmp_path / "pictures" / f"a__{point}"
@@ -70,7 +70,7 @@ def test_only_what_is_missing_is_done_again(tmp_path):
 
     def sweep(frames=frames):
         clip = Clip("a", frames, Fraction(25))
-        return Sweep(tmp_path, Meter(("psnr",))).run({"a": lambda: clip}, [point])
+        return Sweep(tmp_path, QualityMeter(("psnr",))).run({"a": lambda: clip}, [point])
 
     first = sweep()
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}

@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 from skimage.metrics import peak_signal_noise_ratio
 
 from gnvc_jax.evaluation import quality
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.media.colour import rgb_to_yuv420
 from gnvc_jax.metrics.backbones import TORCH_INDEX, load_weights
 
@@ -19,7 +19,7 @@ def clip(t=3, h=32, w=48, seed=0):
 
 def test_identical_clips_reach_every_cap():
     x = clip(2, 164, 170)
-    q = Meter(("psnr", "ms_ssim", "lpips_alex", "temporal"))(x, x)
+    q = QualityMeter(("psnr", "ms_ssim", "lpips_alex", "temporal"))(x, x)
     assert q.quality["psnr_rgb"] == q.quality["apsnr_rgb"] == 100
     assert q.quality["ms_ssim_rgb"] == pytest.approx(1, abs=1e-6)
     assert q.quality["lpips_alex"] == pytest.approx(0, abs=1e-9)
@@ -31,7 +31,7 @@ def test_identical_clips_reach_every_cap():
 @pytest.mark.parametrize("count", [3, 8, 11])
 def test_batches_do_not_show(count):
     x, y = clip(count), clip(count, seed=1)
-    q = Meter(("psnr",))(x, y)
+    q = QualityMeter(("psnr",))(x, y)
     expected = [peak_signal_noise_ratio(a, b) for a, b in zip(x, y, strict=True)]
     np.testing.assert_allclose(q.frames["psnr_rgb"], expected, atol=1e-5)
     assert q.quality["psnr_rgb"] == pytest.approx(np.mean(expected), abs=1e-5)
@@ -45,7 +45,7 @@ def test_what_cannot_be_measured_is_null_with_a_reason(monkeypatch):
     monkeypatch.setattr(quality, "load_weights", no_weights)
     quality._weights.cache_clear()
     x = clip(1)
-    q = Meter(("psnr", "ms_ssim", "lpips_vgg", "temporal"))(x, x)
+    q = QualityMeter(("psnr", "ms_ssim", "lpips_vgg", "temporal"))(x, x)
     assert q.quality == {
         "psnr_rgb": 100,
         "apsnr_rgb": 100,
@@ -71,10 +71,10 @@ def save_alex(path, scale):
 
 def test_weights_of_the_user_are_what_is_measured(tmp_path):
     x, y = clip(1, 64, 64), clip(1, 64, 64, seed=1)
-    published = Meter(("lpips_alex",))(x, y).quality["lpips_alex"]
+    published = QualityMeter(("lpips_alex",))(x, y).quality["lpips_alex"]
     path = tmp_path / "alex.safetensors"
     save_alex(path, 2)
-    own = Meter(("lpips_alex",), {"lpips_alex": path})
+    own = QualityMeter(("lpips_alex",), {"lpips_alex": path})
     assert own(x, y).quality["lpips_alex"] == pytest.approx(2 * published, rel=1e-5)
     assert own.identity()["weights"] == {
         "lpips_alex": hashlib.sha256(path.read_bytes()).hexdigest()
@@ -83,21 +83,21 @@ def test_weights_of_the_user_are_what_is_measured(tmp_path):
 
 def test_a_missing_file_of_the_user_is_named_and_the_rest_measured(tmp_path):
     x, path = clip(1, 64, 64), tmp_path / "vgg.safetensors"
-    q = Meter(("psnr", "dists"), {"dists": path})(x, x)
+    q = QualityMeter(("psnr", "dists"), {"dists": path})(x, x)
     assert q.missing == {"dists": f"file {path} missing"}
     assert q.quality["psnr_rgb"] == 100 and q.quality["dists"] is None
 
 
 def test_rejects_clips_that_do_not_fit():
     with pytest.raises(ValueError, match="cannot compare"):
-        Meter(("psnr",))(clip(3), clip(2))
+        QualityMeter(("psnr",))(clip(3), clip(2))
     with pytest.raises(ValueError, match="unknown metric 'fvd'"):
-        Meter(("fvd",))
+        QualityMeter(("fvd",))
 
 
 def test_psnr_of_yuv_weighs_planes_six_to_one():
     x, y = clip(2), clip(2, seed=1)
-    q = Meter(("psnr_yuv",))(x, y)
+    q = QualityMeter(("psnr_yuv",))(x, y)
     planes = [zip(rgb_to_yuv420(a), rgb_to_yuv420(b), strict=True) for a, b in zip(x, y)]
     expected = np.array([[peak_signal_noise_ratio(*pair) for pair in frame] for frame in planes])
     by_plane = [q.quality[f"psnr_{name}"] for name in "yuv"]

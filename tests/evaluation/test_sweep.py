@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from gnvc_jax.evaluation.clips import Clip
-from gnvc_jax.evaluation.points import Coded
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.points import CodedClip
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.tables import write_results
 
@@ -37,14 +37,14 @@ class Quantiser:
         if self.fails:
             raise RuntimeError("out of luck\nsecond line")
         kept = clip.frames >> (8 - self.bits)
-        return Coded(kept << (8 - self.bits), bytes(self.bits * 100), 1.5, 0.5, {"note": "x"})
+        return CodedClip(kept << (8 - self.bits), bytes(self.bits * 100), 1.5, 0.5, {"note": "x"})
 
 
 class Lossless(Quantiser):
     label = "lossless"
 
     def code(self, clip):
-        return Coded(clip.frames, None)
+        return CodedClip(clip.frames, None)
 
 
 def make_clip(name, seed=0):
@@ -54,7 +54,7 @@ def make_clip(name, seed=0):
 
 @pytest.fixture(scope="module")
 def meter():
-    return Meter(("psnr", "ms_ssim", "temporal"))
+    return QualityMeter(("psnr", "ms_ssim", "temporal"))
 
 
 CLIPS = {name: (lambda n=name, s=seed: make_clip(n, s)) for seed, name in enumerate("ab")}
@@ -105,9 +105,9 @@ def test_records_are_kept_until_their_key_changes(tmp_path, meter):
     assert calls == [("b", "q2"), ("b", "q4")]
     sweep(clips={"a": CLIPS["a"], "b": lambda: make_clip("b", 7)})  # other frames
     assert calls == [("b", "q2"), ("b", "q4")]
-    sweep(meter=Meter(("psnr",)))
+    sweep(meter=QualityMeter(("psnr",)))
     assert len(calls) == 4
-    sweep(meter=Meter(("psnr",)), force=True)
+    sweep(meter=QualityMeter(("psnr",)), force=True)
     assert len(calls) == 4
 
 
@@ -133,7 +133,7 @@ def test_failures_are_listed_and_tried_again(tmp_path, meter):
 def test_a_codec_that_loses_a_frame_fails(tmp_path, meter):
     class Short(Quantiser):
         def code(self, clip):
-            return Coded(clip.frames[:-1], b"1")
+            return CodedClip(clip.frames[:-1], b"1")
 
     (record,) = Sweep(tmp_path, meter).run({"a": CLIPS["a"]}, [Short(2, [])])
     assert record["status"] == "failed"

@@ -12,7 +12,7 @@ import pytest
 
 from gnvc_jax.evaluation.clips import Clip, read_clip, write_clip
 from gnvc_jax.evaluation.points import AnchorPoint
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.evaluation.sweep import Sweep
 from gnvc_jax.evaluation.workers import run_in_processes
 
@@ -38,9 +38,9 @@ def without_times(records):
 
 def test_records_are_those_of_one_process(tmp_path, clips):
     said = []
-    sweep = Sweep(tmp_path / "two", Meter(("psnr",)), progress=lambda *v: said.append(v))
+    sweep = Sweep(tmp_path / "two", QualityMeter(("psnr",)), progress=lambda *v: said.append(v))
     shared = run_in_processes(2, sweep, clips, POINTS)
-    alone = Sweep(tmp_path / "one", Meter(("psnr",))).run(clips, POINTS)
+    alone = Sweep(tmp_path / "one", QualityMeter(("psnr",))).run(clips, POINTS)
     assert without_times(shared) == without_times(alone)
     assert [r["status"] for r in shared] == ["ok", "ok", "failed"]
     label = POINTS[0].label
@@ -59,7 +59,7 @@ def no_process_left():
 def test_a_killed_process_is_noticed(tmp_path, clips):
     readers = clips | {"d": functools.partial(os._exit, 1)}
     with pytest.raises(BrokenProcessPool):
-        run_in_processes(1, Sweep(tmp_path, Meter(("psnr",))), readers, POINTS)
+        run_in_processes(1, Sweep(tmp_path, QualityMeter(("psnr",))), readers, POINTS)
     assert no_process_left()
 
 
@@ -70,6 +70,6 @@ def test_an_interruption_ends_the_processes(tmp_path, clips):
     readers = {"slow": functools.partial(time.sleep, 600), "c": clips["c"]}
     start = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
-        run_in_processes(2, Sweep(tmp_path, Meter(()), progress=interrupt), readers, POINTS)
+        run_in_processes(2, Sweep(tmp_path, QualityMeter(()), progress=interrupt), readers, POINTS)
     assert no_process_left()
     assert time.monotonic() - start < 300

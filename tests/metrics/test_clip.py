@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from gnvc_jax.evaluation.quality import Meter
+from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.metrics.clip import clip_f, cmmd, embed, load_clip
 
 WIDTH, INNER, DEPTH, PATCH, SIDE = 16, 24, 2, 8, 16
@@ -59,10 +59,10 @@ def test_embedding_is_that_of_transformers(tmp_path):
         ("vision_model.encoder.layers.1.mlp.fc1.bias", None, "mlp.fc1.bias is missing"),
         ("vision_model.pre_layrnorm.bias", np.zeros(3, np.float32), "expected (16,)"),
         ("vision_model.other", np.zeros(3, np.float32), "other is unknown"),
-        ("visual_projection.weight", None, "no image encoder of CLIP"),
+        ("visual_projection.weight", None, "not an image encoder of CLIP"),
     ],
 )
-def test_files_of_another_model(tmp_path, name, value, said):
+def test_weights_of_another_model_are_refused(tmp_path, name, value, said):
     path = save(tmp_path, {name: value})
     with pytest.raises(ValueError) as caught:
         load_clip(path)
@@ -102,10 +102,10 @@ def test_measured_with_the_file_of_the_user_only(tmp_path):
     rng = np.random.default_rng(0)
     still = np.repeat(rng.integers(0, 256, (1, 20, 25, 3), dtype=np.uint8), 11, 0)
     busy = rng.integers(0, 256, still.shape, dtype=np.uint8)
-    measured = Meter(("clip",), {"clip": save(tmp_path)})(busy, still).temporal
+    measured = QualityMeter(("clip",), {"clip": save(tmp_path)})(busy, still).temporal
     assert measured["clip_f"] == pytest.approx(1, abs=1e-6)
     assert measured["clip_f_source"] < 0.999
     assert measured["cmmd"] > 0
-    without = Meter(("clip",))(busy, still)
+    without = QualityMeter(("clip",))(busy, still)
     assert set(without.temporal.values()) == {None}
     assert "--weights clip=FILE" in without.missing["clip"]

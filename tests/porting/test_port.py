@@ -292,9 +292,12 @@ def test_shards_without_their_index(public, tmp_path, caplog):
         open_sources(tmp_path / "out")
 
 
-@pytest.mark.parametrize("heads", [0, -2, 5, 64])
-def test_impossible_numbers_of_heads(heads, public, tmp_path):
-    with pytest.raises(PortError, match=f"must divide the width 64, got {heads}"):
+@pytest.mark.parametrize(
+    ("heads", "message"),
+    [(n, f"must divide the width 64, got {n}") for n in (0, -2, 5)] + [(64, "64 heads")],
+)
+def test_impossible_numbers_of_heads_are_refused(heads, message, public, tmp_path):
+    with pytest.raises(PortError, match=message):
         port(public("dit"), tmp_path / "ported", heads=heads, progress=False)
 
 
