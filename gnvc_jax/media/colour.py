@@ -41,11 +41,14 @@ UNSPECIFIED = 2  # H.273: "unknown or determined by the application"
 
 @dataclasses.dataclass(frozen=True)
 class Colour:
-    """What the sample values of a video mean.
+    """Colour space of a video: how its sample values are to be read.
 
-    `matrix` is 'bt709', 'bt601', 'bt2020', or 'rgb' for sources that never were YUV. `primaries`
-    and `transfer` are H.273 code points, by default those that go with the matrix; they are carried
-    along and never used in a conversion.
+    Attributes:
+        matrix: "bt709", "bt601", "bt2020", or "rgb" for sources that never were YUV.
+        full_range: Whether samples use the full range instead of the limited one.
+        primaries: H.273 code point; if None, the one that goes with the matrix. Primaries and
+            transfer characteristics are carried along, and never used in a conversion.
+        transfer: H.273 code point; if None, the one that goes with the matrix.
     """
 
     matrix: str = "bt709"
@@ -55,7 +58,9 @@ class Colour:
 
     def __post_init__(self):
         if self.matrix not in _MATRIX_CODE:
-            raise ValueError(f"colour matrix {self.matrix!r} is none of {', '.join(_MATRIX_CODE)}")
+            raise ValueError(
+                f"colour matrix must be one of {', '.join(_MATRIX_CODE)}, got {self.matrix!r}"
+            )
         for field, default in (("primaries", _PRIMARIES), ("transfer", _TRANSFER)):
             if getattr(self, field) is None:
                 object.__setattr__(self, field, default[self.matrix])
@@ -63,7 +68,12 @@ class Colour:
     @property
     def code_points(self) -> tuple[int, int, int, int]:
         """H.273 (primaries, transfer characteristics, matrix coefficients, full-range flag)."""
-        return self.primaries, self.transfer, _MATRIX_CODE[self.matrix], int(self.full_range)
+        return (
+            self.primaries or 0,
+            self.transfer or 0,
+            _MATRIX_CODE[self.matrix],
+            int(self.full_range),
+        )
 
     @property
     def is_hdr_or_wide(self) -> bool:
@@ -71,11 +81,11 @@ class Colour:
         return self.transfer in (16, 18) or self.primaries in (9, 11, 12)
 
     def in_yuv(self) -> Colour:
-        """Itself, or for RGB the YUV form of the same: BT.709 or, with its primaries, BT.2020."""
+        """The colour space itself; for RGB its YUV form, BT.709, or BT.2020 for these primaries."""
         if self.matrix != "rgb":
             return self
         if (self.primaries, self.transfer) == (RGB.primaries, RGB.transfer):
-            return BT709  # what videos are, though plain RGB is sRGB by definition
+            return BT709  # common practice, although plain RGB is sRGB by definition
         matrix = "bt2020" if self.primaries == _PRIMARIES["bt2020"] else "bt709"
         return Colour(matrix, primaries=self.primaries, transfer=self.transfer)
 
@@ -83,7 +93,7 @@ class Colour:
     def from_code_points(
         cls, primaries: int, transfer: int, matrix: int, full_range: int
     ) -> Colour:
-        """The inverse of `code_points`; an unspecified or unknown matrix counts as BT.709."""
+        """Inverts `code_points`; an unspecified or unknown matrix counts as BT.709."""
         name = _CODE_MATRIX.get(matrix, "bt709")
         return cls(
             matrix=name,
@@ -115,7 +125,7 @@ def _weights(colour: Colour) -> tuple[float, float, float]:
 
 
 def _double(plane: np.ndarray, axis: int, size: int) -> np.ndarray:
-    """Bilinear doubling of a float32 plane (h, w) along ``axis``, cut to ``size``."""
+    """Doubles a float32 plane (h, w) along an axis by bilinear interpolation, cut to `size`."""
     plane = np.moveaxis(plane, axis, 0)
     near, far = 0.75 * plane, 0.25 * plane
     out = np.empty((2 * len(plane), *plane.shape[1:]), np.float32)
@@ -139,14 +149,21 @@ def _round_to_uint8(values: np.ndarray) -> np.ndarray:
     return values.astype(np.uint8)
 
 
-def _convert(y, u, v, colour: Colour, bit_depth: int, out: np.ndarray) -> None:
-    """The formula, on planes small enough to stay in the processor's cache."""
+def _convert(
+    y: np.ndarray,
+    u: np.ndarray | None,
+    v: np.ndarray | None,
+    colour: Colour,
+    bit_depth: int,
+    out: np.ndarray,
+) -> None:
+    """Converts planes that are small enough to stay in the processor's cache."""
     height, width = y.shape
     y_offset, y_scale, c_offset, c_scale = _scales(colour, bit_depth)
     luma = y.astype(np.float32)
     luma -= np.float32(y_offset)
     luma *= np.float32(y_scale)
-    if u is None:
+    if u is None or v is None:
         out[...] = _round_to_uint8(luma)[..., None]
         return
     kr, kg, kb = _weights(colour)
@@ -163,7 +180,7 @@ def _convert(y, u, v, colour: Colour, bit_depth: int, out: np.ndarray) -> None:
 
 
 def _window(start: int, length: int, size: int) -> tuple[int, int]:
-    """The even-aligned range of luma samples that fixes `length` samples from `start`."""
+    """Even-aligned range of luma samples that determines `length` samples from `start`."""
     return 2 * max(0, start // 2 - 1), min(size, 2 * ((start + length - 1) // 2 + 2))
 
 
@@ -175,24 +192,36 @@ def yuv_to_rgb(
     bit_depth: int = 8,
     crop: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """Planes y (h, w) and u, v to uint8 RGB (h, w, 3).
+    """Converts YUV planes to uint8 RGB (h, w, 3).
 
-    The shape of u and v tells the subsampling: each side is that of y or half of it, rounded up.
-    Both None is grey. Samples are unsigned integers of `bit_depth` bits. crop: (top, left, height,
-    width); the result is that part of the whole, made without the rest. Raises ValueError for
-    planes that do not fit together and for a crop outside the picture.
+    Args:
+        y: Luma (h, w), unsigned integers of `bit_depth` bits.
+        u: Chroma; each side is that of y, or half of it, rounded up. None for grey.
+        v: Chroma of the same shape as u. None for grey.
+        colour: Colour space of the planes.
+        bit_depth: Bits per sample.
+        crop: (top, left, height, width); only this part is converted.
+
+    Raises:
+        ValueError: planes that do not fit together, or a crop outside of the picture.
     """
-    if u is not None and (
-        u.shape != v.shape or any(c not in (n, -(-n // 2)) for c, n in zip(u.shape, y.shape))
-    ):
-        raise ValueError(f"chroma planes {u.shape}, {v.shape} do not fit luma {y.shape}")
+    chroma_planes = None if u is None or v is None else (u, v)
+    if chroma_planes is not None:
+        shapes = [plane.shape for plane in chroma_planes]
+        halves = [-(-n // 2) for n in y.shape]
+        if shapes[0] != shapes[1] or any(
+            c not in (n, half) for c, n, half in zip(shapes[0], y.shape, halves)
+        ):
+            raise ValueError(f"chroma planes {shapes[0]}, {shapes[1]} do not fit luma {y.shape}")
     top, left, height, width = (0, 0, *y.shape) if crop is None else crop
     if min(top, left) < 0 or top + height > y.shape[0] or left + width > y.shape[1]:
         raise ValueError(f"crop {crop} reaches outside of {y.shape}")
     out = np.empty((height, width, 3), np.uint8)
     if not out.size:
         return out
-    halved = (False, False) if u is None else tuple(c != n for c, n in zip(u.shape, y.shape))
+    halved = (False, False)
+    if chroma_planes is not None:
+        halved = tuple(c != n for c, n in zip(chroma_planes[0].shape, y.shape))
     x0, x1 = _window(left, width, y.shape[1])
     rows = max(2, _STRIP // (x1 - x0))
     for row in range(0, height, rows):
@@ -203,13 +232,15 @@ def yuv_to_rgb(
             slice(s.start // 2, -(-s.stop // 2)) if half else s for s, half in zip(luma, halved)
         )
         strip = np.empty((y1 - y0, x1 - x0, 3), np.uint8)
-        planes = (None, None) if u is None else (u[chroma], v[chroma])
-        _convert(y[luma], *planes, colour, bit_depth, strip)
+        us, vs = (None, None) if chroma_planes is None else (p[chroma] for p in chroma_planes)
+        _convert(y[luma], us, vs, colour, bit_depth, strip)
         part[...] = strip[top + row - y0 :, left - x0 :][: len(part), :width]
     return out
 
 
-def _rgb_to_yuv(rgb: np.ndarray, colour: Colour, subsample: bool) -> tuple[np.ndarray, ...]:
+def _rgb_to_yuv(
+    rgb: np.ndarray, colour: Colour, subsample: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     kr, kg, kb = _weights(colour)
     y_offset, y_scale, c_offset, c_scale = _scales(colour, 8)
     r, g, b = (rgb[..., i].astype(np.float32) for i in range(3))
@@ -224,18 +255,19 @@ def _rgb_to_yuv(rgb: np.ndarray, colour: Colour, subsample: bool) -> tuple[np.nd
             difference = (rows[:, 0::2] + rows[:, 1::2]) * np.float32(0.25)
         gain = 1 / (2 * (1 - weight) * c_scale)
         planes.append(difference * np.float32(gain) + np.float32(c_offset))
-    return tuple(_round_to_uint8(plane) for plane in planes)
+    y, u, v = map(_round_to_uint8, planes)
+    return y, u, v
 
 
 def rgb_to_yuv420(
     rgb: np.ndarray, colour: Colour = BT709
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """uint8 RGB (h, w, 3) to 8-bit planes y (h, w) and u, v (ceil(h/2), ceil(w/2))."""
+    """Converts uint8 RGB (h, w, 3) to 8-bit planes y (h, w) and u, v (ceil(h/2), ceil(w/2))."""
     return _rgb_to_yuv(rgb, colour, subsample=True)
 
 
 def rgb_to_yuv444(
     rgb: np.ndarray, colour: Colour = BT709
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """uint8 RGB (h, w, 3) to three 8-bit planes (h, w)."""
+    """Converts uint8 RGB (h, w, 3) to three 8-bit planes (h, w)."""
     return _rgb_to_yuv(rgb, colour, subsample=False)

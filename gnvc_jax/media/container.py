@@ -1,7 +1,7 @@
-"""Everything that PyAV can open: mp4, mkv, webm, avi, gif and so on.
+"""Videos that PyAV can open: mp4, mkv, webm, avi, gif and so on.
 
-The planes come from the decoder and are converted by `colour.yuv_to_rgb`; swscale only
-repacks samples (nv12, palettes) and reduces RGB of more than 8 bits.
+Planes come from the decoder and are converted by `colour.yuv_to_rgb`; swscale only repacks samples
+(nv12, palettes) and reduces RGB of more than 8 bits.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from fractions import Fraction
 
 import av
 import numpy as np
+from av.container import InputContainer
+from av.video.plane import VideoPlane
+from av.video.stream import VideoStream
 
 from gnvc_jax.media.colour import SUPPORTED_MATRICES, UNSPECIFIED, Colour, yuv_to_rgb
 from gnvc_jax.media.errors import (
@@ -33,6 +36,7 @@ from gnvc_jax.media.packets import (
     promised_frames,
     read_timeline,
     stream_seconds,
+    time_base,
     video_streams,
 )
 from gnvc_jax.media.video import (
@@ -61,10 +65,11 @@ def _is_rgb(frame: av.VideoFrame) -> bool:
 
 
 def frame_colour(frame: av.VideoFrame) -> Colour:
-    """What the stream says, or BT.709. Untagged YUV has limited range, untagged grey full range.
+    """Colour space of a frame: as tagged, or BT.709.
 
-    YUV that is tagged as RGB, as phones and messengers do, has the matrix of its size: BT.709 for
-    HD and BT.601 below.
+    Untagged YUV has limited range, untagged grey full range. YUV that is tagged as RGB, as some
+    phones and messengers do, gets the matrix that is usual for its size: BT.709 for HD, BT.601
+    below.
     """
     tags = frame.color_primaries, frame.color_trc
     if _is_rgb(frame):
@@ -78,13 +83,13 @@ def frame_colour(frame: av.VideoFrame) -> Colour:
     return Colour.from_code_points(*tags, matrix, full)
 
 
-def _array(plane: av.video.plane.VideoPlane, dtype: str) -> np.ndarray:
-    rows = np.frombuffer(plane, dtype).reshape(plane.height, -1)
+def _array(plane: VideoPlane, dtype: str) -> np.ndarray:
+    rows = np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)
     return rows[:, : plane.width]
 
 
 def _planar_name(frame: av.VideoFrame, name: str) -> str:
-    """The planar format of at least the same samples as a packed or unusual one."""
+    """Planar format that holds all samples of a packed or unusual format."""
     form = frame.format
     parts = form.components
     depth = max(part.bits for part in parts)
@@ -93,27 +98,24 @@ def _planar_name(frame: av.VideoFrame, name: str) -> str:
         raise UnsupportedFormat(name, f"pixel format {form.name} is not supported")
     if len(parts) < 3:
         return f"gray{suffix}"
-    halves = tuple(
-        full > part
-        for full, part in zip((frame.width, frame.height), (parts[1].width, parts[1].height))
-    )
+    halves = frame.width > parts[1].width, frame.height > parts[1].height
     quarter = parts[1].width * 2 < frame.width
     layout = {(True, True): "420", (True, False): "422"}.get(halves, "444")
     return f"yuv{'444' if quarter else layout}p{suffix}"
 
 
 def _little_endian(frame: av.VideoFrame) -> av.VideoFrame:
-    """The same picture in 16-bit pixels of the other byte order, which swscale converts rightly."""
+    """Swaps the bytes of 16-bit pixels; swscale converts only little-endian ones correctly."""
     swapped = av.VideoFrame(frame.width, frame.height, frame.format.name.replace("be", "le"))
     source, target = (
-        np.frombuffer(f.planes[0], "u2").reshape(f.height, -1) for f in (frame, swapped)
+        np.frombuffer(memoryview(f.planes[0]), "u2").reshape(f.height, -1) for f in (frame, swapped)
     )
     target[:, : frame.width] = source[:, : frame.width].byteswap()
     return swapped
 
 
 def _upright(rgb: np.ndarray, matrix: bytes, name: str) -> np.ndarray:
-    """The picture (h, w, c) turned and mirrored as a display matrix asks.
+    """Rotates and mirrors a picture (h, w, c) as its display matrix asks.
 
     The matrix sends column x and row y of the coded picture to a x + c y and b x + d y, up to an
     offset; multiples of 90 degrees and mirrors have either b = c = 0 or a = d = 0.
@@ -121,7 +123,7 @@ def _upright(rgb: np.ndarray, matrix: bytes, name: str) -> np.ndarray:
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     straight, turned = abs(a) + abs(d), abs(b) + abs(c)
     if 50 * min(straight, turned) > max(straight, turned):  # more than a degree away
-        raise UnsupportedFormat(name, "is rotated by an angle that is no multiple of 90 degrees")
+        raise UnsupportedFormat(name, "is rotated by an angle that is not a multiple of 90 degrees")
     if straight >= turned:
         columns, rows = a, d
     else:
@@ -132,9 +134,13 @@ def _upright(rgb: np.ndarray, matrix: bytes, name: str) -> np.ndarray:
 def frame_to_rgb(
     frame: av.VideoFrame, colour: Colour | None, name: str, crop: Crop | None = None
 ) -> np.ndarray:
-    """A decoded frame, or a part of it, as uint8 RGB (h, w, 3), upright as it is to be shown.
+    """Converts a decoded frame to uint8 RGB (h, w, 3), rotated as it is to be shown.
 
-    colour: of YUV, in place of what the frame says.
+    Args:
+        frame: Decoded frame.
+        colour: Colour space that overrides the tags of a YUV frame.
+        name: Name of the file, for messages.
+        crop: (top, left, height, width) of the shown frame; only this part is converted.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
     inner = None if matrix else crop
@@ -161,24 +167,35 @@ def frame_to_rgb(
 
 def _decode(
     name: str,
-    container,
-    stream,
+    container: InputContainer,
+    stream: VideoStream,
     promised: int | None = None,
     tolerant: bool = False,
     findings: Findings | None = None,
 ) -> Iterator[av.VideoFrame]:
-    """All frames in order of display.
+    """Yields all frames in display order.
 
-    A last frame that is incomplete is left out, with a note. Damage before it raises DamagedVideo,
-    and frames that end too early raise TruncatedVideo; if tolerant, both are noted instead.
+    An incomplete last frame is left out, with a note.
+
+    Args:
+        name: Name of the file, for messages.
+        container: Open container.
+        stream: Video stream.
+        promised: Number of frames that the container states, if any.
+        tolerant: Whether to note damage and missing frames instead of raising.
+        findings: Receives the notes.
+
+    Raises:
+        DamagedVideo: a frame before the last one is damaged.
+        TruncatedVideo: frames are missing at the end.
     """
     findings = findings or Findings()
-    stream.codec_context.copy_opaque = True  # each frame gets the number of its packet
+    stream.codec_context.copy_opaque = True  # frames carry the number of their packet
     done, damaged, lost, flagged, end = 0, 0, 0, 0, 0.0
     longest = 1 / float(stream.average_rate or stream.guessed_rate or DEFAULT_FPS)
     number, incomplete, reason = -1, False, ""
     try:
-        # One packet ahead, to know the last; None makes the decoder give what it still holds.
+        # Look one packet ahead, to recognise the last one. None flushes the decoder.
         ahead = itertools.chain(packets(container, stream), (None, None))
         for packet, following in itertools.pairwise(ahead):
             if packet is not None:
@@ -206,7 +223,7 @@ def _decode(
                 yield frame
                 done, damaged = done + 1, damaged + frame.is_corrupt
                 if frame.pts is not None:
-                    time = float(frame.pts * stream.time_base)
+                    time = float(frame.pts * time_base(stream))
                     longest = max(longest, time - end) if done > 1 else longest
                     end = max(end, time)
     except av.FFmpegError as error:
@@ -238,22 +255,28 @@ def _decode(
     findings.damage(f"truncated: {missing}")
 
 
-def _rate(name: str, stream, number: int | None) -> tuple[Fraction, bool]:
-    """Frames a second, and whether their distance varies."""
+def _rate(name: str, stream: VideoStream, number: int | None) -> tuple[Fraction, bool]:
+    """Frames per second, and whether the distance between frames varies."""
     nominal = stream.average_rate or stream.codec_context.framerate
     rate, varies = nominal or DEFAULT_FPS, False
     listed = has_complete_index(stream) and stream.duration
     if listed:
         rate, varies = index_timeline(stream).rate(nominal)
-    # Lists have times of decoding; where those vary, times of display lie elsewhere. What is no
-    # regular file can be read only once.
+    # The index holds decoding times. If these vary, the display times must be read from the
+    # packets, which takes a second pass, thus a regular file.
     if (varies or not listed) and os.path.isfile(name):
         rate, varies = read_timeline(name, number).rate(nominal)
     return rate, varies
 
 
-def _describe(name: str, container, stream, number: int | None, findings: Findings) -> Fraction:
-    """The rate in frames a second; what is not carried or was decided goes to the findings."""
+def _describe(
+    name: str,
+    container: InputContainer,
+    stream: VideoStream,
+    number: int | None,
+    findings: Findings,
+) -> Fraction:
+    """Returns frames per second; notes what is not carried and what was decided."""
     rate, varies = _rate(name, stream, number)
     if varies:
         findings.note(f"the frame rate varies; its mean of {float(rate):.3f} frames/s is used")
@@ -270,7 +293,7 @@ def _describe(name: str, container, stream, number: int | None, findings: Findin
 
 
 def _matrix_note(frame: av.VideoFrame) -> str:
-    """What to say of a colour matrix that was not taken as it is tagged; empty if it was."""
+    """Note on a colour matrix that was not used as tagged; empty if it was."""
     matrix = frame.colorspace
     if _is_rgb(frame) or matrix == UNSPECIFIED or (matrix in SUPPORTED_MATRICES and matrix != _GBR):
         return ""
@@ -287,13 +310,13 @@ def open_container(
     number: int | None = None,
     tolerant: bool = False,
 ) -> VideoReader:
-    """A reader of video stream `number`; `fps` and `colour` replace what the file says."""
+    """Opens video stream `number` for reading; `fps` and `colour` override what the file says."""
     name, findings = os.fspath(path), Findings()
     container, stream = open_stream(path, number)
     try:
         if stream.codec_context is None:
             raise UnsupportedFormat(name, "there is no decoder for its video stream")
-        # Threads of frames report an error late, when frames decoded before it are lost.
+        # With frame threads an error is reported late, and frames decoded before it are lost.
         stream.thread_type = "SLICE" if tolerant else "AUTO"
         try:
             promised = promised_frames(name, container, stream, number)
@@ -342,7 +365,7 @@ def open_container(
     return VideoReader(info, rgb_frames(), container.close, findings)
 
 
-def _first(name: str, container, frames: Iterator[av.VideoFrame]) -> av.VideoFrame:
+def _first(name: str, container: InputContainer, frames: Iterator[av.VideoFrame]) -> av.VideoFrame:
     try:
         first = next(frames, None)
     except DamagedVideo:
@@ -357,12 +380,12 @@ def _first(name: str, container, frames: Iterator[av.VideoFrame]) -> av.VideoFra
 
 
 def count_frames(path: str | os.PathLike, number: int | None = None) -> int:
-    """Frames of the video stream; if the container has no list, by reading all packets."""
+    """Counts the frames of a video stream, by reading all packets if the container has no index."""
     name = os.fspath(path)
     container, stream = open_stream(path, number)
     with container:
         promised = promised_frames(name, container, stream, number)
-        if has_complete_index(stream):
+        if has_complete_index(stream) and promised is not None:
             return promised
     count = read_timeline(path, number).count
     if promised is not None and count < promised:
@@ -374,7 +397,7 @@ def count_frames(path: str | os.PathLike, number: int | None = None) -> int:
 
 
 def _seek_frames(path: str, wanted: np.ndarray, keys: np.ndarray) -> list[av.VideoFrame]:
-    """The frames shown at the times `wanted`, decoded from the key frame before; may miss some."""
+    """Decodes the frames at the times `wanted` from the key frame before; some may be missing."""
     container, stream = open_stream(path)
     found: dict[int, av.VideoFrame] = {}
     with container, contextlib.suppress(av.FFmpegError):
@@ -383,7 +406,7 @@ def _seek_frames(path: str, wanted: np.ndarray, keys: np.ndarray) -> list[av.Vid
         container.seek(int(key), stream=stream)
         times = set(wanted.tolist())
         for frame in container.decode(stream):
-            if frame.pts in times and not frame.is_corrupt:
+            if frame.pts is not None and frame.pts in times and not frame.is_corrupt:
                 found[frame.pts] = frame
             if len(found) == len(times) or (frame.pts or 0) > wanted[-1]:
                 break
@@ -396,10 +419,11 @@ def read_container_clip(
     """Frames start .. start + count - 1 as uint8 RGB (count, h, w, 3); see `reader.read_clip`."""
     name, timeline = os.fspath(path), read_timeline(path)
     frames = []
-    if timeline.times is not None and len(timeline.keys) and start + count <= timeline.count:
-        frames = _seek_frames(name, timeline.times[start : start + count], timeline.keys)
+    times, keys = timeline.times, timeline.keys
+    if times is not None and keys is not None and len(keys) and start + count <= timeline.count:
+        frames = _seek_frames(name, times[start : start + count], keys)
     if len(frames) < count:
-        # No times, or a stream that cannot be entered at its key frames: count from the beginning.
+        # There are no times, or decoding cannot start at a key frame: count from the beginning.
         container, stream = open_stream(name)
         with container:
             frames = list(itertools.islice(_decode(name, container, stream), start, start + count))

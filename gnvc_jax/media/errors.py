@@ -1,4 +1,4 @@
-"""Named errors of the media room, each with the exit code a command line should end with.
+"""Errors of reading and writing videos, each with the exit code of the program.
 
 The codes follow sysexits.h:
 
@@ -24,7 +24,13 @@ from gnvc_jax.errors import GnvcError
 
 
 class MediaError(GnvcError):
-    """A video that cannot be read or written; ``exit_code`` is the process status to end with."""
+    """A video that cannot be read or written.
+
+    Attributes:
+        name: Path of the video.
+        reason: What is wrong, in one line.
+        exit_code: Exit code of the program.
+    """
 
     exit_code = 65
 
@@ -33,7 +39,7 @@ class MediaError(GnvcError):
         self.reason = " ".join(str(reason).split())
         super().__init__(f"{self.name}: {self.reason}")
 
-    def __reduce__(self):  # errors cross process boundaries in data workers
+    def __reduce__(self) -> tuple:  # errors cross process boundaries in data workers
         return type(self), (self.name, self.reason)
 
 
@@ -48,7 +54,7 @@ class EmptyInput(MediaError):
 
 
 class NoFrames(MediaError):
-    """A folder without frames, or a video stream in which none could be decoded."""
+    """A folder without frames, or a video stream of which no frame could be decoded."""
 
 
 class NotAVideo(MediaError):
@@ -56,7 +62,7 @@ class NotAVideo(MediaError):
 
 
 class AudioOnly(MediaError):
-    """The container has sound but no picture."""
+    """The container has sound but no pictures."""
 
 
 class TruncatedVideo(MediaError):
@@ -68,7 +74,7 @@ class DamagedVideo(MediaError):
 
 
 class UnsupportedFormat(MediaError):
-    """A video, but in a pixel format or a size that cannot be handled."""
+    """A video whose pixel format or size is not supported."""
 
 
 class BadRawSize(MediaError):
@@ -76,7 +82,7 @@ class BadRawSize(MediaError):
 
 
 class OutputExists(MediaError):
-    """The output is there already and overwriting was not asked for."""
+    """The output exists, and overwriting was not requested."""
 
     exit_code = 73
 
@@ -88,7 +94,7 @@ class UnwritableOutput(MediaError):
 
 
 class WriteFailed(MediaError):
-    """Writing began and could not be finished."""
+    """Writing started but could not be finished."""
 
     exit_code = 74
 
@@ -98,14 +104,14 @@ class DiskFull(WriteFailed):
 
 
 def read_error(name: str | os.PathLike, error: OSError) -> MediaError:
-    """The named error for an operating system error met while reading ``name``."""
+    """Error for an OSError that occurred while reading `name`."""
     if isinstance(error, FileNotFoundError):
         return MissingInput(name, "no such file or folder")
     return MissingInput(name, f"cannot be read ({error.strerror or error})")
 
 
 def write_error(name: str | os.PathLike, error: OSError) -> MediaError:
-    """The named error for an operating system error met while writing ``name``."""
+    """Error for an OSError that occurred while writing `name`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return DiskFull(name, "no space left on the device")
     if isinstance(error, BrokenPipeError):

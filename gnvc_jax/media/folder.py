@@ -1,4 +1,4 @@
-"""A folder of PNG pictures as a video."""
+"""Folders of PNG images as videos."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gnvc_jax.media.video import DEFAULT_FPS, Crop, VideoInfo, VideoReader, crop
 
 
 def frame_files(path: str | os.PathLike) -> list[Path]:
-    """The .png files of a folder, numbers in their names counted: 2 before 10. NoFrames if none."""
+    """The .png files of a folder in natural order: 2 before 10. Raises NoFrames if it has none."""
     files = [
         file
         for file in Path(path).iterdir()
@@ -27,7 +27,7 @@ def frame_files(path: str | os.PathLike) -> list[Path]:
         raise NoFrames(path, "the folder has no PNG frames")
     return sorted(
         files,
-        # Every other part is a number, in ASCII digits; str.isdigit would take others for one too.
+        # Every other part is a number of ASCII digits; str.isdigit would accept other digits, too.
         key=lambda file: [
             int(part) if place % 2 else part
             for place, part in enumerate(re.split(r"([0-9]+)", file.name))
@@ -39,7 +39,7 @@ def _read(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     try:
         with Image.open(file, formats=["PNG"]) as image:
             if image.mode.startswith(("I", "F")):
-                raise UnsupportedFormat(file, "grey pictures of 16 bits are not supported")
+                raise UnsupportedFormat(file, "16-bit grey images are not supported")
             if size is not None and image.size != size:
                 raise UnsupportedFormat(
                     file,
@@ -47,11 +47,11 @@ def _read(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
                 )
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise TruncatedVideo(file, f"not a whole PNG picture ({error})") from None
+        raise TruncatedVideo(file, f"truncated or damaged PNG image ({error})") from None
 
 
 def open_folder(path: str | os.PathLike, fps: Fraction | None = None) -> VideoReader:
-    """A reader of the folder's pictures in order; alpha is dropped."""
+    """Opens a folder of images for reading, in order; alpha is dropped."""
     files = frame_files(path)
     height, width = _read(files[0]).shape[:2]
     info = VideoInfo(
@@ -75,7 +75,7 @@ def open_folder(path: str | os.PathLike, fps: Fraction | None = None) -> VideoRe
 def read_folder_clip(
     path: str | os.PathLike, start: int, count: int, crop: Crop | None = None
 ) -> np.ndarray:
-    """Frames start .. start + count - 1 as uint8 RGB (count, h, w, 3)."""
+    """Reads frames start .. start + count - 1 as uint8 RGB (count, h, w, 3)."""
     files = frame_files(path)[start : start + count]
     if len(files) < count:
         raise TruncatedVideo(

@@ -1,9 +1,8 @@
-"""What a container says of its video without decoding it: stream, frames, times, and missing data.
+"""What a container tells about its video without decoding: stream, frames, times, missing data.
 
-`open_stream` chooses the stream. `Timeline` holds the times of all frames, from the container's own
-list where it has a complete one (mp4, avi) and else from reading every packet once; rates, seeking
-and frame counts rest on it. `missing_data_note` finds files that are
-not whole.
+`open_stream` chooses the stream. `Timeline` holds the times of all frames, from the index of the
+container if it is complete (mp4, avi), otherwise from reading every packet once; rates, seeking and
+frame counts are based on it. `missing_data_note` recognises incomplete files.
 """
 
 from __future__ import annotations
@@ -20,19 +19,21 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.container import Container, InputContainer
+from av.stream import Disposition
+from av.video.stream import VideoStream
 
 from gnvc_jax.media.errors import AudioOnly, MissingInput, NotAVideo, TruncatedVideo
 from gnvc_jax.media.video import CUT_NOTE, DEFAULT_FPS, HOLE_NOTE
 
-Disposition = av.stream.Disposition
 _NOT_VIDEO = {"tty", "concat", "hls", "image2"}  # text, and lists that name other files
-_LONGEST_GAP = 10.0  # seconds; ffmpeg's limit too, beyond which time stamps are taken to jump
-_LARGEST_DENOMINATOR = 100_000  # of a mean rate, so that every output can hold it
+_LONGEST_GAP = 10.0  # seconds; beyond it, time stamps count as jumps, as in ffmpeg
+_LARGEST_DENOMINATOR = 100_000  # of a mean rate, so that every output format can hold it
 
 
 @contextlib.contextmanager
-def named_errors(name: str):
-    """PyAV's exceptions as ours."""
+def named_errors(name: str) -> Iterator[None]:
+    """Context that turns exceptions of PyAV into ours."""
     try:
         yield
     except (av.FileNotFoundError, av.PermissionError) as error:
@@ -42,7 +43,7 @@ def named_errors(name: str):
         raise NotAVideo(name, f"not a video that can be read ({reason})") from None
 
 
-def format_names(container: av.container.InputContainer) -> set[str]:
+def format_names(container: Container) -> set[str]:
     """Names of the container's format: one demuxer serves several, such as mov and mp4."""
     return set(container.format.name.split(","))
 
@@ -52,11 +53,18 @@ def format_names(container: av.container.InputContainer) -> set[str]:
 
 def open_stream(
     path: str | os.PathLike, number: int | None = None
-) -> tuple[av.container.InputContainer, av.video.VideoStream]:
-    """The open container and its video stream `number`, counted from 0 among `video_streams`.
+) -> tuple[InputContainer, VideoStream]:
+    """Opens a container and chooses a video stream.
 
-    By default it is the stream flagged as default, and of several, or of none, the one with the
-    largest pictures. Raises MissingInput, NotAVideo, AudioOnly.
+    Args:
+        path: Path of the file.
+        number: Index of the stream in `video_streams`. If None, the stream that is flagged as
+            default; of several or none, the one with the largest pictures.
+
+    Raises:
+        MissingInput: the file cannot be read.
+        NotAVideo: the file is not a video, or has no such stream.
+        AudioOnly: the file has sound but no pictures.
     """
     name = os.fspath(path)
     with named_errors(name):
@@ -82,22 +90,28 @@ def open_stream(
         raise
 
 
-def video_streams(container: av.container.InputContainer) -> list[av.video.VideoStream]:
-    """The video streams without cover pictures."""
+def video_streams(container: InputContainer) -> list[VideoStream]:
+    """Video streams of a container, except cover pictures."""
     return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
 
 
-def _preference(stream: av.video.VideoStream) -> tuple[bool, int]:
+def _preference(stream: VideoStream) -> tuple[bool, int]:
     context = stream.codec_context  # None without a decoder
     pixels = context.width * context.height if context else 0
     return bool(stream.disposition & Disposition.default), pixels
 
 
+def time_base(stream: VideoStream) -> Fraction:
+    """Seconds per unit of time; PyAV declares it optional, but an open stream has one."""
+    assert stream.time_base is not None
+    return stream.time_base
+
+
 # Packets
 
 
-def packets(container, stream) -> Iterator[av.Packet]:
-    """Packets with data, from the first key frame on; nothing before it can be decoded."""
+def packets(container: InputContainer, stream: VideoStream) -> Iterator[av.Packet]:
+    """Yields packets with data from the first key frame on; nothing before it can be decoded."""
     every = (packet for packet in container.demux(stream) if packet.size)
     return itertools.dropwhile(lambda packet: not packet.is_keyframe, every)
 
@@ -113,11 +127,16 @@ def _is_leading(packet: av.Packet, first: av.Packet) -> bool:
     return packet.pts < first.pts
 
 
-def _shown_packets(container, stream) -> list[tuple[int | None, int, bool]]:
+def _shown_packets(
+    container: InputContainer, stream: VideoStream
+) -> list[tuple[int | None, int, bool]]:
     """(time, duration, is key frame) of each frame that will be shown, in order of decoding."""
     every = packets(container, stream)
-    shown, first, packet = [], next(every, None), None
-    for packet in itertools.chain([first] if first else [], every):
+    first = packet = next(every, None)
+    if first is None or packet is None:
+        return []
+    shown: list[tuple[int | None, int, bool]] = []
+    for packet in itertools.chain([first], every):
         if not packet.is_discard and not _is_leading(packet, first):
             shown.append((packet.pts, packet.duration or 0, packet.is_keyframe))
     if shown and packet.is_corrupt:
@@ -125,26 +144,31 @@ def _shown_packets(container, stream) -> list[tuple[int | None, int, bool]]:
     return shown
 
 
-def has_complete_index(stream) -> bool:
+def has_complete_index(stream: VideoStream) -> bool:
     """Whether the container lists every frame, as mp4 and avi do."""
     entries = len(stream.index_entries)
-    # In avi, `frames` is a duration: dropped frames take time and have no entry. Without its list,
-    # which comes last, there is an entry for the first frame.
+    # In avi, `frames` is a duration: dropped frames take time and have no entry. If the index is
+    # missing, which comes last, there is one entry for the first frame.
     return stream.frames > 0 and (entries == stream.frames or (entries > 1 and _is_avi(stream)))
 
 
-def _is_avi(stream) -> bool:
+def _is_avi(stream: VideoStream) -> bool:
     return "avi" in format_names(stream.container)
 
 
-def _index(stream) -> list:
-    """Entries of the container's list for frames that will be shown, leading ones among them."""
+def _index(stream: VideoStream) -> list:
+    """Index entries of frames that will be shown, including leading ones."""
     entries = itertools.dropwhile(lambda e: not e.is_keyframe, stream.index_entries)
     return [entry for entry in entries if entry.size and not entry.is_discard]
 
 
-def promised_frames(name: str, container, stream, number: int | None) -> int | None:
-    """Frames that the container says it has; None if it does not. TruncatedVideo if data lacks."""
+def promised_frames(
+    name: str, container: InputContainer, stream: VideoStream, number: int | None
+) -> int | None:
+    """Number of frames that a container states; None if it states none.
+
+    Raises TruncatedVideo if data of some of them is missing.
+    """
     if not has_complete_index(stream):
         dropped = _is_avi(stream) and not missing_data_note(name, container)
         return None if dropped else stream.frames or None
@@ -162,6 +186,8 @@ def _count_leading(name: str, number: int | None) -> int:
     with container, named_errors(name):
         every = packets(container, stream)
         first = next(every, None)  # leading pictures come right after it
+        if first is None:
+            return 0
         leading = itertools.takewhile(lambda packet: _is_leading(packet, first), every)
         return sum(not packet.is_discard for packet in leading)
 
@@ -171,14 +197,14 @@ def _count_leading(name: str, number: int | None) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """When frames are shown, in seconds of `tick` each.
+    """Display times of frames, in units of `tick` seconds.
 
     Attributes:
-      count: number of frames.
-      times: int64 (count,) ascending, or None where packets have no times or times are repeated.
-      keys: those of `times` at which decoding can begin.
-      end: when the last frame ends.
-      tick: seconds in a unit of time.
+        count: Number of frames.
+        times: int64 (count,), ascending; None if packets have no times or times repeat.
+        keys: Those of `times` at which decoding can start.
+        end: Time at which the last frame ends.
+        tick: Seconds per unit of time.
     """
 
     count: int
@@ -188,17 +214,17 @@ class Timeline:
     tick: Fraction
 
     def rate(self, nominal: Fraction | None) -> tuple[Fraction, bool]:
-        """Frames a second, and whether their distance varies.
+        """Frames per second, and whether the distance between frames varies.
 
-        It is the nominal rate if that puts every frame within half a frame of its time, and else
-        the mean over the whole duration. Frames are at variable distance if the mean rate does not
-        do so either.
+        The rate is the nominal one if it puts every frame within half a frame of its time,
+        otherwise the mean over the whole duration. The distance varies if the mean rate does not
+        put every frame there, either.
         """
         times = self.times
         if times is None or not len(times) or self.end <= times[0]:
             return nominal or DEFAULT_FPS, False
         if len(times) > 1 and float(np.diff(times).max() * self.tick) > _LONGEST_GAP:
-            return nominal or DEFAULT_FPS, False  # a clock that jumps says nothing of the rate
+            return nominal or DEFAULT_FPS, False  # a clock that jumps tells nothing about the rate
         mean = self.count / (int(self.end - times[0]) * self.tick)
         mean = mean.limit_denominator(_LARGEST_DENOMINATOR)
         seconds = (times - times[0]) * float(self.tick)
@@ -210,27 +236,27 @@ class Timeline:
         return mean, len(times) > 1
 
 
-def index_timeline(stream) -> Timeline:
-    """The timeline of a container with a complete index, in the order of decoding times."""
+def index_timeline(stream: VideoStream) -> Timeline:
+    """Timeline of a container with a complete index; its times are decoding times."""
     entries = _index(stream)
     times = np.array([entry.timestamp for entry in entries], np.int64)
     end = int(times[0]) + (stream.duration or 0) if entries else 0
-    return Timeline(len(entries), times, None, end, stream.time_base)
+    return Timeline(len(entries), times, None, end, time_base(stream))
 
 
 def read_timeline(path: str | os.PathLike, number: int | None = None) -> Timeline:
-    """The timeline from all packets of a file, kept while the file does not change."""
+    """Timeline from all packets of a file; it is cached until the file changes."""
     stat = os.stat(path)
     return _read_timeline(os.fspath(path), stat.st_size, stat.st_mtime_ns, number)
 
 
 @functools.lru_cache(maxsize=256)
 def _read_timeline(path: str, size: int, mtime_ns: int, number: int | None) -> Timeline:
-    del size, mtime_ns  # part of the key: a file that changed is read again
+    del size, mtime_ns  # part of the cache key: a file that changed is read again
     container, stream = open_stream(path, number)
     with container, named_errors(path):
         shown = _shown_packets(container, stream)
-        tick, stated = stream.time_base, _stated_end(container, stream)
+        tick, stated = time_base(stream), _stated_end(container, stream)
     pts = [time for time, _, _ in shown]
     if not shown or None in pts or len(set(pts)) < len(pts):
         return Timeline(len(shown), None, None, 0, tick)
@@ -241,15 +267,15 @@ def _read_timeline(path: str, size: int, mtime_ns: int, number: int | None) -> T
     return Timeline(len(shown), times, keys, max(int(times[-1]) + last, stated), tick)
 
 
-def _stated_end(container, stream) -> int:
-    """When the container says that the stream ends, in its units; 0 if it does not."""
+def _stated_end(container: InputContainer, stream: VideoStream) -> int:
+    """End of the stream as the container states it, in units of time; 0 if it does not."""
     if stream.duration:
         return (stream.start_time or 0) + stream.duration
-    return int(stream_seconds(container, stream) / stream.time_base)
+    return int(stream_seconds(container, stream) / time_base(stream))
 
 
-def stream_seconds(container, stream) -> float:
-    """How long a container without a frame list says that its video is; 0 if it does not."""
+def stream_seconds(container: InputContainer, stream: VideoStream) -> float:
+    """Duration that a container without an index states for its video; 0 if it states none."""
     tag = stream.metadata.get("DURATION", "")  # Matroska: hours:minutes:seconds
     if match := re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", tag):
         hours, minutes, seconds = match.groups()
@@ -263,12 +289,13 @@ def stream_seconds(container, stream) -> float:
 # Files that are not whole
 
 
-def missing_data_note(path: str | os.PathLike, container) -> str:
+def missing_data_note(path: str | os.PathLike, container: InputContainer) -> str:
     """CUT_NOTE or HOLE_NOTE for a file whose parts do not fit together; empty if they do.
 
-    Demuxers take the end of such a file for the end of the video and skip what they cannot read.
-    Parts are boxes in mp4, elements in Matroska, packets in MPEG-TS, pages in Ogg, the whole in avi
-    and gif. Other formats are not looked at, and a cut between two parts cannot be seen.
+    Demuxers mistake the end of such a file for the end of the video, and skip what they cannot
+    read. Parts are boxes in mp4, elements in Matroska, packets in MPEG-TS, pages in Ogg, and the
+    whole file in avi and gif. Other formats are not checked, and a cut between two parts cannot be
+    noticed.
     """
     size, formats = os.path.getsize(path), format_names(container)
     with open(path, "rb") as file:
@@ -308,7 +335,7 @@ def _cut_in_box(file: BinaryIO, size: int) -> bool:
         length = int.from_bytes(header[:4], "big")
         if length == 1:  # 64 bits follow the name
             length = int.from_bytes(header[8:], "big")
-        if length < 8:  # 0 reaches to the end of the file; the rest is none of ours
+        if length < 8:  # 0 extends to the end of the file; other values are not boxes
             return False
         at += length
     return at > size

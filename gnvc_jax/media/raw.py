@@ -1,4 +1,4 @@
-"""Uncompressed planes: .y4m files and pipes, and headerless .yuv files."""
+"""Uncompressed video: .y4m files and pipes, and headerless .yuv files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,14 @@ _FACTORS = {"420": (2, 2), "422": (1, 2), "444": (1, 1)}  # rows, columns
 
 @dataclasses.dataclass(frozen=True)
 class RawLayout:
-    """Size and sample format of planar frames; `chroma` is '420', '422', '444' or 'mono'."""
+    """Size and sample format of planar frames.
+
+    Attributes:
+        width: Width in pixels.
+        height: Height in pixels.
+        chroma: "420", "422", "444" or "mono".
+        bit_depth: Bits per sample.
+    """
 
     width: int
     height: int
@@ -57,6 +64,7 @@ class RawLayout:
 
     @property
     def frame_bytes(self) -> int:
+        """Bytes of a frame."""
         samples = sum(rows * columns for rows, columns in self.shapes)
         return samples * (1 if self.bit_depth <= 8 else 2)
 
@@ -64,7 +72,7 @@ class RawLayout:
         return f"{self.width}x{self.height} {self.chroma} {self.bit_depth}-bit"
 
     def rgb(self, data: bytes, colour: Colour, crop: Crop | None = None) -> np.ndarray:
-        """One frame's bytes to uint8 RGB (h, w, 3)."""
+        """Converts the bytes of a frame to uint8 RGB (h, w, 3)."""
         samples = np.frombuffer(data, "u1" if self.bit_depth <= 8 else "<u2")
         planes, offset = [], 0
         for rows, columns in self.shapes:
@@ -76,7 +84,7 @@ class RawLayout:
 
 @dataclasses.dataclass(frozen=True)
 class _RawVideo:
-    """Where the frames of a raw file lie."""
+    """Location of the frames of a raw file."""
 
     layout: RawLayout
     fps: Fraction
@@ -96,6 +104,12 @@ class _RawVideo:
             has_audio=False,
         )
 
+    def positions(self) -> range | np.ndarray:
+        """First byte of each frame of a file."""
+        if self.offsets is None:
+            raise ValueError("a pipe has no positions")
+        return self.offsets
+
     def findings(self) -> Findings:
         found = Findings()
         found.note(pixel_shape_note(self.pixel_aspect))
@@ -106,10 +120,14 @@ class _RawVideo:
 
 
 def parse_raw_name(name: str) -> tuple[tuple[int, int] | None, Fraction | None, str]:
-    """((width, height), fps, pixel format) from a file name such as `a_1920x1080_50_10bit.yuv`.
+    """Reads size, rate and format from a file name such as `a_1920x1080_50_10bit.yuv`.
 
-    The rate is the number before 'fps' or 'Hz', else a bare number right after the size; depth
-    from '10bit' or '10le', else 8; 4:2:0 unless 422, 444 or 400 is named. What is missing is None.
+    The rate is the number before "fps" or "Hz", otherwise a bare number right after the size. The
+    depth is that of "10bit" or "10le", otherwise 8. Chroma is 4:2:0 unless the name has 422, 444
+    or 400.
+
+    Returns:
+        ((width, height) or None, frames per second or None, pixel format).
     """
     stem = os.path.basename(name).rsplit(".", 1)[0]
     size = re.search(r"(?<!\d)(\d+)x(\d+)(?!\d)", stem)
@@ -145,7 +163,7 @@ def _raw_video(path: str, size: tuple[int, int] | None, pix_fmt: str | None) -> 
     if not 0 < min(size) <= max(size) <= _MAX_SIDE or length % layout.frame_bytes:
         raise BadRawSize(
             path,
-            f"{length} bytes are no whole number of {layout} frames of {layout.frame_bytes} bytes",
+            f"{length} bytes do not divide by {layout.frame_bytes} bytes per frame of {layout}",
         )
     colour = Colour(full_range=layout.chroma == "mono")
     return _RawVideo(layout, fps or DEFAULT_FPS, colour, range(0, length, layout.frame_bytes))
@@ -184,13 +202,13 @@ def _y4m_header(file: BinaryIO, name: str) -> _RawVideo:
 
 
 def _ratio(text: str) -> Fraction | None:
-    """'a:b' as a / b, or None where a or b is zero, which means unknown; ValueError otherwise."""
+    """Converts "a:b" to a / b; None if a or b is zero, which means unknown. Raises ValueError."""
     over, under = map(int, text.split(":"))
     return Fraction(over, under) if over > 0 and under > 0 else None
 
 
 def _y4m_frame_start(file: BinaryIO, name: str, number: int) -> bool:
-    """Read a FRAME line; False at the end of the file."""
+    """Reads a FRAME line; returns False at the end of the file."""
     line = file.readline(_MAX_LINE)
     if not line:
         return False
@@ -209,7 +227,7 @@ def _y4m_stream(file: BinaryIO, name: str, layout: RawLayout, colour: Colour) ->
 
 
 def _y4m_video(path: str) -> _RawVideo:
-    """Header and frame positions of a file."""
+    """Reads the header and the frame positions of a file."""
     with open(path, "rb") as file:
         video = _y4m_header(file, path)
         size, step, offsets = os.path.getsize(path), video.layout.frame_bytes, []
@@ -233,14 +251,19 @@ def _read(file: BinaryIO, name: str, layout: RawLayout, number: int) -> bytes:
 
 
 @functools.lru_cache(maxsize=256)
-def _video(path: str, bytes_: int, mtime_ns: int, size, pix_fmt) -> _RawVideo:
-    del bytes_, mtime_ns  # part of the key: a file that changed is looked at again
+def _video(
+    path: str, bytes_: int, mtime_ns: int, size: tuple[int, int] | None, pix_fmt: str | None
+) -> _RawVideo:
+    del bytes_, mtime_ns  # part of the cache key: a file that changed is read again
     return _y4m_video(path) if path.lower().endswith(".y4m") else _raw_video(path, size, pix_fmt)
 
 
-def _describe(path: str | os.PathLike, size=None, pix_fmt: str | None = None) -> _RawVideo:
+def _describe(
+    path: str | os.PathLike, size: tuple[int, int] | None = None, pix_fmt: str | None = None
+) -> _RawVideo:
     stat = os.stat(path)
-    return _video(os.fspath(path), stat.st_size, stat.st_mtime_ns, size and tuple(size), pix_fmt)
+    size = None if size is None else (size[0], size[1])  # hashable
+    return _video(os.fspath(path), stat.st_size, stat.st_mtime_ns, size, pix_fmt)
 
 
 def open_raw(
@@ -250,13 +273,13 @@ def open_raw(
     pix_fmt: str | None = None,
     colour: Colour | None = None,
 ) -> VideoReader:
-    """A reader of a .y4m or .yuv file; size and pix_fmt are for .yuv only."""
+    """Opens a .y4m or .yuv file for reading; `size` and `pix_fmt` are for .yuv only."""
     video = _describe(path, size, pix_fmt)
     info = video.info(os.fspath(path), fps, colour)
     file = open(path, "rb")
 
     def frames() -> Iterator[np.ndarray]:
-        for number, offset in enumerate(video.offsets):
+        for number, offset in enumerate(video.positions()):
             file.seek(offset)
             yield video.layout.rgb(_read(file, info.name, video.layout, number), info.colour)
 
@@ -266,7 +289,7 @@ def open_raw(
 def open_y4m_pipe(
     file: BinaryIO, name: str = "-", fps: Fraction | None = None, colour: Colour | None = None
 ) -> VideoReader:
-    """A reader of a y4m stream that cannot seek; the frame count is not known. Leaves it open."""
+    """Reads a y4m stream that cannot seek, of unknown length; the stream is left open."""
     video = _y4m_header(file, name)
     info = video.info(name, fps, colour)
     frames = _y4m_stream(file, name, video.layout, info.colour)
@@ -281,9 +304,9 @@ def read_raw_clip(
     size: tuple[int, int] | None = None,
     pix_fmt: str | None = None,
 ) -> np.ndarray:
-    """Frames start .. start + count - 1 as uint8 RGB (count, h, w, 3)."""
+    """Reads frames start .. start + count - 1 as uint8 RGB (count, h, w, 3)."""
     video, name = _describe(path, size, pix_fmt), os.fspath(path)
-    offsets = video.offsets[start : start + count]
+    offsets = video.positions()[start : start + count]
     if len(offsets) < count:
         raise TruncatedVideo(
             name, f"frames {start} to {start + count - 1} asked for, {len(offsets)} of them found"

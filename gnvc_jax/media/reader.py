@@ -1,10 +1,10 @@
 """Reading videos: `open_video` to stream, `read_clip` for random access, `probe` to describe.
 
 Sources: whatever PyAV reads (mp4, mkv, webm, avi, gif, ...), .y4m, headerless .yuv, a folder of PNG
-pictures, and '-' for y4m on standard input. Frames come out one for one, exactly and in order of
-display; a variable frame rate is passed through, never resampled, at its mean. Rotation
-and mirroring stored in the file are applied; sample aspect ratio, interlacing, alpha and sound are
-ignored. `VideoReader.notes` says what was ignored or decided.
+pictures, and '-' for y4m on standard input. Frames are returned exactly, one for one,
+in display order. A variable frame rate is never resampled; the mean is reported. Rotation and
+mirroring stored in the file are applied; sample aspect ratio, interlacing, alpha and audio are
+ignored. `VideoReader.notes` lists what was ignored or decided.
 
 Colour follows `gnvc_jax.media.colour`: BT.709 limited range unless tagged or told otherwise, full
 range for grey; YUV tagged as RGB has the matrix of its size. RGB sources are passed through. Errors
@@ -57,15 +57,24 @@ def open_video(
     stream: int | None = None,
     tolerant: bool = False,
 ) -> VideoReader:
-    """A VideoReader of `path`.
+    """Opens a video for reading.
 
-    size: (width, height) and pix_fmt: 'yuv420p', 'yuv422p10le', 'gray', ... of a headerless .yuv
-    file, otherwise taken from its name (see `raw.parse_raw_name`); other sources ignore them. fps
-    and colour replace what the source says; colour has no effect on RGB sources. Without a rate
-    it is 25. stream: number of the video stream of a container, counted from 0; by default the one
-    flagged as default, else the largest. tolerant: read what can be decoded of a damaged or
-    truncated container and say so in `notes`, instead of DamagedVideo and TruncatedVideo. Raises
-    MediaError, ValueError for a rate that is not positive.
+    Args:
+        path: Path of the video, or "-" for y4m on standard input.
+        size: (width, height) of a headerless .yuv file; if None, as its name says (see
+            `raw.parse_raw_name`). Other sources ignore it.
+        fps: Frame rate that overrides that of the source; sources without one have 25.
+        pix_fmt: Pixel format of a headerless .yuv file: "yuv420p", "yuv422p10le", "gray", and so
+            on. Other sources ignore it.
+        colour: Colour space that overrides that of the source; ignored for RGB sources.
+        stream: Index of the video stream of a container; if None, the one that is flagged as
+            default, or else the largest.
+        tolerant: Whether to read as much as can be decoded of a damaged or truncated container,
+            with a note, instead of raising DamagedVideo or TruncatedVideo.
+
+    Raises:
+        MediaError: the video cannot be read.
+        ValueError: the rate is not positive.
     """
     if fps is not None:
         fps = Fraction(fps).limit_denominator(1_000_000)
@@ -84,12 +93,24 @@ def open_video(
 def read_clip(
     path: str | os.PathLike, start: int, count: int, crop: Crop | None = None
 ) -> np.ndarray:
-    """Frames start .. start + count - 1 as uint8 RGB (count, h, w, 3), the same as iterating gives.
+    """Reads some frames; they equal those that iterating returns.
 
-    crop: (top, left, height, width) in pixels of the shown frame; only that part is converted. A
-    compressed file is entered at the key frame before `start`; if its time stamps do not allow
-    this, it is decoded from the beginning. Raises MediaError, TruncatedVideo if the frames are not
-    there, ValueError for a crop outside the picture.
+    Decoding of a compressed file starts at the key frame before `start`, or at the beginning if its
+    time stamps do not allow this.
+
+    Args:
+        path: Path of the video.
+        start: Index of the first frame.
+        count: Number of frames.
+        crop: (top, left, height, width) in pixels of the shown frame; only this part is converted.
+
+    Returns:
+        uint8 RGB (count, h, w, 3).
+
+    Raises:
+        MediaError: the video cannot be read.
+        TruncatedVideo: it has fewer frames.
+        ValueError: the crop reaches outside of the picture.
     """
     if start < 0 or count < 1:
         raise ValueError(f"cannot read {count} frames from frame {start}")
@@ -110,10 +131,20 @@ def probe(
     colour: Colour | None = None,
     stream: int | None = None,
 ) -> VideoInfo:
-    """Describe a file or folder as `open_video` would see it, with its true number of frames.
+    """Describes a video as `open_video` would open it, with its true number of frames.
 
-    Where the container has no list of its frames the whole file is read, but not decoded. Raises
-    MediaError; MissingInput for '-', which can be read only once.
+    If a container has no index of its frames, the whole file is read, but not decoded.
+
+    Args:
+        path: Path of the video.
+        size: See `open_video`.
+        fps: See `open_video`.
+        pix_fmt: See `open_video`.
+        colour: See `open_video`.
+        stream: See `open_video`.
+
+    Raises:
+        MediaError: the video cannot be read; MissingInput for "-", which can be read only once.
     """
     if os.fspath(path) == "-":
         raise MissingInput(path, "standard input cannot be read twice")

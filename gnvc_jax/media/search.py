@@ -1,4 +1,4 @@
-"""Finding the videos in a folder: for training, batches and evaluation alike."""
+"""Search for videos in a folder, for training, datasets and evaluation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ VIDEO_SUFFIXES = frozenset(
     ".mp4 .m4v .mov .qt .3gp .3g2 .mkv .webm .avi .wmv .asf .flv .f4v .ogv .ogg .mpg .mpeg .m2v"
     " .vob .ts .mts .m2ts .mxf .nut .gif .264 .h264 .265 .hevc .ivf .obu .y4m .yuv".split()
 )
-# Folders of copies, thumbnails and deleted files that file managers and network drives make.
+# Folders with copies, thumbnails and deleted files, made by file managers and network drives.
 _SYSTEM_FOLDERS = frozenset(
     (
         "@eaDir",
@@ -30,10 +30,13 @@ _SYSTEM_FOLDERS = frozenset(
 
 
 def find_videos(folder: str | os.PathLike) -> list[Path]:
-    """Video files in a folder and those below it, then the folders that hold PNG frames, sorted.
+    """Finds the videos in a folder and its subfolders.
 
-    Hidden files and folders and those of network drives are passed over. PNG pictures are frames
-    only if no video lies beside or below them; otherwise they are left out with a warning.
+    Hidden files and folders, and those of network drives, are skipped. PNG images count as frames
+    only if there is no video beside or below them; otherwise they are left out with a warning.
+
+    Returns:
+        Video files, then folders of PNG frames, each sorted.
     """
     videos, pictures, visited = [], {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):

@@ -1,4 +1,4 @@
-"""What every kind of video source gives: a description and an iterator of RGB frames."""
+"""What every kind of video source provides: a description, and an iterator of RGB frames."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from gnvc_jax.media.colour import Colour
 
-DEFAULT_FPS = Fraction(25)  # for sources that do not say
+DEFAULT_FPS = Fraction(25)  # for sources without a frame rate
 CUT_NOTE = "the file is cut off: data is missing at its end"
 HOLE_NOTE = "the file is damaged: data may be missing in it"
 
@@ -19,9 +19,17 @@ Crop = tuple[int, int, int, int]  # top, left, height, width
 
 @dataclasses.dataclass(frozen=True)
 class VideoInfo:
-    """A video as it is shown, after rotation. `frames` is None where it is not known beforehand.
+    """A video as it is shown, after rotation.
 
-    `fps` is the mean rate, in frames a second; `bit_depth` that of the coded samples.
+    Attributes:
+        name: Path, or "-" for a pipe.
+        width: Width in pixels.
+        height: Height in pixels.
+        fps: Mean frames per second.
+        frames: Number of frames; None if it is not known in advance.
+        colour: Colour space.
+        bit_depth: Bits per coded sample.
+        has_audio: Whether the source has audio, which is not read.
     """
 
     name: str
@@ -36,26 +44,29 @@ class VideoInfo:
 
 @dataclasses.dataclass
 class Findings:
-    """What a reader came across that a user should know of: lines without the file's name.
+    """What a reader noticed that a user should know.
 
-    `damaged` is true if frames are missing or partly made up by the decoder.
+    Attributes:
+        notes: Lines without the name of the file.
+        damaged: Whether frames are missing, or partly made up by the decoder.
     """
 
     notes: list[str] = dataclasses.field(default_factory=list)
     damaged: bool = False
 
     def note(self, text: str) -> None:
-        """Add a line, unless it is empty or there already."""
+        """Adds a line, unless it is empty or already present."""
         if text and text not in self.notes:
             self.notes.append(text)
 
     def damage(self, text: str) -> None:
+        """Adds a line, and marks the video as damaged."""
         self.damaged = True
         self.note(text)
 
 
 def pixel_shape_note(aspect: Fraction | None) -> str:
-    """What to say of pixels `aspect` times as wide as high; empty if they are square or unknown."""
+    """Note on pixels that are `aspect` times as wide as high; empty if square or unknown."""
     if not aspect or aspect == 1:
         return ""
     ratio = f"{aspect.numerator}:{aspect.denominator}"
@@ -65,12 +76,11 @@ def pixel_shape_note(aspect: Fraction | None) -> str:
 class VideoReader:
     """A context manager and one-shot iterator of uint8 RGB frames (h, w, 3).
 
-    Attributes are those of VideoInfo, with `frame_count` for `frames`. Memory does not grow with
-    the length of the video. Iterating raises TruncatedVideo, after the last frame that could be
-    read, if the source promised more, and DamagedVideo in place of a frame that is damaged.
+    It has the attributes of `VideoInfo`, with `frame_count` for `frames`. Memory does not grow with
+    the length of the video. Iterating raises TruncatedVideo after the last frame that could be
+    read, if the source promised more, and DamagedVideo in place of a damaged frame.
 
-    `notes` are lines that a user should see, such as a frame rate that varies, and `damaged` says
-    whether frames are missing or damaged; both are complete after the last frame.
+    `notes` and `damaged` are complete after the last frame.
     """
 
     def __init__(
@@ -95,10 +105,12 @@ class VideoReader:
 
     @property
     def notes(self) -> list[str]:
+        """Lines that a user should see, such as that the frame rate varies."""
         return self._findings.notes
 
     @property
     def damaged(self) -> bool:
+        """Whether frames are missing or damaged."""
         return self._findings.damaged
 
     def __iter__(self) -> VideoReader:
@@ -110,16 +122,16 @@ class VideoReader:
     def __enter__(self) -> VideoReader:
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Release the file; iterating afterwards is an error."""
+        """Closes the file; iterating afterwards is an error."""
         self._close()
 
 
 def crop_frame(frame: np.ndarray, crop: Crop | None) -> np.ndarray:
-    """The part (top, left, height, width) of (h, w, c); ValueError if it reaches outside."""
+    """Crops (h, w, c) to (top, left, height, width); raises ValueError if it reaches outside."""
     if crop is None:
         return frame
     top, left, height, width = crop

@@ -1,17 +1,17 @@
-"""Writing videos: one function, `open_writer`, for files, folders of pictures and pipes.
+"""Writing videos: `open_writer` for files, folders of images and pipes.
 
 ========  ====================================================================================
 .mp4      H.264 4:2:0, constant rate factor 12: plays everywhere, nearly lossless. Odd sides
-          are padded by one replicated row or column, because such a stream has no odd sizes.
+          are padded by one replicated row or column, since such a stream has even sizes.
 .mkv      FFV1 in RGB: lossless. Primaries and transfer characteristics are tagged.
-.y4m      8-bit 4:2:0 (or 4:4:4), uncompressed; BT.709, for the format cannot name a matrix.
+.y4m      8-bit 4:2:0 (or 4:4:4), uncompressed; BT.709, since the format cannot name a matrix.
 ``-``     the same on standard output.
 a folder  000001.png, 000002.png, ...: lossless. A folder is a name that ends with a slash or
           has no suffix, or a folder that exists.
 ========  ====================================================================================
 
-The output is made under a temporary name beside its place and renamed when it is complete. A
-failure leaves nothing behind, and an output that was there before as it was. Sound is not written.
+The output is written under a temporary name and renamed when it is complete. A failure leaves
+nothing behind, and an existing output unchanged. Audio is not written.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import BinaryIO, Protocol
 
 import av
 import numpy as np
+from av.video.plane import VideoPlane
 from PIL import Image
 
 from gnvc_jax.files import atomic_output, temporary_path, would_overwrite
@@ -41,14 +42,19 @@ _FFV1 = {"level": "3", "slicecrc": "1"}
 
 
 class _Sink(Protocol):
+    """Destination of frames."""
+
     def write(self, frame: np.ndarray) -> None: ...
     def close(self) -> None: ...
 
 
 class VideoWriter:
-    """Takes uint8 RGB frames (h, w, 3), all of one size; `count` is their number so far.
+    """Writes uint8 RGB frames (h, w, 3), all of the same size.
 
-    `notes` are lines that a user should see: what the format does not carry.
+    Attributes:
+        name: Path of the output.
+        count: Number of frames so far.
+        notes: Lines that a user should see: what the format does not carry.
     """
 
     def __init__(
@@ -61,10 +67,10 @@ class VideoWriter:
         self._sink = sink
 
     def write(self, frame: np.ndarray) -> None:
-        """Append a frame. ValueError for another shape or type, WriteFailed or DiskFull."""
+        """Appends a frame. Raises ValueError for another shape or type, WriteFailed or DiskFull."""
         if frame.shape != self._shape or frame.dtype != np.uint8:
             raise ValueError(
-                f"{self.name}: a frame is {frame.dtype}{frame.shape}, not uint8{self._shape}"
+                f"{self.name}: expected a frame uint8{self._shape}, got {frame.dtype}{frame.shape}"
             )
         with _named_errors(self.name):
             self._sink.write(frame)
@@ -77,9 +83,11 @@ class VideoWriter:
 class _Container:
     """An mp4 or mkv file through PyAV."""
 
-    def __init__(self, path: Path, kind: str, width: int, height: int, fps: Fraction, colour):
-        """colour: for .mp4 the YUV form; for .mkv what RGB means, None for no tags."""
-        self._colour = colour
+    def __init__(
+        self, path: Path, kind: str, width: int, height: int, fps: Fraction, colour: Colour | None
+    ):
+        """Opens a file; `colour` is the YUV form for .mp4, and for .mkv that of RGB or None."""
+        self._colour = colour or BT709
         self._rgb = kind == ".mkv"
         self._pad = (0, 0) if self._rgb else (height % 2, width % 2)
         options = {} if self._rgb else {"movflags": "+faststart"}
@@ -93,8 +101,8 @@ class _Container:
         context = stream.codec_context
         if colour is not None:
             context.color_primaries, context.color_trc, matrix, full = colour.code_points
-        if not self._rgb:
-            context.colorspace, context.color_range = matrix, 1 + full
+            if not self._rgb:
+                context.colorspace, context.color_range = matrix, 1 + full
         self._stream, self._time_base, self._count = stream, 1 / fps, 0
 
     def _frame(self, rgb: np.ndarray) -> av.VideoFrame:
@@ -114,11 +122,11 @@ class _Container:
             _fill(plane, samples)
         return frame
 
-    def write(self, rgb: np.ndarray) -> None:
-        frame = self._frame(rgb)
-        frame.pts, frame.time_base = self._count, self._time_base
+    def write(self, frame: np.ndarray) -> None:
+        picture = self._frame(frame)
+        picture.pts, picture.time_base = self._count, self._time_base
         self._count += 1
-        self._container.mux(self._stream.encode(frame))
+        self._container.mux(self._stream.encode(picture))
 
     def close(self) -> None:
         try:
@@ -128,29 +136,30 @@ class _Container:
             self._container.close()
 
 
-def _fill(plane: av.video.plane.VideoPlane, samples: np.ndarray) -> None:
-    """Copy (rows, bytes) into a plane, whose lines may be longer."""
-    rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)
+def _fill(plane: VideoPlane, samples: np.ndarray) -> None:
+    """Copies (rows, bytes) into a plane, whose lines may be longer."""
+    rows = np.frombuffer(memoryview(plane), np.uint8).reshape(-1, plane.line_size)
     rows[: len(samples), : samples.shape[1]] = samples
 
 
 class _Y4m:
     """Frames behind a YUV4MPEG2 header."""
 
-    def __init__(self, file: BinaryIO, width: int, height: int, fps: Fraction, colour, chroma: str):
+    def __init__(
+        self, file: BinaryIO, width: int, height: int, fps: Fraction, colour: Colour, chroma: str
+    ):
         self._file = file
         self._colour = Colour(full_range=colour.full_range)
         self._convert = {"420": rgb_to_yuv420, "444": rgb_to_yuv444}[chroma]
-        tag = (
-            "420jpeg" if chroma == "420" else chroma
-        )  # "jpeg": chroma in the middle, not its range
+        # "jpeg" stands for chroma in the middle of the luma samples; it does not mean full range.
+        tag = "420jpeg" if chroma == "420" else chroma
         span = "FULL" if colour.full_range else "LIMITED"
         rate = f"{fps.numerator}:{fps.denominator}"
         header = f"YUV4MPEG2 W{width} H{height} F{rate} Ip A1:1 C{tag} XCOLORRANGE={span}\n"
         file.write(header.encode())
 
-    def write(self, rgb: np.ndarray) -> None:
-        planes = self._convert(rgb, self._colour)
+    def write(self, frame: np.ndarray) -> None:
+        planes = self._convert(frame, self._colour)
         self._file.write(b"".join([b"FRAME\n", *(plane.tobytes() for plane in planes)]))
 
     def close(self) -> None:
@@ -166,9 +175,9 @@ class _Pictures:
         folder.mkdir()
         self._folder, self._count = folder, 0
 
-    def write(self, rgb: np.ndarray) -> None:
+    def write(self, frame: np.ndarray) -> None:
         self._count += 1
-        Image.fromarray(rgb).save(self._folder / f"{self._count:06d}.png", compress_level=1)
+        Image.fromarray(frame).save(self._folder / f"{self._count:06d}.png", compress_level=1)
 
     def close(self) -> None:
         pass
@@ -185,17 +194,15 @@ def _is_folder(path: str | os.PathLike) -> bool:
 def _check_target(target: Path, name: str, folder: bool, force: bool) -> None:
     if not folder and target.suffix.lower() not in SUFFIXES:
         known = ", ".join(SUFFIXES)
-        raise UnwritableOutput(
-            name, f"{target.suffix} is none of the known outputs: {known}, a folder"
-        )
+        raise UnwritableOutput(name, f"the output must be {known} or a folder, got {target.suffix}")
     if not target.parent.is_dir():
         raise UnwritableOutput(name, "the folder to write to does not exist")
     if folder and target.is_dir():
         pictures = [f.name for f in target.iterdir() if f.suffix.lower() == ".png"]
         if pictures and not force:
-            raise OutputExists(name, "the folder has pictures in it; not overwritten")
+            raise OutputExists(name, "the folder has images in it; not overwritten")
         if not all(map(_FRAME_NAME.fullmatch, pictures)):
-            raise OutputExists(name, "the folder has pictures that are no numbered frames")
+            raise OutputExists(name, "the folder has images that are not numbered frames")
     elif folder and target.exists():
         raise UnwritableOutput(name, "exists and is not a folder")
     elif would_overwrite(target) and not force:
@@ -203,7 +210,7 @@ def _check_target(target: Path, name: str, folder: bool, force: bool) -> None:
 
 
 def _replace_frames(temporary: Path, target: Path) -> None:
-    """Put complete frames in the place of those of an existing folder; other files in it stay."""
+    """Replaces the frames of an existing folder by complete ones; other files in it stay."""
     for old in target.iterdir():
         if _FRAME_NAME.fullmatch(old.name):
             old.unlink()
@@ -231,13 +238,24 @@ def open_writer(
     force: bool = False,
     chroma: str = "420",
 ) -> Iterator[VideoWriter]:
-    """A VideoWriter whose output appears when the `with` block ends without an error.
+    """Opens a video for writing; it appears when the `with` block ends without an error.
 
-    colour: what the frames mean; BT.709 limited range by default. It sets the YUV form of .mp4
-    (matrix, range and tags; see `Colour.in_yuv`), the range of .y4m, and the tags of .mkv, which
-    has none by default. Other outputs note the loss of HDR and wide gamut. chroma: '420' or '444',
-    for .y4m. force: overwrite; in a folder, only numbered frames. Raises OutputExists,
-    UnwritableOutput, WriteFailed (also without any frame) or DiskFull.
+    Args:
+        path: Path of the output, or "-" for y4m on standard output.
+        width: Width in pixels.
+        height: Height in pixels.
+        fps: Frames per second.
+        colour: Colour space of the frames; if None, BT.709 with limited range. It determines
+            matrix, range and tags of .mp4 (see `Colour.in_yuv`), the range of .y4m, and the tags of
+            .mkv, which has none by default. Other outputs note that HDR and wide gamut are lost.
+        force: Whether to overwrite; in a folder, only numbered frames are replaced.
+        chroma: "420" or "444", for .y4m.
+
+    Raises:
+        OutputExists: the output exists, and `force` is not given.
+        UnwritableOutput: the output cannot be created.
+        WriteFailed: writing failed, or there were no frames.
+        DiskFull: the disk is full.
     """
     name = os.fspath(path)
     fps = Fraction(fps).limit_denominator(100_000)
@@ -258,7 +276,7 @@ def open_writer(
         _check_target(target, name, folder, force)
     with contextlib.ExitStack() as place:
         with _named_errors(name):
-            # Frames for a folder that is there wait inside it: what is above may be another disk.
+            # Frames for an existing folder wait inside it, since its parent may be on another disk.
             output = temporary_path(target, "frames") if into else atomic_output(target)
             temporary = place.enter_context(output)
             if folder:
