@@ -1,4 +1,8 @@
-"""Many videos to streams, shared by the processes of a run: what `gnvc encode-all` does."""
+"""Encoding of many videos (`gnvc encode-all`).
+
+Processes of one JAX runtime share the videos. Each finished stream is written whole and listed in
+manifest.csv, so that the same call resumes after an interruption.
+"""
 
 import io
 import logging
@@ -24,10 +28,24 @@ def encode_all(
     gop: int = DEFAULT_GOP,
     progress: bool = True,
 ) -> dict[str, str]:
-    """Encode all videos at `source` into `folder`, see `for_each_video`; those that failed.
+    """Encodes all videos at `source` into `folder`, see `for_each_video`.
 
-    Processes of one JAX runtime share the videos, each on its own devices. Raises MissingInput for
-    the source, UsageError for qp and gop.
+    Processes of one JAX runtime share the videos, each on its own devices.
+
+    Args:
+        source: Folder of videos, list of videos (.txt), or a single video.
+        folder: Output folder.
+        coder: Encoder.
+        qp: Quality level, 0 to 63.
+        gop: Frames per group.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Reasons by path of the videos that were left out.
+
+    Raises:
+        MissingInput: there is nothing at `source`.
+        UsageError: `qp` or `gop` is out of range.
     """
     check_gop(gop, coder.model.vae_config.temporal_stride)
     check_qp(qp)
@@ -50,7 +68,7 @@ def encode_all(
 
 
 def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> dict:
-    """Write one stream whole; its row of the manifest. Raises MediaError."""
+    """Encodes one video, and returns its row of the manifest. Raises MediaError."""
     data = io.BytesIO()
     with open_video(str(video)) as frames:
         check_video(frames.info)
