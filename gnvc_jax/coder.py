@@ -29,9 +29,10 @@ from gnvc_jax.bitstream.header import check_picture
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.codec.model import LATENT_MULTIPLE, DecodedLatent
 from gnvc_jax.errors import UsageError
+from gnvc_jax.functions import CodecFunctions
 from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
-from gnvc_jax.model import Functions, Model
+from gnvc_jax.model import Model
 from gnvc_jax.motion import MotionField, expand
 from gnvc_jax.motion.coding import MotionDecoder, encode_fields
 from gnvc_jax.motion.field import COARSE
@@ -79,7 +80,7 @@ class Coder:
     """Encoder and decoder of one model; the compiled functions are kept between calls."""
 
     def __init__(self, model: Model):
-        self.model, self.functions = model, Functions(model)
+        self.model, self.functions = model, CodecFunctions(model)
         self.entropy = EntropyCoder(model.tables)
         self.timing = Timing()
         self.motion = model.codec_config.motion is not None

@@ -1,4 +1,4 @@
-"""VAE, latent codec and refiner together: what a model is, its file, and its pure functions.
+"""VAE, latent codec and refiner together: what a model is, and its file.
 
 A model file is one safetensors file: float weights of VAE, codec and refiner (if it has one),
 statistics of the latents, the exported integer scale networks and the integer probability tables.
@@ -13,30 +13,21 @@ import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gnvc_jax.bitstream import Tables, frequencies_from_probabilities, gaussian_frequencies
-from gnvc_jax.bitstream.errors import DeviceNotExact, ModelCorrupt
+from gnvc_jax.bitstream.errors import ModelCorrupt
 from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
-from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import CodecState, DecodedLatent, LatentCodec, pad_latents
-from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.motion import coding as motion_coding
-from gnvc_jax.motion.warp import predict
-from gnvc_jax.parallel import backend, constrain
-from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, per_latent_factors, refine
-from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, encode_chunk
+from gnvc_jax.refiner import DiTConfig, RefinerConfig
+from gnvc_jax.vae import VAEConfig
 
 Array = jax.Array
 Tree = dict
@@ -277,12 +268,6 @@ def self_test(config: CodecConfig, networks: tuple[Tree, Tree], scale_index: Cal
     return crc
 
 
-def shard_columns(tree: Tree) -> Tree:
-    """Arrays (..., h, w, c) with their columns spread over the mesh axis `context`, if it divides
-    them."""
-    return jax.tree.map(lambda x: constrain(x, context=x.ndim - 2), tree)
-
-
 HALF = ("kernel", "basis", "inverse", "first_basis", "later_basis")
 
 
@@ -292,218 +277,3 @@ def stored_dtype(path: tuple) -> type:
     Kernels and bases are what matters for size; layers cast them to what they compute in.
     """
     return np.float16 if getattr(path[-1], "key", None) in HALF else np.float32
-
-
-class Programs(NamedTuple):
-    """The jitted functions that coding a video consists of; each takes the parameters it needs."""
-
-    encode_video: Callable
-    decode_latents: Callable
-    predict: Callable
-    compensate: Callable
-    add_latent: Callable
-    analyse: Callable
-    reconstruct: Callable
-    velocity: Callable | None
-
-
-def programs(model: Model) -> Programs:
-    """Those of a model, which needs no parameters for it; see `Functions`."""
-    vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
-    mean, std = model.mean, model.std
-
-    @jax.jit
-    def encode_video(params, cache, frames):
-        latents, cache = encode_chunk(vae, params, cache, shard_columns(frames))
-        return (latents - mean) / std, shard_columns(cache)
-
-    @jax.jit
-    def decode_latents(params, cache, latents):
-        frames, cache = decode_chunk(vae, params, cache, shard_columns(latents) * std + mean)
-        return to_uint8(frames), shard_columns(cache)
-
-    def call(params, method, *args):
-        return codec.apply({"params": params}, *args, method=method)
-
-    @jax.jit
-    def predict_latent(params, reference, vectors):
-        frames = predict(reference.astype(jnp.float32) / 127.5 - 1.0, vectors)
-        latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
-        return frames, ((latents - mean) / std)[:, 0]
-
-    @jax.jit
-    def compensate(params, decoded, prediction, predicted):
-        latents = (x * std + mean for x in (decoded.latent, prediction))
-        given = *latents, predicted, decoded.fresh, decoded.detail
-        return to_uint8(vae.apply({"params": params}, *given, method="compensate"))
-
-    @functools.partial(jax.jit, static_argnames="first")
-    def add_latent(params, frames, latent, first):
-        # The transform is linear: the difference to the frames of no latent is that of `latent`.
-        both = jnp.stack([latent, jnp.zeros_like(latent)], axis=0)[:, 0, None] * std
-        change = vae.apply(
-            {"params": params}, both, first, method=lambda m, x, f: m.klt.inverse(x, f)
-        )
-        return to_uint8(frames.astype(jnp.float32) / 127.5 - 1.0 + change[:1] - change[1:])
-
-    @jax.jit
-    def analyse(params, latent, state, q_index, prediction):
-        latent = shard_columns(pad_latents(latent[:, None])[:, 0])
-        out = call(params, "encode", latent, state, q_index, prediction)
-        return jax.tree.map(lambda x: x[0].astype(jnp.int32), out)
-
-    @jax.jit
-    def reconstruct(params, integers, state, q_index, prediction):
-        integers = jax.tree.map(lambda x: x.astype(jnp.float32)[None], integers)
-        return shard_columns(call(params, "decode", integers, state, q_index, prediction))
-
-    velocity = None
-    if model.refiner_config is not None:
-        half = backend() != "cpu"  # where it is faster, and good enough
-        refiner = Refiner(model.refiner_config, jnp.bfloat16 if half else jnp.float32)
-
-        @jax.jit
-        def velocity(params, state, tau, decoded, features, q_index):
-            inputs = decoded, features, q_index, model.text
-            return refiner.apply({"params": params}, state, tau, *inputs)
-
-    return Programs(
-        encode_video,
-        decode_latents,
-        predict_latent,
-        compensate,
-        add_latent,
-        analyse,
-        reconstruct,
-        velocity,
-    )
-
-
-def to_uint8(frames: Array) -> Array:
-    """Frames in [-1, 1] to the nearest of 0..255; those outside are clipped."""
-    return jnp.floor((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(jnp.uint8)
-
-
-class Functions:
-    """The jitted functions of a model; none keeps state. Latents here are normalised, unpadded.
-
-    Made and used under `jax.set_mesh`, they share the columns of each frame, and of all that is
-    made of it, among the devices along the axis `context`; these exchange what convolutions see
-    beyond the edges.
-
-    encode_video(cache, frames) -> latents, cache       frames float (1, t, h, w, 3)
-    decode_latents(cache, latents) -> uint8 frames, cache
-    predict(reference, vectors) -> frames, latent       by block motion from the last frame
-    compensate(decoded, prediction, predicted) -> uint8 frames          of a latent with motion
-    add_latent(frames, latent, first) -> uint8 frames   with what a latent adds to them
-    analyse(latent, state, q_index, prediction) -> LatentSymbols             state None: intra
-    reconstruct(integers, state, q_index, prediction) -> DecodedLatent, CodecState
-    refine(latents, features, q_index, seed, steps) -> latents      of a whole group
-    scale_index(kind, q_index, z, prev_y, prev_index) -> uint8 indices
-    """
-
-    def __init__(self, model: Model):
-        self.model, self.programs = model, programs(model)
-        mesh = jax.sharding.get_mesh()
-        everywhere = None if mesh.empty else NamedSharding(mesh, P())
-
-        def place(params, dtype=lambda path: np.float32):
-            cast = jax.tree_util.tree_map_with_path(
-                lambda path, x: np.asarray(x, dtype(path)), params
-            )
-            return jax.device_put(cast, everywhere)
-
-        self.vae_params, self.codec_params = place(model.vae), place(model.codec)
-        self.refiner_params = None
-        if model.refiner is not None:
-            self.refiner_params = place(model.refiner, stored_dtype)
-        self._scale_index = jax.jit(
-            functools.partial(scales.scale_index, model.codec_config), static_argnames="dtype"
-        )
-        self._network = self._exact_network()
-
-    def encode_video(self, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
-        return self.programs.encode_video(self.vae_params, cache, frames)
-
-    def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
-        return self.programs.decode_latents(self.vae_params, cache, latents)
-
-    def predict(self, reference: Array, vectors: np.ndarray) -> tuple[Array, Array]:
-        """Frames (1, 4, h, w, 3) in [-1, 1] that vectors (4, h', w', 2) predict from a frame
-        (h, w, 3) uint8, and their latent (1, h, w, c)."""
-        return self.programs.predict(self.vae_params, reference[None], vectors[None])
-
-    def compensate(self, decoded: DecodedLatent, prediction: Array, predicted: Array) -> Array:
-        """Frames of a latent with motion, see `gnvc_jax.vae.VAE.compensate`."""
-        return self.programs.compensate(self.vae_params, decoded, prediction, predicted)
-
-    def add_latent(self, frames: Array, latent: Array, first: bool) -> Array:
-        """uint8 frames of one latent and the frames of another latent of a linear VAE, added."""
-        return self.programs.add_latent(self.vae_params, frames, latent, first)
-
-    def analyse(
-        self, latent: Array, state: CodecState | None, q_index: int, prediction: Array | None = None
-    ) -> LatentSymbols:
-        q = jnp.full((1,), q_index)
-        return self.programs.analyse(self.codec_params, latent, state, q, prediction)
-
-    def reconstruct(
-        self,
-        integers: LatentSymbols,
-        state: CodecState | None,
-        q_index: int,
-        prediction: Array | None = None,
-    ) -> tuple[DecodedLatent, CodecState]:
-        q = jnp.full((1,), q_index)
-        return self.programs.reconstruct(self.codec_params, integers, state, q, prediction)
-
-    def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
-        """Refined latents (1, t, h, w, c) of a group; features: memory of the codec after each.
-
-        The same seed gives the same result on one device. UsageError without a refiner.
-        """
-        if self.model.refiner is None and steps:
-            raise UsageError(f"model {self.model.name!r} has no refiner; use 0 steps")
-
-        def velocity(state, tau, decoded, features):
-            tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
-            return self.programs.velocity(self.refiner_params, state, tau, decoded, features, q)
-
-        key, config, white = jax.random.key(seed), self.model.refiner_config, self.model.white
-        white = 1.0 if white is None else per_latent_factors(jnp.asarray(white), latents.shape[1])
-        return refine(velocity, config, latents * white, features, key, steps) / white
-
-    def scale_index(self, kind, q_index, z, prev_y, prev_index) -> np.ndarray:
-        """Table indices (h, w, cy) uint8 of one latent; see `gnvc_jax.bitstream.ScaleIndex`."""
-        if prev_y is None:
-            h, w, _ = z.shape
-            prev_y = prev_index = np.zeros((4 * h, 4 * w, self.model.codec_config.y_channels))
-        return self._network(
-            self.model.scale_networks[kind], q_index, z, prev_y.astype(int), prev_index.astype(int)
-        )
-
-    def _exact_network(self):
-        """The first of float32, int32 and NumPy arithmetic that passes the self-test here.
-
-        All are compared with the value in the model file, from the machine that made the model:
-        NumPy too may be wrong here. DeviceNotExact if none passes.
-        """
-        model = self.model
-
-        def jitted(dtype):
-            def network(tables, q_index, *integers):
-                integers = (np.asarray(v, np.int32) for v in integers)
-                return np.asarray(self._scale_index(tables, q_index, *integers, dtype=dtype))
-
-            return network
-
-        def reference(tables, q_index, *integers):
-            return scales.scale_index_numpy(model.codec_config, tables, q_index, *integers)
-
-        for network in (jitted(jnp.float32), jitted(jnp.int32), reference):
-            crc = self_test(
-                model.codec_config, model.scale_networks, lambda _, *args, f=network: f(*args)
-            )
-            if crc == model.self_test_crc:
-                return network
-        raise DeviceNotExact(f"integer self-test fails on {jax.default_backend()}; use a CPU")

@@ -10,10 +10,10 @@ import pytest
 from jax.lax import Precision
 
 from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.functions import codec_programs
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
-from gnvc_jax.model import programs
 from gnvc_jax.refiner import Refiner
 from gnvc_jax.vae import VAE, VAEConfig
 
@@ -56,7 +56,7 @@ def backend(request, monkeypatch):
 def test_codec_and_encoder_have_full_precision(tiny_model, motion, backend):
     """Of both kinds of VAE; the second one's codec compensates motion."""
     model = tiny_model(0, motion=motion)
-    used, q_index = programs(model), jnp.zeros(1, jnp.int32)
+    used, q_index = codec_programs(model), jnp.zeros(1, jnp.int32)
     vae, codec = jax.tree.map(jnp.float32, (model.vae, model.codec))  # half floats in files
     frames, later = jnp.zeros((1, 1, 64, 64, 3)), jnp.zeros((1, 4, 64, 64, 3))
     latents, cache = jax.eval_shape(used.encode_video, vae, None, frames)

@@ -18,7 +18,8 @@ from gnvc_jax.bitstream.tables import Tables
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.coder import check_columns
 from gnvc_jax.errors import UsageError
-from gnvc_jax.model import Model, Programs, programs, stored_dtype
+from gnvc_jax.functions import CodecPrograms, codec_programs
+from gnvc_jax.model import Model, stored_dtype
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.parallel.rules import activation_spec
 from gnvc_jax.planner import flops
@@ -113,7 +114,7 @@ def coding_for(
 
 def coding_programs(
     experiment: Experiment, params: Tree, latents: int
-) -> tuple[Programs, dict[str, tuple[Tree, ...]]]:
+) -> tuple[CodecPrograms, dict[str, tuple[Tree, ...]]]:
     """Programs of a model and their arguments, as shapes with shardings on the current mesh.
 
     Args:
@@ -130,7 +131,7 @@ def coding_programs(
         text = np.zeros((1, refiner.dit.text_length, refiner.dit.text_width), np.float32)
     # The functions of a model need its sizes only: parameters and tables are passed to them.
     no_tables = cast(Tables, None)
-    used = programs(
+    used = codec_programs(
         Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), no_tables, 0, refiner, None, text)
     )
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax import cli
-from gnvc_jax.model import Functions
+from gnvc_jax.functions import CodecFunctions
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.planner import chips, coding, flops, hlo, program, training
 from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
@@ -117,7 +117,7 @@ def test_a_plan_of_decoding(tiny_codec, tiny_model):
         "decode_latents": 3,
         "velocity": 3 * 2,
     }
-    functions = Functions(model)
+    functions = CodecFunctions(model)
     loaded = functions.vae_params, functions.codec_params, functions.refiner_params
     loaded = sum(x.nbytes for x in jax.tree.leaves(loaded))
     for one in parts.values():

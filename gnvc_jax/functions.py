@@ -1,0 +1,313 @@
+"""The jitted functions that coding a video consists of.
+
+`codec_programs` makes them as pure functions of parameters and arrays: what a planner compiles, and
+what is exported for use elsewhere. `CodecFunctions` binds them to the parameters of a model, placed
+on devices; the coder calls these. Nothing here keeps state: caches of the VAE and states of the
+codec go in and come out.
+
+    frames --encode_video--> latent --analyse--> symbols --reconstruct--> decoded latent
+    decoded latent --decode_latents (intra), compensate (with motion)--> uint8 frames
+    last frame, vectors --predict--> predicted frames and their latent
+    decoded latents of a group --refine--> refined latents
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnvc_jax.bitstream.errors import DeviceNotExact
+from gnvc_jax.codec import scales
+from gnvc_jax.codec.entropy import LatentSymbols
+from gnvc_jax.codec.model import CodecState, DecodedLatent, LatentCodec, pad_latents
+from gnvc_jax.errors import UsageError
+from gnvc_jax.model import Model, self_test, stored_dtype
+from gnvc_jax.motion.warp import predict
+from gnvc_jax.parallel import backend, constrain
+from gnvc_jax.refiner import Refiner, per_latent_factors, refine
+from gnvc_jax.vae import VAE, decode_chunk, encode_chunk
+
+Array = jax.Array
+Tree = Any
+# (tables, q_index, z, previous y, previous indices) -> table indices, in exact arithmetic.
+ScaleNetwork = Callable[..., np.ndarray]
+
+
+class CodecPrograms(NamedTuple):
+    """Jitted functions; each takes the parameters that it needs first.
+
+    Latents are normalised, (1, t, h, w, c) in a clip and (1, h, w, c) alone.
+
+    Attributes:
+        encode_video: (vae, cache, frames) -> latents, cache; frames float (1, t, h, w, 3) in
+            [-1, 1], cache None at the start of a group.
+        decode_latents: (vae, cache, latents) -> uint8 frames, cache.
+        predict: (vae, reference, vectors) -> frames, latent; the four frames that vectors
+            (1, 4, h / 16, w / 16, 2) predict from a uint8 frame (1, h, w, 3).
+        compensate: (vae, decoded, prediction, predicted) -> uint8 frames of a latent with motion.
+        add_latent: (vae, frames, latent, first) -> uint8 frames with what a latent adds to them.
+        analyse: (codec, latent, state, q_index, prediction) -> symbols.
+        reconstruct: (codec, symbols, state, q_index, prediction) -> decoded latent, state.
+        velocity: (refiner, state, tau, decoded, features, q_index) -> velocity; None without one.
+    """
+
+    encode_video: Callable
+    decode_latents: Callable
+    predict: Callable
+    compensate: Callable
+    add_latent: Callable
+    analyse: Callable
+    reconstruct: Callable
+    velocity: Callable | None
+
+
+def shard_columns(tree: Tree) -> Tree:
+    """Spreads columns of arrays (..., h, w, c) over the mesh axis `context`, if it divides them."""
+    return jax.tree.map(lambda x: constrain(x, context=x.ndim - 2), tree)
+
+
+def to_uint8(frames: Array) -> Array:
+    """Frames in [-1, 1] to the nearest of 0..255; values outside are clipped."""
+    return jnp.floor((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(jnp.uint8)
+
+
+def codec_programs(model: Model) -> CodecPrograms:
+    """Programs of a model, of which only configurations, statistics and text are used."""
+    vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
+    mean, std = model.mean, model.std
+
+    @jax.jit
+    def encode_video(params: Tree, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
+        latents, cache = encode_chunk(vae, params, cache, shard_columns(frames))
+        return (latents - mean) / std, shard_columns(cache)
+
+    @jax.jit
+    def decode_latents(params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
+        frames, cache = decode_chunk(vae, params, cache, shard_columns(latents) * std + mean)
+        return to_uint8(frames), shard_columns(cache)
+
+    @jax.jit
+    def predict_frames(params: Tree, reference: Array, vectors: Array) -> tuple[Array, Array]:
+        frames = predict(reference.astype(jnp.float32) / 127.5 - 1.0, vectors)
+        latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
+        return frames, ((latents - mean) / std)[:, 0]
+
+    @jax.jit
+    def compensate(
+        params: Tree, decoded: DecodedLatent, prediction: Array, predicted: Array
+    ) -> Array:
+        latents = (x * std + mean for x in (decoded.latent, prediction))
+        given = *latents, predicted, decoded.fresh, decoded.detail
+        return to_uint8(vae.apply({"params": params}, *given, method="compensate"))
+
+    @functools.partial(jax.jit, static_argnames="first")
+    def add_latent(params: Tree, frames: Array, latent: Array, first: bool) -> Array:
+        # The inverse transform is affine: without its offset, which the zeros have, it adds up.
+        both = jnp.concatenate([latent, jnp.zeros_like(latent)])[:, None] * std
+        change = vae.apply(
+            {"params": params}, both, method=lambda module, x: module.klt.inverse(x, first)
+        )
+        return to_uint8(frames.astype(jnp.float32) / 127.5 - 1.0 + change[:1] - change[1:])
+
+    @jax.jit
+    def analyse(
+        params: Tree,
+        latent: Array,
+        state: CodecState | None,
+        q_index: Array,
+        prediction: Array | None,
+    ) -> LatentSymbols:
+        latent = shard_columns(pad_latents(latent[:, None])[:, 0])
+        inputs = latent, state, q_index, prediction
+        symbols = codec.apply({"params": params}, *inputs, method="encode")
+        return jax.tree.map(lambda x: x[0].astype(jnp.int32), symbols)
+
+    @jax.jit
+    def reconstruct(
+        params: Tree,
+        symbols: LatentSymbols,
+        state: CodecState | None,
+        q_index: Array,
+        prediction: Array | None,
+    ) -> tuple[DecodedLatent, CodecState]:
+        symbols = jax.tree.map(lambda x: x.astype(jnp.float32)[None], symbols)
+        inputs = symbols, state, q_index, prediction
+        return shard_columns(codec.apply({"params": params}, *inputs, method="decode"))
+
+    velocity = None
+    if model.refiner_config is not None:
+        # Half precision where it is faster: the refiner shapes pictures, never symbols.
+        dtype = jnp.float32 if backend() == "cpu" else jnp.bfloat16
+        refiner = Refiner(model.refiner_config, dtype)
+
+        @jax.jit
+        def velocity(
+            params: Tree, state: Array, tau: Array, decoded: Array, features: Array, q_index: Array
+        ) -> Array:
+            inputs = decoded, features, q_index, model.text
+            return refiner.apply({"params": params}, state, tau, *inputs)
+
+    return CodecPrograms(
+        encode_video,
+        decode_latents,
+        predict_frames,
+        compensate,
+        add_latent,
+        analyse,
+        reconstruct,
+        velocity,
+    )
+
+
+class CodecFunctions:
+    """The programs of a model with its parameters on devices, see `CodecPrograms`.
+
+    Made and used under `jax.set_mesh`, they share the columns of each frame, and of all that is
+    made of it, among the devices along the axis `context`; these exchange what convolutions see
+    beyond the edges.
+
+    Attributes:
+        model: The model.
+        programs: Its programs.
+        vae_params, codec_params, refiner_params: Parameters on devices, None for no refiner.
+    """
+
+    def __init__(self, model: Model):
+        self.model, self.programs = model, codec_programs(model)
+        mesh = jax.sharding.get_mesh()
+        everywhere = None if mesh.empty else NamedSharding(mesh, P())
+
+        def place(params: Tree, dtype: Callable = lambda path: np.float32) -> Tree:
+            cast = jax.tree_util.tree_map_with_path(
+                lambda path, x: np.asarray(x, dtype(path)), params
+            )
+            return jax.device_put(cast, everywhere)
+
+        self.vae_params, self.codec_params = place(model.vae), place(model.codec)
+        self.refiner_params = None
+        if model.refiner is not None:
+            self.refiner_params = place(model.refiner, stored_dtype)
+        self._scale_index = jax.jit(
+            functools.partial(scales.scale_index, model.codec_config), static_argnames="dtype"
+        )
+        self._network = self._exact_network()
+
+    def encode_video(self, cache: Tree | None, frames: np.ndarray) -> tuple[Array, Tree]:
+        """Latents of the next frames of a group, and the VAE's cache after them."""
+        return self.programs.encode_video(self.vae_params, cache, frames)
+
+    def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
+        """uint8 frames of the next latents of a group, and the VAE's cache after them."""
+        return self.programs.decode_latents(self.vae_params, cache, latents)
+
+    def predict(self, reference: Array, vectors: np.ndarray) -> tuple[Array, Array]:
+        """Frames that block motion predicts, and their latent.
+
+        Args:
+            reference: Last decoded frame, uint8 (h, w, 3).
+            vectors: Motion vectors (4, h / 16, w / 16, 2), see `gnvc_jax.motion.expand`.
+
+        Returns:
+            Frames (1, 4, h, w, 3) in [-1, 1] and latent (1, h / 8, w / 8, c).
+        """
+        return self.programs.predict(self.vae_params, reference[None], vectors[None])
+
+    def compensate(self, decoded: DecodedLatent, prediction: Array, predicted: Array) -> Array:
+        """uint8 frames (1, 4, h, w, 3) of a latent with motion, see `VAE.compensate`."""
+        return self.programs.compensate(self.vae_params, decoded, prediction, predicted)
+
+    def add_latent(self, frames: Array, latent: Array, first: bool) -> Array:
+        """Adds the frames of a latent (1, h, w, c) of a linear VAE to uint8 frames.
+
+        first: Whether the latent stands for the first frame of a group.
+        """
+        return self.programs.add_latent(self.vae_params, frames, latent, first)
+
+    def analyse(
+        self, latent: Array, state: CodecState | None, q_index: int, prediction: Array | None = None
+    ) -> LatentSymbols:
+        """Symbols of a latent, without the batch axis; state None: intra."""
+        q = jnp.full((1,), q_index)
+        return self.programs.analyse(self.codec_params, latent, state, q, prediction)
+
+    def reconstruct(
+        self,
+        symbols: LatentSymbols,
+        state: CodecState | None,
+        q_index: int,
+        prediction: Array | None = None,
+    ) -> tuple[DecodedLatent, CodecState]:
+        """The latent that symbols stand for, and the codec's state after it."""
+        q = jnp.full((1,), q_index)
+        return self.programs.reconstruct(self.codec_params, symbols, state, q, prediction)
+
+    def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
+        """Refined latents of a group; the same seed gives the same result on one device.
+
+        Args:
+            latents: Decoded latents (1, t, h, w, c).
+            features: Features of the codec after each, (1, t, h, w, f).
+            q_index: Quality level.
+            seed: Seed of the noise.
+            steps: Steps of the flow; 0 returns the latents as they are.
+
+        Raises:
+            UsageError: If the model has no refiner.
+        """
+        if self.model.refiner is None and steps:
+            raise UsageError(f"model {self.model.name!r} has no refiner; use 0 steps")
+
+        def velocity(state: Array, tau: Array, decoded: Array, features: Array) -> Array:
+            tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
+            return self.programs.velocity(self.refiner_params, state, tau, decoded, features, q)
+
+        key, config, white = jax.random.key(seed), self.model.refiner_config, self.model.white
+        white = 1.0 if white is None else per_latent_factors(jnp.asarray(white), latents.shape[1])
+        return refine(velocity, config, latents * white, features, key, steps) / white
+
+    def scale_index(
+        self,
+        kind: int,
+        q_index: int,
+        z: np.ndarray,
+        prev_y: np.ndarray | None,
+        prev_index: np.ndarray | None,
+    ) -> np.ndarray:
+        """Table indices (h, w, cy) uint8 of one latent; see `gnvc_jax.bitstream.ScaleIndex`."""
+        if prev_y is None:
+            h, w, _ = z.shape
+            prev_y = prev_index = np.zeros((4 * h, 4 * w, self.model.codec_config.y_channels))
+        return self._network(
+            self.model.scale_networks[kind], q_index, z, prev_y.astype(int), prev_index.astype(int)
+        )
+
+    def _exact_network(self) -> ScaleNetwork:
+        """The first of float32, int32 and NumPy arithmetic that passes the self-test here.
+
+        All are compared with the value in the model file, which comes from the machine that made
+        the model: NumPy, too, may be wrong here. Raises DeviceNotExact if none passes.
+        """
+        model = self.model
+
+        def jitted(dtype: jnp.dtype) -> ScaleNetwork:
+            def network(tables: Tree, q_index: int, *integers: np.ndarray) -> np.ndarray:
+                integers = (np.asarray(v, np.int32) for v in integers)
+                return np.asarray(self._scale_index(tables, q_index, *integers, dtype=dtype))
+
+            return network
+
+        def reference(tables: Tree, q_index: int, *integers: np.ndarray) -> np.ndarray:
+            return scales.scale_index_numpy(model.codec_config, tables, q_index, *integers)
+
+        for network in (jitted(jnp.float32), jitted(jnp.int32), reference):
+            crc = self_test(
+                model.codec_config, model.scale_networks, lambda _, *args, f=network: f(*args)
+            )
+            if crc == model.self_test_crc:
+                return network
+        raise DeviceNotExact(f"integer self-test fails on {jax.default_backend()}; use a CPU")
