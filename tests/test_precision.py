@@ -68,10 +68,12 @@ def test_codec_and_encoder_have_full_precision(tiny_model, motion, backend):
     if motion:
         inputs = vae, jnp.zeros((1, 64, 64, 3), jnp.uint8), jnp.zeros((1, 4, 4, 4, 2))
         assert all_exact(used.predict, *inputs)
-        prediction = jax.eval_shape(used.predict, *inputs)
+        predicted, prediction = jax.eval_shape(used.predict, *inputs)
     integers = jax.eval_shape(used.analyse, codec, latent, None, q_index, None)
     integers = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), integers)
-    *_, state = jax.eval_shape(used.reconstruct, codec, integers, None, q_index, None)
+    decoded, state = jax.eval_shape(used.reconstruct, codec, integers, None, q_index, None)
+    if motion:
+        assert all_exact(used.compensate, vae, decoded, prediction, predicted)
     for given in ((None, q_index, None), (state, q_index, prediction)):
         assert all_exact(used.analyse, codec, latent, *given)
         assert all_exact(used.reconstruct, codec, integers, *given)
