@@ -148,7 +148,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("line", "code", "text"), WRONG, ids=[w[0] for w in WRONG])
-def test_wrong_use_is_one_line_and_leaves_nothing(place, monkeypatch, capsys, line, code, text):
+def test_errors_are_one_line_and_leave_nothing_behind(place, monkeypatch, capsys, line, code, text):
     monkeypatch.chdir(place)
     before = {p.name: p.stat().st_mtime_ns for p in place.iterdir()}
     command = line.split()
@@ -218,7 +218,7 @@ def test_help_lists_every_command_and_imports_no_jax():
     assert all(f" {command} " in done.stdout for command in cli.COMMANDS)
 
 
-def test_first_frames_need_no_frame_after_them(place, monkeypatch, capsys):
+def test_limiting_frames_ignores_damage_after_them(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     model = "--model", "m.safetensors", "--force"
     assert run("encode", "damaged.mkv", "o.gnvc", "--frames", 12, *model) == 0
@@ -229,7 +229,7 @@ def test_first_frames_need_no_frame_after_them(place, monkeypatch, capsys):
     (place / "o.gnvc").unlink()
 
 
-def test_the_input_is_known_behind_links_and_as_stdin(place, tmp_path, capsys):
+def test_output_equal_to_input_is_refused_through_links_and_stdin(place, tmp_path, capsys):
     (tmp_path / "clip.mp4").write_bytes((place / "clip.mp4").read_bytes())
     (tmp_path / "soft").symlink_to("clip.mp4")
     os.link(tmp_path / "clip.mp4", tmp_path / "hard")
@@ -247,7 +247,7 @@ def test_the_input_is_known_behind_links_and_as_stdin(place, tmp_path, capsys):
     assert (tmp_path / "clip.mp4").read_bytes() == (place / "clip.mp4").read_bytes()
 
 
-def test_a_stream_into_a_pipe(place, tmp_path):
+def test_encoding_into_a_named_pipe(place, tmp_path):
     pipe, got = tmp_path / "pipe", []
     os.mkfifo(pipe)
     reader = threading.Thread(target=lambda: got.append(pipe.read_bytes()))
@@ -258,7 +258,7 @@ def test_a_stream_into_a_pipe(place, tmp_path):
     assert got == [(place / "clip.gnvc").read_bytes()] and stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_a_full_disk_is_said_and_leaves_nothing(place, monkeypatch, capsys):
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     before = sorted(place.iterdir())
 
@@ -303,14 +303,14 @@ def test_info_on_a_stream_without_groups(place, tmp_path, capsys):
     assert "70x40, 0 frames" in capsys.readouterr().out
 
 
-def test_counting_output_knows_its_size():
+def test_counting_file_counts_bytes():
     out = coding.CountingFile(io.BytesIO())
     out.write(b"123")
     out.write(b"45")
     assert out.tell() == 5
 
 
-def test_a_fault_keeps_its_traceback(place, monkeypatch):
+def test_unexpected_errors_keep_their_traceback(place, monkeypatch):
     error = ValueError("in a kernel")
 
     def fail(*_, **__):

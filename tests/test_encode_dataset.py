@@ -48,7 +48,7 @@ def manifest(folder):
     return list(csv.DictReader((folder / "manifest.csv").read_text().splitlines()))
 
 
-def test_streams_manifest_and_going_on(clips, tmp_path):
+def test_streams_and_manifest_are_written_and_resumed(clips, tmp_path):
     out, coder = tmp_path / "out", Stand()
     (clips / "v1.mkv").rename(clips / "later.bin")
     assert encode_all(clips, out, coder, 24, progress=False) == {}
@@ -68,7 +68,7 @@ def test_streams_manifest_and_going_on(clips, tmp_path):
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
 
 
-def test_no_video_ends_the_job_and_the_manifest_lists_those_left_out(clips, tmp_path):
+def test_bad_videos_are_left_out_and_listed_in_the_manifest(clips, tmp_path):
     class Odd(Stand):
         def encode_frames(self, frames, out, header, qp):
             if header == (64, 64):
@@ -99,7 +99,7 @@ def test_no_video_ends_the_job_and_the_manifest_lists_those_left_out(clips, tmp_
     assert [name for name, reason in rows.items() if reason] == ["c.mkv"]
 
 
-def test_wrong_settings_are_not_the_fault_of_videos(clips, tmp_path):
+def test_wrong_settings_raise_instead_of_leaving_out_videos(clips, tmp_path):
     for qp, gop in ((64, 5), (24, 6)):
         with pytest.raises(UsageError):
             encode_all(clips, tmp_path / "out", Stand(), qp, gop, progress=False)

@@ -76,7 +76,7 @@ def test_newer_codecs_return_the_frames_and_reach_lower_rates(codec):
     assert coarse.size < fine.size
 
 
-def test_an_empty_file_is_tried_again(monkeypatch):
+def test_an_empty_output_is_retried(monkeypatch):
     real, calls = anchors.run_ffmpeg, []
 
     def sometimes_empty(arguments, inputs, output):

@@ -25,7 +25,7 @@ def test_a_constant_factor_is_exact_and_lower_is_better_works():
     assert bd_rate(half, base)[0] == pytest.approx(100)
 
 
-def test_what_cannot_be_said_is_said():
+def test_no_bd_rate_without_enough_points_or_overlap():
     low = [(r, q - 10) for r, q in ANCHOR]
     assert bd_rate(ANCHOR, low) == (None, "no overlap")
     assert bd_rate(ANCHOR, TEST[:1]) == (None, "fewer than 4 rising points")
@@ -76,7 +76,7 @@ def test_table_pairs_curves_and_leaves_out_unfinished_points():
     assert bd_csv(rows).splitlines()[1] == "LPIPS alex,gnvc,x265,-50.00,-50.00,2 of 2,"
 
 
-def test_the_mean_of_single_clips_is_another_figure():
+def test_mean_of_bd_rates_of_clips_is_reported_separately():
     """A clip at a hundred times the rate decides the mean curve; each counts the same alone."""
     records = [
         record(clip, f"{codec}{k}", codec, scale * factor * 0.01 * 2.0**k, 0.5 - 0.1 * k)
@@ -92,7 +92,7 @@ def test_the_mean_of_single_clips_is_another_figure():
     assert row["clips"] == "1 of 2" and row["bd_rate_clips_percent"] == pytest.approx(-50)
 
 
-def test_a_measure_that_a_clip_lacks_is_that_of_the_others():
+def test_clips_without_a_metric_are_excluded_from_its_bd_rate():
     """Rates, too: else the clip's rate would stand beside the quality of others."""
     records = [
         record(clip, f"{codec}{k}", codec, scale * factor * 2.0**k, value and value - 0.1 * k)

@@ -29,27 +29,27 @@ def test_finds_videos_and_frame_folders(tmp_path):
     assert find_clips([tmp_path / "c"]) == {"c": tmp_path / "c"}
 
 
-def test_picture_beside_videos_is_no_clip(tmp_path, caplog):
+def test_a_picture_beside_videos_is_not_a_clip(tmp_path, caplog):
     touch(tmp_path, "v1.mp4", "v2.flv", "001.png", ".thumbnails/1.png")
     assert list(find_clips([tmp_path])) == ["v1", "v2"]
     assert "001.png" not in caplog.text and "PNG pictures beside videos" in caplog.text
 
 
-def test_equal_names_are_told_apart(tmp_path):
+def test_equal_clip_names_are_made_unique(tmp_path):
     touch(tmp_path, "x/a.mkv", "y/a.mkv", "y/a.mp4")
     clips = find_clips([tmp_path])
     assert len(clips) == 3
     assert list(clips)[:2] == ["a", "y_a"]
 
 
-def test_nothing_to_find(tmp_path):
+def test_missing_paths_and_empty_folders_raise(tmp_path):
     with pytest.raises(FileNotFoundError, match="no videos"):
         find_clips([tmp_path])
     with pytest.raises(FileNotFoundError, match="no such file"):
         find_clips([tmp_path / "missing"])
 
 
-def test_identity_follows_the_content():
+def test_clip_hash_depends_on_content_only():
     frames = np.zeros((2, 4, 6, 3), np.uint8)
     same = Clip("other", frames.copy(), Fraction(25))
     assert Clip("a", frames, Fraction(25)).sha256 == same.sha256
@@ -61,7 +61,7 @@ def test_identity_follows_the_content():
     assert len(other | {same.sha256}) == 4
 
 
-def test_what_is_written_is_read_again(tmp_path):
+def test_written_clips_are_read_back_exactly(tmp_path):
     frames = np.random.default_rng(0).integers(0, 256, (5, 18, 35, 3), dtype=np.uint8)
     clip = Clip("a", frames, Fraction(30000, 1001))
     write_clip(clip, tmp_path / "a.mkv")
@@ -85,7 +85,7 @@ def test_full_range_returns_the_code_values(tmp_path):
     assert np.abs(np.frombuffer(to_raw(full.frames), np.uint8) - back).max() >= 10
 
 
-def test_long_names_leave_room_for_those_of_records(tmp_path):
+def test_long_clip_names_are_shortened(tmp_path):
     for name in ("v" * 251, "w" * 251, "ü" * 125):
         (tmp_path / f"{name}.mkv").touch()
     clips = find_clips([tmp_path])

@@ -61,7 +61,7 @@ def test_a_run_equals_itself():
     assert "(+0.00)" in text and "(+0.0 %)" in text
 
 
-def test_what_is_not_the_same_is_said():
+def test_differences_in_setup_are_listed():
     b = results(
         record("x", "p", 1000, 30.0, sha256="t" * 64, frames=9),
         {"clip": "y", "point": "p", "status": "failed", "error": "E: broke"},
@@ -103,7 +103,7 @@ def test_what_is_not_the_same_is_said():
         (b"\xff\xfe", "not JSON"),
     ],
 )
-def test_files_that_are_no_results_are_named(tmp_path, content, reason):
+def test_files_that_are_not_results_are_refused_by_name(tmp_path, content, reason):
     path = tmp_path / "r.json"
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())

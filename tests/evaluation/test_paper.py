@@ -57,7 +57,7 @@ def find_clips_in(folder, names):
     return find_clips([folder])
 
 
-def test_sequences_are_told_by_their_names(tmp_path):
+def test_sequences_are_recognised_by_file_name(tmp_path):
     clips = {name: Path(name) for name in [*reversed(UVG), "another"]}
     assert list(paper.sequences("uvg", clips)) == UVG
     more = find_clips_in(
@@ -71,7 +71,7 @@ def test_sequences_are_told_by_their_names(tmp_path):
     assert [len(names) for names in paper.SEQUENCES.values()] == [5, 30, 7]
 
 
-def test_rates_stand_beside_table_3():
+def test_bd_rates_are_put_beside_table_3():
     found = {r["curve"]: r for r in rows_of("uvg", "BD-rate LPIPS alex")}
     assert found["gnvc, 5 steps"]["measured"] == [pytest.approx(-90, abs=0.1)]
     assert "overlap" in found["gnvc, 5 steps"]["note"]
@@ -85,7 +85,7 @@ def test_rates_stand_beside_table_3():
     assert found["gnvc, 5 steps"]["note"].startswith("no overlap")
 
 
-def test_what_refinement_gains_stands_beside_table_4():
+def test_gain_of_refinement_is_put_beside_table_4():
     (row,) = rows_of("uvg", "rise of LPIPS alex")
     assert row["curve"] == "gnvc, 5 steps" and row["measured"] == [pytest.approx(0.1)]
     plain = [r for r in records() if r["codec"]["steps"] != 0]
@@ -106,7 +106,7 @@ def test_ranges_over_the_rates():
     assert rows_of("uvg", "parameters")[0]["measured"] == [pytest.approx(2.0)]
 
 
-def test_what_is_not_as_in_the_paper():
+def test_differences_to_the_setup_of_the_paper():
     made = [record("gnvc-qp0", "gnvc", 0.1, 0.5, clip=name) for name in paper.SEQUENCES["hevc-b"]]
     assert paper.beside(made, "hevc-b", True)["differs"] == []
     made[1]["source"] = {"frames": 8, "width": 416, "height": 240}

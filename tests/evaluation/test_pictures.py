@@ -31,7 +31,7 @@ def noise(t=12, h=40, w=56, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (t, h, w, 3), dtype=np.uint8)
 
 
-def test_square_lies_where_texture_or_motion_is():
+def test_square_is_placed_at_texture_or_motion():
     still = np.full((12, 300, 400, 3), 90, np.uint8)
     textured = still.copy()
     textured[:, 20:95, 300:375] = noise(1, 75, 75)
@@ -65,7 +65,7 @@ def test_pictures_are_the_decoded_pixels(tmp_path):
     assert not [path for path in tmp_path.rglob(".*")]  # no temporary file stays
 
 
-def test_only_what_is_missing_is_done_again(tmp_path):
+def test_only_missing_pictures_are_written_again(tmp_path):
     point, frames = Negative(), noise()
 
     def sweep(frames=frames):

@@ -62,13 +62,13 @@ def test_points_of_one_codec_and_number_of_steps_make_a_curve():
     assert [axes.yaxis_inverted() for axes in figure.axes] == [False, True]
 
 
-def test_groups_of_one_rate():
+def test_points_are_grouped_by_rate():
     dearer = record("x-2x-p1", 20, 28.0, like="2x-p1")
     labels = [[r["point"] for r in group] for group in rate_groups([*RECORDS, dearer])]
     assert labels == [["p1", "q1", "x-p1"], ["p2", "x-p2"], ["v"]]
 
 
-def test_means_of_other_clips_are_left_out():
+def test_points_that_a_clip_lacks_are_left_out_of_curves():
     other = record("p1", 20, 27.0, clip="b", steps=5)
     failure = {"status": "failed", "clip": "c", "point": ""}
     (mean,) = mean_records([*RECORDS, other, failure])
@@ -95,7 +95,7 @@ def plots(tmp_path_factory):
     return out / "plots", write_plots(out, [*RECORDS, *records], curves, {})
 
 
-def test_every_drawing_is_there_twice(plots):
+def test_every_plot_is_written_as_png_and_svg(plots):
     folder, drawings = plots
     assert set(drawings) == {
         "rd",
@@ -117,7 +117,7 @@ def test_every_drawing_is_there_twice(plots):
     assert matplotlib.rcParams["svg.fonttype"] == "path"  # as it was
 
 
-def test_inlined_drawings_do_not_share_identifiers(plots):
+def test_inlined_plots_have_unique_identifiers(plots):
     drawing = plots[1]["rd"]
     one, two = inline_svg(drawing, "a", "What it shows"), inline_svg(drawing, "b", "Other")
     ids = [re.findall(r'\bid="([^"]+)"', svg) for svg in (one, two)]
@@ -128,5 +128,5 @@ def test_inlined_drawings_do_not_share_identifiers(plots):
     assert element.get("aria-label") == "What it shows"
 
 
-def test_nothing_to_draw(tmp_path):
+def test_no_plots_without_records(tmp_path):
     assert write_plots(tmp_path, [{"status": "failed", "clip": "a"}], {}, {}) == {}

@@ -57,7 +57,7 @@ def test_file_point_codes_in_two_processes(clip, log):
     assert [(line[0], line[5:]) for line in again] == [("decode", ["--steps", "5"])]  # one encode
 
 
-def test_failing_tool_is_quoted(clip, log):
+def test_message_of_a_failed_command_is_quoted(clip, log):
     with pytest.raises(CodingError, match="gnvc encode: exit status 1, tool: it broke"):
         FilePoint("some-model", 63).code(clip)
 
@@ -109,7 +109,7 @@ def test_autoencoder_point_has_no_file(clip, monkeypatch):
     np.testing.assert_array_equal(coded.frames, 255 - clip.frames)
 
 
-def test_labels_name_files_of_their_own():
+def test_labels_are_unique_file_names():
     made = [FilePoint("m", 8), FilePoint("m", 40), AutoencoderPoint("m")]
     made += [AnchorPoint(codec, "gnvc-qp8", 100) for codec in ("x264", "x265")]
     made += [FilePoint("m", 8, 0)]

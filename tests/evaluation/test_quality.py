@@ -17,7 +17,7 @@ def clip(t=3, h=32, w=48, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (t, h, w, 3), dtype=np.uint8)
 
 
-def test_identical_clips_reach_every_cap():
+def test_identical_clips_give_the_best_value_of_every_metric():
     x = clip(2, 164, 170)
     q = QualityMeter(("psnr", "ms_ssim", "lpips_alex", "temporal"))(x, x)
     assert q.quality["psnr_rgb"] == q.quality["apsnr_rgb"] == 100
@@ -29,7 +29,7 @@ def test_identical_clips_reach_every_cap():
 
 
 @pytest.mark.parametrize("count", [3, 8, 11])
-def test_batches_do_not_show(count):
+def test_batch_size_does_not_change_values(count):
     x, y = clip(count), clip(count, seed=1)
     q = QualityMeter(("psnr",))(x, y)
     expected = [peak_signal_noise_ratio(a, b) for a, b in zip(x, y, strict=True)]
@@ -38,7 +38,7 @@ def test_batches_do_not_show(count):
     assert q.quality["apsnr_rgb"] == pytest.approx(peak_signal_noise_ratio(x, y), abs=1e-5)
 
 
-def test_what_cannot_be_measured_is_null_with_a_reason(monkeypatch):
+def test_metrics_that_cannot_be_measured_are_null_with_a_reason(monkeypatch):
     def no_weights(net, path):
         raise FileNotFoundError(f"no LPIPS weights for {net}")
 
@@ -69,7 +69,7 @@ def save_alex(path, scale):
     save_file({name: np.ascontiguousarray(x) for name, x in tensors.items()}, path)
 
 
-def test_weights_of_the_user_are_what_is_measured(tmp_path):
+def test_weight_files_of_the_user_are_used(tmp_path):
     x, y = clip(1, 64, 64), clip(1, 64, 64, seed=1)
     published = QualityMeter(("lpips_alex",))(x, y).quality["lpips_alex"]
     path = tmp_path / "alex.safetensors"
@@ -81,7 +81,7 @@ def test_weights_of_the_user_are_what_is_measured(tmp_path):
     }
 
 
-def test_a_missing_file_of_the_user_is_named_and_the_rest_measured(tmp_path):
+def test_a_missing_weight_file_is_reported_and_other_metrics_are_measured(tmp_path):
     x, path = clip(1, 64, 64), tmp_path / "vgg.safetensors"
     q = QualityMeter(("psnr", "dists"), {"dists": path})(x, x)
     assert q.missing == {"dists": f"file {path} missing"}
@@ -95,7 +95,7 @@ def test_rejects_clips_that_do_not_fit():
         QualityMeter(("fvd",))
 
 
-def test_psnr_of_yuv_weighs_planes_six_to_one():
+def test_yuv_psnr_weights_planes_6_1_1():
     x, y = clip(2), clip(2, seed=1)
     q = QualityMeter(("psnr_yuv",))(x, y)
     planes = [zip(rgb_to_yuv420(a), rgb_to_yuv420(b), strict=True) for a, b in zip(x, y)]

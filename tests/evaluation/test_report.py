@@ -65,7 +65,7 @@ def page(run):
     return text, Page(text), results
 
 
-def test_every_record_is_there(page):
+def test_report_shows_every_record(page):
     _, parsed, results = page
     assert len(results["records"]) == 16
     for record in results["records"]:
@@ -84,14 +84,14 @@ def test_every_record_is_there(page):
         assert fact in parsed.text
 
 
-def test_the_papers_figures_are_there(page):
+def test_report_shows_the_figures_of_the_paper(page):
     _, parsed, _ = page
     assert "Beside the figures of GNVC-VD's paper, waves (not as there: 8 frames)" in parsed.text
     assert "BD-rate of <waves>, %" in parsed.texts and "-12.3 to +56.0" in parsed.texts
     assert "GNVC-VD -89.4, another +2.0" in parsed.texts
 
 
-def test_nothing_is_loaded(page):
+def test_report_loads_nothing_from_elsewhere(page):
     text, parsed, _ = page
     for tag, attributes in parsed.elements:
         assert tag not in ("link", "iframe", "object", "embed", "base")
@@ -104,7 +104,7 @@ def test_nothing_is_loaded(page):
     assert policy["content"].startswith("default-src 'none'")
 
 
-def test_names_stay_text(page):
+def test_clip_names_are_escaped(page):
     _, parsed, _ = page
     assert all("onerror" not in attributes for _, attributes in parsed.elements)
     assert len(parsed.all("script")) == 1
@@ -141,7 +141,7 @@ def test_pictures_show_what_was_kept(page, run):
     assert set(rest) == {(view.side, view.side), (128, 11)}
 
 
-def test_controls_have_names(page):
+def test_controls_have_accessible_names(page):
     _, parsed, _ = page
     ranges = parsed.all("input")
     assert len(ranges) == 2 and all(r["type"] == "range" and r["aria-label"] for r in ranges)
@@ -159,7 +159,7 @@ def test_seams_come_from_the_stream(run):
     assert seams["plain", "gnvc6"] == [0, 9]
 
 
-def test_quality_gives_way_to_size(run, monkeypatch):
+def test_picture_quality_is_lowered_to_limit_the_size(run, monkeypatch):
     out, results = run
     monkeypatch.setattr(report, "write_plots", lambda *_: {})
     sizes = []
@@ -169,7 +169,7 @@ def test_quality_gives_way_to_size(run, monkeypatch):
     assert sizes[1] < 0.8 * sizes[0]
 
 
-def test_reports_of_little(tmp_path):
+def test_report_of_failures_only(tmp_path):
     """Nothing finished; and a run whose side files were taken away."""
     failure = {"clip": "c", "point": "", "status": "failed", "error": "c.mkv: no <video>"}
     results = {"created": "now", "command": ["eval.py"], "env": {}, "records": [failure]}

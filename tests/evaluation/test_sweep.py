@@ -77,7 +77,7 @@ def test_rate_comes_from_the_file_on_disk(tmp_path, meter):
     assert json.loads((tmp_path / "records/a__q4.json").read_text()) == record
 
 
-def test_points_without_file_reach_the_caps(tmp_path, meter):
+def test_lossless_points_without_file_reach_the_caps(tmp_path, meter):
     (record,) = Sweep(tmp_path, meter).run({"a": CLIPS["a"]}, [Lossless(8, [])], ["x264"])
     assert record["quality"]["psnr_rgb"] == 100
     assert record["rate"] == {"bytes": None, "bpp": None, "kbps": None}
@@ -111,7 +111,7 @@ def test_records_are_kept_until_their_key_changes(tmp_path, meter):
     assert len(calls) == 4
 
 
-def test_failures_are_listed_and_tried_again(tmp_path, meter):
+def test_failures_are_recorded_and_retried(tmp_path, meter):
     calls = []
 
     def unreadable():

@@ -36,7 +36,7 @@ def without_times(records):
     return [{k: v for k, v in r.items() if k not in ("created", "speed")} for r in records]
 
 
-def test_records_are_those_of_one_process(tmp_path, clips):
+def test_several_processes_give_the_records_of_one(tmp_path, clips):
     said = []
     sweep = Sweep(tmp_path / "two", QualityMeter(("psnr",)), progress=lambda *v: said.append(v))
     shared = run_in_processes(2, sweep, clips, POINTS)

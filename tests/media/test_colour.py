@@ -116,7 +116,7 @@ def test_half_levels_round_up():
 
 
 @pytest.mark.parametrize("factors", [(2, 2), (1, 2), (2, 1), (1, 1)])
-def test_a_crop_is_a_part_of_the_whole(factors):
+def test_a_crop_equals_that_part_of_the_whole(factors):
     rng = np.random.default_rng(3)
     planes = random_planes(rng, (21, 33), factors, 8)
     whole = yuv_to_rgb(*planes)

@@ -40,7 +40,9 @@ def mean_error(ours, theirs):
 @pytest.mark.parametrize("flip", ["", "hflip", "vflip"])
 @pytest.mark.parametrize("degrees", [0, 90, 180, 270])
 @pytest.mark.parametrize("suffix", ["mp4", "mov"])
-def test_rotation_and_mirror_are_ffmpegs(suffix, degrees, flip, tmp_path, encode, ffmpeg):
+def test_rotation_and_mirroring_equal_those_of_ffmpeg(
+    suffix, degrees, flip, tmp_path, encode, ffmpeg
+):
     path = tmp_path / f"a.{suffix}"
     encode(path, options={"crf": "10"}, frames=3, rotation=degrees, flip=flip)
     size = (52, 36) if degrees in (90, 270) else (36, 52)
@@ -61,7 +63,7 @@ def test_other_angles_are_refused(tmp_path, encode):
 @pytest.mark.parametrize(
     "form", ["565be", "565le", "555be", "555le", "444be", "444le", "48be", "24"]
 )
-def test_rgb_of_every_packing_is_ffmpegs(form, order, tmp_path, ffmpeg):
+def test_packed_rgb_formats_equal_those_of_ffmpeg(form, order, tmp_path, ffmpeg):
     path = tmp_path / "a.nut"
     source = "testsrc2=s=52x36:r=25:d=0.08"
     ffmpeg("-f", "lavfi", "-i", source, "-c:v", "rawvideo", "-pix_fmt", order + form, path)
@@ -98,7 +100,7 @@ def test_yuv_tagged_as_rgb_has_the_matrix_of_its_size(size, matrix, tmp_path, en
     assert mean_error(ours, theirs) < 0.7 * mean_error(ours, wrong)
 
 
-def test_rgb_that_becomes_yuv_is_an_error_of_the_file(tmp_path, encode):
+def test_a_change_from_rgb_to_yuv_is_an_error(tmp_path, encode):
     first = encode(tmp_path / "a.264", "libx264rgb", "bgr24", frames=3)
     second = encode(tmp_path / "b.264", frames=3)
     (tmp_path / "c.264").write_bytes(first.read_bytes() + second.read_bytes())
@@ -106,7 +108,7 @@ def test_rgb_that_becomes_yuv_is_an_error_of_the_file(tmp_path, encode):
         read(tmp_path / "c.264")
 
 
-def test_range_that_changes_is_followed(tmp_path, encode):
+def test_changes_of_colour_range_are_followed(tmp_path, encode):
     tags = {"color_primaries": 1, "color_trc": 1, "colorspace": 1}
     first = encode(tmp_path / "a.264", frames=2, tags=tags | {"color_range": 1})
     second = encode(tmp_path / "b.264", frames=2, tags=tags | {"color_range": 2})
@@ -125,7 +127,7 @@ def test_animated_webp_is_refused_by_name(tmp_path, picture):
     assert read(tmp_path / "b.webp")[0].shape == (1, 36, 52, 3)
 
 
-def test_digits_of_other_scripts_are_letters(tmp_path, picture):
+def test_digits_of_other_scripts_sort_as_letters(tmp_path, picture):
     names = ["1x2.png", "1\u0e532.png", "10x2.png", "2\u00b2.png"]
     for number, name in enumerate(names):
         Image.fromarray(picture(number)).save(tmp_path / name)
@@ -188,7 +190,7 @@ def test_single_picture_of_a_gif_keeps_its_duration(options, seconds, tmp_path, 
 
 
 @pytest.mark.parametrize("dropped", [[1, 3, 9], [17, 18, 19]])
-def test_dropped_frames_of_avi_are_no_frames(dropped, tmp_path, encode, ffmpeg):
+def test_dropped_frames_of_avi_do_not_count(dropped, tmp_path, encode, ffmpeg):
     path = tmp_path / "a.avi"
     whole = encode(tmp_path / "whole.avi", "mjpeg", "yuvj420p")
     chosen = "+".join(f"eq(n,{n})" for n in dropped)
@@ -208,7 +210,7 @@ def test_y4m_without_a_rate_has_25_or_what_is_asked_for(rate, tmp_path):
     assert probe(path, fps=Fraction(24000, 1001)).fps == Fraction(24000, 1001)
 
 
-def test_y4m_with_a_rate_that_is_none(tmp_path):
+def test_y4m_with_an_invalid_rate(tmp_path):
     path = tmp_path / "a.y4m"
     path.write_bytes(b"YUV4MPEG2 W4 H2 F25 Cmono\nFRAME\n" + bytes(8))
     with pytest.raises(NotAVideo, match=r"a\.y4m: .* no valid size and rate"):
@@ -266,7 +268,7 @@ CUT = {  # name: encoder, options of ffmpeg
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_recording_that_was_cut_is_read_as_far_as_it_goes_and_says_so(name, tmp_path, ffmpeg):
+def test_cut_recordings_are_read_up_to_the_cut_with_a_note(name, tmp_path, ffmpeg):
     codec, options = CUT[name]
     path = tmp_path / name
     source = "testsrc2=s=96x64:r=25:d=0.8"
@@ -285,7 +287,7 @@ def test_recording_that_was_cut_is_read_as_far_as_it_goes_and_says_so(name, tmp_
         assert sum(1 for _ in video) == len(frames)
 
 
-def test_gif_that_was_cut_says_so(tmp_path, picture):
+def test_cut_gif_is_noted(tmp_path, picture):
     images = [Image.fromarray(picture(n)) for n in range(10)]
     images[0].save(tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=40)
     assert read(tmp_path / "a.gif")[1].notes == []
@@ -295,7 +297,7 @@ def test_gif_that_was_cut_says_so(tmp_path, picture):
     assert len(frames) < 10 and any("data is missing" in note for note in video.notes)
 
 
-def test_matroska_that_lost_its_structure_says_so(tmp_path, encode):
+def test_damaged_matroska_structure_is_noted(tmp_path, encode):
     path = encode(tmp_path / "a.mkv", options={"g": "5"}, audio=True)
     assert read(path)[1].notes == []
     data = bytearray(path.read_bytes())
@@ -308,7 +310,7 @@ def test_matroska_that_lost_its_structure_says_so(tmp_path, encode):
         assert any("data may be missing" in note for note in video.notes)
 
 
-def test_truncated_file_can_be_read_as_far_as_it_goes(tmp_path, encode, ffmpeg):
+def test_truncated_files_are_read_up_to_the_end_if_tolerant(tmp_path, encode, ffmpeg):
     whole = tmp_path / "whole.mp4"
     ffmpeg("-i", encode(tmp_path / "a.mp4"), "-c", "copy", "-movflags", "+faststart", whole)
     path = tmp_path / "cut.mp4"

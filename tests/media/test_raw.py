@@ -27,7 +27,7 @@ from gnvc_jax.media.reader import open_video, probe, read_clip
         ("akiyo.yuv", None, None, "yuv420p"),
     ],
 )
-def test_names(name, size, fps, pix_fmt):
+def test_raw_file_names_are_parsed(name, size, fps, pix_fmt):
     assert parse_raw_name(name) == (size, fps, pix_fmt)
 
 
@@ -47,7 +47,7 @@ def raw_frames(pix_fmt, height, width, frames, rng):
 @pytest.mark.parametrize(
     "pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "gray", "yuv420p10le", "yuv444p10le", "gray10le"]
 )
-def test_planes_are_read_as_they_lie(pix_fmt, tmp_path):
+def test_planes_are_read_in_file_order(pix_fmt, tmp_path):
     video, data, bits = raw_frames(pix_fmt, 13, 11, 5, np.random.default_rng(0))
     path = tmp_path / "plain.yuv"
     path.write_bytes(data)
@@ -85,7 +85,7 @@ def test_size_and_rate_come_from_the_name(tmp_path):
 @pytest.mark.parametrize(
     "pix_fmt", ["yuv420p", "yuv422p", "yuv444p", "gray", "yuv420p10le", "yuv422p12le"]
 )
-def test_y4m_of_ffmpeg(pix_fmt, tmp_path, ffmpeg):
+def test_y4m_files_of_ffmpeg_are_read(pix_fmt, tmp_path, ffmpeg):
     path = tmp_path / "a.y4m"
     ffmpeg(
         *"-f lavfi -i testsrc2=size=50x38:rate=30000/1001 -frames:v 4".split(),

@@ -50,7 +50,7 @@ def planes_by_ffmpeg(ffmpeg, path, pix_fmt, size=(36, 52)):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_frames_are_ffmpegs(name, tmp_path, encode, ffmpeg):
+def test_frames_equal_those_of_ffmpeg(name, tmp_path, encode, ffmpeg):
     codec, pix_fmt, options = FORMATS[name]
     path = encode(tmp_path / name, codec, pix_fmt, options)
     expected = [
@@ -65,7 +65,7 @@ def test_frames_are_ffmpegs(name, tmp_path, encode, ffmpeg):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_random_access_gives_what_iterating_gives(name, tmp_path, encode):
+def test_random_access_equals_iteration(name, tmp_path, encode):
     codec, pix_fmt, options = FORMATS[name]
     path = encode(tmp_path / name, codec, pix_fmt, options)
     whole = frames_of(path)
@@ -156,7 +156,7 @@ def test_rgb_is_passed_through(codec, pix_fmt, tmp_path, encode, picture):
     assert probe(path).colour == RGB
 
 
-def test_gif_is_what_pillow_reads(tmp_path, picture):
+def test_gif_equals_pillow(tmp_path, picture):
     images = [Image.fromarray(picture(n)).quantize(64) for n in range(5)]
     images[0].save(
         tmp_path / "a.gif", save_all=True, append_images=images[1:], duration=40, disposal=1
@@ -171,7 +171,7 @@ def test_gif_is_what_pillow_reads(tmp_path, picture):
     assert probe(tmp_path / "a.gif").frames == 5
 
 
-def test_sound_is_noticed(tmp_path, encode):
+def test_audio_is_detected(tmp_path, encode):
     path = encode(tmp_path / "sound.mp4", audio=True)
     info = probe(path)
     assert info.has_audio and info.frames == 20 and len(frames_of(path)) == 20
@@ -190,13 +190,13 @@ def test_a_folder_of_pictures_is_sorted_by_number(tmp_path, picture):
     assert (info.frames, info.fps, info.colour) == (12, Fraction(30000, 1001), RGB)
 
 
-def test_odd_names_are_names(tmp_path, encode, monkeypatch):
+def test_unusual_file_names_are_accepted(tmp_path, encode, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.rename(encode(tmp_path / "a.mp4", frames=3), "pipe:b %d é.mp4")
     assert probe("pipe:b %d é.mp4").frames == 3
 
 
-def test_standard_input_is_y4m(tmp_path, encode):
+def test_standard_input_is_read_as_y4m(tmp_path, encode):
     path = encode(tmp_path / "a.mp4", frames=4)
     program = (
         "import sys, numpy as np; from gnvc_jax.media.reader import open_video\n"
@@ -221,7 +221,7 @@ def test_standard_input_is_y4m(tmp_path, encode):
     assert done.stdout == frames_of(path).tobytes()
 
 
-def test_the_reader_holds_a_few_frames_only(tmp_path, picture):
+def test_reader_memory_does_not_grow(tmp_path, picture):
     # 400 frames of 52x36 are 2.2 MB; reading them one by one must not keep them.
     planes = b"".join(map(bytes, rgb_to_yuv420(picture(0))))
     path = tmp_path / "long_52x36.yuv"

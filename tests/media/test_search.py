@@ -44,17 +44,17 @@ def test_suffixes_of_cameras_and_the_web(make, suffix):
         "$RECYCLE.BIN/v.mp4",
     ],
 )
-def test_hidden_and_system_folders_are_passed_over(make, hidden):
+def test_hidden_and_system_folders_are_skipped(make, hidden):
     assert make("v.mp4", hidden) == ["v.mp4"]
 
 
 @pytest.mark.parametrize("video", ["a.mp4", "below/a.mp4"])
-def test_pictures_beside_videos_are_left_out_and_said(make, video, caplog, tmp_path):
+def test_pictures_beside_videos_are_left_out_with_a_warning(make, video, caplog, tmp_path):
     assert make("cover.png", "frames/1.png", video) == [video, "frames"]
     assert caplog.messages == [f"{tmp_path}: PNG pictures beside videos are left out (1)"]
 
 
-def test_links_that_lead_back_end(make, tmp_path):
+def test_cyclic_links_end(make, tmp_path):
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "up").symlink_to(tmp_path)
     assert make("deep/a.mp4") == ["deep/a.mp4"]

@@ -53,7 +53,7 @@ def test_lossless_outputs(name, size, tmp_path, frames):
 
 
 @pytest.mark.parametrize("fps", [NTSC, Fraction(24000, 1001), 25, 59.94, Fraction(120)])
-def test_the_rate_survives(fps, tmp_path, frames):
+def test_frame_rate_round_trip(fps, tmp_path, frames):
     for name in ("a.mp4", "a.mkv", "a.y4m"):
         path = write(tmp_path / name, frames, fps)
         assert probe(path).fps == Fraction(fps).limit_denominator(100_000)
@@ -88,7 +88,7 @@ PQ = {  # H.273: BT.2020 primaries, PQ, as YUV and as RGB
 
 
 @pytest.mark.parametrize("colour", PQ.values(), ids=PQ)
-def test_hdr_tags_are_kept_or_their_loss_is_said(colour, tmp_path, frames):
+def test_hdr_tags_are_kept_or_their_loss_is_noted(colour, tmp_path, frames):
     for name in ("a.mkv", "a.mp4", "a.y4m", "frames"):
         with open_writer(tmp_path / name, 52, 36, 25, colour=colour) as out:
             out.write(frames[0])
@@ -154,7 +154,7 @@ def test_a_pipe_carries_the_video(tmp_path, frames):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.y4m", "frames"])
-def test_an_output_is_not_overwritten_unless_told(name, tmp_path, frames):
+def test_existing_outputs_are_kept_unless_forced(name, tmp_path, frames):
     path = write(tmp_path / name, frames[:3])
     with pytest.raises(OutputExists, match="not overwritten") as caught:
         write(path, frames)
@@ -166,7 +166,7 @@ def test_an_output_is_not_overwritten_unless_told(name, tmp_path, frames):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.y4m", "frames"])
-def test_a_failure_leaves_everything_as_it_was(name, tmp_path, frames):
+def test_a_failure_leaves_existing_files_unchanged(name, tmp_path, frames):
     def fail(path, error, force):
         with open_writer(path, 52, 36, 25, force=force) as out:
             out.write(frames[0])
@@ -187,7 +187,7 @@ def test_a_failure_leaves_everything_as_it_was(name, tmp_path, frames):
     assert os.listdir(tmp_path) == [name] and probe(path).frames == 3
 
 
-def test_forcing_spares_what_is_not_a_frame(tmp_path, frames):
+def test_forcing_replaces_numbered_frames_only(tmp_path, frames):
     folder = tmp_path / "frames"
     write(folder, frames)
     (folder / "notes.txt").write_text("keep")
@@ -215,7 +215,7 @@ def test_unwritable_outputs(tmp_path, frames):
     assert os.listdir(tmp_path) == ["file"]
 
 
-def test_wrong_frames(tmp_path, frames):
+def test_frames_of_wrong_shape_or_type_are_refused(tmp_path, frames):
     for bad in (frames[0][:8], frames[0].astype(np.float32), frames[0][..., 0]):
         with pytest.raises(ValueError, match=r"a\.mkv: expected a frame"):
             with open_writer(tmp_path / "a.mkv", 52, 36, 25) as out:

@@ -69,7 +69,7 @@ def test_weights_of_another_model_are_refused(tmp_path, name, value, said):
     assert str(path) in str(caught.value) and said in str(caught.value)
 
 
-def test_files_that_are_none(tmp_path):
+def test_files_that_are_not_weights_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     with pytest.raises(FileNotFoundError, match="no such file"):
         load_clip(path)
@@ -78,7 +78,7 @@ def test_files_that_are_none(tmp_path):
         load_clip(path)
 
 
-def test_clip_f_is_the_mean_cosine_of_neighbours():
+def test_clip_f_is_the_mean_cosine_of_adjacent_frames():
     x = np.eye(3)[[0, 0, 1, 1]]
     assert clip_f(x) == pytest.approx(2 / 3)
     with pytest.raises(ValueError, match="2 frames"):
@@ -98,7 +98,7 @@ def test_cmmd_is_the_squared_distance_in_the_space_of_the_kernel():
     assert cmmd(x, y) > 0
 
 
-def test_measured_with_the_file_of_the_user_only(tmp_path):
+def test_clip_metrics_need_a_weight_file(tmp_path):
     rng = np.random.default_rng(0)
     still = np.repeat(rng.integers(0, 256, (1, 20, 25, 3), dtype=np.uint8), 11, 0)
     busy = rng.integers(0, 256, still.shape, dtype=np.uint8)

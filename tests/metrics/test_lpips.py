@@ -108,7 +108,7 @@ def test_loads_safetensors(alex, tmp_path, prefix):
         load_weights("vgg", path)
 
 
-def test_names_what_is_missing(tmp_path):
+def test_missing_weights_are_named(tmp_path):
     with pytest.raises(ValueError, match="unknown LPIPS network 'squeeze'"):
         load_weights("squeeze")
     with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors"):

@@ -20,7 +20,7 @@ def test_agrees_with_scikit_image(shape):
     np.testing.assert_allclose(jax.jit(psnr)(x, y), expected, atol=1e-5)
 
 
-def test_extremes():
+def test_identical_and_opposite_frames():
     black, white = np.zeros((1, 64, 64, 3), np.uint8), np.full((1, 64, 64, 3), 255, np.uint8)
     np.testing.assert_array_equal(psnr(black, white), 0)
     np.testing.assert_array_equal(psnr(white, white), 100)

@@ -45,13 +45,13 @@ def test_agrees_with_the_formulas():
         assert got[name] == pytest.approx(value, rel=1e-5), name
 
 
-def test_a_perfect_copy():
+def test_a_perfect_copy_has_ideal_values():
     x = as_bytes(moving_texture())
     got = measure(x, x)
     assert (got["tpsnr"], got["ti_ratio"], got["pulse"]) == (100, 1, 0)
 
 
-def test_what_each_measure_notices():
+def test_each_metric_detects_its_distortion():
     rng = np.random.default_rng(2)
     x = moving_texture()
     frozen = np.repeat(x[:1], T, axis=0)

@@ -26,7 +26,7 @@ def test_warp_is_bilinear():
     np.testing.assert_allclose(warp(image, flow), np.stack(expected, -1), atol=1e-5)
 
 
-def test_mask_leaves_out_what_leaves_the_picture_and_what_disagrees():
+def test_mask_excludes_pixels_that_leave_the_frame_or_are_occluded():
     flow = np.zeros((20, 20, 2), np.float32)
     flow[..., 0] = 4.0  # to the right
     keep = np.asarray(valid(flow, -flow))
@@ -63,7 +63,7 @@ def save_flow(folder, flows):
             (folder / f"{way}_{t:05d}.flo").write_bytes(data)
 
 
-def test_flow_of_the_user(tmp_path):
+def test_flow_files_of_the_user_are_used(tmp_path):
     source = pan()
     output = np.clip(source + np.random.default_rng(0).normal(0, 9, source.shape), 0, 255)
     output = output.astype(np.uint8)
@@ -76,7 +76,7 @@ def test_flow_of_the_user(tmp_path):
     assert warping_error(source, output, tmp_path / "true")["e_warp_source"] < 1e-9
 
 
-def test_flow_files_that_do_not_fit(tmp_path):
+def test_flow_files_of_another_size_are_refused(tmp_path):
     source, folder = pan(), tmp_path / "flow"
     save_flow(folder, [(np.zeros((48, 60, 2)), np.zeros((48, 60, 2)))])
     with pytest.raises(ValueError, match=r"forward_00000\.flo: flow of 60x48, the clip is 64x48"):

@@ -46,7 +46,7 @@ def test_image_embeddings(activation, same, tmp_path):
     same(f"embedding, {activation}", jax.jit(embed)(encoder, images), unit(theirs))
 
 
-def test_a_file_of_both_towers(same, tmp_path):
+def test_weights_of_both_clip_towers_are_read(same, tmp_path):
     text = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = transformers.CLIPConfig(
         text_config=text | {"vocab_size": 20}, vision_config=vision().to_dict(), projection_dim=24

@@ -53,7 +53,7 @@ def plans(experiment, **mesh):
     return training.plan_for(experiment, jax.devices(), chips.CHIPS["v5p"])
 
 
-def test_a_plan_of_a_known_step(experiment):
+def test_plan_of_a_step_with_known_cost(experiment):
     found = plans(experiment, data=1, fsdp=8)
     assert found["parameters"] == {"trained": 4 * WIDTH**2, "frozen": WIDTH**2}
     # Weights, average and two moments of four layers; the last; 128 clips; two counters and a key.
@@ -68,7 +68,7 @@ def test_a_plan_of_a_known_step(experiment):
     json.dumps(found)
 
 
-def test_memory_falls_with_the_devices(experiment):
+def test_memory_per_device_falls_with_the_number_of_devices(experiment):
     copied, spread = plans(experiment, data=8), plans(experiment, data=1, fsdp=8)
     batch = 128 * 8 * 8 * 3  # on each device in both
     before, after = (found["argument_bytes"] - batch for found in (copied, spread))
@@ -76,7 +76,7 @@ def test_memory_falls_with_the_devices(experiment):
     assert not any(c["kind"] == "all-gather" for c in copied["collectives"])
 
 
-def test_memory_is_that_of_the_step_that_trains(experiment):
+def test_planned_memory_equals_that_of_the_training_step(experiment):
     """Real arrays on simulated devices: what lies there, and what the compiler says of the step."""
     mesh = MeshConfig(data=2, fsdp=4)
     found = plans(experiment, **dataclasses.asdict(mesh))
@@ -95,7 +95,7 @@ def test_memory_is_that_of_the_step_that_trains(experiment):
     assert found["peak_bytes"] >= here + stats.temp_size_in_bytes
 
 
-def test_a_plan_of_decoding(tiny_codec, tiny_model):
+def test_plan_of_decoding(tiny_codec, tiny_model):
     """On four devices that share each frame: parameters whole on each, the rest in columns."""
     model = tiny_model(refiner=True)
     experiment = Experiment(
@@ -220,7 +220,7 @@ def test_communication_in_a_loop():
         ("mesh['data'=4,'fsdp'=16,'context'=8] {'context':(2)4}, channel_id=7", 4),
     ],
 )
-def test_devices_of_a_collective(groups, devices):
+def test_group_size_of_a_collective(groups, devices):
     """The notations of XLA; `(1)2` is a part of an axis, 2 devices in steps of 1."""
     line = f"  %a = f32[8]{{0}} all-reduce(f32[8]{{0}} %b), replica_groups={groups}"
     assert hlo.Instruction(False, "a", "f32[8]{0}", "all-reduce", line).group == devices
@@ -234,21 +234,21 @@ def test_traffic_of_a_loop_over_slices():
     assert layers.nbytes <= read <= 3.5 * layers.nbytes
 
 
-def test_names_of_topologies():
+def test_topologies_are_parsed():
     assert chips.parse_topology("v5p:4x4x8") == (chips.CHIPS["v5p"], (4, 4, 8))
     for wrong in ("v9:2x2", "v5p", "v5e:2y2", "v5p:2x2"):
         with pytest.raises(ValueError, match="topology"):
             chips.parse_topology(wrong)
 
 
-def test_without_libtpu(monkeypatch, capsys):
+def test_missing_libtpu_is_a_usage_error(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "libtpu", None)
     args = ["plan", "--config", "configs/wan_1_3b/codec.py", "--topology", "v5p:2x2x1"]
     assert cli.main(args) == 2
     assert "needs libtpu: pip install 'gnvc-jax[tpu]'" in capsys.readouterr().err
 
 
-def test_what_does_not_fit(experiment, monkeypatch):
+def test_a_program_that_does_not_fit_is_explained(experiment, monkeypatch):
     """The figure and the largest tensors, from the compiler's own words."""
     words = "the total memory required for HLO temporaries (82.68G) exceeds available HBM (15.75G)."
 

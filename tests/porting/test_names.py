@@ -40,7 +40,7 @@ def listed(table: str) -> dict[str, tuple]:
         ("vace-1.3b", dit_tensors(VACE_1_3B), 1264),
     ],
 )
-def test_every_public_tensor_is_known_by_both_names(table, tensors, count):
+def test_tensor_names_equal_the_published_ones(table, tensors, count):
     ours = {t.original: (t.diffusers, t.shape) for t in tensors}
     assert len(tensors) == len(ours) == count
     assert ours == listed(table)
@@ -69,7 +69,7 @@ def test_public_tensors_fill_every_parameter_exactly(architecture):
             np.testing.assert_array_equal(tensor.inverse(there), array)
 
 
-def test_a_description_survives_json():
+def test_architecture_json_round_trip():
     import json
 
     for architecture in (

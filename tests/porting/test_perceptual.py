@@ -38,7 +38,7 @@ def test_two_files_become_one(folder, tmp_path, capsys):
     np.testing.assert_array_equal(weights["lins"][4], lins["lin4.model.1.weight"].ravel())
 
 
-def test_all_that_does_not_fit_is_listed_and_nothing_written(folder, tmp_path):
+def test_all_mismatches_are_listed_and_nothing_is_written(folder, tmp_path):
     source, backbone, _ = folder
     backbone["features.6.weight"] = backbone["features.6.weight"][:1]
     backbone["features.7.bias"] = backbone.pop("features.3.bias")

@@ -39,7 +39,7 @@ def mixed(tensors):
 
 @pytest.mark.parametrize("edit", [dict, as_bfloat16, mixed])
 @pytest.mark.parametrize("name", ["vae", "vace"])
-def test_export_gives_back_every_bit(name, edit, public, tmp_path):
+def test_export_restores_every_bit(name, edit, public, tmp_path):
     folder = public(name, edit)
     port(folder, tmp_path / "ported", progress=False)
     export(tmp_path / "ported", tmp_path / "back", progress=False)
@@ -85,7 +85,7 @@ def test_the_report_lists_every_tensor(public, golden, tmp_path):
 
 
 @pytest.mark.parametrize(("dtype", "size"), [("float32", 4), ("bfloat16", 2)])
-def test_conversion(dtype, size, public, golden, tmp_path):
+def test_dtype_conversion(dtype, size, public, golden, tmp_path):
     _, _, tensors = golden("dit")
     port(public("dit"), tmp_path / "ported", dtype, progress=False)
     _, params = load_weights(tmp_path / "ported", "dit")
@@ -116,7 +116,7 @@ def test_each_device_reads_its_part(public, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, plain, placed)
 
 
-def test_all_that_does_not_fit_is_listed(public, tmp_path):
+def test_all_mismatches_are_listed(public, tmp_path):
     def edit(tensors):
         tensors["blocks.1.attn1.to_q.weight"] = np.zeros((64, 65), np.float32)
         tensors["blocks.2.attn1.norm_k.weight"] = np.zeros((64,), np.int32)
@@ -152,7 +152,7 @@ def test_all_that_does_not_fit_is_listed(public, tmp_path):
         ("vae", {"num_res_blocks": 1}, "unexpected: encoder.down_blocks.10"),
     ],
 )
-def test_a_variant_that_is_not_known_is_refused(name, facts, message, public, tmp_path):
+def test_unknown_variants_are_refused(name, facts, message, public, tmp_path):
     folder = public(name)
     (path,) = folder.glob("*/config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | facts))
@@ -210,7 +210,7 @@ def save_torch(tensors, path):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize(("file", "save"), [("w.safetensors", save_file), ("w.pth", save_torch)])
-def test_values_that_are_not_finite_are_refused(value, file, save, golden, to_original, tmp_path):
+def test_nan_and_infinite_values_are_refused(value, file, save, golden, to_original, tmp_path):
     tensors = to_original(golden("dit")[2])
     save(tensors, tmp_path / file)
     port(tmp_path / file, tmp_path / "ported", heads=2, progress=False)
@@ -223,7 +223,7 @@ def test_values_that_are_not_finite_are_refused(value, file, save, golden, to_or
     assert not (tmp_path / "damaged").exists()
 
 
-def test_values_that_overflow_the_wanted_type_are_refused(public, tmp_path):
+def test_values_that_overflow_the_target_type_are_refused(public, tmp_path):
     def edit(tensors):
         tensors["proj_out.bias"] = tensors["proj_out.bias"].astype(np.float64) + 1e300
         return tensors
@@ -245,7 +245,7 @@ def test_values_that_overflow_the_wanted_type_are_refused(public, tmp_path):
     ],
 )
 @pytest.mark.parametrize("name", ["w.safetensors", "w.pth", "prompt.npy"])
-def test_what_lies_in_place_of_weights_is_said(data, said, name, tmp_path):
+def test_files_that_are_not_weights_are_explained(data, said, name, tmp_path):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(PortError, match=rf"{re.escape(name)}: .*{said}"):
         (load_prompt if name == "prompt.npy" else open_sources)(tmp_path / name)
@@ -344,7 +344,7 @@ def test_damaged_checkpoints(public, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_prompt(public, tmp_path):
+def test_prompt_files_are_checked_and_stored(public, tmp_path):
     text = np.random.default_rng(0).normal(size=(5, 24)).astype(np.float32)
     np.save(tmp_path / "text.npy", text)
     save_file({"prompt": text[None].astype(ml_dtypes.bfloat16)}, tmp_path / "text.safetensors")
@@ -363,7 +363,7 @@ def test_prompt(public, tmp_path):
         load_prompt(tmp_path / "bad.npy")
 
 
-def test_commands(public, tmp_path):
+def test_port_and_export_commands(public, tmp_path):
     def gnvc(*args):
         command = [sys.executable, "-m", "gnvc_jax.cli", *map(str, args)]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ)
@@ -388,7 +388,7 @@ def test_commands(public, tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "y").exists()
 
 
-def test_parameters_keep_their_names(public, tmp_path):
+def test_parameter_names_are_stable(public, tmp_path):
     """A checkpoint outlives the code: its layout is part of the format."""
     port(public("vace"), tmp_path / "ported", progress=False)
     _, params = load_weights(tmp_path / "ported", "dit")

@@ -84,14 +84,14 @@ def test_hand_written_file(tmp_path):
         (b"", DATA),
     ],
 )
-def test_a_damaged_file_is_an_error_that_names_it(tmp_path, content, data):
+def test_damaged_files_are_refused_by_name(tmp_path, content, data):
     path = torch_file(tmp_path / "x.pth", content, **{"0": data})
     with pytest.raises(PortError, match=r"x\.pth"):
         read_descriptions(path)
 
 
 @pytest.mark.parametrize("size", [0, 1, 20, 200, 1000, -1])
-def test_an_old_file_cut_short(tmp_path, size):
+def test_truncated_files_of_the_old_format_are_refused(tmp_path, size):
     path = tmp_path / "x.pth"
     path.write_bytes((GOLDEN / "tensors_old.pth").read_bytes()[:size])
     with pytest.raises(PortError, match=r"x\.pth"):
