@@ -50,3 +50,10 @@ def test_documented_commands_are_accepted(page, line, monkeypatch):
 def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_examples_of_the_library_page_run():
+    """All its Python blocks, one after another, in one namespace."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/api.md").read_text(), re.DOTALL)
+    assert len(blocks) > 3
+    exec("\n".join(blocks), {})
