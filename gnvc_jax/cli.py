@@ -35,6 +35,7 @@ COMMANDS = {
     "plan": ("training:plan", "Predict the cost of training or coding on a TPU pod."),
     "port": ("weights:port", "Convert public weights to a checkpoint folder."),
     "export": ("weights:export", "Convert a checkpoint folder to diffusers' layout."),
+    "export-programs": ("weights:export_programs", "Write a model as StableHLO programs."),
 }
 
 # Commands that compile nothing worth keeping between runs.

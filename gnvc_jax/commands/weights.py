@@ -1,8 +1,10 @@
 """Commands on weights: port and export those of others."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from gnvc_jax.commands.options import Source
+from tyro.conf import Positional
+
+from gnvc_jax.commands.options import Source, names
 from gnvc_jax.errors import UsageError
 
 
@@ -63,4 +65,35 @@ def export(*, source: Source, to: str, shard_gib: float = 2.0, no_progress: bool
     size = int(shard_gib * 2**30)
     for folder in exporting.export(source, to, size, progress=not no_progress):
         print(folder)
+    return 0
+
+
+def export_programs(
+    model: Positional[str],
+    out: Positional[str],
+    *,
+    size: str,
+    platforms: Annotated[tuple[str, ...], names(("cpu", "cuda", "rocm", "tpu"))] = (
+        "cpu",
+        "cuda",
+        "tpu",
+    ),
+) -> int:
+    """Write encoder and decoder of a model as serialized StableHLO programs.
+
+    Example: gnvc export-programs small programs --size 256x256
+
+    Args:
+        model: Name of a shipped model, or path of a model file.
+        out: Folder to create.
+        size: Frame size that the programs are made for, WIDTHxHEIGHT.
+        platforms: Platforms to export for, separated by commas.
+    """
+    from gnvc_jax.commands.coding import parse_size
+    from gnvc_jax.export_programs import export_model
+    from gnvc_jax.pretrained import find_model
+
+    width, height = parse_size(size)
+    export_model(find_model(model), out, height, width, platforms)
+    print(out)
     return 0
