@@ -1,119 +1,254 @@
 """Convolutions of frames, each in the form that suits the backend.
 
-XLA's 3-D convolution and its kernel gradients are slow on CPU; `gnvc_jax.winograd` and sums of 2-D
-convolutions stand in for them there.
+Networks call `conv2d`, `conv3d` and `conv2d_of_doubled` and do not know what they run on. Each asks
+`strategy()`, once per trace, which set of implementations to use:
+
+- `DIRECT`, for GPUs and TPUs: one XLA convolution per call.
+- `CPU`: XLA's 3-D convolution and its kernel gradients are slow there. Wide 3x3 kernels use
+  Winograd's algorithm (`gnvc_jax.winograd`), others are sums of 2-D convolutions, and work whose
+  result is known to be zero is left out.
+
+Both compute the same function up to float rounding. `conv_in_time` and `depthwise3x3` have one form
+for all backends: few taps, each a matrix product or a multiply-add.
+
+Videos are (b, t, h, w, c), kernels (taps in time, rows, columns, c, o); all kernels are applied as
+in deep learning, that is, not flipped.
 """
 
 import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Shaped
 
 from gnvc_jax import winograd
 from gnvc_jax.parallel import backend
 
-Array = jax.Array
-
 # From this many input and output channels on, Winograd's algorithm is worth its compilation on CPU.
 WINOGRAD_CHANNELS = 64
-SAME = ((1, 1), (1, 1))  # padding of a 3x3 kernel
+SAME = ((1, 1), (1, 1))  # padding of rows and columns that keeps the size under a 3x3 kernel
+
+Padding = Sequence[tuple[int, int]]
 
 
-def _worth_winograd(x: Array, kernel: Array) -> bool:
-    *_, kh, kw, c, o = kernel.shape
-    wide = (kh, kw) == (3, 3) and min(c, o) >= WINOGRAD_CHANNELS
-    return wide and x.dtype == jnp.float32 and backend() == "cpu"
+class Strategy(NamedTuple):
+    """The implementations of the three convolutions that depend on the backend."""
+
+    conv2d: Callable[..., Array]
+    conv3d: Callable[..., Array]
+    conv2d_of_doubled: Callable[..., Array]
 
 
-def conv2d(x: Array, kernel: Array, *, stride: int = 1, padding=SAME) -> Array:
-    """2-D convolution of every frame: x (b, t, h, w, c), kernel (kh, kw, c, o)."""
-    if (stride, padding) == (1, SAME) and _worth_winograd(x, kernel):
-        return winograd.conv3d(x, kernel[None], 0)
-    b = x.shape[0]
-    x = rearrange(x, "b t h w c -> (b t) h w c")
-    if stride == 1 and backend() == "cpu":
-        y = _conv_of_frames(x, kernel, padding)
-    else:
-        y = _conv(x, kernel, stride, padding)
-    return rearrange(y, "(b t) h w c -> b t h w c", b=b)
+def strategy() -> Strategy:
+    """The implementations for the backend that is traced for."""
+    return CPU if backend() == "cpu" else DIRECT
 
 
-def _conv(x: Array, kernel: Array, stride: int, padding) -> Array:
+def conv2d(
+    x: Float[ArrayLike, "b t h w c"],
+    kernel: Float[ArrayLike, "kh kw c o"],
+    *,
+    stride: int = 1,
+    padding: Padding = SAME,
+) -> Float[Array, "b t h2 w2 o"]:
+    """Convolves every frame in space.
+
+    Args:
+      x: frames.
+      kernel: weights, applied to each frame.
+      stride: of rows and columns.
+      padding: zero rows above and below, zero columns left and right.
+    """
+    return strategy().conv2d(jnp.asarray(x), jnp.asarray(kernel), stride, padding)
+
+
+def conv3d(
+    x: Float[ArrayLike, "b t h w c"], kernel: Float[ArrayLike, "kt kh kw c o"], zeros: int = 0
+) -> Float[Array, "b t2 h w o"]:
+    """Convolves in time and space, 'valid' in time and 'same' in space.
+
+    Args:
+      x: frames, the oldest first.
+      kernel: weights; kh and kw are odd.
+      zeros: number of zero frames before x. Passing the number instead of padding lets the CPU
+        skip the taps that would see nothing else.
+
+    Returns:
+      t + zeros - kt + 1 frames.
+    """
+    return strategy().conv3d(jnp.asarray(x), jnp.asarray(kernel), zeros)
+
+
+def conv2d_of_doubled(
+    x: Float[ArrayLike, "b t h w c"], kernel: Float[ArrayLike, "3 3 c o"]
+) -> Float[Array, "b t 2*h 2*w o"]:
+    """3x3 convolution after nearest-neighbour doubling of rows and columns."""
+    return strategy().conv2d_of_doubled(jnp.asarray(x), jnp.asarray(kernel))
+
+
+def conv_in_time(
+    x: Float[ArrayLike, "b t h w c"],
+    kernel: Float[ArrayLike, "kt 1 1 c o"],
+    *,
+    zeros: int = 0,
+    stride: int = 1,
+) -> Float[Array, "b t2 h w o"]:
+    """Convolves along time alone, 'valid': one matrix product per tap on every backend.
+
+    Args:
+      x: frames, the oldest first.
+      kernel: weights.
+      zeros: number of zero frames before x.
+      stride: output j begins at frame stride * j.
+
+    Returns:
+      (t + zeros - kt) // stride + 1 frames.
+    """
+    x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
+    taps = len(kernel)
+    span = (x.shape[1] - taps) // stride * stride + 1  # frames from the first to the last output
+    return sum(x[:, k : k + span : stride] @ kernel[k, 0, 0] for k in range(taps))
+
+
+def depthwise3x3(
+    x: Shaped[Array | np.ndarray, "*b h w c"], kernel: Shaped[Array | np.ndarray, "3 3 c"]
+) -> Shaped[Array | np.ndarray, "*b h w c"]:
+    """Depthwise 3x3 convolution with zero padding, as nine shifted multiply-adds.
+
+    Exact for integers whose sums stay below 2**24, in any order of summation, in float32 and in
+    integer types. A library convolution (Winograd, FFT) does not promise that. Works on JAX and on
+    NumPy arrays.
+    """
+    xp = x.__array_namespace__()
+    *batch, h, w, _ = x.shape
+    x = xp.pad(x, [(0, 0)] * len(batch) + [(1, 1), (1, 1), (0, 0)])
+    taps = [(i, j) for i in range(3) for j in range(3)]
+    return sum(x[..., i : i + h, j : j + w, :] * kernel[i, j] for i, j in taps)
+
+
+# --- Direct: one XLA convolution per call -----------------------------------------------------
+
+
+def _xla_conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    """XLA's convolution of pictures (n, h, w, c)."""
     return lax.conv_general_dilated(
         x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
+def _direct_conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    frames = rearrange(x, "b t h w c -> (b t) h w c")
+    y = _xla_conv2d(frames, kernel, stride, padding)
+    return rearrange(y, "(b t) h w c -> b t h w c", b=len(x))
+
+
+def _direct_conv3d(x: Array, kernel: Array, zeros: int) -> Array:
+    _, kh, kw, *_ = kernel.shape
+    return lax.conv_general_dilated(
+        jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0))),
+        kernel,
+        window_strides=(1, 1, 1),
+        padding=((0, 0), (kh // 2, kh // 2), (kw // 2, kw // 2)),
+        dimension_numbers=("NDHWC", "DHWIO", "NDHWC"),
+    )
+
+
+def _direct_conv2d_of_doubled(x: Array, kernel: Array) -> Array:
+    doubled = repeat(x, "b t h w c -> b t (h 2) (w 2) c")
+    return _direct_conv2d(doubled, kernel, 1, SAME)
+
+
+DIRECT = Strategy(_direct_conv2d, _direct_conv3d, _direct_conv2d_of_doubled)
+
+
+# --- CPU: Winograd, sums of 2-D convolutions, kernel gradients as matrix products --------------
+
+
+def _suits_winograd(x: Array, kernel: Array) -> bool:
+    """Whether Winograd's algorithm is faster; bfloat16 would not survive its transforms."""
+    *_, kh, kw, c, o = kernel.shape
+    wide = (kh, kw) == (3, 3) and min(c, o) >= WINOGRAD_CHANNELS
+    return wide and x.dtype == jnp.float32
+
+
+def _cpu_conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    if stride != 1:
+        return _direct_conv2d(x, kernel, stride, padding)
+    if padding == SAME and _suits_winograd(x, kernel):
+        return winograd.conv3d(x, kernel[None], 0)
+    y = _conv2d_fast_gradient(rearrange(x, "b t h w c -> (b t) h w c"), kernel, padding)
+    return rearrange(y, "(b t) h w c -> b t h w c", b=len(x))
+
+
+def _cpu_conv3d(x: Array, kernel: Array, zeros: int) -> Array:
+    kt, kh, kw, *_ = kernel.shape
+    t = x.shape[1] + zeros - kt + 1  # frames of output
+    # Taps that lie before the first frame of x at every output see zeros only.
+    silent = max(0, zeros - t + 1)
+    kernel, kt, zeros = kernel[silent:], kt - silent, zeros - silent
+    if _suits_winograd(x, kernel):
+        return winograd.conv3d(x, kernel, zeros)
+    y = 0
+    for k in range(kt):
+        missing = max(0, zeros - k)  # leading outputs for which this tap sees zeros
+        seen = x[:, max(0, k - zeros) : k - zeros + t]
+        tap = _cpu_conv2d(seen, kernel[k], 1, ((kh // 2, kh // 2), (kw // 2, kw // 2)))
+        y = y + jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+    return y
+
+
+def _cpu_conv2d_of_doubled(x: Array, kernel: Array) -> Array:
+    """As four 2x2 convolutions of the small image, for 2.25 times less work.
+
+    An output pixel sees four input pixels, whatever its place; the nine weights add up to four in
+    one of four ways, by whether its row and its column are even or odd.
+    """
+    # merge[parity of the output, tap of the small kernel, original weight]
+    merge = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
+    kernels = jnp.einsum("pri,qsj,ijco->pqrsco", merge, merge, kernel)
+
+    def outputs(p: int, q: int) -> Array:
+        return _cpu_conv2d(x, kernels[p, q], 1, ((1 - p, p), (1 - q, q)))
+
+    rows = [jnp.stack([outputs(p, q) for q in (0, 1)], axis=4) for p in (0, 1)]
+    return rearrange(jnp.stack(rows, axis=3), "b t h p w q o -> b t (h p) (w q) o")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _conv_of_frames(x: Array, kernel: Array, padding) -> Array:
-    """`_conv` with stride 1 whose kernel gradient is one matrix product per tap.
+def _conv2d_fast_gradient(x: Array, kernel: Array, padding: Padding) -> Array:
+    """`_xla_conv2d` with stride 1 whose kernel gradient is one matrix product per tap.
 
     XLA's own kernel gradient is two to three times slower on CPU for 32 to 64 channels.
     """
-    return _conv(x, kernel, 1, padding)
+    return _xla_conv2d(x, kernel, 1, padding)
 
 
-def _conv_forward(x, kernel, padding):
-    return _conv(x, kernel, 1, padding), (x, kernel)
+def _fast_gradient_forward(
+    x: Array, kernel: Array, padding: Padding
+) -> tuple[Array, tuple[Array, Array]]:
+    return _xla_conv2d(x, kernel, 1, padding), (x, kernel)
 
 
-def _conv_backward(padding, saved, dy):
+def _fast_gradient_backward(
+    padding: Padding, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    dx = jax.vjp(lambda x: _conv(x, kernel, 1, padding), x)[1](dy)[0]
+    dx = jax.vjp(lambda x: _xla_conv2d(x, kernel, 1, padding), x)[1](dy)[0]
     kh, kw, c, o = kernel.shape
     _, h, w, _ = dy.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    # What each tap saw, as a matrix (pixels of all frames, c).
     taps = (x[:, i : i + h, j : j + w].reshape(-1, c) for i in range(kh) for j in range(kw))
     dkernel = jnp.stack([tap.T @ dy.reshape(-1, o) for tap in taps])
     return dx, dkernel.reshape(kernel.shape)
 
 
-_conv_of_frames.defvjp(_conv_forward, _conv_backward)
+_conv2d_fast_gradient.defvjp(_fast_gradient_forward, _fast_gradient_backward)
 
-
-def conv3d(x: Array, kernel: Array, zeros: int = 0) -> Array:
-    """3-D convolution, 'same' in space and 'valid' in time: (b, t + kt - 1, ...) -> (b, t, ...).
-
-    The first `zeros` frames of x are left out and count as zero. XLA's 3-D convolution is slow on
-    CPU: there, wide 3x3 kernels go by Winograd's algorithm, others are the sum of one 2-D
-    convolution per time tap, and taps that only see zeros cost nothing. Other backends get the 3-D
-    convolution.
-    """
-    kt, kh, kw, *_ = kernel.shape
-    space = ((kh // 2, kh // 2), (kw // 2, kw // 2))
-    if backend() != "cpu":
-        x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
-        return lax.conv_general_dilated(
-            x, kernel, (1, 1, 1), ((0, 0), *space), dimension_numbers=("NDHWC", "DHWIO", "NDHWC")
-        )
-    t = x.shape[1] + zeros - kt + 1
-    silent = max(0, zeros - t + 1)  # taps before the first frame of x at every output
-    kernel, kt, zeros = kernel[silent:], kt - silent, zeros - silent
-    if _worth_winograd(x, kernel):
-        return winograd.conv3d(x, kernel, zeros)
-    y = 0
-    for k in range(kt):
-        missing = max(0, zeros - k)  # leading outputs for which this tap sees zeros
-        tap = conv2d(x[:, max(0, k - zeros) : k - zeros + t], kernel[k], padding=space)
-        y = y + jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
-    return y
-
-
-def conv2d_of_doubled(x: Array, kernel: Array) -> Array:
-    """3x3 convolution of x (b, t, h, w, c) after nearest-neighbour doubling of rows and columns.
-
-    An output sees four input pixels whatever its place. On CPU, outputs in even and odd rows and
-    columns are therefore four 2x2 convolutions of x, whose weights are sums: 2.25 times less work.
-    """
-    if backend() != "cpu":
-        return conv2d(repeat(x, "b t h w c -> b t (h 2) (w 2) c"), kernel)
-    # parity of the output, tap, original weight
-    merge = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
-    kernels = jnp.einsum("pri,qsj,ijco->pqrsco", merge, merge, kernel)
-    rows = (
-        jnp.stack([conv2d(x, kernels[p, q], padding=((1 - p, p), (1 - q, q))) for q in (0, 1)], 4)
-        for p in (0, 1)
-    )
-    return rearrange(jnp.stack(list(rows), 3), "b t h p w q o -> b t (h p) (w q) o")
+CPU = Strategy(_cpu_conv2d, _cpu_conv3d, _cpu_conv2d_of_doubled)

@@ -409,7 +409,7 @@ def test_training_form_gives_the_symbols_of_the_stream(moving):
             prediction = encode(predicted, False)
         latent = encode(pixels[:, part], first)
         state, coded = code(latent, state, jax.numpy.int32(s.q_index), prediction)
-        integers = coded.integers
+        integers = coded.symbols
         # One rounding in a thousand may fall on the other side of a tie.
         for ours, theirs in ((s.y, integers.y), (s.z, integers.z), (s.index, integers.index)):
             assert np.mean(np.asarray(ours) == np.asarray(theirs)[0]) > 0.999

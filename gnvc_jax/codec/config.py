@@ -1,4 +1,9 @@
-"""Sizes of the latent transform codec."""
+"""Sizes of the latent codec, and the constants of its symbols.
+
+`CodecConfig` goes into model files as JSON, so its field names are part of the format. The
+constants of symbols and tables are those of the bitstream (docs/bitstream.md); changing one makes a
+new version of it.
+"""
 
 import dataclasses
 from typing import Literal
@@ -8,7 +13,7 @@ from gnvc_jax.errors import UsageError
 QUALITIES = 64  # quality levels in one model; a larger q_index is better quality
 KNOTS = 9  # levels 0, 8, ..., 64 have parameters; those between are interpolated
 SCALES = 64  # zero-mean Gaussian tables
-SCALE_MIN, SCALE_MAX = 0.11, 16.0
+SCALE_MIN, SCALE_MAX = 0.11, 16.0  # standard deviations of the first and the last table
 SYMBOL_BOUND = 127  # residual symbols are -127..127
 Z_BOUND = 15  # hyperlatent symbols are -15..15
 
@@ -17,16 +22,23 @@ Z_BOUND = 15  # hyperlatent symbols are -15..15
 class CodecConfig:
     """Architecture of the latent codec; the defaults are the full size (about 16 M parameters).
 
-    latent_channels: channels of the VAE latents; intra_width, width: features of the intra and of
-    the predicted codec at latent resolution; intra_analysis, intra_synthesis: residual blocks of
-    the intra transform; y_channels: channels of y (half latent resolution); z_channels: channels
-    of the hyperlatent (1/8 latent resolution); scale_width: width of the integer scale network;
-    entropy_width: width of the networks that predict the means of y; inter_context,
-    inter_analysis, inter_synthesis: residual blocks of the predicted codec; k_skip: scale indices
-    below this one carry no symbol (4: sigma < 0.15); motion: "blocks" predicts
-    latents from the last decoded frame by block motion (see `gnvc_jax.motion`), None from the last
-    decoded latent, as the paper does; intra_offset: levels by which encoders code the first latent
-    of a group better; level_pattern: the same for those after it, repeated.
+    Attributes:
+      latent_channels: channels of the VAE's latents.
+      intra_width, width: features of the intra and of the predicted codec, at latent resolution.
+      intra_analysis, intra_synthesis: residual blocks of the intra transform.
+      y_channels: channels of y, at half the latent resolution; a multiple of 4.
+      z_channels: channels of the hyperlatent, at an eighth of the latent resolution.
+      scale_width: width of the integer scale network.
+      entropy_width: width of the networks that predict the means of y.
+      k_skip: elements with a scale index below this one carry no symbol (4: sigma < 0.15).
+      inter_context, inter_analysis, inter_synthesis: residual blocks of the predicted codec.
+      motion: "blocks" predicts latents from the last decoded frame by block motion (see
+        `gnvc_jax.motion`), None from the last decoded latent, as the paper does.
+      intra_offset: levels that encoders add to the quality level of the first latent of a group.
+      level_pattern: the same for the latents after it, repeated.
+
+    Raises:
+      UsageError: for sizes that the integer network or the spatial passes cannot have.
     """
 
     latent_channels: int = 16
@@ -44,18 +56,18 @@ class CodecConfig:
     inter_synthesis: int = 5
     motion: Literal["blocks"] | None = None
     intra_offset: int = 0
-    level_pattern: tuple[int, ...] = (0,)
+    level_pattern: tuple[int, ...] | list[int] = (0,)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         inputs = self.scale_width + 2 * self.y_channels
         if inputs > 512:
             raise UsageError(
-                f"scale_width + 2 * y_channels is {inputs}; at most 512 inputs keep the integer "
-                "scale network exact in float32"
+                f"scale_width + 2 * y_channels is {inputs}; with at most 512 inputs the integer "
+                "scale network is exact in float32"
             )
-        object.__setattr__(self, "level_pattern", tuple(self.level_pattern))  # JSON has lists
+        object.__setattr__(self, "level_pattern", tuple(self.level_pattern))  # from JSON, a list
         if self.y_channels % 4:
-            raise UsageError(f"y_channels {self.y_channels} is not a multiple of 4")
+            raise UsageError(f"y_channels must be a multiple of 4, got {self.y_channels}")
 
     def levels(self, q_index: int, latents: int) -> list[int]:
         """Quality levels of the latents of a group that is coded at level q_index."""

@@ -1,18 +1,26 @@
-"""Rates: the factorised density of the hyperlatent and the Gaussian bins of the residual."""
+"""Rates in bits: the factorised density of the hyperlatent and the Gaussian bins of the residual.
+
+Both give the probability of a bin of width 1 around a symbol. In training the symbol carries
+uniform noise in place of rounding, which makes its rate differentiable (Balle et al. 2017, arXiv
+1611.01704). `probabilities` evaluates the learned density once more, in float64 on the host, for
+the integer tables of a model file.
+"""
+
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.scipy.special import ndtr
+from jaxtyping import Array, Float, Int
 
 from gnvc_jax.codec.config import KNOTS, Z_BOUND
 from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.codec.quantise import bound
 
-Array = jax.Array
 LAYERS = 4
-LIKELIHOOD_MIN = 1e-9
+LIKELIHOOD_MIN = 1e-9  # no symbol costs more than 30 bits, and no logarithm is infinite
 
 
 class FactorisedDensity(nn.Module):
@@ -25,14 +33,17 @@ class FactorisedDensity(nn.Module):
 
     channels: int
 
-    def setup(self):
+    def setup(self) -> None:
         init, shape = nn.initializers.normal(0.01), (LAYERS, KNOTS, self.channels)
+        # (layers, levels, channels) after interpolation
         self.h = interpolate_levels(self.param("h", init, shape))
         self.b = interpolate_levels(self.param("b", init, shape))
         self.a = interpolate_levels(self.param("a", init, (LAYERS - 1, *shape[1:])))
 
-    def logit(self, x: Array, q_index: Array) -> Array:
-        """Logit of F at x (b, h, w, channels) for the quality levels q_index (b,)."""
+    def logit(
+        self, x: Float[Array, "b h w c"], q_index: Int[Array, " b"]
+    ) -> Float[Array, "b h w c"]:
+        """Logit of F at x for the quality levels q_index."""
         for k in range(LAYERS):
             h, b = (v[k][q_index][:, None, None, :] for v in (self.h, self.b))
             x = x * nn.softplus(h) + b
@@ -40,20 +51,28 @@ class FactorisedDensity(nn.Module):
                 x = x + jnp.tanh(x) * jnp.tanh(self.a[k][q_index][:, None, None, :])
         return x
 
-    def bits(self, x: Array, q_index: Array) -> Array:
+    def bits(
+        self, x: Float[Array, "b h w c"], q_index: Int[Array, " b"]
+    ) -> Float[Array, "b h w c"]:
         """-log2(F(x + 1/2) - F(x - 1/2)), elementwise."""
         low, high = self.logit(x - 0.5, q_index), self.logit(x + 0.5, q_index)
-        side = -jnp.sign(jax.lax.stop_gradient(low + high))  # work in the accurate tail
+        # By symmetry, F(high) - F(low) = F(-low) - F(-high). Of the two forms, the one whose values
+        # are near 0 rather than near 1 keeps its digits.
+        side = -jnp.sign(jax.lax.stop_gradient(low + high))
         p = jnp.abs(nn.sigmoid(side * high) - nn.sigmoid(side * low))
         return -jnp.log2(bound(p, LIKELIHOOD_MIN, 2.0))
 
 
-def probabilities(params: dict) -> np.ndarray:
-    """Probabilities (QUALITIES, channels, 31) of the symbols -15..15, in float64 on the host.
+def probabilities(params: Mapping) -> Float[np.ndarray, "levels channels symbols"]:
+    """Probabilities of the symbols -15..15 under a `FactorisedDensity`, in float64 on the host.
 
     The end symbols hold the whole tails.
+
+    Args:
+      params: parameters h, b and a of the module.
     """
     h, b, a = (interpolate_levels(np.asarray(params[k], np.float64)) for k in ("h", "b", "a"))
+    # The 30 edges between the 31 bins, for every level and channel.
     x = np.arange(-Z_BOUND, Z_BOUND)[None, None] + np.full((*h.shape[1:], 1), 0.5)
     for k in range(LAYERS):
         x = x * np.logaddexp(0, h[k])[..., None] + b[k][..., None]
@@ -63,11 +82,10 @@ def probabilities(params: dict) -> np.ndarray:
     return np.maximum(np.diff(np.concatenate(edges, axis=-1), axis=-1), 0.0)
 
 
-def gaussian_bits(x: Array, sigma: Array) -> Array:
-    """-log2 of the mass of N(0, sigma^2) on [x - 1/2, x + 1/2], elementwise.
-
-    Evaluated at |x| so that the difference is taken in the accurate tail.
-    """
-    x = jnp.abs(x)
+def gaussian_bits(
+    x: Float[Array, "*shape"], sigma: Float[Array, "*shape"] | float
+) -> Float[Array, "*shape"]:
+    """-log2 of the mass of N(0, sigma^2) on [x - 1/2, x + 1/2], elementwise."""
+    x = jnp.abs(x)  # both edges of the bin in the lower tail, where a difference keeps its digits
     p = ndtr((0.5 - x) / sigma) - ndtr((-0.5 - x) / sigma)
     return -jnp.log2(bound(p, LIKELIHOOD_MIN, 2.0))

@@ -1,19 +1,24 @@
-"""The conditional entropy model of one latent: y -> integers (z, q) -> y_hat.
+"""The conditional entropy model of one latent: y -> integer symbols (z, q) -> y_hat.
 
 A residual q = round(y - mu) is coded with a zero-mean Gaussian whose table index comes from
-integers alone (see `scales`). The mean mu uses every float context, hyperlatent, temporal prior
-and the positions decoded in earlier spatial passes, so it may differ by a rounding error between
-devices and can never desynchronise a stream.
+integers alone (see `scales`). The mean mu uses every float context: the hyperlatent z, the temporal
+prior and the positions decoded in earlier spatial passes. It may thus differ by a rounding error
+between devices and still never desynchronises a stream, since no parsing depends on it.
 
-Shapes: y, q, mu, index (b, h, w, cy) at half the latent resolution; z (b, h/4, w/4, cz).
+`EntropyModel.encode` quantises y, `decode` reverses it, `bits` and `written_bits` are the rates for
+training. Shapes: y, q, mu, index (b, h, w, cy) at half the latent resolution; z (b, h/4, w/4, cz).
+
+Source: GNVC-VD section 3; hyperprior after Balle et al. 2018, spatial passes after DCVC-RT.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
 
 from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
 from gnvc_jax.codec.density import FactorisedDensity, gaussian_bits
@@ -21,45 +26,58 @@ from gnvc_jax.codec.layers import DepthwiseBlock, DepthwiseBlocks, Downsample, U
 from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import ScaleNetwork, sigma_from_index
 
-Array = jax.Array
-
-# Which quadrant (TL, TR, BL, BR) of each 2x2 cell the four channel quarters take in each pass.
+# Which quadrant of each 2x2 cell (0 top left, 1 top right, 2 bottom left, 3 bottom right) the four
+# channel quarters take in each of four passes.
 QUADRANTS = ((0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2))
 
 
 class LatentSymbols(NamedTuple):
-    """What the entropy path knows of a latent: hyperlatent, symbols, table indices."""
+    """What the entropy path knows of a latent: whole numbers, in float32 inside networks.
+
+    Attributes:
+      z: hyperlatent symbols (b, h/4, w/4, cz).
+      y: residual symbols (b, h, w, cy).
+      index: index of the probability table of each element of y, (b, h, w, cy).
+    """
 
     z: Array
     y: Array
     index: Array
 
 
-def spatial_masks(passes: int, h: int, w: int, channels: int) -> np.ndarray:
-    """Which elements each pass codes: (passes, h, w, channels) of 0 and 1; they sum to 1.
+def spatial_masks(
+    passes: int, h: int, w: int, channels: int
+) -> Float[np.ndarray, "passes h w channels"]:
+    """Which elements each pass codes, as 0 and 1; the masks of all passes add up to 1.
 
-    2 passes: channel halves cross a checkerboard. 4 passes: channel quarters cross 2x2 quadrants.
+    With 2 passes, channel halves take opposite colours of a checkerboard. With 4 passes, channel
+    quarters take different quadrants of each 2x2 cell.
     """
-    row, col = np.arange(h)[:, None] % 2, np.arange(w)[None, :] % 2
+    row, column = np.arange(h)[:, None] % 2, np.arange(w)[None, :] % 2
     if passes == 2:
-        slot, order = (row + col) % 2, ((0, 1), (1, 0))
+        slot, order = (row + column) % 2, ((0, 1), (1, 0))
     else:
-        slot, order = 2 * row + col, QUADRANTS
-    group = np.arange(channels) * passes // channels
+        slot, order = 2 * row + column, QUADRANTS
+    group = np.arange(channels) * passes // channels  # the half or quarter of each channel
     return np.stack([slot[..., None] == np.asarray(o)[group] for o in order]).astype(np.float32)
 
 
 class EntropyModel(nn.Module):
-    """Hyper transforms, mean and scale networks of one kind of latent (`passes`: intra 4, else 2).
+    """Hyper transforms, mean and scale networks of one kind of latent.
 
-    `previous` are the LatentSymbols of the latent before (y and index used), zeros for intra.
-    `temporal` is the float temporal prior (b, h, w, entropy_width), or None for intra.
+    In all methods, `temporal` is the float temporal prior (b, h, w, entropy_width), None for an
+    intra latent, and `previous` holds the symbols of the latent before (y and index are used),
+    zeros for an intra latent.
+
+    Attributes:
+      config: sizes.
+      passes: spatial passes: 4 for intra latents, 2 for predicted ones, which have a prior.
     """
 
     config: CodecConfig
     passes: int
 
-    def setup(self):
+    def setup(self) -> None:
         cy, cz = self.config.y_channels, self.config.z_channels
         width = self.config.entropy_width
         self.hyper_in = DepthwiseBlock(cz)
@@ -77,19 +95,36 @@ class EntropyModel(nn.Module):
         self.scales = ScaleNetwork(self.config)
         self.density = FactorisedDensity(cz)
 
-    def hyper(self, y: Array) -> Array:
+    def hyper(self, y: Float[Array, "b h w cy"]) -> Float[Array, "b h//4 w//4 cz"]:
         """The hyperlatent of y, not rounded."""
         y = self.hyper_in(y)
         for down in self.hyper_down:
             y = down(y)
         return y
 
-    def index(self, q_index: Array, z: Array, previous: LatentSymbols) -> Array:
-        """Table indices, whole numbers in float32."""
+    def index(
+        self, q_index: Int[Array, " b"], z: Float[Array, "b h w cz"], previous: LatentSymbols
+    ) -> Float[Array, "b 4*h 4*w cy"]:
+        """Table indices, whole numbers."""
         return self.scales(q_index, z, previous.y, previous.index)
 
-    def passes_over(self, z: Array, temporal: Array | None, residual) -> tuple[Array, Array, Array]:
-        """Run the spatial passes; residual(mu) gives the symbols. Returns (y_hat, mu, symbols)."""
+    def run_passes(
+        self,
+        z: Float[Array, "b h w cz"],
+        temporal: Float[Array, "b 4*h 4*w width"] | None,
+        residual: Callable[[Array], Array],
+    ) -> tuple[Array, Array, Array]:
+        """Runs the spatial passes, each with means that see what earlier passes decoded.
+
+        Args:
+          z: hyperlatent symbols.
+          temporal: temporal prior.
+          residual: gives the symbols (b, h, w, cy) for means of the same shape; only those that the
+            mask of the pass selects are used.
+
+        Returns:
+          y_hat, mu and symbols, all (b, h, w, cy).
+        """
         for up in self.hyper_up:
             z = up(z)
         z = self.hyper_out(z)
@@ -98,61 +133,80 @@ class EntropyModel(nn.Module):
         prior, mu, y_hat, means, symbols = self.prior(x), self.first_mean(x), 0.0, 0.0, 0.0
         for k, mask in enumerate(masks):
             if k:
+                # y_hat is zero where nothing is decoded yet.
                 x = self.adaptors[k - 1](jnp.concatenate([prior, y_hat], axis=-1))
                 mu = self.later_mean(self.spatial(x))
             q = residual(mu)
             y_hat, means, symbols = y_hat + mask * (mu + q), means + mask * mu, symbols + mask * q
         return y_hat, means, symbols
 
-    def decode(self, symbols: Array, z: Array, temporal: Array | None) -> Array:
+    def decode(
+        self,
+        symbols: Float[Array, "b h w cy"],
+        z: Float[Array, "b hz wz cz"],
+        temporal: Float[Array, "b h w width"] | None,
+    ) -> Float[Array, "b h w cy"]:
         """y_hat from decoded symbols and hyperlatent."""
-        return self.passes_over(z, temporal, lambda mu: symbols)[0]
+        return self.run_passes(z, temporal, lambda mu: symbols)[0]
 
     def encode(
         self,
-        y: Array,
-        q_index: Array,
-        temporal: Array | None,
+        y: Float[Array, "b h w cy"],
+        q_index: Int[Array, " b"],
+        temporal: Float[Array, "b h w width"] | None,
         previous: LatentSymbols,
         skip: bool = True,
     ) -> tuple[Array, Array, LatentSymbols]:
-        """Quantise y: (y_hat, mu, LatentSymbols), with straight-through gradients.
+        """Quantises y, with straight-through gradients.
 
-        skip: symbols whose scale index is below `k_skip` are zero, as in a stream. In training
-        they had better not be: a coefficient that is zeroed gets no gradient to come back by.
+        Args:
+          y: in units of the quantiser's step.
+          q_index: quality levels.
+          temporal, previous: see the class.
+          skip: whether symbols with a scale index below `k_skip` are zero, as in a stream. Training
+            keeps them: a coefficient that is set to zero has no gradient to come back by.
+
+        Returns:
+          y_hat, mu and the symbols.
         """
         z = round_ste(bound(self.hyper(y), -Z_BOUND, Z_BOUND))
         index = self.index(q_index, z, previous)
         coded = self.carries_symbol(index) if skip else 1.0
 
-        def residual(mu):
+        def residual(mu: Array) -> Array:
             return coded * round_ste(bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND))
 
-        y_hat, mu, symbols = self.passes_over(z, temporal, residual)
+        y_hat, mu, symbols = self.run_passes(z, temporal, residual)
         return y_hat, mu, LatentSymbols(z, symbols, index)
 
-    def carries_symbol(self, index: Array) -> Array:
+    def carries_symbol(self, index: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
         """1 where an element is written to the stream, 0 where it is skipped; no gradient."""
         return jax.lax.stop_gradient(index >= self.config.k_skip).astype(jnp.float32)
 
-    def written_bits(self, integers: LatentSymbols, q_index: Array) -> Array:
-        """Bits (b,) that the tables of a released model will give these symbols."""
-        y_bits = gaussian_bits(integers.y, sigma_from_index(integers.index))
-        y_bits = y_bits * self.carries_symbol(integers.index)
-        bits = _total(y_bits) + _total(self.density.bits(integers.z, q_index))
+    def written_bits(self, symbols: LatentSymbols, q_index: Int[Array, " b"]) -> Float[Array, " b"]:
+        """Bits that the tables of a released model will give these symbols; no gradient."""
+        y_bits = gaussian_bits(symbols.y, sigma_from_index(symbols.index))
+        y_bits = y_bits * self.carries_symbol(symbols.index)
+        bits = _total(y_bits) + _total(self.density.bits(symbols.z, q_index))
         return jax.lax.stop_gradient(bits)
 
     def bits(
-        self, y: Array, mu: Array, integers: LatentSymbols, q_index: Array, key: Array
-    ) -> tuple[Array, Array]:
-        """Rates (b,) in bits of y and z, with additive uniform noise in place of rounding."""
+        self,
+        y: Float[Array, "b h w cy"],
+        mu: Float[Array, "b h w cy"],
+        symbols: LatentSymbols,
+        q_index: Int[Array, " b"],
+        key: Key[Array, ""],
+    ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """Differentiable rates of y and z, with uniform noise in place of rounding."""
         key_y, key_z = jax.random.split(key)
         noise = jax.random.uniform(key_y, y.shape, minval=-0.5, maxval=0.5)
-        y_bits = gaussian_bits(y - mu + noise, sigma_from_index(integers.index))
+        y_bits = gaussian_bits(y - mu + noise, sigma_from_index(symbols.index))
         z = bound(self.hyper(y), -Z_BOUND, Z_BOUND)
         noise = jax.random.uniform(key_z, z.shape, minval=-0.5, maxval=0.5)
         return _total(y_bits), _total(self.density.bits(z + noise, q_index))
 
 
-def _total(x: Array) -> Array:
+def _total(x: Float[Array, "b h w c"]) -> Float[Array, " b"]:
+    """Sum over each clip."""
     return jnp.sum(x, axis=(1, 2, 3))

@@ -1,41 +1,54 @@
-"""Building blocks of the latent codec. Feature maps are (b, h, w, c).
+"""Building blocks of the latent codec's networks. Feature maps are (b, h, w, c).
 
-Reference: DCVC-RT and DCVC-UF (microsoft/DCVC, MIT): depthwise-convolution residual blocks without
-normalisation.
+`DepthwiseBlock` is the one residual block; `DepthwiseBlocks` stacks it, `Downsample` and `Upsample`
+put it behind a change of resolution. Resolution changes by rearranging space into channels and back
+(`space_to_depth`, `depth_to_space`), so nothing is discarded on the way. There is no normalisation,
+whose statistics would depend on the picture; residual branches start small instead
+(`small_residual_init`).
+
+Reference: DCVC-RT and DCVC-UF (microsoft/DCVC, MIT), whose depthwise-convolution blocks these are.
 """
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, reduce
 from flax import linen as nn
+from jaxtyping import Array, Float, Shaped
 
-Array = jax.Array
+from gnvc_jax.convolution import depthwise3x3
+
 xavier = nn.initializers.xavier_normal()
-# The last convolution of a residual branch starts small: without normalisation layers, deep chains
-# of full-strength branches would overflow before they learn.
+# The last convolution of a residual branch starts at a tenth of the usual amplitude: without
+# normalisation, deep chains of full-strength branches overflow before they learn.
 small_residual_init = nn.initializers.variance_scaling(0.01, "fan_avg", "truncated_normal")
 
 
-@jax.jit  # traced once per shape, not once per layer; so below
-def wsilu(x: Array) -> Array:
-    """x * sigmoid(4x)."""
+@jax.jit  # inside a larger jit: traced once per shape rather than once per layer
+def wsilu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The activation of DCVC-RT, x * sigmoid(4 x)."""
     return x * nn.sigmoid(4.0 * x)
 
 
-@jax.jit
-def depthwise3x3(x: Array, kernel: Array) -> Array:
-    """Depthwise 3x3 convolution with zero padding, as nine shifted multiply-adds.
-
-    x (b, h, w, c), kernel (3, 3, c). Exact for integers whose sums stay below 2**24, in any order
-    and any type, which a library convolution (Winograd, FFT) does not promise.
-    """
-    _, h, w, _ = x.shape
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    taps = [(i, j) for i in range(3) for j in range(3)]
-    return sum(x[:, i : i + h, j : j + w] * kernel[i, j] for i, j in taps)
+_depthwise3x3 = jax.jit(depthwise3x3)  # for the same reason
 
 
-def dense(features: int, name: str | None = None, kernel_init=xavier) -> nn.Dense:
+def space_to_depth(
+    x: Shaped[Array | np.ndarray, "*b h w c"],
+) -> Shaped[Array | np.ndarray, "*b h//2 w//2 4*c"]:
+    """Moves each 2x2 cell into channels: the four pixels row by row, channels innermost."""
+    return rearrange(x, "... (h i) (w j) c -> ... h w (i j c)", i=2, j=2)
+
+
+def depth_to_space(
+    x: Shaped[Array | np.ndarray, "*b h w c"],
+) -> Shaped[Array | np.ndarray, "*b 2*h 2*w c//4"]:
+    """Undoes `space_to_depth`."""
+    return rearrange(x, "... h w (i j c) -> ... (h i) (w j) c", i=2, j=2)
+
+
+def dense(
+    features: int, name: str | None = None, kernel_init: nn.initializers.Initializer = xavier
+) -> nn.Dense:
     """A 1x1 convolution."""
     return nn.Dense(features, kernel_init=kernel_init, name=name)
 
@@ -44,28 +57,31 @@ class DepthwiseConv(nn.Module):
     """Depthwise 3x3 convolution with bias."""
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         c = x.shape[-1]
         kernel = self.param("kernel", nn.initializers.normal(1 / 3), (3, 3, c))
-        return depthwise3x3(x, kernel) + self.param("bias", nn.initializers.zeros, (c,))
+        return _depthwise3x3(x, kernel) + self.param("bias", nn.initializers.zeros, (c,))
 
 
 class DepthwiseBlock(nn.Module):
-    """Residual block c -> features: mix space by a depthwise convolution, then mix channels.
+    """Residual block c -> features: mixes space by a depthwise convolution, then mixes channels.
 
-    `reduction` narrows the hidden widths (1: the full block, 2: the half block).
+    Attributes:
+      features: channels of the output; if the input has others, a 1x1 convolution comes first.
+      reduction: divides the hidden widths (1: the full block of DCVC-RT, 2: the half block).
     """
 
     features: int
     reduction: int = 2
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
         f, hidden = self.features, self.features // self.reduction
         if x.shape[-1] != f:
             x = dense(f, "adaptor")(x)
         y = wsilu(dense(hidden, "space_in")(x))
         x = x + dense(f, "space_out", small_residual_init)(DepthwiseConv(name="space")(y))
+        # DCVC-RT's channel mixer: hidden units are summed in fours, which narrows without weights.
         y = wsilu(dense(4 * hidden, "channel_in")(x))
         y = reduce(y, "b h w (c four) -> b h w c", "sum", four=4)
         return x + dense(f, "channel_out", small_residual_init)(y)
@@ -79,30 +95,29 @@ class DepthwiseBlocks(nn.Module):
     reduction: int = 2
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
         for i in range(self.depth):
             x = DepthwiseBlock(self.features, self.reduction, name=f"block{i}")(x)
         return x
 
 
 class Downsample(nn.Module):
-    """Space to depth by 2, 1x1, residual block."""
+    """Halves height and width: 2x2 cells to channels, a 1x1 convolution, a residual block."""
 
     features: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
-        return DepthwiseBlock(self.features, name="block")(dense(self.features, "mix")(x))
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 features"]:
+        x = dense(self.features, "mix")(space_to_depth(x))
+        return DepthwiseBlock(self.features, name="block")(x)
 
 
 class Upsample(nn.Module):
-    """1x1 to four times the width, depth to space by 2, residual block."""
+    """Doubles height and width: a 1x1 convolution, channels to 2x2 cells, a residual block."""
 
     features: int
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
-        x = dense(4 * self.features, "mix")(x)
-        x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w features"]:
+        x = depth_to_space(dense(4 * self.features, "mix")(x))
         return DepthwiseBlock(self.features, name="block")(x)

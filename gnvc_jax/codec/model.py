@@ -1,22 +1,25 @@
-"""The latent codec as transform coding of a residual, with networks on top.
+"""The latent codec: transform coding of a residual, with networks on top.
 
-    y = gain * (basis (latent - prediction) + network(latent, context))
+    y = gain * (basis (latent - prediction) + network(latent - prediction, context))
     decoded = prediction + fresh * (inverse basis (y / gain) + network(y / gain, context))
 
-Both networks start at zero, so that before any training the codec is the classical transform coder
-that statistics give (`gnvc_jax.codec.fit`); training starts from there rather than from noise. The
-prediction of an intra latent is zero. That of a later one is given by the caller, who knows about
-motion, or else is the latent decoded before.
+The last layers of both networks start at zero, so before any training the codec is the classical
+transform coder that statistics give (`gnvc_jax.codec.fit`), and training starts from there rather
+than from noise. The prediction of an intra latent is zero. That of a later latent is given by the
+caller, who knows about motion, or else is the latent decoded before.
 
 With motion, `fresh` is 1 in the cells of 2x2 latents that symbols arrived for and 0 elsewhere,
 where the prediction is kept as it is: the skip mode of classical codecs. A network that touches
 every cell of every latent, however little, blurs a still scene within a second. Without motion,
 fresh is 1, as in the paper.
 
-Latents (b, t, h, w, c) are normalised and padded to multiples of eight (`pad_latents`). The first
-latent of a group is coded alone, the others one after another.
+The first latent of a group is coded alone, the others one after another; `CodecState` is what
+passes from one to the next. `LatentCodec` has one method for each use: `encode` and `decode` for
+streams, `train` for one latent with differentiable rates, `__call__` for a whole group.
 
-Reference: GNVC-VD section 3 (contextual latent codec after DCVC-RT), DCVC-UF for the decoupling of
+Latents (b, t, h, w, c) are normalised and padded to multiples of eight (`pad_latents`).
+
+Reference: GNVC-VD section 3 (contextual latent codec after DCVC-RT), DCVC-UF for the separation of
 means from scales. The residual form and its start from statistics are ours.
 """
 
@@ -24,21 +27,27 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange, repeat
+from einops import repeat
 from flax import linen as nn
+from jaxtyping import Array, Float, Int, Key
 
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.codec.entropy import EntropyModel, LatentSymbols
-from gnvc_jax.codec.layers import DepthwiseBlocks, Downsample, dense
+from gnvc_jax.codec.layers import (
+    DepthwiseBlocks,
+    Downsample,
+    dense,
+    depth_to_space,
+    space_to_depth,
+)
 from gnvc_jax.codec.quality import QualityGain
 from gnvc_jax.codec.quantise import round_ste
 
-Array = jax.Array
 ZEROS = nn.initializers.zeros
 
 LATENT_MULTIPLE = 8  # y halves the latent grid, z quarters it again
 DETAIL_START = 2.0  # log-odds of keeping the detail of a prediction, before training
-GAIN_SLOPE = 2.0  # the best step falls about e^2 times over the quality range
+GAIN_SLOPE = 2.0  # the best step shrinks by a factor of about e^2 over the quality range
 # The codec computes in full float32 on every backend: by default JAX multiplies float32 in bfloat16
 # on TPUs and in TF32 on GPUs, and errors of a recurrence add up.
 exact = jax.default_matmul_precision("highest")
@@ -52,7 +61,7 @@ class CodecState(NamedTuple):
       latent: the latent decoded before, (b, h, w, c).
       memory: features (b, h, w, width) carried from latent to latent; None with motion, since
         features that do not move along with the picture would mislead.
-      previous: its integers.
+      previous: symbols of the latent before.
     """
 
     latent: Array
@@ -79,11 +88,11 @@ class DecodedLatent(NamedTuple):
 
 
 class LatentCodecOutput(NamedTuple):
-    """Result of encoding in training form.
+    """Result of encoding in training form; `LatentCodec.__call__` adds an axis t after b.
 
     Attributes:
       latent, feature, fresh, detail: see `DecodedLatent`.
-      integers: quantised, none skipped.
+      symbols: quantised, none skipped.
       y_bits, z_bits: differentiable rates (b,) with additive noise in place of rounding.
       written_bits: (b,), cost of the symbols that a stream would hold; no gradient.
     """
@@ -92,38 +101,27 @@ class LatentCodecOutput(NamedTuple):
     feature: Array
     fresh: Array | None
     detail: Array | None
-    integers: LatentSymbols
+    symbols: LatentSymbols
     y_bits: Array
     z_bits: Array
     written_bits: Array
 
 
-def pad_latents(latents: Array) -> Array:
-    """Repeat the last row and column up to multiples of LATENT_MULTIPLE: (b, t, h, w, c)."""
+def pad_latents(latents: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
+    """Repeats the last row and column up to multiples of LATENT_MULTIPLE."""
     h, w = latents.shape[2:4]
     pads = ((0, 0), (0, 0), (0, -h % LATENT_MULTIPLE), (0, -w % LATENT_MULTIPLE), (0, 0))
     return jnp.pad(latents, pads, mode="edge")
 
 
 def zero_symbols(config: CodecConfig, batch: int, h: int, w: int) -> LatentSymbols:
-    """The integers before an intra latent of size h x w: zeros."""
+    """The symbols that stand before an intra latent of size h x w."""
     y = jnp.zeros((batch, h // 2, w // 2, config.y_channels))
     return LatentSymbols(jnp.zeros((batch, h // 8, w // 8, config.z_channels)), y, y)
 
 
-def space_to_depth(x: Array) -> Array:
-    """2x2 latents to one vector: (b, h, w, c) -> (b, h/2, w/2, 4c)."""
-    return rearrange(x, "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
-
-
-def depth_to_space(x: Array) -> Array:
-    """Undoes `space_to_depth`."""
-    return rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
-
-
-def active_cells(symbols: Array) -> Array:
-    """1 for the latents of cells that have a symbol other than zero: (b, h/2, w/2, y) to
-    (b, h, w, 1). No gradient."""
+def active_cells(symbols: Float[Array, "b h w cy"]) -> Float[Array, "b 2*h 2*w 1"]:
+    """1 for the latents of cells that have a symbol other than zero, else 0; no gradient."""
     active = jnp.any(symbols != 0, axis=-1, keepdims=True).astype(jnp.float32)
     return jax.lax.stop_gradient(repeat(active, "b h w c -> b (h i) (w j) c", i=2, j=2))
 
@@ -132,16 +130,17 @@ class ResidualTransform(nn.Module):
     """Transform and entropy model of one kind of latent.
 
     Attributes:
+      config: sizes.
       inter: whether latents are predicted; fixes the number of spatial passes and depths.
     """
 
     config: CodecConfig
     inter: bool
 
-    def setup(self):
+    def setup(self) -> None:
         cfg, inter = self.config, self.inter
         c = self.width = cfg.width if inter else cfg.intra_width
-        cells, y = 4 * cfg.latent_channels, cfg.y_channels
+        cells, y = 4 * cfg.latent_channels, cfg.y_channels  # a cell is 2x2 latents
         orthogonal = nn.initializers.orthogonal()
         self.basis = self.param("basis", orthogonal, (cells, y))
         self.inverse = self.param("inverse", lambda *_: self.basis.T)
@@ -161,32 +160,49 @@ class ResidualTransform(nn.Module):
         self.synthesis = DepthwiseBlocks(c, cfg.inter_synthesis if inter else cfg.intra_synthesis)
         self.out = dense(cfg.latent_channels, kernel_init=ZEROS)
         self.encoder_gain, self.decoder_gain = QualityGain(), QualityGain()
+        # Inverse to each other at first; both are trained.
         self.y_gain, self.y_inverse = QualityGain(GAIN_SLOPE), QualityGain(-GAIN_SLOPE)
         if not inter:
+            # The feature of an intra latent becomes the first memory, which is `width` wide.
             self.feature = dense(cfg.width)
 
-    def white(self, latent: Array) -> Array:
-        """Latents with channels of about equal deviation, as networks like to see them."""
+    def white(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Latents whose channels have about equal standard deviations, for networks."""
         return latent * jax.lax.stop_gradient(self.whitening)
 
     def context(
-        self, prediction: Array, memory: Array | None, q_index: Array
+        self,
+        prediction: Float[Array, "b h w c"],
+        memory: Float[Array, "b h w width"] | None,
+        q_index: Int[Array, " b"],
     ) -> tuple[Array, Array]:
-        """Features (b, h, w, width) of the prediction, and the temporal prior of the means."""
+        """What is known before a predicted latent.
+
+        Returns:
+          Features (b, h, w, width) of the prediction, and the temporal prior of the means,
+          (b, h/2, w/2, entropy_width).
+        """
         x = self.white(prediction)
         x = self.extractor(x if memory is None else jnp.concatenate([x, memory], axis=-1))
         return x, self.temporal_gain(self.temporal(x), q_index)
 
-    def remember(self, memory: Array, feature: Array) -> Array:
+    def remember(
+        self, memory: Float[Array, "b h w width"], feature: Float[Array, "b h w width"]
+    ) -> Float[Array, "b h w width"]:
         """Memory after a predicted latent."""
         memory = self.update(jnp.concatenate([memory, feature], axis=-1))
-        # Float noise far below the grid does not accumulate.
+        # Encoder and decoder may run on different devices. Differences far below the grid vanish
+        # here instead of growing from latent to latent.
         return round_ste(memory * MEMORY_GRID) / MEMORY_GRID
 
     def analyse(
-        self, latent: Array, prediction: Array | float, context: Array | None, q_index: Array
-    ) -> Array:
-        """y (b, h/2, w/2, y_channels), in units of the quantiser's step."""
+        self,
+        latent: Float[Array, "b h w c"],
+        prediction: Float[Array, "b h w c"] | float,
+        context: Float[Array, "b h w width"] | None,
+        q_index: Int[Array, " b"],
+    ) -> Float[Array, "b h//2 w//2 cy"]:
+        """y, in units of the quantiser's step."""
         residual = latent - prediction
         x = self.white(residual)
         if context is not None:
@@ -197,13 +213,13 @@ class ResidualTransform(nn.Module):
 
     def synthesise(
         self,
-        y_hat: Array,
-        symbols: Array,
-        prediction: Array | float,
-        context: Array | None,
-        q_index: Array,
+        y_hat: Float[Array, "b hy wy cy"],
+        symbols: Float[Array, "b hy wy cy"],
+        prediction: Float[Array, "b h w c"] | float,
+        context: Float[Array, "b h w width"] | None,
+        q_index: Int[Array, " b"],
     ) -> DecodedLatent:
-        """The latent that y_hat and its symbols, both (b, h/2, w/2, y_channels), stand for."""
+        """The latent that y_hat and the symbols in a stream stand for."""
         y = self.y_inverse(y_hat, q_index)
         base = depth_to_space(jnp.dot(y, self.inverse, precision="highest"))
         x = [depth_to_space(self.up(y)), self.white(base)]
@@ -221,7 +237,11 @@ class ResidualTransform(nn.Module):
         return DecodedLatent(prediction + base + fresh * self.out(x), x, fresh, detail)
 
     def follow(
-        self, y: Array, decoded: DecodedLatent, moved: Array, q_index: Array
+        self,
+        y: Float[Array, "b hy wy cy"],
+        decoded: DecodedLatent,
+        moved: Float[Array, "b h w c"],
+        q_index: Int[Array, " b"],
     ) -> tuple[Array, DecodedLatent]:
         """Lets gradients pass to the prediction, along the linear part of the codec only.
 
@@ -230,9 +250,10 @@ class ResidualTransform(nn.Module):
         a long group and soon drown all others.
 
         Args:
-          y: of this latent, (b, h/2, w/2, y_channels).
+          y: of this latent.
           decoded: made with a constant prediction.
-          moved: prediction minus its constant, (b, h, w, c).
+          moved: prediction minus its constant: zero, with the gradient of the prediction.
+          q_index: quality levels.
 
         Returns:
           y for the rate, and the latent; both equal to what was given.
@@ -246,22 +267,29 @@ class ResidualTransform(nn.Module):
 class LatentCodec(nn.Module):
     """Intra and predicted transform.
 
-    Methods (``apply(..., method=)``); q_index (b,) int32, a larger one is better quality; state is
-    None for an intra latent; prediction (b, h, w, c), by default the state's latent:
-      encode(latent, state, q_index, prediction) -> LatentSymbols
-      decode(integers, state, q_index, prediction) -> DecodedLatent, CodecState
-      train(latent, state, q_index, key, prediction) -> CodecState, LatentCodecOutput
-      __call__(latents, q_index, key): the training form over a whole group, without motion
+    Arguments that the methods share (use them by ``apply(..., method=)``): q_index (b,) int32, a
+    larger one is better quality; state: what the method gave for the latent before, None for an
+    intra latent; prediction (b, h, w, c): by default the state's latent.
     """
 
     config: CodecConfig
 
-    def setup(self):
+    def setup(self) -> None:
         self.intra = ResidualTransform(self.config, False)
         self.inter = ResidualTransform(self.config, True)
 
-    def _given(self, state: CodecState | None, shape, q_index: Array, prediction: Array | None):
-        """Transform, prediction, context, temporal prior and integers before of a latent."""
+    def _given(
+        self,
+        state: CodecState | None,
+        shape: tuple[int, ...],
+        q_index: Array,
+        prediction: Array | None,
+    ) -> tuple[ResidualTransform, Array | float, Array | None, Array | None, LatentSymbols]:
+        """What a latent of `shape` (b, h, w) is coded with.
+
+        Returns:
+          Transform, prediction, context, temporal prior, and symbols of the latent before.
+        """
         if state is None:
             return self.intra, 0.0, None, None, zero_symbols(self.config, *shape)
         prediction = state.latent if prediction is None else prediction
@@ -269,22 +297,24 @@ class LatentCodec(nn.Module):
         return self.inter, prediction, context, temporal, state.previous
 
     def _after(
-        self, state: CodecState | None, decoded: DecodedLatent, integers: LatentSymbols
+        self, state: CodecState | None, decoded: DecodedLatent, symbols: LatentSymbols
     ) -> CodecState:
+        """State after a latent."""
         memory = None
         if self.config.motion is None:
             feature = decoded.feature
             memory = feature if state is None else self.inter.remember(state.memory, feature)
-        return CodecState(decoded.latent, memory, integers)
+        return CodecState(decoded.latent, memory, symbols)
 
     @exact
     def encode(
         self,
-        latent: Array,
+        latent: Float[Array, "b h w c"],
         state: CodecState | None,
-        q_index: Array,
-        prediction: Array | None = None,
+        q_index: Int[Array, " b"],
+        prediction: Float[Array, "b h w c"] | None = None,
     ) -> LatentSymbols:
+        """Symbols of a latent as a stream holds them: skipped elements are zero."""
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, prediction, context, temporal, previous = given
         y = part.analyse(latent, prediction, context, q_index)
@@ -293,27 +323,30 @@ class LatentCodec(nn.Module):
     @exact
     def decode(
         self,
-        integers: LatentSymbols,
+        symbols: LatentSymbols,
         state: CodecState | None,
-        q_index: Array,
-        prediction: Array | None = None,
+        q_index: Int[Array, " b"],
+        prediction: Float[Array, "b h w c"] | None = None,
     ) -> tuple[DecodedLatent, CodecState]:
-        b, h, w, _ = integers.y.shape
+        """The decoded latent, and the state after it."""
+        symbols = jax.tree.map(jnp.asarray, symbols)  # from the bitstream, NumPy's
+        b, h, w, _ = symbols.y.shape
         given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
         part, prediction, context, temporal, _ = given
-        y_hat = part.entropy.decode(integers.y, integers.z, temporal)
-        decoded = part.synthesise(y_hat, integers.y, prediction, context, q_index)
-        return decoded, self._after(state, decoded, integers)
+        y_hat = part.entropy.decode(symbols.y, symbols.z, temporal)
+        decoded = part.synthesise(y_hat, symbols.y, prediction, context, q_index)
+        return decoded, self._after(state, decoded, symbols)
 
     @exact
     def train(
         self,
-        latent: Array,
+        latent: Float[Array, "b h w c"],
         state: CodecState | None,
-        q_index: Array,
-        key: Array,
-        prediction: Array | None = None,
+        q_index: Int[Array, " b"],
+        key: Key[Array, ""],
+        prediction: Float[Array, "b h w c"] | None = None,
     ) -> tuple[CodecState, LatentCodecOutput]:
+        """Encodes and decodes a latent with differentiable rates; key draws their noise."""
         moved = None
         if state is not None and prediction is not None and self.config.motion is not None:
             # Zero, and all that gradients see of the past; what follows is a constant to them.
@@ -322,34 +355,39 @@ class LatentCodec(nn.Module):
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, prediction, context, temporal, previous = given
         y = part.analyse(latent, prediction, context, q_index)
-        y_hat, mu, integers = part.entropy.encode(y, q_index, temporal, previous, skip=False)
+        y_hat, mu, symbols = part.entropy.encode(y, q_index, temporal, previous, skip=False)
         # What a stream has: symbols that it skips are zero.
-        sent = integers.y * part.entropy.carries_symbol(integers.index)
+        sent = symbols.y * part.entropy.carries_symbol(symbols.index)
         decoded = part.synthesise(y_hat, sent, prediction, context, q_index)
         if moved is not None:
             y, decoded = part.follow(y, decoded, moved, q_index)
-        rates = part.entropy.bits(y, mu, integers, q_index, key)
-        written = part.entropy.written_bits(integers, q_index)
-        # The next latent's scale indices see these integers; gradients through them are noise.
-        state = self._after(state, decoded, jax.lax.stop_gradient(integers))
-        return state, LatentCodecOutput(*decoded, integers, *rates, written)
+        rates = part.entropy.bits(y, mu, symbols, q_index, key)
+        written = part.entropy.written_bits(symbols, q_index)
+        # The next latent's scale indices see these symbols; gradients through them are noise.
+        state = self._after(state, decoded, jax.lax.stop_gradient(symbols))
+        return state, LatentCodecOutput(*decoded, symbols, *rates, written)
 
     @exact
-    def __call__(self, latents: Array, q_index: Array, key: Array) -> LatentCodecOutput:
-        """Codes a group (b, t, h, w, c), each latent predicted by the one before.
+    def __call__(
+        self, latents: Float[Array, "b t h w c"], q_index: Int[Array, " b"], key: Key[Array, ""]
+    ) -> LatentCodecOutput:
+        """The training form over a whole group, each latent predicted by the one before.
 
-        Every field of the result that is not None gets an axis t. Gradients flow through time and
-        straight through every rounding.
+        Every field of the result that is not None gets an axis t after b. Gradients flow through
+        time and straight through every rounding.
         """
         keys = jax.random.split(key, latents.shape[1])
         state, first = self.train(latents[:, 0], None, q_index, keys[0])
 
-        def step(codec, state, xs):
+        def step(
+            codec: LatentCodec, state: CodecState, xs: tuple[Array, Array]
+        ) -> tuple[CodecState, LatentCodecOutput]:
             latent, key = xs
             return codec.train(latent, state, q_index, key)
 
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         _, rest = scan(self, state, (jnp.moveaxis(latents[:, 1:], 1, 0), keys[1:]))
+        # first: (b, ...), rest: (t - 1, b, ...)
         return jax.tree.map(
             lambda a, b: jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], axis=1), first, rest
         )

@@ -1,44 +1,52 @@
-"""What depends on the quality level: one value per knot, linear between neighbouring knots.
+"""Parameters that depend on the quality level: values at knots, linear in between.
 
-A model has 64 levels. Parameters of its own for each would see a 64th of the training clips; with
-knots every eighth level each sees a quarter, and neighbouring levels cannot fall out of step.
+A model has 64 quality levels. Parameters of their own for each would see a 64th of the training
+clips; with knots at every eighth level each knot sees a quarter of them, and neighbouring levels
+cannot drift apart. `interpolate_levels` turns values at the knots into values at all levels;
+`QualityGain` is the most frequent user. The densities of the hyperlatent and the biases of the
+integer scale network are the others.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jaxtyping import Array, Float, Int
 
 from gnvc_jax.codec.config import KNOTS, QUALITIES
 
-Array = jax.Array
+SPACING = QUALITIES // (KNOTS - 1)  # levels from one knot to the next
+# Of the knots on the scale of levels: 0 at the lowest level, 1 at the best. The last knot lies one
+# level beyond the best, at 64 / 63.
+POSITIONS = SPACING * np.arange(KNOTS) / (QUALITIES - 1)
 
-SPACING = QUALITIES // (KNOTS - 1)
-POSITIONS = SPACING * np.arange(KNOTS) / (QUALITIES - 1)  # of the knots: 0 lowest, 1 best level
 
-
-def interpolate_levels(table):
-    """Values at the knots (..., KNOTS, c) -> at all levels (..., QUALITIES, c); NumPy or JAX."""
+def interpolate_levels(
+    table: Float[Array | np.ndarray, "*dims knots c"],
+) -> Float[Array | np.ndarray, "*dims levels c"]:
+    """Values at the KNOTS knots -> values at all QUALITIES levels; NumPy or JAX."""
     level = np.arange(QUALITIES)
-    low, part = level // SPACING, (level % SPACING / SPACING)[:, None].astype(np.float32)
-    return table[..., low, :] * (1 - part) + table[..., low + 1, :] * part
+    knot, fraction = level // SPACING, (level % SPACING / SPACING)[:, None].astype(np.float32)
+    return table[..., knot, :] * (1 - fraction) + table[..., knot + 1, :] * fraction
 
 
 class QualityGain(nn.Module):
-    """One positive gain per quality level and channel; its logarithm is what is stored.
+    """One positive gain per quality level and channel; its logarithm is the parameter.
 
-    Starts at exp(slope * q_index / 63): lambda, and with it the best step size, is geometric in
-    the quality level.
+    Attributes:
+      slope: gains start at exp(slope * q_index / 63): lambda, and with it the best step size, is
+        geometric in the quality level.
     """
 
     slope: float = 0.0
 
     @nn.compact
-    def __call__(self, x: Array, q_index: Array) -> Array:
-        """x (b, h, w, c) times the gains of the levels q_index (b,) int32."""
+    def __call__(
+        self, x: Float[Array, "b h w c"], q_index: Int[Array, " b"]
+    ) -> Float[Array, "b h w c"]:
+        """x times the gains of the quality levels q_index."""
 
-        def init(_, shape):
+        def init(_: Array, shape: tuple[int, int]) -> Array:
             return jnp.broadcast_to(self.slope * POSITIONS[:, None], shape).astype(jnp.float32)
 
-        table = self.param("log_gain", init, (KNOTS, x.shape[-1]))
-        return x * jnp.exp(interpolate_levels(table)[q_index])[:, None, None, :]
+        log_gain = self.param("log_gain", init, (KNOTS, x.shape[-1]))
+        return x * jnp.exp(interpolate_levels(log_gain)[q_index])[:, None, None, :]

@@ -2,51 +2,78 @@
 
 Everything that decides how a stream is parsed is computed here, from decoded integers and by
 integer arithmetic: weights in -127..127, activations in 0..255, at most 512 inputs per output, so
-every sum stays below 2**24 and is exact in float32, bfloat16 inputs with float32 sums, or int32, in
-any order of summation. After each layer
+every sum stays below 2**24 and is exact in float32, in bfloat16 inputs with float32 sums, and in
+int32, in any order of summation. After each layer
 
     out = clip(((acc + bias) * mult + 2**(shift - 1)) >> shift, 0, limit)
 
 in int32, with mult in 64..127 and acc + bias clipped to 2**24 - 1, so that the product stays below
-2**31. Training runs the very same integers with straight-through gradients.
+2**31.
+
+`run_layers` is the network. It is written once; what differs between uses is the array library, how
+matrices are multiplied, and how `requantise` passes gradients:
+
+- `ScaleNetwork`: training, in float32 that holds integers, with straight-through gradients.
+- `export`: its trained weights as small integers, which model files store.
+- `scale_index`: the exported network in JAX, in the arithmetic that the device does best.
+- `scale_index_numpy`: the same in NumPy's int64, the reference and the last resort.
 
 Design after integer networks for data compression (Balle, Johnston, Minnen, ICLR 2019).
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from flax import linen as nn
 from jax import lax
+from jaxtyping import Array, Float, Int, Shaped, UInt8
 
 from gnvc_jax.codec.config import KNOTS, SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
-from gnvc_jax.codec.layers import depthwise3x3
+from gnvc_jax.codec.layers import depth_to_space
 from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.codec.quantise import bound, round_ste, straight_through
+from gnvc_jax.convolution import depthwise3x3
 
-Array = jax.Array
-ACC_LIMIT = 2**24 - 1
+AnyArray = Array | np.ndarray
+# Kernel, bias and multiplier of each layer by its name.
+Weights = Mapping[str, tuple[AnyArray, AnyArray, AnyArray]]
+
+ACC_LIMIT = 2**24 - 1  # largest integer up to which float32 is exact
 BIAS_UNIT = 4096.0  # integer bias per unit of the trained bias
+MULT_UNIT = 96.0  # integer multiplier at the start of training, in the middle of 64..127
 INDEX_LIMIT = SCALES - 1
 
 
 @dataclasses.dataclass(frozen=True)
 class ScaleLayer:
-    """Static facts of one layer of the network (see `scale_layers`)."""
+    """Static facts of one layer of the network (see `scale_layers`).
+
+    Attributes:
+      name: prefix of the layer's parameters.
+      inputs, outputs: channels.
+      per_quality: whether the bias depends on the quality level.
+      depthwise: a depthwise 3x3 convolution rather than a 1x1 convolution.
+      joins: whether the integers of the previous latent become inputs here.
+      upsample: whether four channels become 2x2 pixels after the layer.
+      last: whether the outputs are table indices.
+    """
 
     name: str
     inputs: int
     outputs: int
-    per_quality: bool = False  # the bias depends on the quality level
+    per_quality: bool = False
     depthwise: bool = False
-    upsample: bool = False  # depth to space by 2 after the layer
+    joins: bool = False
+    upsample: bool = False
     last: bool = False
 
     @property
     def window(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
         return (3, 3, self.outputs) if self.depthwise else (self.inputs, self.outputs)
 
     @property
@@ -56,64 +83,121 @@ class ScaleLayer:
 
     @property
     def shift(self) -> int:
-        """Keeps the output in range for random weights of a quarter of the full scale."""
+        """Keeps outputs in range: inputs times weights of a quarter of full scale, random signs.
+
+        A sum of n such products has a deviation of about sqrt(n) * 32 in units of the inputs. The
+        last layer's range is four times narrower.
+        """
         fan_in = 9 if self.depthwise else self.inputs
-        spread = fan_in**0.5 * 32 * 96 * (4.0 if self.last else 1.0)
-        return int(np.ceil(np.log2(spread)))
+        deviation = fan_in**0.5 * 32 * MULT_UNIT * (4.0 if self.last else 1.0)
+        return int(np.ceil(np.log2(deviation)))
 
     @property
     def start(self) -> float:
         """First value of the bias parameter: outputs start around a quarter of their range."""
-        return 0.25 * self.limit * 2.0**self.shift / 96 / BIAS_UNIT
+        return 0.25 * self.limit * 2.0**self.shift / MULT_UNIT / BIAS_UNIT
 
 
 def scale_layers(config: CodecConfig) -> tuple[ScaleLayer, ...]:
-    """The layers, in order; the previous latent's integers join before P2."""
+    """The layers, in order: z is upsampled twice to the grid of y, and then meets the past."""
     c, y = config.scale_width, config.y_channels
     return (
         ScaleLayer("P0", config.z_channels, 4 * c, per_quality=True, upsample=True),
         ScaleLayer("D0", c, c, depthwise=True),
         ScaleLayer("P1", c, 4 * c, upsample=True),
         ScaleLayer("D1", c, c, depthwise=True),
-        ScaleLayer("P2", c + 2 * y, c, per_quality=True),
+        ScaleLayer("P2", c + 2 * y, c, per_quality=True, joins=True),
         ScaleLayer("D2", c, c, depthwise=True),
         ScaleLayer("P3", c, y, per_quality=True, last=True),
     )
 
 
-def sigma_from_index(index: Array) -> Array:
+def sigma_from_index(index: Shaped[AnyArray, "*shape"]) -> Shaped[AnyArray, "*shape"]:
     """Standard deviation of table `index` (may be fractional): 0.11 * (16 / 0.11) ** (k / 63)."""
     return SCALE_MIN * jnp.exp(index * (np.log(SCALE_MAX / SCALE_MIN) / INDEX_LIMIT))
 
 
-def scale_inputs(z, prev_y, prev_index):
-    """Integers in 0..255 that enter the network: z, |previous symbols|, previous indices.
+def scale_inputs(
+    z: Shaped[AnyArray, "*b h w cz"],
+    prev_y: Shaped[AnyArray, "*b h2 w2 cy"],
+    prev_index: Shaped[AnyArray, "*b h2 w2 cy"],
+) -> tuple[AnyArray, AnyArray, AnyArray]:
+    """Maps what the network sees to integers in 0..255.
 
-    Works on JAX and NumPy arrays alike: z in -15..15, prev_y in -127..127, prev_index in 0..63.
+    Args:
+      z: hyperlatent symbols in -15..15.
+      prev_y: symbols of the previous latent in -127..127; only their magnitude matters.
+      prev_index: table indices of the previous latent in 0..63.
     """
     magnitude = (16 * abs(prev_y)).clip(0, 255)
     return 8 * (z + 16), magnitude, 4 * prev_index
 
 
-def requantise(acc: Array, bias: Array, mult: Array, shift: int, limit: int) -> Array:
-    """The rounding step of the module docstring, in int32. acc, bias, mult int32."""
-    total = jnp.clip(acc + bias, -ACC_LIMIT, ACC_LIMIT)
-    return jnp.clip((total * mult + (1 << (shift - 1))) >> shift, 0, limit)
+def requantise(acc: AnyArray, bias: AnyArray, mult: AnyArray, shift: int, limit: int) -> AnyArray:
+    """The rounding step of the module docstring, for integers of at least 32 bits."""
+    total = (acc + bias).clip(-ACC_LIMIT, ACC_LIMIT)
+    return ((total * mult + (1 << (shift - 1))) >> shift).clip(0, limit)
+
+
+def run_layers(
+    config: CodecConfig,
+    weights: Weights,
+    q_index: int | Int[AnyArray, "*b"],
+    z: Shaped[AnyArray, "*b h w cz"],
+    prev_y: Shaped[AnyArray, "*b 4*h 4*w cy"],
+    prev_index: Shaped[AnyArray, "*b 4*h 4*w cy"],
+    *,
+    matmul: Callable[[AnyArray, AnyArray], AnyArray],
+    requantise: Callable[[AnyArray, AnyArray, AnyArray, int, int], AnyArray],
+    xp: ModuleType,
+) -> Shaped[AnyArray, "*b 4*h 4*w cy"]:
+    """Table indices of every element of y.
+
+    Args:
+      config: sizes.
+      weights: integers, in any type that holds them exactly.
+      q_index: quality level.
+      z, prev_y, prev_index: see `scale_inputs`; zeros of the previous latent for an intra latent.
+      matmul: multiplies activations (..., n) with a kernel (n, m), exactly.
+      requantise: see the function of this name.
+      xp: `numpy` or `jax.numpy`.
+    """
+    x, *previous = scale_inputs(z, prev_y, prev_index)
+    for layer in scale_layers(config):
+        kernel, bias, mult = weights[layer.name]
+        if layer.joins:
+            x = xp.concatenate([x, *previous], axis=-1)
+        if layer.per_quality:
+            bias = bias[q_index][..., None, None, :]  # (*b, 1, 1, outputs)
+        acc = depthwise3x3(x, kernel) if layer.depthwise else matmul(x, kernel)
+        x = requantise(acc, bias, mult, layer.shift, layer.limit)
+        if layer.upsample:
+            x = depth_to_space(x)
+    return x
+
+
+def requantise_straight_through(
+    acc: Array, bias: Array, mult: Array, shift: int, limit: int
+) -> Array:
+    """`requantise` of integers in float32, with the gradient of the same formula unrounded."""
+    integers = (lax.stop_gradient(v).astype(jnp.int32) for v in (acc, bias, mult))
+    soft = bound((acc + bias) * mult * 2.0**-shift, 0.0, float(limit))
+    return straight_through(requantise(*integers, shift, limit), soft)
 
 
 class ScaleNetwork(nn.Module):
-    """z, previous symbols and previous indices -> table index of every y element."""
+    """The network in training form: z, previous symbols and previous indices -> table indices."""
 
     config: CodecConfig
 
-    def setup(self):
+    def setup(self) -> None:
         self.weights = {layer.name: self._integers(layer) for layer in scale_layers(self.config)}
 
     def _integers(self, layer: ScaleLayer) -> tuple[Array, Array, Array]:
         """Weights, bias and multiplier as integers in float32, with straight-through gradients."""
         bias_shape = ((KNOTS,) if layer.per_quality else ()) + (layer.outputs,)
 
-        def param(name, init, shape):
+        def param(name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> AnyArray:
             return self.param(f"{layer.name}_{name}", init, shape)
 
         kernel = param("kernel", nn.initializers.normal(0.25), layer.window)
@@ -122,115 +206,102 @@ class ScaleNetwork(nn.Module):
         mult = param("mult", nn.initializers.zeros, (layer.outputs,))
         return (
             round_ste(bound(128.0 * kernel, -127.0, 127.0)),
+            # Half the limit, so that the sum with an accumulator rarely reaches it.
             round_ste(bound(BIAS_UNIT * bias, -ACC_LIMIT / 2, ACC_LIMIT / 2)),
-            round_ste(bound(96.0 * jnp.exp(mult), 64.0, 127.0)),
+            round_ste(bound(MULT_UNIT * jnp.exp(mult), 64.0, 127.0)),
         )
 
-    def __call__(self, q_index: Array, z: Array, prev_y: Array, prev_index: Array) -> Array:
-        """Indices (b, h, w, y_channels), whole numbers 0..63 in float32.
-
-        q_index (b,) int32; z (b, h/4, w/4, z_channels); prev_y, prev_index (b, h, w, y_channels):
-        those of the previous latent, zeros for an intra latent. All values are integers (in
-        float32); gradients pass straight through every rounding.
-        """
-        x, *previous = scale_inputs(z, prev_y, prev_index)
-        for layer in scale_layers(self.config):
-            kernel, bias, mult = self.weights[layer.name]
-            if layer.name == "P2":
-                x = jnp.concatenate([x, *previous], axis=-1)
-            if layer.per_quality:
-                bias = bias[q_index][:, None, None, :]
-            if layer.depthwise:
-                acc = depthwise3x3(x, kernel)
-            else:
-                acc = jnp.dot(x, kernel, precision="highest")
-            exact = requantise(
-                *(lax.stop_gradient(v).astype(jnp.int32) for v in (acc, bias, mult)),
-                layer.shift,
-                layer.limit,
-            )
-            soft = bound((acc + bias) * mult * 2.0**-layer.shift, 0.0, float(layer.limit))
-            x = straight_through(exact, soft)
-            if layer.upsample:
-                x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
-        return x
+    def __call__(
+        self,
+        q_index: Int[Array, " b"],
+        z: Float[Array, "b h w cz"],
+        prev_y: Float[Array, "b 4*h 4*w cy"],
+        prev_index: Float[Array, "b 4*h 4*w cy"],
+    ) -> Float[Array, "b 4*h 4*w cy"]:
+        """Table indices, whole numbers 0..63. Arguments as of `run_layers`, integers in float32."""
+        return run_layers(
+            self.config, self.weights, q_index, z, prev_y, prev_index,
+            matmul=lambda x, kernel: jnp.dot(x, kernel, precision="highest"),
+            requantise=requantise_straight_through,
+            xp=jnp,
+        )  # fmt: skip
 
 
-def export(config: CodecConfig, params: dict) -> dict[str, np.ndarray]:
+def export(config: CodecConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """The trained network as integers: NAME_kernel int8, NAME_bias int32, NAME_mult int8."""
     weights = ScaleNetwork(config).bind({"params": params}).weights
     out = {}
     for layer in scale_layers(config):
-        for part, value, dtype in zip(
-            ("kernel", "bias", "mult"),
-            weights[layer.name],
-            (np.int8, np.int32, np.int8),
-            strict=True,
-        ):
-            out[f"{layer.name}_{part}"] = np.asarray(value).astype(dtype)
+        kernel, bias, mult = map(np.asarray, weights[layer.name])
+        out[f"{layer.name}_kernel"] = kernel.astype(np.int8)
+        out[f"{layer.name}_bias"] = bias.astype(np.int32)
+        out[f"{layer.name}_mult"] = mult.astype(np.int8)
     return out
+
+
+def _weights_of(
+    config: CodecConfig, tables: Mapping[str, AnyArray], xp: ModuleType, dtype: Any
+) -> Weights:
+    """The exported integers by layer, in one type."""
+    return {
+        layer.name: tuple(
+            xp.asarray(tables[f"{layer.name}_{part}"], dtype) for part in ("kernel", "bias", "mult")
+        )
+        for layer in scale_layers(config)
+    }
 
 
 def scale_index(
     config: CodecConfig,
-    tables: dict[str, np.ndarray],
-    q_index: Array,
-    z: Array,
-    prev_y: Array,
-    prev_index: Array,
+    tables: Mapping[str, AnyArray],
+    q_index: int | Int[AnyArray, ""],
+    z: Int[AnyArray, "h w cz"],
+    prev_y: Int[AnyArray, "4*h 4*w cy"],
+    prev_index: Int[AnyArray, "4*h 4*w cy"],
     *,
-    dtype=jnp.float32,
-) -> Array:
-    """The exported network in JAX: uint8 indices (h, w, y_channels) of one latent.
+    dtype: Any = jnp.float32,
+) -> UInt8[Array, "4*h 4*w cy"]:
+    """Table indices of one latent by the exported network, in JAX.
 
-    q_index int32 scalar, z (h/4, w/4, z_channels), prev_y and prev_index (h, w, y_channels), all
-    integers. `dtype` is the type of the matmul inputs (float32, bfloat16 with float32 sums, or
-    int32): the result does not depend on it.
+    Args:
+      config: sizes.
+      tables: see `export`.
+      q_index: quality level.
+      z, prev_y, prev_index: see `scale_inputs`; zeros of the previous latent for an intra latent.
+      dtype: what matrix products multiply: float32, bfloat16 (with float32 sums) or int32. The
+        result does not depend on it.
     """
-    sums = jnp.int32 if dtype == jnp.int32 else jnp.float32
-    x, *previous = scale_inputs(*(v.astype(jnp.int32)[None] for v in (z, prev_y, prev_index)))
-    for layer in scale_layers(config):
-        kernel, bias, mult = (tables[f"{layer.name}_{p}"] for p in ("kernel", "bias", "mult"))
-        if layer.name == "P2":
-            x = jnp.concatenate([x, *previous], axis=-1)
-        if layer.per_quality:
-            bias = jnp.asarray(bias)[q_index]
-        if layer.depthwise:
-            acc = depthwise3x3(x, jnp.asarray(kernel, jnp.int32))
-        else:
-            acc = jnp.dot(
-                x.astype(dtype),
-                jnp.asarray(kernel).astype(dtype),
-                precision="highest" if dtype == jnp.float32 else None,
-                preferred_element_type=sums,
-            ).astype(jnp.int32)
-        x = requantise(
-            acc, jnp.asarray(bias), jnp.asarray(mult, jnp.int32), layer.shift, layer.limit
+
+    def matmul(x: Array, kernel: Array) -> Array:
+        products = jnp.dot(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            # Otherwise TPUs and GPUs may round float32 inputs to fewer bits.
+            precision="highest" if dtype == jnp.float32 else None,
+            preferred_element_type=jnp.int32 if dtype == jnp.int32 else jnp.float32,
         )
-        if layer.upsample:
-            x = rearrange(x, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2)
-    return x[0].astype(jnp.uint8)
+        return products.astype(jnp.int32)
+
+    inputs = (jnp.asarray(v, jnp.int32) for v in (z, prev_y, prev_index))
+    weights = _weights_of(config, tables, jnp, jnp.int32)
+    index = run_layers(
+        config, weights, q_index, *inputs, matmul=matmul, requantise=requantise, xp=jnp
+    )
+    return index.astype(jnp.uint8)
 
 
-def scale_index_numpy(config, tables, q_index, z, prev_y, prev_index) -> np.ndarray:
-    """The exported network in NumPy int64: the reference, and the path of last resort."""
-    x, *previous = scale_inputs(*(np.asarray(v).astype(np.int64) for v in (z, prev_y, prev_index)))
-    for layer in scale_layers(config):
-        kernel, bias, mult = (
-            tables[f"{layer.name}_{p}"].astype(np.int64) for p in ("kernel", "bias", "mult")
-        )
-        if layer.name == "P2":
-            x = np.concatenate([x, *previous], axis=-1)
-        if layer.per_quality:
-            bias = bias[q_index]
-        if layer.depthwise:
-            h, w, _ = x.shape
-            x = np.pad(x, ((1, 1), (1, 1), (0, 0)))
-            acc = sum(x[i : i + h, j : j + w] * kernel[i, j] for i in range(3) for j in range(3))
-        else:
-            acc = x @ kernel
-        total = np.clip(acc + bias, -ACC_LIMIT, ACC_LIMIT)
-        x = np.clip((total * mult + (1 << (layer.shift - 1))) >> layer.shift, 0, layer.limit)
-        if layer.upsample:
-            x = rearrange(x, "h w (i j c) -> (h i) (w j) c", i=2, j=2)
-    return x.astype(np.uint8)
+def scale_index_numpy(
+    config: CodecConfig,
+    tables: Mapping[str, np.ndarray],
+    q_index: int,
+    z: Int[np.ndarray, "h w cz"],
+    prev_y: Int[np.ndarray, "4*h 4*w cy"],
+    prev_index: Int[np.ndarray, "4*h 4*w cy"],
+) -> UInt8[np.ndarray, "4*h 4*w cy"]:
+    """As `scale_index`, in NumPy's int64: the reference, and the path of last resort."""
+    inputs = (np.asarray(v, np.int64) for v in (z, prev_y, prev_index))
+    weights = _weights_of(config, tables, np, np.int64)
+    index = run_layers(
+        config, weights, q_index, *inputs, matmul=np.matmul, requantise=requantise, xp=np
+    )
+    return index.astype(np.uint8)

@@ -1,4 +1,8 @@
-"""Sizes of the causal video VAE."""
+"""Sizes of the causal video VAE.
+
+`VAEConfig` goes into model files and checkpoint folders as JSON, so its field names are part of
+their formats; `VAEConfig.from_json` reads it back.
+"""
 
 import dataclasses
 
@@ -9,13 +13,21 @@ from gnvc_jax.errors import UsageError
 class VAEConfig:
     """Architecture of the VAE; the defaults are Wan2.1's (126.89 M parameters).
 
-    base: width of the first level; multipliers: width of each level in units of `base`;
-    blocks: residual blocks per encoder level (a decoder level has one more);
-    latent_channels: channels of the latents; temporal_down: whether each level but the last
-    also halves the frame rate; patch: pixels, each way, that are folded into channels before the
-    first level (2 in Wan2.2's VAE); linear: no networks but a fixed linear transform of blocks and
-    its inverse (see `gnvc_jax.vae.klt`), cheap and known without training; head: width of the
-    convolutions that clean what the inverse transform gives (`gnvc_jax.vae.head`), 0 for none.
+    Attributes:
+      base: width of the first level.
+      multipliers: width of each level in units of `base`.
+      blocks: residual blocks per encoder level; a decoder level has one more.
+      latent_channels: channels of the latents.
+      temporal_down: whether each level but the last also halves the frame rate.
+      patch: pixels, each way, that are folded into channels before the first level (2 in Wan2.2's
+        VAE).
+      linear: use a fixed linear transform of blocks and its inverse in place of both networks (see
+        `gnvc_jax.vae.klt`). The sizes of the networks then only determine the strides.
+      head: width of the convolutions that filter the frames of a linear VAE (see
+        `gnvc_jax.vae.head`), 0 for none.
+
+    Raises:
+      UsageError: for a head without a linear VAE, or a wrong number of `temporal_down`.
     """
 
     base: int = 96
@@ -27,18 +39,18 @@ class VAEConfig:
     linear: bool = False
     head: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.head and not self.linear:
-            raise UsageError(f"head {self.head}: only a linear VAE has one")
+            raise UsageError(f"head must be 0 unless the VAE is linear, got {self.head}")
         if len(self.temporal_down) != len(self.multipliers) - 1:
             raise UsageError(
-                f"temporal_down has {len(self.temporal_down)} entries, expected one per level but "
-                f"the last: {len(self.multipliers) - 1}"
+                f"temporal_down must have one entry for each level but the last, "
+                f"{len(self.multipliers) - 1}, got {len(self.temporal_down)}"
             )
 
     @classmethod
     def from_json(cls, facts: dict) -> "VAEConfig":
-        """What `dataclasses.asdict` gave, after a way through JSON, which knows lists only."""
+        """Reads what `dataclasses.asdict` gave back from JSON, which turns tuples into lists."""
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
 
     @property

@@ -1,36 +1,53 @@
-"""Two ways through the same VAE: a whole clip at once, or group by group with a cache.
+"""Two ways through the same VAE: a whole clip at once, or chunk by chunk with a cache.
 
-A clip of 1 + 4k frames is coded as the groups 1, 4, 4, ...; one latent frame stands for each. The
-whole-clip and the streaming drivers give equal results to float rounding; the memory of the
-streaming drivers does not depend on the length of the clip, apart from input and output.
+`encode_clip` and `decode_clip` take a whole clip in one pass; `encode_stream` and `decode_stream`
+scan over it and give equal results up to float rounding. Their memory does not depend on the length
+of the clip, apart from input and output. `encode_chunk` and `decode_chunk` are the steps that they
+scan; a caller who reads a video piece by piece uses them directly.
 
-Videos (b, t, h, w, 3) float in [-1, 1]; latents (b, n, h', w', z), not normalised, where
-n = 1 + ceil((t - 1) / 4), h' = ceil(h / 8), w' = ceil(w / 8).
+The frames 1 + 4 + 4 + ... of a clip become one latent each. Videos (b, t, h, w, 3) are float in
+[-1, 1]; latents (b, n, h2, w2, z) are not normalised, with n = 1 + ceil((t - 1) / 4),
+h2 = ceil(h / 8), w2 = ceil(w / 8) for the strides of Wan2.1.
 """
 
-import jax
+from typing import Any
+
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from gnvc_jax.vae.model import VAE
 
-Array = jax.Array
-Tree = dict
+Tree = Any  # nested dictionaries of arrays
 
 
-def pad_video(video: Array, temporal_stride: int = 4, stride: int = 8) -> Array:
-    """Repeat the last frame up to 1 + 4k frames, the last row and column up to multiples of 8."""
+def pad_video(
+    video: Float[ArrayLike, "b t h w c"], temporal_stride: int = 4, stride: int = 8
+) -> Float[Array, "b t2 h2 w2 c"]:
+    """Repeats the last frame, row and column up to sizes that the VAE can encode.
+
+    These are 1 + temporal_stride * k frames, and multiples of stride in space.
+    """
     _, t, h, w, _ = video.shape
     pads = ((0, 0), (0, -(t - 1) % temporal_stride), (0, -h % stride), (0, -w % stride), (0, 0))
     return jnp.pad(video, pads, mode="edge")
 
 
-def encode_chunk(vae: VAE, params: Tree, cache: Tree | None, video: Array) -> tuple[Array, Tree]:
-    """Posterior mean of the next frames of a clip, and the cache for the frames after them.
+def encode_chunk(
+    vae: VAE, params: Tree, cache: Tree | None, video: Float[ArrayLike, "b t h w 3"]
+) -> tuple[Float[Array, "b n h2 w2 z"], Tree]:
+    """Encodes the next frames of a clip.
 
-    cache: None at the start of a clip (then 1 + 4m frames), else what the last call returned
-    (then 4m frames). Sizes must be multiples of the strides.
+    Args:
+      vae: module.
+      params: its parameters.
+      cache: None at the start of a clip, else what the last call returned.
+      video: 1 + 4m frames at the start of a clip, 4m later; multiples of the strides.
+
+    Returns:
+      Posterior mean, and the cache for the frames that follow.
     """
     first = cache is None
     variables = {"params": params} | ({} if first else {"cache": cache})
@@ -38,11 +55,20 @@ def encode_chunk(vae: VAE, params: Tree, cache: Tree | None, video: Array) -> tu
     return mean, state.get("cache", {})  # a linear encoder keeps nothing
 
 
-def decode_chunk(vae: VAE, params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
-    """Frames of the next latents of a clip, clipped to [-1, 1], and the cache for what follows.
+def decode_chunk(
+    vae: VAE, params: Tree, cache: Tree | None, latents: Float[ArrayLike, "b n h2 w2 z"]
+) -> tuple[Float[Array, "b t h w 3"], Tree]:
+    """Decodes the next latents of a clip.
 
-    cache: None at the start of a clip (1 + m latents give 1 + 4m frames), else what the last call
-    returned (m latents give 4m frames).
+    Args:
+      vae: module.
+      params: its parameters.
+      cache: None at the start of a clip, where 1 + m latents give 1 + 4m frames; else what the last
+        call returned, and m latents give 4m frames.
+      latents: not normalised.
+
+    Returns:
+      Frames, clipped to [-1, 1], and the cache for the latents that follow.
     """
     first = cache is None
     variables = {"params": params} | ({} if first else {"cache": cache})
@@ -50,7 +76,9 @@ def decode_chunk(vae: VAE, params: Tree, cache: Tree | None, latents: Array) -> 
     return jnp.clip(video, -1.0, 1.0), state.get("cache", {})  # nor does a linear decoder
 
 
-def encode_clip(vae: VAE, params: Tree, video: Array) -> Array:
+def encode_clip(
+    vae: VAE, params: Tree, video: Float[ArrayLike, "b t h w 3"]
+) -> Float[Array, "b n h2 w2 z"]:
     """Latents (posterior mean) of a whole clip of any length and size, in one pass."""
     cfg = vae.config
     video = pad_video(video, cfg.temporal_stride, cfg.stride)
@@ -58,35 +86,53 @@ def encode_clip(vae: VAE, params: Tree, video: Array) -> Array:
 
 
 def decode_clip(
-    vae: VAE, params: Tree, latents: Array, frames: int, size: tuple[int, int]
-) -> Array:
-    """The first `frames` frames, cropped to `size` (h, w), of a whole clip in one pass."""
+    vae: VAE,
+    params: Tree,
+    latents: Float[ArrayLike, "b n h2 w2 z"],
+    frames: int,
+    size: tuple[int, int],
+) -> Float[Array, "b t h w 3"]:
+    """Decodes a whole clip in one pass and takes off what `pad_video` has added.
+
+    Args:
+      vae: module.
+      params: its parameters.
+      latents: not normalised.
+      frames: number of frames to return.
+      size: height and width to return.
+    """
     video = vae.apply({"params": params}, latents, method="decode")
     return jnp.clip(video[:, :frames, : size[0], : size[1]], -1.0, 1.0)
 
 
-def encode_stream(vae: VAE, params: Tree, video: Array) -> Array:
-    """As `encode_clip`, by `lax.scan` over groups of four frames."""
+def encode_stream(
+    vae: VAE, params: Tree, video: Float[ArrayLike, "b t h w 3"]
+) -> Float[Array, "b n h2 w2 z"]:
+    """As `encode_clip`, by `lax.scan` over chunks of four frames."""
     cfg = vae.config
     video = pad_video(video, cfg.temporal_stride, cfg.stride)
     head, cache = encode_chunk(vae, params, None, video[:, :1])
-    groups = rearrange(video[:, 1:], "b (n s) h w c -> n b s h w c", s=cfg.temporal_stride)
+    chunks = rearrange(video[:, 1:], "b (n s) h w c -> n b s h w c", s=cfg.temporal_stride)
 
-    def step(cache, group):
-        mean, cache = encode_chunk(vae, params, cache, group)
+    def step(cache: Tree, chunk: Array) -> tuple[Tree, Array]:
+        mean, cache = encode_chunk(vae, params, cache, chunk)
         return cache, mean
 
-    _, rest = lax.scan(step, cache, groups)
+    _, rest = lax.scan(step, cache, chunks)
     return jnp.concatenate([head, rearrange(rest, "n b s h w c -> b (n s) h w c")], axis=1)
 
 
 def decode_stream(
-    vae: VAE, params: Tree, latents: Array, frames: int, size: tuple[int, int]
-) -> Array:
+    vae: VAE,
+    params: Tree,
+    latents: Float[ArrayLike, "b n h2 w2 z"],
+    frames: int,
+    size: tuple[int, int],
+) -> Float[Array, "b t h w 3"]:
     """As `decode_clip`, by `lax.scan` over single latents."""
     head, cache = decode_chunk(vae, params, None, latents[:, :1])
 
-    def step(cache, latent):
+    def step(cache: Tree, latent: Array) -> tuple[Tree, Array]:
         video, cache = decode_chunk(vae, params, cache, latent[:, None])
         return cache, video
 

@@ -2,10 +2,15 @@
 
 A block is what one latent stands for: stride x stride pixels of the first frame of a clip, or of
 `temporal_stride` frames after it. Its principal components are the best linear code there is, known
-at once, where a small convolutional encoder needs many thousand steps to get as far. It keeps
-distances, so that a squared error of latents is one of pixels, and its exact inverse gives the
-frames that motion is compensated from.
+from statistics at once, where a small convolutional encoder needs many thousand steps to get as
+far. The transform keeps distances, so a squared error of latents is one of pixels, and its exact
+inverse gives the frames that motion is compensated from.
+
+`BlockTransform` is the module. Its parameters come from `fit`, after `moments_of_blocks` and
+`count_blocks` have gathered statistics of training clips.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,24 +18,29 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
 
 from gnvc_jax.moments import Moments
 
-Array = jax.Array
-KINDS = ("first", "later")
+KINDS = ("first", "later")  # blocks of the first frame of a clip, and of the frames after it
 
-# Encoding, and all of a linear VAE, are in full float32: by default JAX multiplies in bfloat16 on
+# Encoding, and all of a linear VAE, run in full float32: by default JAX multiplies in bfloat16 on
 # TPUs and in TF32 on GPUs. The codec would spend bits on errors of latents, and motion is
 # compensated from the frames of a linear VAE.
 EXACT = "highest"
 
 
-def to_blocks(video: Array, frames: int, size: int) -> Array:
-    """(b, t frames, h size, w size, c) -> (b, t, h, w, frames * size * size * c)."""
+def to_blocks(
+    video: Float[Array | np.ndarray, "b t h w c"], frames: int, size: int
+) -> Float[Array | np.ndarray, "b t//{frames} h//{size} w//{size} {frames}*{size}*{size}*c"]:
+    """Moves blocks of `frames` x `size` x `size` pixels into channels."""
     return rearrange(video, "b (t f) (h i) (w j) c -> b t h w (f i j c)", f=frames, i=size, j=size)
 
 
-def from_blocks(blocks: Array, frames: int, size: int) -> Array:
+def from_blocks(
+    blocks: Float[Array | np.ndarray, "b t h w c"], frames: int, size: int
+) -> Float[Array | np.ndarray, "b t*{frames} h*{size} w*{size} c2"]:
     """Undoes `to_blocks`."""
     return rearrange(blocks, "b t h w (f i j c) -> b (t f) (h i) (w j) c", f=frames, i=size, j=size)
 
@@ -39,18 +49,25 @@ class BlockTransform(nn.Module):
     """Blocks of pixels to latents and back by a fixed basis; gradients do not reach it.
 
     Parameters, each for "first" and "later" blocks: a basis (values per block, latent_channels)
-    with orthonormal columns, an offset and a scalar scale; latents = (block - offset) basis scale.
+    with orthonormal columns, an offset (values per block,) and a scalar scale;
+    latents = (block - offset) basis scale.
+
+    Attributes:
+      latent_channels: components that are kept.
+      stride: rows and columns of a block, in pixels.
+      temporal_stride: frames of a later block.
     """
 
     latent_channels: int
     stride: int
     temporal_stride: int
 
-    def setup(self):
+    def setup(self) -> None:
         self.frames = {"first": 1, "later": self.temporal_stride}
         self.fixed = {kind: self._parameters(kind) for kind in KINDS}
 
-    def _parameters(self, kind: str) -> tuple[Array, Array, Array]:
+    def _parameters(self, kind: str) -> tuple[ArrayLike, ...]:
+        """Basis, offset and scale."""
         size = self.frames[kind] * self.stride**2 * 3
         orthogonal, zeros, ones = (
             nn.initializers.orthogonal(),
@@ -66,27 +83,37 @@ class BlockTransform(nn.Module):
         )
 
     @jax.default_matmul_precision(EXACT)
-    def forward(self, video: Array, first: bool) -> Array:
-        """Video (b, t, h, w, 3) -> latents (b, t', h', w', z); first: it starts a clip."""
+    def forward(
+        self, video: Float[ArrayLike, "b t h w 3"], first: bool
+    ) -> Float[Array, "b t2 h2 w2 z"]:
+        """Latents of a video.
 
-        def transform(kind, part):
+        Args:
+          video: sizes are multiples of the strides; one frame more if it starts a clip.
+          first: whether the video starts a clip.
+        """
+
+        def transform(kind: str, part: Array) -> Array:
             basis, offset, scale = self.fixed[kind]
             return (to_blocks(part, self.frames[kind], self.stride) - offset) @ basis * scale
 
-        return _by_kind(transform, video, first)
+        return _by_kind(transform, jnp.asarray(video), first)
 
     @jax.default_matmul_precision(EXACT)
-    def inverse(self, latents: Array, first: bool) -> Array:
-        """Latents (b, t', h', w', z) -> video (b, t, h, w, 3)."""
+    def inverse(
+        self, latents: Float[ArrayLike, "b t2 h2 w2 z"], first: bool
+    ) -> Float[Array, "b t h w 3"]:
+        """Video of latents; undoes `forward` up to the components that are not kept."""
 
-        def transform(kind, part):
+        def transform(kind: str, part: Array) -> Array:
             basis, offset, scale = self.fixed[kind]
             return from_blocks(part / scale @ basis.T + offset, self.frames[kind], self.stride)
 
-        return _by_kind(transform, latents, first)
+        return _by_kind(transform, jnp.asarray(latents), first)
 
 
-def _by_kind(transform, x: Array, first: bool) -> Array:
+def _by_kind(transform: Callable[[str, Array], Array], x: Array, first: bool) -> Array:
+    """Applies `transform` to the first frame or latent of a clip and to the others, apart."""
     if not first:
         return transform("later", x)
     head = transform("first", x[:, :1])
@@ -94,25 +121,37 @@ def _by_kind(transform, x: Array, first: bool) -> Array:
 
 
 def moments_of_blocks(stride: int, temporal_stride: int) -> dict[str, Moments]:
-    """Empty moments of the blocks that first and later latents stand for; see `count_blocks`."""
+    """Empty moments of the blocks that first and later latents stand for, for `count_blocks`."""
     size = 3 * stride**2
     return {"first": Moments(size), "later": Moments(size * temporal_stride)}
 
 
-def count_blocks(moments: dict, video: np.ndarray, stride: int, temporal_stride: int) -> None:
-    """Adds the blocks of clips, float (b, 1 + temporal_stride * k, h, w, 3) in [-1, 1]."""
+def count_blocks(
+    moments: dict[str, Moments],
+    video: Float[np.ndarray, "b t h w 3"],
+    stride: int,
+    temporal_stride: int,
+) -> None:
+    """Adds the blocks of clips to moments.
+
+    Args:
+      moments: see `moments_of_blocks`; changed in place.
+      video: clips of 1 + temporal_stride * k frames in [-1, 1]. Every temporal_stride-th frame
+        serves as an example of a first frame.
+      stride, temporal_stride: see `BlockTransform`.
+    """
     moments["first"].add(to_blocks(video[:, ::temporal_stride], 1, stride))
     moments["later"].add(to_blocks(video[:, 1:], temporal_stride, stride))
 
 
-def fit(moments: dict[str, Moments], latent_channels: int) -> dict:
+def fit(moments: dict[str, Moments], latent_channels: int) -> dict[str, np.ndarray]:
     """Parameters of `BlockTransform`: the principal components of blocks.
 
-    The basis of first frames is turned within its span (orthogonal Procrustes), so that a still
-    scene has about the same latents in both kinds. Later latents get a root mean square of 1.
+    The basis of first frames is rotated within its span (orthogonal Procrustes problem), so that a
+    still scene has about the same latents in both kinds. Later latents get a root mean square of 1.
 
     Args:
-      moments: of more blocks than a block has values.
+      moments: see `count_blocks`; of more blocks than a block has values.
       latent_channels: components to keep.
     """
     components, params = {}, {}
@@ -124,9 +163,12 @@ def fit(moments: dict[str, Moments], latent_channels: int) -> dict:
 
     size = len(components["first"])
     frames = len(components["later"]) // size
+    # The latents of a frame that is repeated: the basis summed over its frames.
     still = components["later"].reshape(frames, size, latent_channels).sum(0)
     u, _, vt = np.linalg.svd(components["first"].T @ still)
     components["first"] = components["first"] @ (u @ vt)
+    # A repeated frame has a norm sqrt(frames) times that of the single one; first latents get the
+    # same factor.
     for kind, gain in zip(KINDS, (frames**0.5, 1.0)):
         params[f"{kind}_basis"] = components[kind]
         params[f"{kind}_scale"] = np.asarray(gain / energy**0.5)

@@ -1,5 +1,9 @@
 """The Wan2.1 causal video VAE: encoder, decoder and the two together.
 
+`VAE` is the module that the rest of the package uses, mostly by way of `gnvc_jax.vae.drivers`. With
+`VAEConfig.linear` it has the same interface, but a fixed linear transform in place of the networks
+(`gnvc_jax.vae.klt`, `gnvc_jax.vae.head`).
+
 Shapes: video (b, t, h, w, 3) in [-1, 1] with t = 1 + 4k and h, w multiples of 8; latents
 (b, 1 + k, h / 8, w / 8, z), not normalised. See `layers` for the meaning of ``first``.
 """
@@ -8,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from einops import repeat
 from flax import linen as nn
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
 
 from gnvc_jax.vae.config import VAEConfig
 from gnvc_jax.vae.head import DeblockingHead
@@ -23,10 +29,8 @@ from gnvc_jax.vae.layers import (
     TemporalUpsample,
 )
 
-Array = jax.Array
-
-# Log-variance round the latents of a linear encoder, whose mean square is 1: noise that a decoder
-# should bear, since quantisation adds as much at good quality.
+# Log-variance around the latents of a linear encoder, whose mean square is 1: noise that a decoder
+# must tolerate, since quantisation adds as much at good quality.
 LINEAR_LOGVAR = -5.0
 
 
@@ -34,10 +38,10 @@ class MidBlock(nn.Module):
     """Residual block, attention, residual block at the lowest resolution."""
 
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, first: bool) -> Array:
+    def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Float[Array, "b t h w c"]:
         block = residual(self.remat)
         x = block(x.shape[-1], self.dtype, name="block_0")(x, first)
         x = FrameAttention(self.dtype, name="attention")(x)
@@ -48,29 +52,31 @@ class OutputHead(nn.Module):
     """Norm, SiLU and the last 3x3x3 convolution."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, first: bool) -> Array:
+    def __call__(
+        self, x: Float[Array, "b t h w c"], first: bool
+    ) -> Float[Array, "b t h w features"]:
         return CausalConv(self.features, self.dtype, name="conv")(
             nn.silu(ChannelRMSNorm(name="norm")(x)), first
         )
 
 
 def residual(remat: bool) -> type[nn.Module]:
-    """The residual block, rematerialised in the backward pass if asked."""
+    """The residual block; with remat, the backward pass computes its inside again."""
     return nn.remat(ResidualBlock, static_argnums=(2,)) if remat else ResidualBlock
 
 
 class VAEEncoder(nn.Module):
-    """Video (b, t, h, w, 3) -> features (b, t', h/8, w/8, 2z), before the quant convolution."""
+    """Video -> mean and log-variance of latents (2z channels), before the quant convolution."""
 
     config: VAEConfig
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, first: bool) -> Array:
+    def __call__(self, x: Float[Array, "b t h w 3"], first: bool) -> Float[Array, "b t2 h2 w2 z2"]:
         cfg, block = self.config, residual(self.remat)
         x = to_blocks(x, 1, cfg.patch)
         x = CausalConv(cfg.widths[0], self.dtype, name="conv_in")(x, first)
@@ -86,14 +92,14 @@ class VAEEncoder(nn.Module):
 
 
 class VAEDecoder(nn.Module):
-    """Latents after the post-quant convolution -> video (b, t, h, w, 3), not clipped."""
+    """Latents after the post-quant convolution -> video, not clipped."""
 
     config: VAEConfig
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Array, first: bool) -> Array:
+    def __call__(self, x: Float[Array, "b t2 h2 w2 z"], first: bool) -> Float[Array, "b t h w 3"]:
         cfg, block = self.config, residual(self.remat)
         widths, temporal_up = cfg.widths[::-1], cfg.temporal_down[::-1]
         x = CausalConv(widths[0], self.dtype, name="conv_in")(x, first)
@@ -112,25 +118,23 @@ class VAEDecoder(nn.Module):
 class VAE(nn.Module):
     """Encoder and decoder with their 1x1x1 quant convolutions.
 
-    Methods (use with ``apply(..., method=)``):
-      encode(video, first)   -> mean, log-variance (b, t', h/8, w/8, z)
-      decode(latents, first) -> video (b, t, h, w, 3), not clipped
-      compensate(latent, prediction, predicted, ...) -> video of a latent coded with motion
+    Use the methods `encode` and `decode` by ``apply(..., method=)``. In both, `first` says whether
+    the input starts a clip.
 
     Attributes:
-        config: sizes.
-        remat: whether the backward pass computes the inside of residual blocks again.
-        dtype: of the decoder network's activations; all else is float32.
-        precision: of the decoder network's products, see `jax.default_matmul_precision`; all others
-            are `EXACT`.
+      config: sizes.
+      remat: whether the backward pass computes the inside of residual blocks again.
+      dtype: of the decoder network's activations; all else is float32.
+      precision: of the decoder network's products, see `jax.default_matmul_precision`; all others
+        are `EXACT`.
     """
 
     config: VAEConfig
     remat: bool = False
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     precision: str = EXACT
 
-    def setup(self):
+    def setup(self) -> None:
         cfg, z = self.config, self.config.latent_channels
         if cfg.linear:
             self.klt = BlockTransform(z, cfg.stride, cfg.temporal_stride)
@@ -142,7 +146,11 @@ class VAE(nn.Module):
             self.post_quant = CausalConv(z, self.dtype, window=(1, 1, 1))
 
     @jax.default_matmul_precision(EXACT)
-    def encode(self, video: Array, first: bool = True) -> tuple[Array, Array]:
+    def encode(
+        self, video: Float[ArrayLike, "b t h w 3"], first: bool = True
+    ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
+        """Mean and log-variance of the latents."""
+        video = jnp.asarray(video)
         if self.config.linear:
             mean = self.klt.forward(video, first)
             return mean, jnp.full_like(mean, LINEAR_LOGVAR)
@@ -150,46 +158,50 @@ class VAE(nn.Module):
         mean, logvar = jnp.split(self.quant(x, first), 2, axis=-1)
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
-    def decode(self, latents: Array, first: bool = True) -> Array:
+    def decode(
+        self, latents: Float[ArrayLike, "b t2 h2 w2 z"], first: bool = True
+    ) -> Float[Array, "b t h w 3"]:
+        """Frames, not clipped to [-1, 1]."""
         if self.config.linear:
             return self.clean(self.klt.inverse(latents, first))
         with jax.default_matmul_precision(self.precision):
-            return self.decoder(self.post_quant(latents.astype(self.dtype), first), first)
+            return self.decoder(self.post_quant(jnp.asarray(latents, self.dtype), first), first)
 
     @jax.default_matmul_precision(EXACT)
-    def clean(self, video: Array) -> Array:
-        """What the head makes of frames (b, t, h, w, 3), each for itself."""
+    def clean(self, video: Float[ArrayLike, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+        """Filters every frame by the head of a linear VAE, if it has one."""
         return video if self.head is None else self.head(video)
 
     @jax.default_matmul_precision(EXACT)
     def compensate(
         self,
-        latent: Array,
-        prediction: Array,
-        predicted: Array,
-        fresh: Array,
-        detail: Array,
+        latent: Float[ArrayLike, "b h w z"],
+        prediction: Float[ArrayLike, "b h w z"],
+        predicted: Float[ArrayLike, "b t height width 3"],
+        fresh: Float[ArrayLike, "b h w 1"],
+        detail: Float[ArrayLike, "b h w 1"],
         cleaned: int | None = None,
-    ) -> Array:
+    ) -> Float[Array, "b t height width 3"]:
         """Frames of one later latent of a linear VAE that was coded with motion.
 
-        A latent holds the principal components of its frames. What they leave of the predicted
+        A latent holds the principal components of its frames. What these leave out of the predicted
         frames is kept, so that a copied block stays as it is instead of losing its finest detail
-        with every latent; the head touches only what is fresh, for the same reason.
+        with every latent. The head filters only what is fresh, for the same reason.
 
         Args:
-          latent, prediction: (b, h, w, z), the decoded one and that of the predicted frames.
-          predicted: (b, t, 8h, 8w, 3).
-          fresh, detail: (b, h, w, 1), see `gnvc_jax.codec.model.DecodedLatent`.
-          cleaned: number of last frames that go through the head, by default all.
+          latent: decoded.
+          prediction: latent of the predicted frames.
+          predicted: frames, one stride of pixels per latent.
+          fresh, detail: see `gnvc_jax.codec.model.DecodedLatent`.
+          cleaned: number of last frames that the head filters, by default all.
 
         Returns:
-          (b, t, 8h, 8w, 3), not clipped.
+          Frames, not clipped.
         """
 
-        def of_pixels(weights: Array) -> Array:
+        def of_pixels(weights: Float[ArrayLike, "b h w 1"]) -> Float[Array, "b 1 height width 1"]:
             side = self.config.stride
-            return repeat(weights, "b h w c -> b 1 (h i) (w j) c", i=side, j=side)
+            return repeat(jnp.asarray(weights), "b h w c -> b 1 (h i) (w j) c", i=side, j=side)
 
         rest = predicted - self.klt.inverse(prediction[:, None], False)
         video = self.klt.inverse(latent[:, None], False) + of_pixels(detail) * rest
@@ -200,5 +212,6 @@ class VAE(nn.Module):
         part = part + of_pixels(fresh) * (self.clean(fixed) - fixed)
         return jnp.concatenate([video[:, :start], part], axis=1)
 
-    def __call__(self, video: Array) -> Array:
+    def __call__(self, video: Float[ArrayLike, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+        """Encodes and decodes; initialises all parameters."""
         return self.decode(self.encode(video)[0])

@@ -79,7 +79,7 @@ def test_step_is_the_best_for_its_worth():
             )[0]
         return rate + worth * error
 
-    steps = quantiser_step(worth) * np.array([0.6, 0.8, 1.0, 1.25, 1.6])
+    steps = quantiser_step(np.array([worth])) * np.array([0.6, 0.8, 1.0, 1.25, 1.6])
     assert np.argmin([cost(step) for step in steps]) == 2
 
 
