@@ -1,12 +1,16 @@
 """3x3 convolution of frames by Winograd's minimal filtering F(4x4, 3x3), in plain JAX operations.
 
-4x4 outputs of a 3x3 convolution depend on a 6x6 tile of inputs and take 144 products. As products
-of polynomials, evaluated at six points each way and interpolated, they take 36: each a sum of
-inputs times a sum of weights. Over all tiles and channels, each of the 36 is a convolution in time
-alone, that is, matrix products. On CPU this is about twice as fast as a direct convolution.
+4x4 outputs of a 3x3 convolution depend on a 6x6 tile of inputs and take 144 multiplications. As
+products of polynomials, evaluated at six points in each direction and interpolated, they take 36:
+each a sum of inputs times a sum of weights. Over all tiles and channels, each of the 36 is a
+convolution in time alone, that is, matrix products. On CPU this is about twice as fast as a direct
+convolution; `gnvc_jax.convolution` decides when it is used.
 
 The points are 0, ±3/4, ±3/2 and infinity. The usual 0, ±1, ±2 lose four times the accuracy; with
-these, float32 errors stay below 1e-5 of the largest output. bfloat16 would not bear it.
+these, float32 errors stay below 1e-5 of the largest output. bfloat16 is too coarse for either.
+
+Source: Lavin and Gray 2016 (arXiv 1509.09308) for the algorithm; the matrices follow from the
+points by the Toom-Cook construction.
 """
 
 import functools
@@ -16,16 +20,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Float
 
-Array = jax.Array
-
-TILE, INPUTS, TAPS = 4, 6, 3  # outputs, inputs and weights of a tile, each way
+TILE, INPUTS, TAPS = 4, 6, 3  # outputs, inputs and weights of a tile in each direction
 STRIP = 8  # rows of tiles that are in memory at once in transformed form
 
 P, Q = 0.75, 1.5
 POINTS = np.array([0, P, -P, Q, -Q])  # and infinity, where only the highest power counts
 P2, Q2 = P * P, Q * Q
-# Values at the six points (rows) of the inputs of a tile and of the weights; outputs from products.
+# Inputs of a tile, and weights, to values at the six points (rows); products at the points to
+# outputs. B^T, G and A^T in the notation of Lavin and Gray.
 FROM_INPUT = np.array(
     [
         [P2 * Q2, 0, -P2 - Q2, 0, 1, 0],
@@ -36,31 +40,41 @@ FROM_INPUT = np.array(
         [0, P2 * Q2, 0, -P2 - Q2, 0, 1],
     ]
 )
+# Product of the differences to the other points, by which interpolation divides; here the kernel
+# takes the division.
 SCALE = np.array([P2 * Q2, *2 * [2 * P2 * (P2 - Q2)], *2 * [2 * Q2 * (Q2 - P2)]])
 FROM_KERNEL = np.vstack([np.vander(POINTS, TAPS, increasing=True) / SCALE[:, None], [0, 0, 1]])
 TO_OUTPUT = np.vstack([np.vander(POINTS, TILE, increasing=True), [0, 0, 0, 1]]).T
 
 
 def _mix(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
-    """Matrix times a vector of arrays."""
+    """Matrix times a vector of arrays; skips zeros, which are a third of all entries."""
     terms = ([float(m) * part for m, part in zip(row, parts) if m] for row in matrix)
     return [functools.reduce(operator.add, row) for row in terms]
 
 
 def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
-    """x (b, t, h, w, c), kernel (kt, 3, 3, c, o) -> (b, sum(padding) + t - kt + 1, h, w, o).
+    """Convolves, 'same' in space.
 
-    'Same' in space; in time, `padding` frames of zeros before and after. Works off strips of rows,
-    each written into the output at once: what a strip takes in memory is a fraction of an image.
+    Works in strips of rows, each written into the output at once, so that the transformed inputs
+    take a fraction of the memory of a frame.
+
+    Args:
+      x: (b, t, h, w, c).
+      kernel: (kt, 3, 3, c, o).
+      padding: frames of zeros before and after x.
+
+    Returns:
+      (b, sum(padding) + t - kt + 1, h, w, o).
     """
     b, t, h, w, _ = x.shape
     kt, *_, o = kernel.shape
     rows, columns = -(-h // TILE), -(-w // TILE)
     strips = -(-rows // STRIP)
-    rows = -(-rows // strips)  # of one strip
+    rows = -(-rows // strips)  # of tiles in one strip
     edges = (1, strips * rows * TILE - h + 1), (1, columns * TILE - w + 1)
-    # Every number of y is replaced. It starts from the newest of x, since what is known before, XLA
-    # makes for all layers at once and keeps until their turn.
+    # Every element of y is overwritten. The initial value depends on x, because XLA creates arrays
+    # that depend on nothing for all layers at once and keeps them until they are used.
     shape = (b, sum(padding) + t - kt + 1, strips * rows * TILE, columns * TILE, o)
     y = jnp.full(shape, x[-1, -1, -1, -1, -1])
     x = jnp.pad(x, ((0, 0), (0, 0), *edges, (0, 0)))
@@ -75,12 +89,12 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
 
 
 def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
-    """As `_convolve`, 'valid' in space, for outputs that are whole tiles."""
+    """As `_convolve`, but 'valid' in space, for outputs of whole tiles."""
     b, t, h, w, c = x.shape
     rows, columns = h // TILE, w // TILE
 
     def product(x: Array, kernel: Array) -> Array:
-        """x (b, t, rows, columns, c), kernel (kt, c, o)"""
+        """Convolution in time of one of the 36: x (b, t, rows, columns, c), kernel (kt, c, o)."""
         x = x.reshape(b, t, rows * columns, c)
         y = lax.conv_general_dilated(
             x,
@@ -91,8 +105,8 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
         )
         return y.reshape(b, -1, rows, columns, y.shape[-1])
 
-    # Rows first, then columns. The six points of the rows are stacked and looped over: written
-    # out, the products are no faster and compilation takes three times as long.
+    # Rows first, then columns. The six points of the rows are stacked and looped over: unrolled,
+    # the products are no faster and compilation takes three times as long.
     step = slice(None, None, TILE)
     lines = [x[:, :, i : i + TILE * rows - 3][:, :, step] for i in range(INPUTS)]
     lines = jnp.stack(_mix(FROM_INPUT, lines))  # (6, b, t, rows, w, c)
@@ -102,7 +116,8 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     def line(at: tuple[list[Array], Array]) -> list[Array]:
         """Outputs of the four columns at one point of the rows.
 
-        Transforms the kernel itself: outside the loop, XLA would do so for all layers at once.
+        Transforms the kernel here: outside the loop, XLA would do it for all layers at once and
+        keep the results.
         """
         inputs, point = at
         weights = sum(point[i] * kernel[:, i] for i in range(TAPS))  # (kt, 3, c, o)
@@ -117,8 +132,10 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def conv3d(x: Array, kernel: Array, zeros: int) -> Array:
-    """As `gnvc_jax.convolution.conv3d`, for kernels (kt, 3, 3, c, o).
+def conv3d(
+    x: Float[Array, "b t h w c"], kernel: Float[Array, "kt 3 3 c o"], zeros: int
+) -> Float[Array, "b t2 h w o"]:
+    """As `gnvc_jax.convolution.conv3d`, for 3x3 kernels.
 
     The gradient of the input is the same algorithm with the kernel reversed; that of the kernel is
     a matrix product per tap.
@@ -126,18 +143,19 @@ def conv3d(x: Array, kernel: Array, zeros: int) -> Array:
     return _convolve(x, kernel, (zeros, 0))
 
 
-def _forward(x, kernel, zeros):
+def _forward(x: Array, kernel: Array, zeros: int) -> tuple[Array, tuple[Array, Array]]:
     return conv3d(x, kernel, zeros), (x, kernel)
 
 
-def _backward(zeros, saved, dy):
+def _backward(zeros: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
     kt, _, _, c, o = kernel.shape
     _, t, h, w, _ = dy.shape
     dx = _convolve(dy, kernel[::-1, ::-1, ::-1].swapaxes(-1, -2), (kt - 1 - zeros, kt - 1))
     x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
 
-    def tap(k: int, i: int, j: int) -> Array:
+    def tap(k: int, i: int, j: int) -> Float[Array, "c o"]:
+        """Gradient of one weight matrix: what it saw, times where it went."""
         seen = x[:, max(0, k - zeros) : k - zeros + t, i : i + h, j : j + w]
         return seen.reshape(-1, c).T @ dy[:, max(0, zeros - k) :].reshape(-1, o)
 

@@ -1,15 +1,11 @@
-"""For every test: eight simulated devices, compiled programs kept between runs, checked shapes."""
+"""Eight simulated devices for every test, and compiled programs kept between runs."""
 
 import dataclasses
 import os
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from beartype import BeartypeConf, beartype
-from jaxtyping import install_import_hook
 
 # Before JAX initialises; processes that tests start inherit them.
 flag = "--xla_force_host_platform_device_count"
@@ -19,15 +15,6 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 cache = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-# Annotations like Float[Array, "b t h w c"] are checked at every call in these modules; in jitted
-# functions, once per trace. The hook takes the checker by name, hence a module; the option makes
-# beartype accept an integer where a float is expected.
-CHECKED = ("codec", "convolution", "motion", "parallel", "refiner", "vae", "winograd")
-checker = types.ModuleType("gnvc_jax_typechecker")
-checker.check = beartype(conf=BeartypeConf(is_pep484_tower=True))
-sys.modules[checker.__name__] = checker
-install_import_hook([f"gnvc_jax.{name}" for name in CHECKED], f"{checker.__name__}.check")
 
 
 @pytest.fixture(scope="session")

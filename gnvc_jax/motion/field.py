@@ -1,17 +1,20 @@
-"""What a motion field consists of, and its expansion to a vector per 16x16 block and frame.
+"""The motion field of one latent, and its expansion to a vector per 16x16 block and frame.
 
-A field describes where the four frames of one latent lie in the frame before them. Vectors are
+A field describes how the four frames of one latent follow from the frame before them. Vectors are
 (dx, dy) displacements *into the reference*: frame(x, y) is predicted by reference(x + dx, y + dy).
-All arithmetic is in integers, so that an expanded field is the same on every machine.
+A field holds few numbers: motion of the last frame per 32x32 block, finer vectors where blocks are
+split, and corrections for the frames in between, which otherwise move linearly in time. `expand`
+derives all vectors. Its arithmetic is in integers, so they are the same on every machine.
 """
 
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, Int16, Int32
 
-COARSE, FINE = 32, 16  # block sides in pixels
+COARSE, FINE = 32, 16  # sides of blocks in pixels
 FRAMES = 4  # frames per field, evenly spaced in time
-MAX_VECTOR = 127  # of coarse vectors, in half pels
+MAX_VECTOR = 127  # largest component of a coarse vector, in half pels
 PEL = 16  # expanded vectors are in 1/16 pel
 
 
@@ -19,13 +22,14 @@ class MotionField(NamedTuple):
     """Integers of one latent's motion; (h, w) is the grid of 32x32 blocks.
 
     Attributes:
-      coarse: int16 (h, w, 2), motion of the last frame, half pels.
+      coarse: int16 (h, w, 2), motion of the last frame, in half pels.
       split: bool (h, w), blocks whose four 16x16 quarters have vectors of their own.
-      fine: int16 (2h, 2w, 2), what the quarters add to the interpolated coarse field, half pels;
+      fine: int16 (2h, 2w, 2), what the quarters add to the interpolated coarse field, in half pels;
         zero outside split blocks.
-      middle: int16 (h, w, 2), what the second frame adds to half the motion of the last one, half
-        pels; all zero where motion is linear in time.
-      shift: int16 (3, 2), what the first three frames add as a whole, quarter pels.
+      middle: int16 (h, w, 2), what the second frame adds to half the motion of the last one, in
+        half pels; all zero if motion is linear in time.
+      shift: int16 (3, 2), displacement that each of the first three frames adds to all its blocks,
+        in quarter pels.
     """
 
     coarse: np.ndarray
@@ -46,26 +50,29 @@ def no_motion(h: int, w: int) -> MotionField:
     )
 
 
-def upsample(vectors: np.ndarray) -> np.ndarray:
-    """Bilinear interpolation to twice the grid, times 16: (h, w, 2) -> int32 (2h, 2w, 2).
+def upsample(vectors: Int[np.ndarray, "h w 2"]) -> Int32[np.ndarray, "2*h 2*w 2"]:
+    """Bilinear interpolation to twice the grid, times 16; edges repeat.
 
-    A quarter's centre lies a quarter of the way from its block's centre to the neighbour's, hence
-    the weights 9, 3, 3, 1; edges repeat.
+    The centre of a quarter lies a quarter of the way from the centre of its block to that of the
+    neighbour, hence the weights 9, 3, 3, 1.
     """
     x = np.pad(vectors.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
-    for axis in (0, 1):
+    for axis in (0, 1):  # separable: weights 3 and 1 in each direction
         x = np.moveaxis(x, axis, 0)
         near, before, after = x[1:-1], x[:-2], x[2:]
-        x = np.stack([3 * near + before, 3 * near + after], axis=1)
+        x = np.stack([3 * near + before, 3 * near + after], axis=1)  # (size, 2, ...), interleaved
         x = np.moveaxis(x.reshape(-1, *x.shape[2:]), 0, axis)
     return x
 
 
-def expand(field: MotionField) -> np.ndarray:
-    """Vectors of every frame and 16x16 block: int16 (4, 2h, 2w, 2) in 1/16 pel."""
-    # All terms in 1/128 pel, the largest unit in which they are whole numbers.
+def expand(field: MotionField) -> Int16[np.ndarray, "4 h2 w2 2"]:
+    """Vectors of every frame and 16x16 block, in 1/16 pel."""
+    # All terms are in 1/128 pel, the largest unit in which they are whole numbers: a half pel is 64
+    # of them, and `upsample` has multiplied by 16.
     last = 4 * (upsample(field.coarse) + 16 * field.fine.astype(np.int32))
     second = last // 2 + 4 * upsample(field.middle)
+    # The first and third frame are halfway between their neighbours; a quarter pel is 32 units.
     frames = np.stack([second // 2, second, (second + last) // 2, last])
     frames[:-1] += 32 * field.shift[:, None, None].astype(np.int32)
+    # To 1/16 pel, rounded half up; the shift of a negative number rounds down on every machine.
     return ((frames + 4) >> 3).astype(np.int16)

@@ -1,18 +1,30 @@
-"""Prediction of frames by block motion, in JAX; the same in training, coding and refinement."""
+"""Prediction of frames by block motion, in JAX; the same in training, coding and refinement.
+
+`predict` is what the codec calls: vectors per block and frame, and the last decoded frame, give
+four predicted frames. It interpolates the vectors (`dense`) and samples the frame (`warp`).
+`to_eight_bits` makes frames in training what they are in use.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from gnvc_jax.motion.field import FINE, PEL
 
-Array = jax.Array
-
 
 def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Left and right block of every pixel along one axis, and the weight (size,) of the right one.
+    """Left and right block of every pixel along one axis, and the weight of the right one.
 
     Vectors stand at block centres; pixels beyond the outer centres take the outer vector.
+
+    Args:
+      size: number of pixels.
+      blocks: number of blocks.
+
+    Returns:
+      Three arrays (size,).
     """
     position = (np.arange(size) + 0.5) / FINE - 0.5
     left = np.floor(position).astype(int)
@@ -20,19 +32,19 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return np.clip(left, 0, blocks - 1), np.clip(left + 1, 0, blocks - 1), weight
 
 
-def dense(vectors: Array) -> Array:
-    """Block vectors (..., h, w, 2) in 1/16 pel -> displacements (..., 16h, 16w, 2) in pels."""
+def dense(vectors: Int[ArrayLike, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2"]:
+    """Block vectors in 1/16 pel -> displacements of all pixels in pels, by linear interpolation."""
     h, w = vectors.shape[-3:-1]
     top, bottom, y = interpolation(FINE * h, h)
     left, right, x = interpolation(FINE * w, w)
     y, x = y[:, None, None], x[:, None]
-    vectors = vectors.astype(jnp.float32) / PEL
+    vectors = jnp.asarray(vectors, jnp.float32) / PEL
     rows = vectors[..., top, :, :] * (1 - y) + vectors[..., bottom, :, :] * y
     return rows[..., left, :] * (1 - x) + rows[..., right, :] * x
 
 
 def catmull_rom(t: Array) -> tuple[Array, ...]:
-    """Weights of the four samples around a point, t in [0, 1) after the second one.
+    """Weights of the four samples around a point, at t in [0, 1) after the second one.
 
     The cubic convolution kernel with a = -1/2 (Keys, 1981).
     """
@@ -44,10 +56,14 @@ def catmull_rom(t: Array) -> tuple[Array, ...]:
     )
 
 
-def warp(image: Array, displacement: Array) -> Array:
-    """Samples image (b, h, w, c) at pixel + displacement (b, n, h, w, 2) -> (b, n, h, w, c).
+def warp(
+    image: Float[ArrayLike, "b h w c"], displacement: Float[ArrayLike, "b n h w 2"]
+) -> Float[Array, "b n h w c"]:
+    """Samples an image at pixel + displacement, by bicubic (Catmull-Rom) interpolation.
 
-    Bicubic (Catmull-Rom); beyond the edges the edge repeats.
+    Args:
+      image: beyond its edges, the edge pixels repeat.
+      displacement: (dx, dy) in pels, for each of n results.
     """
     b, h, w, c = image.shape
     x = jnp.arange(w) + displacement[..., 0]
@@ -56,7 +72,8 @@ def warp(image: Array, displacement: Array) -> Array:
     weights_x, weights_y = catmull_rom(x - left), catmull_rom(y - top)
     left, top = left.astype(jnp.int32), top.astype(jnp.int32)
     columns = [jnp.clip(left + i, 0, w - 1) for i in (-1, 0, 1, 2)]
-    flat, out = image.reshape(b, h * w, c), 0.0
+    # A gather over flattened pixels, 16 times: row by row of the 4x4 neighbourhood.
+    flat, out = jnp.asarray(image).reshape(b, h * w, c), 0.0
     for i, weight_y in zip((-1, 0, 1, 2), weights_y):
         row = jnp.clip(top + i, 0, h - 1) * w
         line = 0.0
@@ -69,7 +86,9 @@ def warp(image: Array, displacement: Array) -> Array:
 
 
 @jax.custom_vjp
-def predict(reference: Array, vectors: Array) -> Array:
+def predict(
+    reference: Float[ArrayLike, "b h w 3"], vectors: Int[ArrayLike, "b 4 h2 w2 2"]
+) -> Float[Array, "b 4 h w 3"]:
     """Predicts four frames from the last decoded frame.
 
     Its gradient with respect to `reference` is approximate: the adjoint of a warp scatters, which
@@ -78,22 +97,19 @@ def predict(reference: Array, vectors: Array) -> Array:
     is symmetric, and close to exact where vectors change slowly.
 
     Args:
-      reference: (b, h, w, 3), h and w multiples of 16.
-      vectors: (b, 4, h / 16, w / 16, 2), see `gnvc_jax.motion.field.expand`.
-
-    Returns:
-      (b, 4, h, w, 3).
+      reference: h and w are multiples of 16.
+      vectors: of every frame and 16x16 block, see `gnvc_jax.motion.field.expand`.
     """
     return warp(reference, dense(vectors))
 
 
-def _predict_forward(reference: Array, vectors: Array) -> tuple[Array, Array]:
+def _predict_forward(reference: ArrayLike, vectors: ArrayLike) -> tuple[Array, ArrayLike]:
     return predict(reference, vectors), vectors
 
 
-def _predict_backward(vectors: Array, gradient: Array) -> tuple[Array, np.ndarray]:
+def _predict_backward(vectors: ArrayLike, gradient: ArrayLike) -> tuple[Array, np.ndarray]:
     b, n, h, w, c = gradient.shape
-    # Each of the four gradients is a picture of its own with one field: (b * 4, 1, h, w, 2).
+    # Each of the four gradients is an image of its own with one field: (b * 4, 1, h, w, 2).
     back = -dense(vectors).reshape(b * n, 1, h, w, 2)
     pulled = warp(gradient.reshape(b * n, h, w, c), back).reshape(gradient.shape)
     return pulled.sum(1), np.zeros(vectors.shape, jax.dtypes.float0)
@@ -102,8 +118,8 @@ def _predict_backward(vectors: Array, gradient: Array) -> tuple[Array, np.ndarra
 predict.defvjp(_predict_forward, _predict_backward)
 
 
-def to_eight_bits(frames: Array) -> Array:
-    """Rounds frames in [-1, 1] to the 256 values that a decoder hands out.
+def to_eight_bits(frames: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Rounds frames in [-1, 1] to the 256 values that a decoder outputs.
 
     The gradient passes straight through the rounding and stops where values are clipped.
     """

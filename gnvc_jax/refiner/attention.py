@@ -1,7 +1,10 @@
-"""Softmax attention without a mask, by the best means of each backend.
+"""Softmax attention without a mask, by the best kernel of each backend.
 
-All take queries (b, n, heads, d), keys and values (b, m, heads, d) and return (b, n, heads, d);
-scores are scaled by 1/sqrt(d) and softmax is in float32.
+The DiT calls `attention`, or `windowed_attention` for large frames. Both pick one of
+IMPLEMENTATIONS (`choose`) and leave what crosses devices to `gnvc_jax.parallel.attention`.
+
+All functions take queries (b, n, heads, d), keys and values (b, m, heads, d) and return
+(b, n, heads, d); scores are scaled by 1/sqrt(d) and softmax is in float32.
 """
 
 import functools
@@ -10,39 +13,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import attention as parallel
 from gnvc_jax.parallel import axis_size, backend
 
-Array = jax.Array
-
 RING = "ring"  # of all devices along the mesh axis `context`
 
-# At most so many scores (queries x keys x heads x batch) are in memory at once on CPU.
+# At most this many scores (queries x keys x heads x batch) are in memory at once on CPU.
 SCORES_IN_MEMORY = 1 << 26
 # Tokens per tile of the TPU kernel; sequences are padded to a multiple.
 SPLASH_BLOCK = 512
 
 
 def attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b n heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
     implementation: str | None = None,
     *,
     length: int | None = None,
     split_keys: bool = False,
-) -> Array:
+) -> Float[Array, "b n heads d"]:
     """Attention by the named implementation, or by the one that `choose` names.
 
-    On a mesh, each device works on its clips, tokens and heads. Keys after `length` are padding
-    (default: none). With split_keys they are spread over the mesh axis `context` as queries are;
-    then tokens are exchanged for heads and the implementation sees all tokens of some heads. "ring"
-    sends keys round instead, and is the default where filling up the heads to a multiple of
-    `context` would make them twice as many or more.
+    On a mesh, each device works on its clips, tokens and heads.
 
-    Raises UsageError for an unknown name and for heads that the mesh axis `tensor` does not divide.
+    Args:
+      q, k, v: queries, keys and values.
+      implementation: a key of IMPLEMENTATIONS, or "ring": keys travel from device to device, and
+        each device uses the kernel of `choose`.
+      length: keys from this one on are padding; by default, none.
+      split_keys: whether keys are sharded over the mesh axis `context` as queries are. Tokens are
+        then exchanged for heads, so that the implementation sees all tokens of some heads. "ring"
+        does without, and is the default where padding the heads to a multiple of `context` would
+        at least double their number.
+
+    Raises:
+      UsageError: for an unknown name and for heads that the mesh axis `tensor` does not divide.
     """
     best = choose(q.dtype, q.shape[-1])
     heads, devices = q.shape[2] // axis_size("tensor"), axis_size("context")
@@ -58,13 +68,13 @@ def attention(
 
 
 def windowed_attention(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b n heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
     grid: tuple[int, int, int],
     window: int,
     implementation: str | None = None,
-) -> Array:
+) -> Float[Array, "b n heads d"]:
     """Attention of each token to its spatial neighbourhood, in all latents.
 
     Tokens are taken in square blocks of half a window, and each block attends to the window around
@@ -73,22 +83,24 @@ def windowed_attention(
     square. Frames no larger than a window get plain attention.
 
     Args:
-        q, k, v: (b, n, heads, d), n = columns * latents * rows, in this order.
-        grid: (latents, rows, columns) of tokens.
-        window: tokens per side, even.
-        implementation: see `attention`.
+      q, k, v: queries, keys and values, with n = m = columns * latents * rows, in this order.
+      grid: (latents, rows, columns) of tokens.
+      window: tokens per side, even.
+      implementation: see `attention`.
 
     Raises:
-        UsageError: if a mesh spreads tokens over its axis `context`.
+      UsageError: if a mesh shards tokens over its axis `context`.
     """
     t, rows, columns = grid
     if rows <= window and columns <= window:
         return attention(q, k, v, implementation)
     if axis_size("context") > 1:
-        raise UsageError("attention in windows does not spread tokens; use a mesh with context=1")
+        raise UsageError(
+            "attention in windows needs a mesh with context=1: it does not shard tokens"
+        )
     block = window // 2
 
-    def starts(count: int) -> np.ndarray:
+    def starts(count: int) -> Int[np.ndarray, " blocks"]:
         """First token of the window of each block along one axis."""
         first = np.arange(0, count, block) - (window - block) // 2
         return np.clip(first, 0, max(0, count - window))
@@ -101,6 +113,7 @@ def windowed_attention(
     q = rearrange(q, "b (x i) t (y j) n d -> (b x y) (i t j) n d", i=block, j=block)
 
     def windows(x: Array) -> Array:
+        """The tokens around each block, as a batch: ((b x y), tokens of a window, heads, d)."""
         x = rearrange(x, "b (w t h) n d -> b w t h n d", t=t, h=rows)
         x = x[:, across[:, None] + np.arange(min(window, columns))]  # (b, x, i, t, h, n, d)
         x = x[:, :, :, :, down[:, None] + np.arange(min(window, rows))]  # (b, x, i, t, y, j, n, d)
@@ -113,19 +126,19 @@ def windowed_attention(
 
 
 def exchanged_heads(heads: int, devices: int) -> int | None:
-    """Heads, those of zeros included, that devices exchange tokens for by default.
+    """Number of heads, with padding, that devices exchange tokens for by default.
 
-    None where zeros would make them twice as many or more, and keys go round instead.
+    None where padding would at least double it, and keys travel in a ring instead.
     """
     filled = heads + -heads % devices
     return filled if filled < 2 * heads else None
 
 
-def choose(dtype: jnp.dtype, head_width: int, platform: str | None = None) -> str:
-    """The implementation for a platform (default: the one in use).
+def choose(dtype: DTypeLike, head_width: int, platform: str | None = None) -> str:
+    """The implementation for a platform, by default the one that is traced for.
 
-    cuDNN's flash attention needs half precision and a head width of at most 128, TPU's splash
-    kernel a multiple of 128; elsewhere the scores are made for a few queries at a time.
+    cuDNN's flash attention needs half precision and a head width of at most 128, the TPU's splash
+    kernel a multiple of 128. Elsewhere the scores are computed for a few queries at a time.
     """
     platform = platform or backend()
     half = jnp.dtype(dtype).itemsize == 2
@@ -136,10 +149,12 @@ def choose(dtype: jnp.dtype, head_width: int, platform: str | None = None) -> st
     return "chunked"
 
 
-def chunked_attention(q: Array, k: Array, v: Array) -> Array:
+def chunked_attention(
+    q: Float[Array, "b n heads d"], k: Float[Array, "b m heads d"], v: Float[Array, "b m heads d"]
+) -> Float[Array, "b n heads d"]:
     """Plain attention over chunks of queries, so that the scores never exceed SCORES_IN_MEMORY.
 
-    The scores are made again in the backward pass, whose memory is bounded by this too.
+    The backward pass computes the scores again, so its memory is bounded in the same way.
     """
     b, n, heads, _ = q.shape
     attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
@@ -147,19 +162,31 @@ def chunked_attention(q: Array, k: Array, v: Array) -> Array:
     if size >= n:
         return attend(q, k, v)
     chunks = -(-n // size)
-    size = -(-n // chunks)
+    size = -(-n // chunks)  # of equal chunks, to pad as little as possible
     q = jnp.pad(q, ((0, 0), (0, chunks * size - n), (0, 0), (0, 0)))
     q = rearrange(q, "b (c s) h d -> c b s h d", c=chunks)
     y = jax.lax.map(jax.checkpoint(lambda part: attend(part, k, v)), q)
     return rearrange(y, "c b s h d -> b (c s) h d")[:, :n]
 
 
-def splash_attention(q: Array, k: Array, v: Array, interpret: bool = False) -> Array:
-    """The Pallas flash kernel of TPUs; padded keys are masked by their segment."""
+def splash_attention(
+    q: Float[Array, "b n heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    interpret: bool = False,
+) -> Float[Array, "b n heads d"]:
+    """The Pallas flash kernel for TPUs.
+
+    Args:
+      q, k, v: queries, keys and values.
+      interpret: run the kernel in JAX operations, on any backend.
+    """
+    # Imported here: the modules exist for TPUs, and cost a second elsewhere.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    def padded(x):
+    def padded(x: Float[Array, "b n heads d"]) -> tuple[Float[Array, "b heads n2 d"], int]:
+        """Tokens padded to a multiple of the tile, and the size of the tile."""
         n = x.shape[1]
         size = min(SPLASH_BLOCK, -(-n // 128) * 128)
         x = jnp.pad(x, ((0, 0), (0, -n % size), (0, 0), (0, 0)))
@@ -185,6 +212,7 @@ def splash_attention(q: Array, k: Array, v: Array, interpret: bool = False) -> A
         # What the backward pass needs of the forward pass is kept where outputs are.
         residual_checkpoint_name="attention",
     )
+    # Tokens attend within their segment; padding is a segment of its own.
     segments = kernels.SegmentIds(
         q=jnp.zeros(q.shape[2], jnp.int32), kv=(jnp.arange(k.shape[2]) >= m).astype(jnp.int32)
     )

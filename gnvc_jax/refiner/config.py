@@ -1,4 +1,8 @@
-"""Sizes of the video DiT and of the refiner, and what a forward pass costs."""
+"""Sizes of the video DiT and of the refiner, and what a forward pass costs.
+
+Both go into model files and checkpoint folders as JSON, so their field names are part of these
+formats. The presets WAN_1_3B, WAN_14B, VACE_1_3B and VACE_14B are the public models' sizes.
+"""
 
 import dataclasses
 import math
@@ -14,15 +18,22 @@ MASKS = 64  # mask channels of VACE: one per pixel of a latent
 class DiTConfig:
     """Architecture of the DiT; the defaults are Wan2.1-T2V-1.3B's (1,418,996,800 parameters).
 
-    width: of the tokens; ffn_width: of the hidden layer of a block; heads, layers: attention heads
-    and blocks; frequencies: width of the sinusoid that stands for time; channels: of the latents;
-    text_width, text_length: of the text condition (length 0: no cross-attention); context_every: 0
-    for a plain DiT, s for VACE's adapter with one context block per s blocks (the first before
-    block 0); context_channels: of the adapter's condition, on the grid of the latents; window:
-    tokens per side of the neighbourhood that self-attention sees in each latent, even, 0 for all
-    tokens (see `gnvc_jax.refiner.attention.windowed_attention`).
+    Attributes:
+      width: of the tokens.
+      ffn_width: of the hidden layer of a block.
+      heads: attention heads.
+      layers: blocks.
+      frequencies: width of the sinusoidal embedding of time.
+      channels: of the latents.
+      text_width, text_length: of the text condition; length 0 for no cross-attention.
+      context_every: 0 for a plain DiT, s for VACE's adapter with one context block per s blocks,
+        the first before block 0.
+      context_channels: of the adapter's condition, on the grid of the latents.
+      window: tokens per side of the neighbourhood that self-attention sees in each latent, even;
+        0 for all tokens. See `gnvc_jax.refiner.attention.windowed_attention`.
 
-    Raises UsageError for sizes that do not divide.
+    Raises:
+      UsageError: for sizes that do not divide.
     """
 
     width: int = 1536
@@ -37,20 +48,24 @@ class DiTConfig:
     context_channels: int = 96
     window: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.width % (2 * self.heads):
-            raise UsageError(f"width {self.width} over {self.heads} heads: no even head width")
+            raise UsageError(
+                f"width must be a multiple of 2 * heads, got {self.width} for {self.heads} heads"
+            )
         if self.window % 2 or self.window < 0:
-            raise UsageError(f"window is {self.window}, expected an even number of tokens")
+            raise UsageError(f"window must be an even number of tokens, got {self.window}")
         if self.frequencies % 2:
-            raise UsageError(f"frequencies is {self.frequencies}, expected an even number")
+            raise UsageError(f"frequencies must be even, got {self.frequencies}")
         if self.layers % self.group_size:
             raise UsageError(
-                f"{self.layers} layers cannot be split into groups of {self.context_every}"
+                f"layers must be a multiple of context_every ({self.context_every}), "
+                f"got {self.layers}"
             )
 
     @property
     def head_width(self) -> int:
+        """Width of one attention head."""
         return self.width // self.heads
 
     @property
@@ -60,6 +75,7 @@ class DiTConfig:
 
     @property
     def groups(self) -> int:
+        """Groups of blocks, each with one context block if there is an adapter."""
         return self.layers // self.group_size
 
     def tokens(self, t: int, h: int, w: int) -> int:
@@ -67,10 +83,13 @@ class DiTConfig:
         return t * (h // PATCH) * (w // PATCH)
 
     def flops(self, t: int, h: int, w: int, heads: int | None = None) -> int:
-        """Operations (multiply and add count two) of one forward pass on latents (t, h, w).
+        """Operations (a multiply-add counts as two) of one forward pass on latents (t, h, w).
 
-        Matrix products only, batch 1; the published counts of Wan2.1 come out to three digits.
-        heads: that self-attention works on, where heads of zeros fill up its own.
+        Matrix products only, batch 1. Agrees with the published counts of Wan2.1 to three digits.
+
+        Args:
+          t, h, w: size of the latents.
+          heads: that self-attention works on, if its own are padded.
         """
         n, m, d = self.tokens(t, h, w), self.text_length, self.width
         attended = (heads or self.heads) * self.head_width
@@ -91,15 +110,20 @@ class DiTConfig:
 class RefinerConfig:
     """A DiT with an adapter for decoded latents and features of the codec.
 
-    dit: its context has VACE's 96 channels, or as many as latents have (decoded latents alone);
-    features: channels of the codec's features; window, overlap: latents that are refined together
-    and that neighbouring windows share; start: t_N, flow time at which refinement begins; noise:
-    standard deviation of the noise in the starting state, 1 for an ordinary flow, 0 for a
-    deterministic refiner of one step; deviation: 0 where the DiT gives the velocity itself, as
-    Wan's does; else it corrects `flow.linear_velocity` with this deviation of coding errors, which
-    small models need.
+    Attributes:
+      dit: its context has VACE's 96 channels, or as many as latents have (decoded latents alone).
+      features: channels of the codec's features.
+      window: latents that are refined together.
+      overlap: latents that neighbouring windows share.
+      start: t_N, flow time at which refinement begins.
+      noise: standard deviation of the noise in the starting state: 1 for an ordinary flow, 0 for a
+        deterministic refiner of one step.
+      deviation: 0 where the DiT gives the velocity itself, as Wan's does. Otherwise the standard
+        deviation of coding errors, for which the DiT corrects `flow.linear_velocity`; small models
+        need this.
 
-    Raises UsageError for sizes that do not fit.
+    Raises:
+      UsageError: for sizes that do not fit.
     """
 
     dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))
@@ -110,19 +134,21 @@ class RefinerConfig:
     noise: float = 1.0
     deviation: float = 0.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         known = self.dit.channels, self.vace_channels
         if not self.dit.context_every or self.dit.context_channels not in known:
             raise UsageError(
-                f"the refiner needs context blocks with {known[0]} or {known[1]} channels, "
-                f"not {self.dit.context_channels} every {self.dit.context_every} blocks"
+                f"the refiner needs context blocks with {known[0]} or {known[1]} channels, got "
+                f"{self.dit.context_channels} channels every {self.dit.context_every} blocks"
             )
         if not 0 <= self.overlap < self.window:
-            raise UsageError(f"overlap {self.overlap} does not fit windows of {self.window}")
+            raise UsageError(
+                f"overlap must be in [0, window), got {self.overlap} for windows of {self.window}"
+            )
 
     @property
     def vace_channels(self) -> int:
-        """Channels of VACE's condition."""
+        """Channels of VACE's condition: two latents and a mask."""
         return 2 * self.dit.channels + MASKS
 
     @property

@@ -1,5 +1,8 @@
 """Wan2.1's video DiT, with or without VACE's context adapter.
 
+`DiT` is the whole network; it scans `DiTGroup`, which consists of `DiTBlock`, which uses
+`DiTAttention` twice. `gnvc_jax.refiner.model` conditions it on the codec.
+
 Latents (b, t, h, w, c) are normalised per channel; tokens are (b, n, d) with n = (w/2) t (h/2),
 column outermost, so that a video sharded along its width stays so. Attention has no mask, and the
 rotary embedding follows the tokens, hence their order changes nothing else.
@@ -17,21 +20,24 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import axis_size, constrain
 from gnvc_jax.refiner.attention import attention, windowed_attention
 from gnvc_jax.refiner.config import PATCH, DiTConfig
 
-Array = jax.Array
-
-EPSILON = 1e-6
+EPSILON = 1e-6  # of all norms
+# Wan initialises the embeddings of time and text this way, everything else by Xavier's.
 SMALL = nn.initializers.normal(0.02)
 XAVIER = nn.initializers.xavier_uniform()
 
-# What the backward pass keeps of each block; the rest is computed again.
+RotaryTable = tuple[Array, Array]  # cosines and sines, see `rotary_table`
+
+# What the backward pass keeps of each block; the rest is computed again. The names are those given
+# by `checkpoint_name` below and in the attention kernels.
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -40,29 +46,33 @@ REMAT = {
 }
 
 
-def patchify(latents: Array) -> Array:
-    """(b, t, h, w, c) -> (b, (w/2) t (h/2), 4c)."""
+def patchify(latents: Float[ArrayLike, "b t h w c"]) -> Float[Array, "b (w//2)*t*(h//2) 4*c"]:
+    """Latents to tokens of 2x2 latents: column outermost, then time, then row."""
+    latents = jnp.asarray(latents)
     return rearrange(latents, "b t (h p) (w q) c -> b (w t h) (p q c)", p=PATCH, q=PATCH)
 
 
-def unpatchify(tokens: Array, t: int, h: int, w: int) -> Array:
+def unpatchify(
+    tokens: Float[Array, "b n d"], t: int, h: int, w: int
+) -> Float[Array, "b {t} {h} {w} d//4"]:
     """Undoes `patchify`; t, h, w: sizes of the latents."""
     sizes = {"t": t, "h": h // PATCH, "w": w // PATCH, "p": PATCH, "q": PATCH}
     return rearrange(tokens, "b (w t h) (p q c) -> b t (h p) (w q) c", **sizes)
 
 
-def shard_tokens(tokens: Array) -> Array:
-    """Tokens (b, n, d) over the mesh axis `context`; zero rows fill them up to a multiple."""
+def shard_tokens(tokens: Float[Array, "b n d"]) -> Float[Array, "b n2 d"]:
+    """Shards tokens over the mesh axis `context`, padded with zeros to a multiple of its size."""
     rest = -tokens.shape[1] % axis_size("context")
     return constrain(jnp.pad(tokens, ((0, 0), (0, rest), (0, 0))), batch=0, context=1)
 
 
-def rotary_table(head_width: int, t: int, h: int, w: int) -> tuple[Array, Array]:
-    """Cosines and sines (n, 1, head_width / 2) of the tokens of latents (t, h, w).
+def rotary_table(head_width: int, t: int, h: int, w: int) -> RotaryTable:
+    """Cosines and sines (n, 1, head_width / 2) for the tokens of latents (t, h, w).
 
-    The pairs of a head are shared out to time, row and column; pair p of an axis that has d numbers
-    turns by position * 10000^(-2p/d).
+    The pairs of a head are divided among time, row and column; pair p of an axis that has d numbers
+    is rotated by position * 10000^(-2p/d).
     """
+    # Rows and columns get a third each, rounded down to pairs; time gets the rest.
     side = 2 * (head_width // 6)
     sizes = {"t": t, "h": h // PATCH, "w": w // PATCH}
     angles = []
@@ -77,8 +87,9 @@ def rotary_table(head_width: int, t: int, h: int, w: int) -> tuple[Array, Array]
     return cosine, sine
 
 
-def rotate(x: Array, table: tuple[Array, Array]) -> Array:
-    """Turn neighbouring pairs of x (b, n, heads, d), in float32; tokens after the table's stay."""
+def rotate(x: Float[Array, "b n heads d"], table: RotaryTable) -> Float[Array, "b n heads d"]:
+    """Rotates neighbouring pairs of each head, in float32; tokens beyond the table stay as is."""
+    # Padding from `shard_tokens` comes last: angle 0.
     rest = ((0, x.shape[1] - table[0].shape[0]), (0, 0), (0, 0))
     cosine, sine = jnp.pad(table[0], rest, constant_values=1.0), jnp.pad(table[1], rest)
     a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
@@ -86,58 +97,66 @@ def rotate(x: Array, table: tuple[Array, Array]) -> Array:
     return y.reshape(x.shape).astype(x.dtype)
 
 
-def sinusoid(time: Array, width: int) -> Array:
-    """Wan timestep (b,) -> (b, width): cosines, then sines, of time * 10000^(-2i/width)."""
+def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
+    """Embedding of Wan's timestep: cosines, then sines, of time * 10000^(-2i/width)."""
     frequency = jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
     angle = time.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
-def layer_norm(x: Array) -> Array:
-    """(x - mean) / sqrt(variance + 1e-6) over the last axis, in float32."""
-    x = x.astype(jnp.float32)
-    x = x - jnp.mean(x, axis=-1, keepdims=True)
-    return x * lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + EPSILON)
+def layer_norm() -> nn.LayerNorm:
+    """A norm in float32 without parameters; scale and shift come from the modulation.
+
+    Two passes over x: the variance as a difference of means would lose digits.
+    """
+    return nn.LayerNorm(
+        epsilon=EPSILON,
+        dtype=jnp.float32,
+        use_bias=False,
+        use_scale=False,
+        use_fast_variance=False,
+    )
 
 
-def dense(features: int, dtype: jnp.dtype, name: str, init=XAVIER) -> nn.Dense:
+def dense(
+    features: int, dtype: DTypeLike, name: str, init: nn.initializers.Initializer = XAVIER
+) -> nn.Dense:
+    """A layer whose products are in `dtype`."""
     return nn.Dense(features, dtype=dtype, kernel_init=init, name=name)
 
 
-def exact_dense(features: int, name: str, init=XAVIER) -> nn.Dense:
+def exact_dense(features: int, name: str, init: nn.initializers.Initializer = XAVIER) -> nn.Dense:
     """A float32 layer whose products TPUs and GPUs do not round."""
     return nn.Dense(features, kernel_init=init, name=name, precision="highest")
 
 
-class HeadsNorm(nn.Module):
-    """RMS norm over all heads together, in float32: x / sqrt(mean(x^2) + 1e-6) * scale."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
-        x32 = x.astype(jnp.float32)
-        mean = jnp.mean(x32 * x32, axis=-1, keepdims=True)
-        return (x32 * lax.rsqrt(mean + EPSILON) * scale).astype(x.dtype)
-
-
 class DiTAttention(nn.Module):
-    """Tokens x (b, n, d) attend to tokens y (b, m, d); rotation of both where a table is given.
+    """Multi-head attention of tokens x to tokens y.
 
-    grid: (latents, rows, columns) of tokens that attend to their neighbourhood (`config.window`),
-    None for attention to all tokens.
+    Attributes:
+      config: sizes.
+      dtype: of matrix products and attention.
+      implementation: see `gnvc_jax.refiner.attention.attention`.
+      grid: (latents, rows, columns) of tokens that attend to their neighbourhood (`config.window`),
+        None for attention to all tokens.
     """
 
     config: DiTConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     implementation: str | None
     grid: tuple[int, int, int] | None = None
 
     @nn.compact
-    def __call__(self, x: Array, y: Array, table: tuple[Array, Array] | None) -> Array:
-        def heads(name, x):
+    def __call__(
+        self, x: Float[Array, "b n d"], y: Float[Array, "b m d"], table: RotaryTable | None
+    ) -> Float[Array, "b n d"]:
+        """Attends; table: rotates x and y, which are then the tokens of a clip."""
+
+        def heads(name: str, x: Array) -> Float[Array, "b n heads d"]:
             x = checkpoint_name(dense(self.config.width, self.dtype, name)(x), "qkv")
             if name != "v":
-                x = HeadsNorm(name=f"norm_{name}")(x)
+                # Over all heads together, before they are split, as in Wan.
+                x = nn.RMSNorm(epsilon=EPSILON, dtype=self.dtype, name=f"norm_{name}")(x)
             x = rearrange(x, "b n (h d) -> b n h d", h=self.config.heads)
             return x if table is None or name == "v" else rotate(x, table)
 
@@ -145,9 +164,9 @@ class DiTAttention(nn.Module):
         if self.grid:
             y = windowed_attention(q, k, v, self.grid, self.config.window, self.implementation)
         else:
-            # The tokens of the clip are spread over devices; the text is the same on all.
-            spread = {} if table is None else {"length": table[0].shape[0], "split_keys": True}
-            y = attention(q, k, v, self.implementation, **spread)
+            # The tokens of the clip are sharded over devices; the text is the same on all.
+            sharding = {} if table is None else {"length": len(table[0]), "split_keys": True}
+            y = attention(q, k, v, self.implementation, **sharding)
         y = checkpoint_name(rearrange(y, "b n h d -> b n (h d)"), "attention")
         return dense(self.config.width, self.dtype, "o")(y)
 
@@ -155,34 +174,49 @@ class DiTAttention(nn.Module):
 class DiTBlock(nn.Module):
     """Self-attention and feed-forward, both modulated by time, cross-attention to text between.
 
-    x (b, n, d) float32; time (b, 6, d): shift, scale, gate of attention, then of the feed-forward;
-    text (b, m, d); table: of the rotary embedding.
+    Attributes:
+      config, dtype, grid: see `DiTAttention`.
+      attention: its implementation.
     """
 
     config: DiTConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     attention: str | None
     grid: tuple[int, int, int] | None = None
 
     @nn.compact
-    def __call__(self, x: Array, time: Array, text: Array, table: tuple[Array, Array]) -> Array:
+    def __call__(
+        self,
+        x: Float[Array, "b n d"],
+        time: Float[Array, "b 6 d"],
+        text: Float[Array, "b m d"] | None,
+        table: RotaryTable,
+    ) -> Float[Array, "b n d"]:
+        """The next residual stream.
+
+        Args:
+          x: residual stream, float32.
+          time: shift, scale and gate of attention, then of the feed-forward.
+          text: embedded text, None for a model without text.
+          table: of the rotary embedding.
+        """
         cfg = self.config
         init = nn.initializers.normal(cfg.width**-0.5)
         time = time + self.param("modulation", init, (6, cfg.width), jnp.float32)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(time, 6, axis=1)
 
-        y = (layer_norm(x) * (1 + scale1) + shift1).astype(self.dtype)
+        y = (layer_norm()(x) * (1 + scale1) + shift1).astype(self.dtype)
         attend = DiTAttention(cfg, self.dtype, self.attention, self.grid, name="self_attention")
         y = attend(y, y, table)
         x = x + gate1 * y
 
         if cfg.text_length:
-            y = layer_norm(x) * self.param("cross_scale", nn.initializers.ones, (cfg.width,))
+            y = layer_norm()(x) * self.param("cross_scale", nn.initializers.ones, (cfg.width,))
             y = y + self.param("cross_bias", nn.initializers.zeros, (cfg.width,))
             cross = DiTAttention(cfg, self.dtype, self.attention, name="cross_attention")
             x = x + cross(y.astype(self.dtype), text, None)
 
-        y = layer_norm(x) * (1 + scale2) + shift2
+        y = layer_norm()(x) * (1 + scale2) + shift2
         y = checkpoint_name(dense(cfg.ffn_width, self.dtype, "ffn_in")(y), "ffn")
         y = dense(cfg.width, self.dtype, "ffn_out")(nn.gelu(y, approximate=True))
         return x + gate2 * y
@@ -191,21 +225,40 @@ class DiTBlock(nn.Module):
 class DiTGroup(nn.Module):
     """One context block, if the model has an adapter, and the blocks up to the next one.
 
-    The carry is (x, context), both (b, n, d); scale: weight of the hint that the context block
-    gives to the first block's output.
+    The body of a scan: VACE has one context block for every few blocks, and adds its hint right
+    after the first of them.
+
+    Attributes:
+      config, dtype, attention, grid: see `DiTBlock`.
+      remat: see `DiT`.
     """
 
     config: DiTConfig
-    dtype: jnp.dtype
+    dtype: DTypeLike
     attention: str | None
     remat: str
     grid: tuple[int, int, int] | None = None
 
     @nn.compact
-    def __call__(self, carry, scale, time, text, table):
+    def __call__(
+        self,
+        carry: tuple[Array, Array | None],
+        scale: Float[Array, ""],
+        time: Float[Array, "b 6 d"],
+        text: Float[Array, "b m d"] | None,
+        table: RotaryTable,
+    ) -> tuple[tuple[Array, Array | None], None]:
+        """The next carry, and nothing to stack.
+
+        Args:
+          carry: residual stream and context, both (b, n, d); no context without an adapter.
+          scale: weight of the hint.
+          time, text, table: see `DiTBlock`.
+        """
         (x, context), cfg, block = carry, self.config, DiTBlock
         x = constrain(x, batch=0, context=1)
         if self.remat != "none":
+            # Inside a scan XLA cannot merge the two computations; no need to prevent it.
             block = nn.remat(DiTBlock, policy=REMAT[self.remat], prevent_cse=False)
         hint = 0.0
         if cfg.context_every:
@@ -223,36 +276,42 @@ class DiTGroup(nn.Module):
 class DiT(nn.Module):
     """The velocity field of Wan2.1: noise minus data, at Wan's timestep (1000 noise, 0 data).
 
-    config: sizes; dtype: of matrix products and attention; attention: implementation (see
-    `gnvc_jax.refiner.attention`), by default the backend's best; remat: a key of REMAT.
+    Attributes:
+      config: sizes.
+      dtype: of matrix products and attention.
+      attention: implementation (see `gnvc_jax.refiner.attention`), by default the backend's best.
+      remat: what the backward pass keeps, a key of REMAT.
     """
 
     config: DiTConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention: str | None = None
     remat: str = "none"
 
     @nn.compact
     def __call__(
         self,
-        latents: Array,
-        time: Array,
-        text: Array | None = None,
-        context: Array | None = None,
-        context_scale: float | Array = 1.0,
+        latents: Float[ArrayLike, "b t h w c"],
+        time: Float[ArrayLike, " b"],
+        text: Float[ArrayLike, "_ m text_width"] | None = None,
+        context: Float[ArrayLike, "_ _ _ _ context_channels"] | None = None,
+        context_scale: Float[ArrayLike, "*blocks"] = 1.0,
         *,
-        time_extra: Array | float = 0.0,
-        context_extra: Array | float = 0.0,
-    ) -> Array:
-        """Velocity (b, t, h, w, c) float32.
+        time_extra: Float[ArrayLike, "b width"] | float = 0.0,
+        context_extra: Float[ArrayLike, "b n width"] | float = 0.0,
+    ) -> Float[Array, "b t h w c"]:
+        """Velocity, in float32.
 
-        latents (b, t, h, w, c), h and w even; time (b,) in 0..1000; text (b, m, text_width) with
-        m <= text_length, zero rows are added; context (b, t, h, w, context_channels), wanted by a
-        model with an adapter; context_scale: weight of the hints, one or one per context block;
-        time_extra (b, width), context_extra (b, n, width): added to the embeddings of time and of
-        the context's tokens.
+        Args:
+          latents: state of the flow; h and w are even.
+          time: Wan's timestep in 0..1000.
+          text: embedded prompt of at most text_length rows; zero rows are added.
+          context: condition of a model with an adapter.
+          context_scale: weight of the hints, one or one per context block.
+          time_extra, context_extra: added to the embeddings of time and of the context's tokens.
 
-        Raises UsageError for sizes that do not fit.
+        Raises:
+          UsageError: for sizes that do not fit the model.
         """
         cfg = self.config
         check_sizes(cfg, latents, text, context)
@@ -261,9 +320,11 @@ class DiT(nn.Module):
         x = shard_tokens(patchify(latents))
         x = dense(cfg.width, self.dtype, "patch_embedding")(x).astype(jnp.float32)
 
-        time = exact_dense(cfg.width, "time_in", SMALL)(sinusoid(time, cfg.frequencies))
+        time = sinusoid(jnp.asarray(time), cfg.frequencies)
+        time = exact_dense(cfg.width, "time_in", SMALL)(time)
         time = exact_dense(cfg.width, "time_out", SMALL)(nn.silu(time)) + time_extra
         rows = exact_dense(6 * cfg.width, "time_modulation")(nn.silu(time))
+        # Shift, scale and gate of attention and feed-forward, for all blocks.
         rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
 
         if cfg.text_length:
@@ -280,7 +341,7 @@ class DiT(nn.Module):
         grid = (t, h // PATCH, w // PATCH) if cfg.window else None
         groups = nn.scan(
             DiTGroup,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0},  # parameters of all groups are stacked
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=cfg.groups,
@@ -292,13 +353,15 @@ class DiT(nn.Module):
         init = nn.initializers.normal(cfg.width**-0.5)
         modulation = self.param("head_modulation", init, (2, cfg.width), jnp.float32)
         shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
-        x = layer_norm(x) * (1 + scale) + shift
+        x = layer_norm()(x) * (1 + scale) + shift
         x = exact_dense(PATCH**2 * cfg.channels, "head", nn.initializers.zeros)(x)
         return unpatchify(x[:, :n], t, h, w)
 
 
-def check_sizes(cfg: DiTConfig, latents: Array, text: Array | None, context: Array | None) -> None:
-    """UsageError that says which input does not fit the model."""
+def check_sizes(
+    cfg: DiTConfig, latents: ArrayLike, text: ArrayLike | None, context: ArrayLike | None
+) -> None:
+    """Raises UsageError that says which input does not fit the model."""
     b, t, h, w, c = latents.shape
     if c != cfg.channels or h % PATCH or w % PATCH:
         raise UsageError(
@@ -306,6 +369,7 @@ def check_sizes(cfg: DiTConfig, latents: Array, text: Array | None, context: Arr
         )
     expected = (b, cfg.text_length, cfg.text_width) if cfg.text_length else None
     found = None if text is None else text.shape
+    # The number of rows is free up to text_length; batch and width are not.
     fits = found == expected or (found and expected and found[::2] == expected[::2])
     if not fits or (found and found[1] > expected[1]):
         raise UsageError(f"text {found}: expected {expected}, or fewer rows")

@@ -1,5 +1,8 @@
 """The refiner: a Wan DiT that sees what the codec knows, and the loops that run it.
 
+`Refiner` is the network: the velocity at one state. `refine` follows it for the latents of a whole
+group, in overlapping windows; its noise comes from `latent_noise`.
+
 Latents here are normalised, (b, t, h, w, c) with even h and w; times are the paper's (0 noise,
 1 data), velocities are data minus noise.
 
@@ -13,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
+from jax.typing import ArrayLike, DTypeLike
+from jaxtyping import Array, Float, Int, Key
 
 from gnvc_jax.codec.config import KNOTS
 from gnvc_jax.codec.quality import interpolate_levels
@@ -20,24 +25,22 @@ from gnvc_jax.refiner import flow
 from gnvc_jax.refiner.config import MASKS, RefinerConfig
 from gnvc_jax.refiner.dit import DiT, patchify
 
-Array = jax.Array
-Tree = dict
-
 
 class Refiner(nn.Module):
     """The velocity at a state of the flow, conditioned on the codec.
 
-    What a pretrained model does not know starts at zero, so a ported model is unchanged at first.
+    Conditions that a pretrained model does not know start at zero, so a ported model is unchanged
+    at first.
 
     Attributes:
-        config: sizes.
-        dtype, attention, remat: see `DiT`.
-        precision: of float32 products, see `jax.default_matmul_precision`. Those of bfloat16 are
-            exact whatever it says.
+      config: sizes.
+      dtype, attention, remat: see `DiT`.
+      precision: of float32 products, see `jax.default_matmul_precision`. Products of bfloat16 are
+        exact in any case.
     """
 
     config: RefinerConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
     attention: str | None = None
     remat: str = "none"
     precision: str = "highest"
@@ -45,22 +48,27 @@ class Refiner(nn.Module):
     @nn.compact
     def __call__(
         self,
-        state: Array,
-        tau: Array,
-        decoded: Array,
-        features: Array,
-        q_index: Array,
-        text: Array | None = None,
-    ) -> Array:
-        """Velocity (b, t, h, w, c).
+        state: Float[ArrayLike, "b t h w c"],
+        tau: Float[ArrayLike, " b"],
+        decoded: Float[ArrayLike, "b t h w c"],
+        features: Float[ArrayLike, "b t h w f"],
+        q_index: Int[ArrayLike, " b"],
+        text: Float[ArrayLike, "b m text_width"] | None = None,
+    ) -> Float[Array, "b t h w c"]:
+        """The velocity, data minus noise.
 
-        state, decoded (b, t, h, w, c): of the flow at tau (b,), and from the codec; features
-        (b, t, h, w, features): of the codec; q_index (b,) int32; text: of the DiT.
+        Args:
+          state: of the flow at time tau.
+          tau: flow time, 0 (noise) to 1 (data).
+          decoded: latents from the codec.
+          features: of the codec.
+          q_index: quality levels.
+          text: embedded prompt, for a DiT with text.
         """
         cfg, zeros = self.config.dit, nn.initializers.zeros
         condition = decoded
         if self.config.vace_layout:
-            # Latents of a grey clip, a first and a later one: VACE's sign for nothing to keep.
+            # Latents of a grey clip, a first and a later one: nothing to keep, for VACE.
             grey = self.param("grey", zeros, (2, cfg.channels), jnp.float32)
             condition = vace_context(decoded, grey)
         dit = DiT(cfg, self.dtype, self.attention, self.remat, name="dit")
@@ -80,15 +88,22 @@ class Refiner(nn.Module):
         velocity = flow.velocity_from_wan(velocity)
         if self.config.deviation:
             time = tau[:, None, None, None, None]
+            # The DiT is then a correction to the best linear guess.
             inputs = state, decoded, time, self.config.deviation, self.config.start
             velocity += flow.linear_velocity(*inputs)
         return velocity
 
 
-def vace_context(decoded: Array, grey: Array) -> Array:
-    """VACE's "inactive", "reactive" and mask channels (b, t, h, w, 2c + 64).
+def vace_context(
+    decoded: Float[ArrayLike, "b t h w c"], grey: Float[ArrayLike, "2 c"]
+) -> Float[Array, "b t h w c2"]:
+    """VACE's condition: "inactive", "reactive" and mask channels, 2c + 64 in all.
 
     Everything is to be generated, guided by the decoded latents: inactive is grey, the mask is 1.
+
+    Args:
+      decoded: latents from the codec.
+      grey: latents of a grey clip, a first and a later one.
     """
     later = (jnp.arange(decoded.shape[1]) > 0).astype(int)
     inactive = jnp.broadcast_to(grey[later][None, :, None, None], decoded.shape)
@@ -96,21 +111,28 @@ def vace_context(decoded: Array, grey: Array) -> Array:
     return jnp.concatenate([inactive, decoded, mask], axis=-1)
 
 
-def per_latent_factors(factors: Array, count: int) -> Array:
-    """Factors (2, c) of first and later latents, for each of `count` latents: (count, 1, 1, c).
+def per_latent_factors(factors: Float[Array, "2 c"], count: int) -> Float[Array, "{count} 1 1 c"]:
+    """Factors of a first and a later latent, for each of `count` latents of a group.
 
-    The refiner works on latents that are whitened by such factors: in what a linear VAE gives,
-    channels differ by a factor of twenty, and noise of one deviation would drown most of them while
-    it hardly touches the first.
+    The refiner works on latents that are whitened by such factors. Channels of a linear VAE differ
+    by a factor of twenty: noise of one standard deviation would drown most of them and hardly touch
+    the first.
     """
     later = jnp.broadcast_to(factors[1:], (count - 1, factors.shape[1]))
     return jnp.concatenate([factors[:1], later])[:, None, None, :]
 
 
-def latent_noise(key: Array, shape: tuple[int, ...], first: int = 0) -> Array:
-    """Noise of latents (b, t, h, w, c): that of each latent depends on its place `first + i` only.
+def latent_noise(
+    key: Key[Array, ""], shape: tuple[int, ...], first: int = 0
+) -> Float[Array, "b t h w c"]:
+    """Standard normal noise for latents, a function of each latent's place in the group alone.
 
     So windows, and a decoder that starts in the middle, draw the same numbers.
+
+    Args:
+      key: of the group.
+      shape: (b, t, h, w, c).
+      first: place of the first latent.
     """
     b, t, *rest = shape
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(t))
@@ -119,9 +141,9 @@ def latent_noise(key: Array, shape: tuple[int, ...], first: int = 0) -> Array:
 
 
 def window_starts(count: int, size: int, overlap: int) -> list[int]:
-    """First latents of windows of `size` that cover `count` latents, sharing at least `overlap`.
+    """First latent of each window of `size` that together cover `count` latents.
 
-    One window where all fit.
+    Neighbouring windows share at least `overlap` latents. One window if all fit.
     """
     if count <= size:
         return [0]
@@ -130,27 +152,44 @@ def window_starts(count: int, size: int, overlap: int) -> list[int]:
     return [round(i * last / (number - 1)) for i in range(number)]
 
 
-def window_weights(size: int, overlap: int, first: bool, last: bool) -> Array:
-    """Weights (size,) of a window's latents: linear over the shared ones, never zero."""
+def window_weights(size: int, overlap: int, first: bool, last: bool) -> Float[Array, " {size}"]:
+    """Weights of a window's latents: linear ramps over the shared ones, never zero.
+
+    Args:
+      size: latents in the window.
+      overlap: length of a ramp.
+      first, last: whether the window is at the start or the end, where there is no ramp.
+    """
     rise = jnp.minimum(1.0, (jnp.arange(size) + 1.0) / (overlap + 1.0))
     one = jnp.ones(size)
     return (one if first else rise) * (one if last else rise[::-1])
 
 
 def refine(
-    velocity: Callable[..., Array],
+    velocity: Callable[[Array, Array, Array, Array], Array],
     config: RefinerConfig,
-    decoded: Array,
-    features: Array,
-    key: Array,
+    decoded: Float[Array, "b t h w c"],
+    features: Float[Array, "b t h w f"],
+    key: Key[Array, ""],
     steps: int,
-) -> Array:
-    """Refined latents of a group of any length; the decoded ones for 0 steps. Both are whitened.
+) -> Float[Array, "b t h w c"]:
+    """Refines the latents of a group of any length.
 
-    velocity(state, tau, decoded, features): of one window, tau a scalar; one compilation serves
-    all windows of a group. In every step each window says how its latents move; where windows
-    share latents they move by the weighted mean, so there is no seam. Memory: one window's
-    activations, and a few copies of the group's latents.
+    In every step each window gives the velocity of its latents. Latents that windows share move by
+    the weighted mean, so there is no seam. Memory: the activations of one window, and a few copies
+    of the group's latents.
+
+    Args:
+      velocity: called with state, tau (a scalar), decoded and features of one window; all windows
+        have the same size, so one compilation serves them all.
+      config: sizes of windows, and where refinement begins.
+      decoded: latents from the codec, whitened.
+      features: of the codec.
+      key: of the noise.
+      steps: of Euler's method; with 0, the decoded latents are returned.
+
+    Returns:
+      Refined latents, whitened.
     """
     if steps == 0:
         return decoded
@@ -163,7 +202,7 @@ def refine(
     for s, weight in zip(starts, weights):
         total = total.at[s : s + size].add(weight)
 
-    def move(state: Array, tau: Array) -> Array:
+    def mean_velocity(state: Array, tau: Array) -> Array:
         moves = jnp.zeros_like(state)
         for s, weight in zip(starts, weights):
             part = slice(s, s + size)
@@ -173,4 +212,4 @@ def refine(
 
     noise = config.noise * latent_noise(key, decoded.shape)
     state = flow.start_state(decoded, noise, config.start)
-    return flow.integrate(move, state, flow.step_times(steps, config.start))
+    return flow.integrate(mean_velocity, state, flow.step_times(steps, config.start))

@@ -68,7 +68,7 @@ def test_step_times():
     # Published: five steps of diffusers' FlowMatchEuler with shift 5 go through these sigmas (it
     # places its uniform times otherwise); here the shift itself is checked.
     sigma = np.array([1.0, 0.5, 0.25])
-    close(1 - flow.shifted(1 - sigma, 5.0), 5 * sigma / (1 + 4 * sigma))
+    close(1 - flow.shift_time(1 - sigma, 5.0), 5 * sigma / (1 + 4 * sigma))
     shifted = flow.step_times(4, 0.7, 3.0)
     close(shifted[jnp.array([0, -1])], [0.7, 1.0])
     assert (np.diff(shifted) > 0).all() and shifted[1] < 0.775
@@ -100,7 +100,7 @@ def test_wans_convention(tau):
 def test_the_linear_velocity_is_the_best_linear_guess(tau):
     """Against least squares on samples: v - decoded on (state - tau decoded)."""
     keys = jax.random.split(jax.random.key(1), 3)
-    clean, noise, error = (np.asarray(jax.random.normal(k, (200_000,))) for k in keys)
+    clean, noise, error = (jax.random.normal(k, (200_000,)) for k in keys)
     decoded = clean + 0.4 * error
     state = flow.path_state(clean, decoded, noise, tau)
     target = flow.path_velocity(clean, decoded, noise)
