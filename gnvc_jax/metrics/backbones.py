@@ -16,6 +16,8 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
@@ -51,7 +53,7 @@ _PACKAGE_FILES = {  # network: file in the package, SHA-256, name of the backbon
 }
 
 
-def check_images(metric: str, x: jax.Array, y: jax.Array, values: str) -> None:
+def check_images(metric: str, x: Array | np.ndarray, y: Array | np.ndarray, values: str) -> None:
     """Checks two images that a metric compares.
 
     Args:
@@ -72,7 +74,7 @@ def check_images(metric: str, x: jax.Array, y: jax.Array, values: str) -> None:
         raise TypeError(f"{metric} needs float images in {values}, got {x.dtype} and {y.dtype}")
 
 
-def max_pool(z: jax.Array, size: int) -> jax.Array:
+def max_pool(z: Float[Array, "b h w c"], size: int) -> Float[Array, "b h2 w2 c"]:
     """Max pooling of (b, h, w, c) with a window of `size` and a stride of 2."""
     window = (1, size, size, 1)
     return jax.lax.reduce_window(z, -jnp.inf, jax.lax.max, window, (1, 2, 2, 1), "VALID")
@@ -80,11 +82,11 @@ def max_pool(z: jax.Array, size: int) -> jax.Array:
 
 def features(
     backbone: list,
-    z: jax.Array,
+    z: Float[Array | np.ndarray, "b h w 3"],
     dtype: jax.typing.DTypeLike = jnp.float32,
     pool: Callable[[jax.Array, int], jax.Array] = max_pool,
     precision: str = "highest",
-) -> list[jax.Array]:
+) -> list[Float[Array, "b _h _w _c"]]:
     """Computes the five activations that perceptual metrics compare.
 
     Args:
@@ -100,7 +102,7 @@ def features(
     if len(backbone) not in _PLANS:
         raise ValueError(f"backbone has {len(backbone)} convolutions, expected 5 or 13")
     window = 3 if len(backbone) == len(_ALEX) else 2
-    taps, z = [], z.astype(dtype)
+    taps, z = [], jnp.asarray(z, dtype)
     for conv, then in zip(backbone, _PLANS[len(backbone)], strict=True):
         kernel = jnp.asarray(conv["kernel"], dtype)
         size = kernel.shape[0]

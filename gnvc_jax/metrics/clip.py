@@ -22,6 +22,7 @@ from typing import TypeGuard
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, UInt8
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 
@@ -65,7 +66,9 @@ class ClipEncoder:
         return self.patch * round(patches**0.5)
 
 
-def preprocess(frames: np.ndarray, size: int) -> np.ndarray:
+def preprocess(
+    frames: UInt8[np.ndarray, "t h w 3"], size: int
+) -> Float32[np.ndarray, "t {size} {size} 3"]:
     """Preprocesses frames as CLIP does.
 
     The shorter side is resized to `size` with Pillow's bicubic filter, the square in the middle is
@@ -90,7 +93,9 @@ def preprocess(frames: np.ndarray, size: int) -> np.ndarray:
     return (squares / 255 - _MEAN) / _STD
 
 
-def embed(encoder: ClipEncoder, images: jax.Array) -> jax.Array:
+def embed(
+    encoder: ClipEncoder, images: Float32[Array | np.ndarray, "b size size 3"]
+) -> Float32[Array, "b channels"]:
     """Embeds images (b, size, size, 3) from `preprocess` as unit vectors (b, channels), float32."""
     with jax.default_matmul_precision("highest"):
         params, p = encoder.params, encoder.patch
@@ -107,7 +112,9 @@ def embed(encoder: ClipEncoder, images: jax.Array) -> jax.Array:
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _layer(encoder: ClipEncoder, params: dict, x: jax.Array) -> jax.Array:
+def _layer(
+    encoder: ClipEncoder, params: dict, x: Float32[Array, "b tokens c"]
+) -> Float32[Array, "b tokens c"]:
     """Applies a layer with pre-normalisation: attention, then MLP; x (b, tokens, channels)."""
     y = _norm(params, "layer_norm1", x)
     q, k, v = (

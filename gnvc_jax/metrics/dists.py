@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 from safetensors.numpy import load_file
 
 from gnvc_jax.metrics.backbones import check_images, features, load_weights
@@ -21,7 +22,7 @@ _EPS = 1e-6
 
 
 @jax.default_matmul_precision("highest")
-def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
+def dists(params: dict, x: Array | np.ndarray, y: Array | np.ndarray) -> Float32[Array, " b"]:
     """DISTS distance of image pairs.
 
     Args:
@@ -51,12 +52,14 @@ def dists(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
     return 1.0 - similarity / total
 
 
-def _stages(backbone: list, x: jax.Array) -> list[jax.Array]:
+def _stages(
+    backbone: list, x: Float[Array | np.ndarray, "b h w 3"]
+) -> list[Float[Array | np.ndarray, "b _h _w _c"]]:
     """The image itself and five activations of VGG."""
     return [x, *features(backbone, (x - _MEAN) / _STD, pool=_l2_pool)]
 
 
-def _l2_pool(z: jax.Array, _: int) -> jax.Array:
+def _l2_pool(z: Float[Array, "b h w c"], _: int) -> Float[Array, "b h2 w2 c"]:
     """L2 pooling of (b, h, w, c) with a 3x3 Hann window and a stride of 2, in place of max pooling.
 
     The window is separable, so that each axis takes a weighted sum of three shifted slices.

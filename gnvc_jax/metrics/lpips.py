@@ -10,6 +10,7 @@ scaling layer). Pure functions of a parameter tree, see `gnvc_jax.metrics.backbo
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32
 
 from gnvc_jax.metrics.backbones import check_images, features
 
@@ -20,11 +21,11 @@ _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
 def lpips(
     params: dict,
-    x: jax.Array,
-    y: jax.Array,
+    x: Array | np.ndarray,
+    y: Array | np.ndarray,
     dtype: jax.typing.DTypeLike = jnp.float32,
     precision: str = "highest",
-) -> jax.Array:
+) -> Float32[Array, " b"]:
     """LPIPS distance of image pairs, differentiable everywhere.
 
     Args:
@@ -56,7 +57,7 @@ def lpips(
     return distance
 
 
-def _unit(f: jax.Array) -> jax.Array:
+def _unit(f: Float[Array, "b h w c"]) -> Float32[Array, "b h w c"]:
     """Channels scaled to unit length; (b, h, w, c) -> float32."""
     f = f.astype(jnp.float32)
     square = jnp.sum(jnp.square(f), axis=-1, keepdims=True)

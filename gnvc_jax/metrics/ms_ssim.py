@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, Real
 
 WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 TAPS = 11
@@ -20,7 +21,9 @@ _WINDOW = np.exp(-((np.arange(TAPS) - TAPS // 2) ** 2) / (2 * 1.5**2))
 _WINDOW /= _WINDOW.sum()
 
 
-def ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
+def ssim(
+    x: Array | np.ndarray, y: Array | np.ndarray, data_range: float = 255.0
+) -> Float32[Array, " b"]:
     """Single-scale SSIM of each frame, mean of the colour planes.
 
     Args:
@@ -38,7 +41,9 @@ def ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
     return jnp.mean(_similarity(_planes(x), _planes(y), data_range)[0], axis=1)
 
 
-def ms_ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
+def ms_ssim(
+    x: Array | np.ndarray, y: Array | np.ndarray, data_range: float = 255.0
+) -> Float32[Array, " b"]:
     """MS-SSIM of each frame; arguments and errors of `ssim`, but both sides at least 161."""
     _check(x, y, MIN_SIDE)
     x, y = _planes(x), _planes(y)
@@ -52,19 +57,21 @@ def ms_ssim(x: jax.Array, y: jax.Array, data_range: float = 255.0) -> jax.Array:
     return jnp.mean(product, axis=1)
 
 
-def _check(x: jax.Array, y: jax.Array, shortest: int) -> None:
+def _check(x: Array | np.ndarray, y: Array | np.ndarray, shortest: int) -> None:
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f"expected two (b, h, w, c) arrays, got {x.shape} and {y.shape}")
     if min(x.shape[1:3]) < shortest:
         raise ValueError(f"sides must be at least {shortest}, got {x.shape[1]}x{x.shape[2]}")
 
 
-def _planes(x: jax.Array) -> jax.Array:
+def _planes(x: Real[Array | np.ndarray, "b h w c"]) -> Float32[Array, "b c h w"]:
     """(b, h, w, c) to float32 (b, c, h, w), where filtering along rows reads adjacent memory."""
     return jnp.moveaxis(jnp.asarray(x, jnp.float32), -1, 1)
 
 
-def _similarity(x: jax.Array, y: jax.Array, data_range: float) -> tuple[jax.Array, jax.Array]:
+def _similarity(
+    x: Float32[Array, "b c h w"], y: Float32[Array, "b c h w"], data_range: float
+) -> tuple[Float32[Array, "b c"], Float32[Array, "b c"]]:
     """Spatial means (b, c) of the full SSIM and of its contrast-structure factor."""
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     moments = _blur(jnp.stack([x, y, x * x, y * y, x * y]))
@@ -74,7 +81,7 @@ def _similarity(x: jax.Array, y: jax.Array, data_range: float) -> tuple[jax.Arra
     return jnp.mean(full, axis=(2, 3)), jnp.mean(contrast, axis=(2, 3))
 
 
-def _blur(x: jax.Array) -> jax.Array:
+def _blur(x: Float32[Array, "*batch h w"]) -> Float32[Array, "*batch h2 w2"]:
     """Separable Gaussian over the last two axes, valid part only.
 
     Shifted sums instead of a convolution: float32 exactly on every backend, where convolutions
@@ -90,7 +97,7 @@ def _blur(x: jax.Array) -> jax.Array:
     return x
 
 
-def _downsample(x: jax.Array) -> jax.Array:
+def _downsample(x: Float32[Array, "b c h w"]) -> Float32[Array, "b c h2 w2"]:
     """2x2 mean; an odd side gets a zero in front."""
     x = jnp.pad(x, ((0, 0), (0, 0), (x.shape[2] % 2, 0), (x.shape[3] % 2, 0)))
     return 0.25 * (
@@ -98,7 +105,7 @@ def _downsample(x: jax.Array) -> jax.Array:
     )
 
 
-def _power(x: jax.Array, exponent: float) -> jax.Array:
+def _power(x: Float32[Array, "b c"], exponent: float) -> Float32[Array, "b c"]:
     """max(x, 0) ** exponent with a gradient that stays finite at 0."""
     positive = x > 0
     return jnp.where(positive, jnp.where(positive, x, 1.0) ** exponent, 0.0)

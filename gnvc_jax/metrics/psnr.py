@@ -1,12 +1,13 @@
 """Peak signal-to-noise ratio on 8-bit values."""
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32
 
 CAP = 100.0
 
 
-def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
+def mean_squared_error(x: Array | np.ndarray, y: Array | np.ndarray) -> Float32[Array, " b"]:
     """Mean squared difference of each frame.
 
     Args:
@@ -30,12 +31,12 @@ def mean_squared_error(x: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.mean(rows.astype(jnp.float32) / samples, axis=1)
 
 
-def decibels(mse: jax.Array) -> jax.Array:
+def decibels(mse: Float[Array | np.ndarray | np.generic, "*b"]) -> Float[Array, "*b"]:
     """10 log10(255² / mse), at most 100."""
     floor = 255.0**2 * 10.0 ** (-CAP / 10)
-    return 10.0 * jnp.log10(255.0**2 / jnp.maximum(mse, floor))
+    return 10.0 * jnp.log10(255.0**2 / jnp.maximum(jnp.asarray(mse), floor))
 
 
-def psnr(x: jax.Array, y: jax.Array) -> jax.Array:
+def psnr(x: Array | np.ndarray, y: Array | np.ndarray) -> Float32[Array, " b"]:
     """PSNR of each frame in dB, at most 100; arguments and errors of `mean_squared_error`."""
     return decibels(mean_squared_error(x, y))

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32, UInt8
 
 from gnvc_jax.metrics.psnr import decibels
 
@@ -28,7 +29,7 @@ ENDS = 8  # frames at either end that drift compares
 _LUMA = (0.2126, 0.7152, 0.0722)
 
 
-def temporal(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
+def temporal(x: Array | np.ndarray, y: Array | np.ndarray) -> dict[str, jax.Array]:
     """Temporal fidelity of a clip.
 
     Args:
@@ -68,7 +69,7 @@ def temporal(x: jax.Array, y: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def seam(changes: np.ndarray, starts: Sequence[int]) -> float:
+def seam(changes: Array | np.ndarray, starts: Sequence[int]) -> float:
     """How much more the error changes at borders of groups than elsewhere.
 
     Args:
@@ -87,7 +88,7 @@ def seam(changes: np.ndarray, starts: Sequence[int]) -> float:
     return float(there / elsewhere) if elsewhere else (1.0 if not there else float("inf"))
 
 
-def drift(psnr: Sequence[float]) -> dict[str, float]:
+def drift(psnr: Sequence[float | int] | np.ndarray) -> dict[str, float]:
     """Change of the PSNR along a clip.
 
     Args:
@@ -107,21 +108,22 @@ def drift(psnr: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _luma(frame: jax.Array) -> jax.Array:
+def _luma(frame: UInt8[Array | np.ndarray, "h w 3"]) -> Float32[Array, "h w"]:
+    frame = jnp.asarray(frame)
     r, g, b = (frame[..., c].astype(jnp.float32) * weight for c, weight in enumerate(_LUMA))
     return r + g + b
 
 
-def _mean(plane: jax.Array) -> jax.Array:
+def _mean(plane: Float32[Array, "h w"]) -> Float32[Array, ""]:
     """Mean in two stages, which loses less precision than one long float32 sum."""
     return jnp.mean(jnp.mean(plane, axis=1))
 
 
-def _standard_deviation(plane: jax.Array) -> jax.Array:
+def _standard_deviation(plane: Float32[Array, "h w"]) -> Float32[Array, ""]:
     return jnp.sqrt(_mean(jnp.square(plane - _mean(plane))))
 
 
-def _pulse(error: jax.Array) -> jax.Array:
+def _pulse(error: Float32[Array, "h w"]) -> Float32[Array, ""]:
     """Mean square of the block means."""
     rows, columns = (side // BLOCK for side in error.shape)
     blocks = error[: rows * BLOCK, : columns * BLOCK].reshape(rows, BLOCK, columns, BLOCK)

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.scipy.ndimage import map_coordinates
+from jaxtyping import Array, Bool, Float, Float32, UInt8
 
 MIN_SIDE = 16
 
@@ -58,7 +59,9 @@ def warping_error(
     return {"e_warp": of_output, "e_warp_source": of_source, "e_warp_ratio": ratio}
 
 
-def flow_of_dis(source: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def flow_of_dis(
+    source: UInt8[np.ndarray, "t h w 3"],
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Forward and backward flow (h, w, 2: x, y) in pixels of each pair of frames."""
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     result: Any = None  # DIS allocates it; OpenCV's stubs do not allow None
@@ -94,7 +97,11 @@ def flow_of_files(folder: Path, shape: tuple[int, ...]) -> Iterator[tuple[np.nda
 
 
 @jax.jit
-def _errors(pairs: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Array:
+def _errors(
+    pairs: UInt8[Array | np.ndarray, "n 2 h w 3"],
+    forward: Float32[Array | np.ndarray, "h w 2"],
+    backward: Float32[Array | np.ndarray, "h w 2"],
+) -> Float32[Array, " n"]:
     """Masked mean squared errors (n,) of n pairs of adjacent frames (n, 2, h, w, 3) uint8."""
     pairs = pairs.astype(jnp.float32) / 255
     keep = valid(forward, backward).astype(jnp.float32)
@@ -103,7 +110,9 @@ def _errors(pairs: jax.Array, forward: jax.Array, backward: jax.Array) -> jax.Ar
     return (keep * squares).sum((1, 2)) / jnp.maximum(keep.sum(), 1.0)
 
 
-def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
+def warp(
+    image: Float[Array | np.ndarray, "h w c"], flow: Float[Array | np.ndarray, "h w 2"]
+) -> Float[Array, "h w c"]:
     """Samples an image (h, w, c) bilinearly at each pixel plus its flow (h, w, 2: x, y)."""
     rows, columns = _places(flow)
     channels = [
@@ -113,7 +122,9 @@ def warp(image: jax.Array, flow: jax.Array) -> jax.Array:
     return jnp.stack(channels, axis=-1)
 
 
-def valid(forward: jax.Array, backward: jax.Array) -> jax.Array:
+def valid(
+    forward: Float[Array | np.ndarray, "h w 2"], backward: Float[Array | np.ndarray, "h w 2"]
+) -> Bool[Array, "h w"]:
     """Mask (h, w) of the pixels of a frame that can be found in the next one; flows (h, w, 2)."""
     rows, columns = _places(forward)
     h, w = rows.shape
@@ -128,6 +139,8 @@ def valid(forward: jax.Array, backward: jax.Array) -> jax.Array:
     return inside & ~occluded & (slopes <= 0.01 * size + 0.002)
 
 
-def _places(flow: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _places(
+    flow: Float[Array | np.ndarray, "h w 2"],
+) -> tuple[Float[Array, "h w"], Float[Array, "h w"]]:
     h, w, _ = flow.shape
     return jnp.arange(h)[:, None] + flow[..., 1], jnp.arange(w)[None, :] + flow[..., 0]
