@@ -77,8 +77,8 @@ def encode(
     check_range("--frames", frames, 1)
     refuse_same_file(input, output)
     options: dict[str, Any] = {
-        "size": parse_size(size),
-        "fps": parse_rate(fps),
+        "size": None if size is None else parse_size(size),
+        "fps": None if fps is None else parse_rate(fps),
         "pix_fmt": pix_fmt,
         "stream": stream,
         "tolerant": tolerant,
@@ -359,10 +359,8 @@ def binary_output(path: str, force: bool) -> Iterator[CountingFile]:
         yield CountingFile(file)
 
 
-def parse_size(text: str | None) -> tuple[int, int] | None:
+def parse_size(text: str) -> tuple[int, int]:
     """Converts "WxH" to (width, height)."""
-    if text is None:
-        return None
     try:
         width, height = map(int, text.lower().split("x"))
     except ValueError:
@@ -372,10 +370,8 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
     return width, height
 
 
-def parse_rate(text: str | None) -> Fraction | None:
+def parse_rate(text: str) -> Fraction:
     """Converts "25", "29.97" or "30000/1001" to frames per second."""
-    if text is None:
-        return None
     try:
         rate = Fraction(text)
     except (ValueError, ZeroDivisionError):
