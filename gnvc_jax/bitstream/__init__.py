@@ -1,4 +1,11 @@
-"""The file format and its entropy coder. Knows integers and bytes, and no neural network."""
+"""The file format and its entropy coder; docs/bitstream.md is the specification.
+
+Works on integers and bytes and knows no neural network. Writing a stream: `encode_group` turns the
+`QuantisedLatent`s of a group into a payload, `StreamWriter` puts payloads into a file. Reading:
+`StreamReader` yields a `GroupPayload` for each group, `decode_group` turns it back. Both directions
+need an `EntropyCoder` with the `Tables` of a model, and a function `ScaleIndex` that runs the
+model's integer network.
+"""
 
 from gnvc_jax.bitstream.container import IndexEntry, StreamReader, StreamWriter
 from gnvc_jax.bitstream.entropy import (

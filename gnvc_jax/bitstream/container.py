@@ -1,6 +1,8 @@
-"""The file: header, one chunk per group, index, footer (docs/bitstream.md).
+"""The file: header, one chunk per group, index, footer (docs/bitstream.md, section 2).
 
-The writer never seeks, so it can write to a pipe; the reader needs seeking only for random access.
+`StreamWriter` never seeks, so it can write to a pipe. `StreamReader` needs seeking only for random
+access; reading forward, it can step over damaged groups. Neither decodes anything: groups go in as
+payloads of `encode_group` and come out as `GroupPayload`.
 """
 
 import dataclasses
@@ -24,18 +26,26 @@ from gnvc_jax.bitstream.errors import (
 from gnvc_jax.bitstream.group import GroupPayload, claimed_frames, parse_group
 from gnvc_jax.bitstream.header import Header, read_header
 
-MAX_CHUNK = 1 << 28
+MAX_CHUNK = 1 << 28  # bytes of payload
 END_MAGIC = b"\x89GNVEND\n"
 ENTRY = struct.Struct("<QQIHH")  # offset, first frame, chunk size, frames, mean q_index
 INDEX_HEAD = struct.Struct("<QI")  # frames in all, groups
 FOOTER = struct.Struct("<QII8s")  # index offset, index size, CRC32, magic
-CHUNK_OVERHEAD = 12
-BLOCK = 1 << 20
+CHUNK_OVERHEAD = 12  # bytes of type, length and CRC32
+BLOCK = 1 << 20  # largest number of bytes that is read at once
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexEntry:
-    """Where a group lies: offset and size of its chunk in bytes, and its frames."""
+    """One row of the index.
+
+    Attributes:
+      offset: of the group's chunk, in bytes from the start of the file.
+      first_frame: number of its first frame.
+      size: of the whole chunk in bytes.
+      n_frames: number of its frames.
+      q_index: mean quality level of its latents.
+    """
 
     offset: int
     first_frame: int
@@ -45,9 +55,9 @@ class IndexEntry:
 
 
 class StreamWriter:
-    """Writes a header at once, groups as they come, index and footer on close."""
+    """Writes the header at once, groups as they come, index and footer on close."""
 
-    def __init__(self, file: BinaryIO, header: Header):
+    def __init__(self, file: BinaryIO, header: Header) -> None:
         self.file, self.header = file, header
         self.entries: list[IndexEntry] = []
         self.frames = 0
@@ -56,7 +66,11 @@ class StreamWriter:
         self.offset = len(data)
 
     def write_group(self, payload: bytes) -> None:
-        """Append a group (from `encode_group`). ValueError if it does not continue the stream."""
+        """Appends a group, see `encode_group`.
+
+        Raises:
+          ValueError: if the group does not continue the stream.
+        """
         group = parse_group(payload, temporal_stride=self.header.temporal_stride)
         if (group.number, group.first_frame) != (len(self.entries), self.frames):
             raise ValueError(f"group {group.number} does not follow group {len(self.entries) - 1}")
@@ -68,9 +82,10 @@ class StreamWriter:
         self.frames += group.n_frames
 
     def close(self) -> None:
-        """Write index and footer; the file itself stays open.
+        """Writes index and footer; the file itself stays open.
 
-        ValueError if the header promised another number of frames.
+        Raises:
+          ValueError: if the header promised another number of frames.
         """
         if self.header.frame_count not in (None, self.frames):
             raise ValueError(
@@ -102,11 +117,14 @@ def _fits(group: GroupPayload, header: Header) -> bool:
 class StreamReader:
     """Reads a stream from a path, bytes, or an open binary file.
 
-    Nothing is allocated from a field before the field has been checked. `groups()` reads forward
+    No memory is allocated by a field before the field has been checked. `groups()` reads forward
     and needs no index; `group(n)` needs a file that can seek.
+
+    Raises:
+      BitstreamError: one of its kinds, if the header is damaged.
     """
 
-    def __init__(self, source: str | Path | bytes | BinaryIO):
+    def __init__(self, source: str | Path | bytes | BinaryIO) -> None:
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         self.owned = isinstance(source, str | Path)
@@ -125,17 +143,22 @@ class StreamReader:
         self.close()
 
     def close(self) -> None:
+        """Closes the file if it was opened here."""
         if self.owned:
             self.file.close()
 
     def groups(self, tolerant: bool = False) -> Iterator[GroupPayload | BitstreamError]:
-        """The groups in order, each checked.
+        """Yields the groups in order, each checked.
 
-        Raises the kinds of BitstreamError; a file that ends early raises Truncated at the end.
-        Warns with IndexRebuilt if only the index is damaged. tolerant: nothing is raised; an error
-        stands in the place of each lost group, the last one for all that cannot be found. Its
-        `n_frames` come from the groups around it, from the header or index, or else from the head
-        of the damaged group itself.
+        Warns with IndexRebuilt if only the index is damaged.
+
+        Args:
+          tolerant: yield an error in place of each lost group instead of raising it; the last one
+            stands for all that cannot be found. Its `n_frames` comes from the groups around it,
+            from the header or index, or else from the first fields of the damaged group.
+
+        Raises:
+          BitstreamError: one of its kinds; Truncated at the end of a file that ends early.
         """
         if not tolerant:
             yield from self._groups(None)
@@ -152,7 +175,7 @@ class StreamReader:
         yield from self._share(lost, None if self.total is None else self.total - frames)
 
     def _share(self, lost: list[BitstreamError], missing: int | None) -> Iterator[BitstreamError]:
-        """Take the errors out of `lost`, each with its part of the missing frames."""
+        """Takes the errors out of `lost`, each with its share of the missing frames."""
         while lost:
             error = lost.pop(0)
             if missing is not None:
@@ -161,7 +184,7 @@ class StreamReader:
             yield error
 
     def _groups(self, lost: list[BitstreamError] | None) -> Iterator[GroupPayload]:
-        """As `groups`; if there is a list, errors that can be stepped over go there."""
+        """As `groups`; with a list `lost`, errors that can be stepped over go there."""
         at, number, frames = self.start, 0, 0
         while True:
             if self.file.seekable():  # the caller may have read elsewhere in between
@@ -194,6 +217,7 @@ class StreamReader:
             elif kind == b"INDX":
                 self._check_end(payload, number, frames)
                 return
+            # Types that begin with a lower-case letter may be skipped by readers.
             elif kind[:1].isupper() and kind != b"META":
                 raise MalformedChunk(f"unknown chunk {kind!r} at offset {at}")
             at += size
@@ -202,6 +226,7 @@ class StreamReader:
         return parse_group(payload, self.header.version, self.header.temporal_stride)
 
     def _check(self, group: GroupPayload, number: int, frames: int | None) -> GroupPayload:
+        """The group, if it has this number and begins after so many frames (None: any)."""
         if group.number != number:
             raise MalformedChunk(f"group number {group.number} where {number} was expected")
         if frames is not None and group.first_frame != frames:
@@ -281,15 +306,17 @@ class StreamReader:
         return frames if frames is not None and frames <= self.header.gop_frames else 0
 
     def _read(self, size: int) -> bytes:
-        """Size bytes, fewer only at the end; a pipe may give less at once, and a claimed length is
-        not worth an allocation."""
+        """Reads `size` bytes, fewer only at the end of the file.
+
+        In blocks: a pipe may return less at once, and no memory is allocated for a claimed length.
+        """
         data = bytearray()
         while len(data) < size and (block := self.file.read(min(size - len(data), BLOCK))):
             data += block
         return bytes(data)
 
     def _left(self) -> int | None:
-        """Bytes after the current position, if the file can tell."""
+        """Number of bytes after the current position, None if the file cannot tell."""
         if not self.file.seekable():
             return None
         here = self.file.tell()
@@ -298,7 +325,7 @@ class StreamReader:
         return end - here
 
     def index(self) -> list[IndexEntry]:
-        """Where the groups are; found by a scan, with a warning, if the index is damaged."""
+        """Where the groups are. A damaged index is rebuilt by a scan, with a warning."""
         return self._index
 
     @functools.cached_property
@@ -349,7 +376,12 @@ class StreamReader:
         return entries
 
     def group(self, number: int) -> GroupPayload:
-        """Random access to one group. IndexError if there is no such group."""
+        """Reads one group by its number.
+
+        Raises:
+          IndexError: if there is no such group.
+          BitstreamError: one of its kinds, if it is damaged.
+        """
         if not 0 <= number < len(self.index()):
             raise IndexError(f"group {number}: the stream has {len(self.index())}")
         entry = self.index()[number]

@@ -1,5 +1,9 @@
 """Symbols <-> bytes of a segment, which holds the latents of a group one after another.
 
+`EntropyCoder.encode` makes a segment; `SegmentDecoder` reads it step by step, since the scale
+network must run between z and y. Both use constriction's coder if it is installed, else the one in
+`plain`; the bytes are the same.
+
 Canonical order of a latent: z grouped by channel, raster inside a channel; then the y elements
 whose scale index is at least k_skip, flattened (row, column, channel) and stably sorted by index.
 The decoder pops z first, because the indices depend on it.
@@ -8,6 +12,7 @@ The decoder pops z first, because the indices depend on it.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,47 +22,54 @@ from gnvc_jax.bitstream.tables import SYMBOL_BOUND, TOTAL, Z_BOUND, Tables
 
 try:
     import constriction
-except ImportError:  # no wheel for this platform: the plain coder reads and writes the same words
+except ImportError:  # there is no wheel for this platform
     constriction = None
 
 
 class ConstrictionCoder:
     """The coder of `plain` by constriction's AnsCoder."""
 
-    def __init__(self, words: Sequence[int] = ()):
+    def __init__(self, words: Sequence[int] = ()) -> None:
         ans = constriction.stream.stack.AnsCoder
         self.ans = ans(np.asarray(words, np.uint32)) if len(words) else ans()
 
     @staticmethod
-    def model(frequencies: np.ndarray):
-        """Exactly this integer table: the library adds one to each of n scaled probabilities."""
+    def model(frequencies: np.ndarray) -> Any:
+        """A model of the library with exactly these frequencies."""
+        # The library scales probabilities to 2**24 - n and adds one to each of the n.
         p = frequencies.astype(np.float64) - 1.0
         return constriction.stream.model.Categorical(p, perfect=False)
 
-    def push(self, symbols: np.ndarray, model) -> None:
+    def push(self, symbols: np.ndarray, model: Any) -> None:
+        """See `AnsCoder.push`."""
         self.ans.encode_reverse(symbols.astype(np.int32), model)
 
-    def pop(self, count: int, model) -> np.ndarray:
+    def pop(self, count: int, model: Any) -> np.ndarray:
+        """See `AnsCoder.pop`."""
         return self.ans.decode(model, count)
 
     def get_words(self) -> np.ndarray:
+        """See `AnsCoder.get_words`."""
         return self.ans.get_compressed()
 
     def is_empty(self) -> bool:
+        """Whether no symbol is left."""
         return self.ans.is_empty()
 
 
 class PlainCoder(plain.AnsCoder):
-    """The plain coder under the interface of ConstrictionCoder."""
+    """`AnsCoder` with the interface of ConstrictionCoder."""
 
-    def __init__(self, words: Sequence[int] = ()):
+    def __init__(self, words: Sequence[int] = ()) -> None:
         super().__init__(np.asarray(words, np.uint32).tolist())
 
     @staticmethod
     def model(frequencies: np.ndarray) -> list[int]:
+        """The frequencies themselves."""
         return frequencies.tolist()
 
     def push(self, symbols: np.ndarray, model: list[int]) -> None:
+        """See `AnsCoder.push`."""
         super().push(symbols.tolist(), model)
 
 
@@ -65,8 +77,13 @@ class PlainCoder(plain.AnsCoder):
 class QuantisedLatent:
     """The integers of one latent.
 
-    z int8 (h, w, cz); y int8 (4h, 4w, cy); index uint8 like y, which follows from z and from y and
-    index of the latent before.
+    Attributes:
+      kind: 0 intra, 1 predicted.
+      q_index: quality level.
+      z: hyperlatent, int8 (h, w, cz).
+      y: symbols, int8 (4h, 4w, cy).
+      index: table of each element of y, uint8 (4h, 4w, cy); follows from z, and from y and index of
+        the latent before.
     """
 
     kind: int
@@ -78,7 +95,12 @@ class QuantisedLatent:
 
 @dataclasses.dataclass(frozen=True)
 class EntropyCoder:
-    """Encoder and decoder of segments under one set of tables."""
+    """Encodes segments with one set of tables; `SegmentDecoder` decodes them.
+
+    Attributes:
+      tables: of a model.
+      backend: ConstrictionCoder or PlainCoder.
+    """
 
     tables: Tables
     backend: type = PlainCoder if constriction is None else ConstrictionCoder
@@ -94,6 +116,7 @@ class EntropyCoder:
 
     @functools.cached_property
     def _z_models(self) -> dict:
+        """Filled by `_z_rows`."""
         return {}
 
     def _z_rows(self, kind: int, q_index: int) -> list:
@@ -104,9 +127,10 @@ class EntropyCoder:
         return self._z_models[key]
 
     def encode(self, latents: Sequence[QuantisedLatent]) -> bytes:
-        """Segment of latents in a row.
+        """The segment of consecutive latents.
 
-        Raises ValueError if a symbol is out of range or stands where nothing is coded.
+        Raises:
+          ValueError: if a symbol is out of range, or not zero where nothing is coded.
         """
         coder = self.backend()
         # The coder is a stack: what is to come out first goes in last.
@@ -114,12 +138,13 @@ class EntropyCoder:
             self._push(coder, latent)
         return np.asarray(coder.get_words(), "<u4").tobytes()
 
-    def _push(self, coder, latent: QuantisedLatent) -> None:
+    def _push(self, coder: Any, latent: QuantisedLatent) -> None:
         for name, values, bound in (("z", latent.z, Z_BOUND), ("y", latent.y, SYMBOL_BOUND)):
             if values.min(initial=0) < -bound or values.max(initial=0) > bound:
-                raise ValueError(f"a symbol of {name} is outside -{bound}..{bound}")
+                raise ValueError(f"symbols of {name} must be in -{bound}..{bound}")
         if np.any(latent.y[latent.index < self.tables.k_skip]):
-            raise ValueError("a symbol of y stands where nothing is coded")
+            raise ValueError("symbols of y must be 0 where the scale index is below k_skip")
+        # Everything in the opposite of the canonical order.
         order, counts = self._order(latent.index)
         symbols = np.asarray(latent.y).reshape(-1)[order].astype(np.int32) + SYMBOL_BOUND
         end = len(symbols)
@@ -141,7 +166,7 @@ class EntropyCoder:
         return order, np.bincount(flat[positions], minlength=len(self.tables.y))
 
     def ideal_bits(self, latent: QuantisedLatent) -> float:
-        """-log2 of the probability of a latent's symbols under the integer tables."""
+        """Information content of a latent's symbols under the integer tables."""
         order, _ = self._order(latent.index)
         k = np.asarray(latent.index).reshape(-1)[order]
         y_freq = self.tables.y[
@@ -153,9 +178,13 @@ class EntropyCoder:
 
 
 class SegmentDecoder:
-    """Decodes a segment latent by latent: z, then y under the indices that follow from z."""
+    """Decodes a segment latent by latent: z, then y with the indices that follow from z.
 
-    def __init__(self, coder: EntropyCoder, data: bytes):
+    Raises:
+      EntropyError: if the bytes cannot be a segment.
+    """
+
+    def __init__(self, coder: EntropyCoder, data: bytes) -> None:
         self.coder, self.ans = coder, coder.backend(words_of(data))
 
     def z(self, kind: int, q_index: int, shape: tuple[int, int, int]) -> np.ndarray:
@@ -176,15 +205,19 @@ class SegmentDecoder:
         return out.reshape(index.shape)
 
     def finish(self) -> None:
-        """EntropyError unless the segment is used up exactly."""
+        """Raises EntropyError unless the segment is used up exactly."""
         if not self.ans.is_empty():
             raise EntropyError("a segment holds more than its symbols")
 
 
 def words_of(data: bytes) -> np.ndarray:
-    """The words of a segment. EntropyError if they cannot be one."""
+    """The words of a segment.
+
+    Raises:
+      EntropyError: if the bytes cannot be a segment.
+    """
     if len(data) % 4:
-        raise EntropyError(f"a segment of {len(data)} bytes is not made of whole words")
+        raise EntropyError(f"a segment must consist of words of 4 bytes, got {len(data)} bytes")
     words = np.frombuffer(data, "<u4")
     if len(words) and words[-1] == 0:
         raise EntropyError("a segment ends with a zero word")

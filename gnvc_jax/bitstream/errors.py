@@ -1,12 +1,19 @@
-"""Everything that can be wrong with a stream, one class and one exit code each."""
+"""Everything that can be wrong with a stream: one class and one exit code each.
+
+The table in docs/bitstream.md, section 6, says when a reader raises which. Exit codes from 10 are
+about headers and models, from 20 about the contents.
+"""
 
 from gnvc_jax.errors import GnvcError
 
 
 class BitstreamError(GnvcError):
-    """Base of all stream errors; `exit_code` is what the command line ends with.
+    """Base of all stream errors.
 
-    n_frames: how many frames a tolerant reader lost to this error, as far as the file tells.
+    Attributes:
+      exit_code: of the command line.
+      n_frames: number of frames that a tolerant reader lost to this error, as far as the file
+        tells.
     """
 
     exit_code = 1
@@ -62,7 +69,12 @@ class Truncated(BitstreamError):
 
 
 class ChecksumMismatch(BitstreamError):
-    """A chunk's CRC32 does not match. kind, size: what the damaged chunk claims to be."""
+    """A chunk's CRC32 does not match.
+
+    Attributes:
+      kind: type that the damaged chunk claims.
+      size: whole size in bytes that it claims.
+    """
 
     exit_code = 21
     kind: bytes = b""
@@ -82,7 +94,7 @@ class Desynchronised(BitstreamError):
 
 
 class EntropyError(BitstreamError):
-    """Decoded symbols are not the encoder's although all indices are."""
+    """Decoded symbols are not the encoder's, although all table indices are."""
 
     exit_code = 24
 

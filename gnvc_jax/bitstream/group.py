@@ -1,10 +1,13 @@
 """One group of latents <-> the payload of a GOPC chunk.
 
+`encode_group` makes a payload, and decodes it again to be sure. `parse_group` reads its fields,
+`decode_group` its symbols.
+
 Payload of version 2: LEB128 group number, LEB128 first frame, LEB128 frames; u32 CRC32 of all index
 maps, u32 CRC32 of all symbols (z, then y, latent by latent, then the motion segment); u8 q_index of
-the intra latent, u8 p, p bytes: q_index of the others, again and again; LEB128 length of the motion
+the intra latent, u8 p, p bytes: q_index of the others, repeated; LEB128 length of the motion
 segment, the motion segment; the segment of the latents. Version 1 (read, no longer written) has
-fixed fields and one segment per latent.
+fields of fixed size and one segment per latent.
 """
 
 import dataclasses
@@ -24,11 +27,12 @@ from gnvc_jax.bitstream.errors import (
 )
 from gnvc_jax.bitstream.tables import QUALITIES
 
+# Fields of version 1: number, first frame, frames, latents, two checksums, 16 unused bytes.
 FIXED_1 = struct.Struct("<IQHHII16s")
-CHECKSUMS = struct.Struct("<II")
-MAX_LATENTS = 256
-MEMORY_LIMIT = 4 << 30
-SORT_BYTES = 40  # per y element while one latent is sorted and decoded
+CHECKSUMS = struct.Struct("<II")  # of index maps, of symbols
+MAX_LATENTS = 256  # in one group
+MEMORY_LIMIT = 4 << 30  # bytes, by default
+SORT_BYTES = 40  # for each element of y, while one latent is sorted and decoded
 
 # (kind, q_index, z, previous y or None, previous index or None) -> table indices, uint8
 ScaleIndex = Callable[[int, int, np.ndarray, np.ndarray | None, np.ndarray | None], np.ndarray]
@@ -36,10 +40,17 @@ ScaleIndex = Callable[[int, int, np.ndarray, np.ndarray | None, np.ndarray | Non
 
 @dataclasses.dataclass(frozen=True)
 class GroupPayload:
-    """A parsed payload: what the group says of itself, and its segments still coded.
+    """A parsed payload: its fields, and its segments still coded.
 
-    segments: one for all latents; one for each in streams of version 1. motion: the symbols of
-    block motion of all predicted latents, empty without motion.
+    Attributes:
+      number: of the group, from 0.
+      first_frame: number of its first frame.
+      n_frames: number of its frames.
+      crc_index: CRC32 of all index maps.
+      crc_symbols: CRC32 of all symbols and of the motion segment.
+      q_indices: quality level of each latent.
+      segments: one for all latents; one for each latent in streams of version 1.
+      motion: symbols of block motion of all predicted latents, empty without motion.
     """
 
     number: int
@@ -63,9 +74,20 @@ def encode_group(
     motion: bytes = b"",
     temporal_stride: int = 4,
 ) -> bytes:
-    """Payload of a group. It is decoded again before it is returned.
+    """The payload of a group. It is decoded again before it is returned.
 
-    Raises RuntimeError if the decoder's path does not give the same symbols back.
+    Args:
+      latents: the first is intra, the others predicted.
+      coder: of the model.
+      scale_index: the model's integer network.
+      number: of the group, from 0.
+      first_frame: number of its first frame.
+      n_frames: number of its frames.
+      motion: motion segment, see `gnvc_jax.motion.coding.encode_fields`.
+      temporal_stride: frames per latent after the first.
+
+    Raises:
+      RuntimeError: if decoding does not give the same symbols back.
     """
     crc_index = crc_symbols = 0
     for s in latents:
@@ -82,16 +104,17 @@ def encode_group(
         + coder.encode(latents)
     )
     z_shape, y_shape = latents[0].z.shape, latents[0].y.shape
+    # A fault here would otherwise show when the stream is decoded, perhaps years later.
     group = parse_group(payload, temporal_stride=temporal_stride)
     again = decode_group(group, coder, scale_index, z_shape, y_shape)
-    for number_, (a, b) in enumerate(zip(latents, again, strict=True)):
+    for i, (a, b) in enumerate(zip(latents, again, strict=True)):
         if not (np.array_equal(a.z, b.z) and np.array_equal(a.y, b.y)):
-            raise RuntimeError(f"group {number}, latent {number_}: does not decode to its symbols")
+            raise RuntimeError(f"group {number}, latent {i}: does not decode to its symbols")
     return payload
 
 
 def _period(levels: list[int]) -> list[int]:
-    """The shortest beginning that, repeated, gives all levels."""
+    """The shortest prefix that gives all levels when it is repeated."""
     for p in range(1, len(levels)):
         if all(a == b for a, b in zip(levels, levels[p:])):
             return levels[:p]
@@ -99,10 +122,15 @@ def _period(levels: list[int]) -> list[int]:
 
 
 def parse_group(payload: bytes, version: int = 2, temporal_stride: int = 4) -> GroupPayload:
-    """Read the fields of a payload and check that they agree; nothing is decoded.
+    """Reads the fields of a payload and checks that they agree; decodes no symbols.
 
-    version: major version of the stream; temporal_stride: frames per latent after the first.
-    Raises MalformedChunk.
+    Args:
+      payload: of a GOPC chunk.
+      version: major version of the stream.
+      temporal_stride: frames per latent after the first.
+
+    Raises:
+      MalformedChunk: if the fields are cut off or contradict each other.
     """
     return _parse_1(payload) if version == 1 else _parse_2(payload, temporal_stride)
 
@@ -174,9 +202,15 @@ def _parse_1(payload: bytes) -> GroupPayload:
 
 
 def claimed_frames(start: bytes, number: int, version: int = 2) -> int | None:
-    """Frames of group `number` by the beginning of its payload, the rest of which is damaged.
+    """Number of frames that a damaged group claims in the first fields of its payload.
 
-    None if the first fields are cut off or contradict each other.
+    Args:
+      start: beginning of the payload, perhaps cut off.
+      number: that the group should have.
+      version: major version of the stream.
+
+    Returns:
+      None if the first fields are cut off or not plausible.
     """
     if version == 1:
         if len(start) < FIXED_1.size:
@@ -200,14 +234,24 @@ def decode_group(
     y_shape: tuple[int, int, int],
     memory_limit: int = MEMORY_LIMIT,
 ) -> list[QuantisedLatent]:
-    """All integers of a group but those of motion.
-
-    LimitExceeded if they need more than memory_limit bytes; a few bytes of stream can claim any
-    picture size, so this is known before anything is allocated.
+    """Decodes the symbols of all latents of a group.
 
     The indices of a latent need the symbols of the one before, so both checksums can only be
-    compared at the end. A wrong index map is reported first, as Desynchronised, because wrong
-    symbols follow from it; EntropyError means that the indices were right and the symbols are not.
+    compared at the end. A wrong index map is reported first, because wrong symbols follow from it.
+
+    Args:
+      group: see `parse_group`.
+      coder: of the model.
+      scale_index: the model's integer network.
+      z_shape, y_shape: of every latent.
+      memory_limit: in bytes. A few bytes of stream can claim any picture size, so this is checked
+        before anything is allocated.
+
+    Raises:
+      LimitExceeded: if the symbols need more memory than allowed.
+      MalformedChunk: if a segment is longer than its latents can be.
+      Desynchronised: if the index maps are not the encoder's.
+      EntropyError: if these are right, but the symbols are not.
     """
     count = len(group.q_indices)
     z_size, y_size = math.prod(z_shape), math.prod(y_shape)
@@ -216,12 +260,14 @@ def decode_group(
         raise LimitExceeded(
             f"group {group.number} needs {need >> 20} MiB of memory, allowed {memory_limit >> 20}"
         )
+    # More bytes than the encoder could make of the worst symbols: 24 bits each, and some words.
     most = (4 * (z_size + y_size) + 64) * (count if len(group.segments) == 1 else 1)
     crc_index = crc_symbols = 0
     latents: list[QuantisedLatent] = []
     problem = ""
     segments = iter(group.segments)
     for i, q_index in enumerate(group.q_indices):
+        # In version 1 every latent begins and ends a segment.
         begins, ends = i < len(group.segments), len(group.segments) > 1 or i == count - 1
         if begins:
             segment = next(segments)
@@ -255,12 +301,14 @@ def decode_group(
 
 
 def _update(crc_index: int, crc_symbols: int, s: QuantisedLatent) -> tuple[int, int]:
+    """Both checksums, continued over one latent."""
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.z, np.int8).tobytes(), crc_symbols)
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.y, np.int8).tobytes(), crc_symbols)
     return zlib.crc32(np.ascontiguousarray(s.index, np.uint8).tobytes(), crc_index), crc_symbols
 
 
 def _varint(value: int) -> bytes:
+    """LEB128: seven bits per byte, least significant first."""
     out = b""
     while value >= 0x80:
         out += bytes([value & 0x7F | 0x80])
@@ -269,7 +317,11 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:
-    """Value and the place after it. MalformedChunk if it does not end within nine bytes."""
+    """The value at a place, and the place after it.
+
+    Raises:
+      MalformedChunk: if it does not end within nine bytes.
+    """
     value = 0
     for i, byte in enumerate(data[at : at + 9]):
         value |= (byte & 0x7F) << 7 * i

@@ -1,8 +1,13 @@
-"""The file header: every field, its range, and its bytes (docs/bitstream.md, section 1)."""
+"""The file header: every field, its range, and its bytes (docs/bitstream.md, section 1).
+
+`Header.pack` makes the bytes, `read_header` reads and checks them. Both enforce the same limits, so
+what is written can be read. `check_picture` lets a caller check a frame size before encoding.
+"""
 
 import dataclasses
 import struct
 import zlib
+from collections.abc import Callable
 
 from gnvc_jax.bitstream.errors import (
     HeaderCorrupt,
@@ -15,18 +20,22 @@ from gnvc_jax.bitstream.errors import (
 )
 
 MAGIC = b"\x89GNV\r\n\x1a\n"
-VERSION = (2, 0)
+VERSION = (2, 0)  # that is written: major, minor
 READABLE = (1, 2)  # major versions
-FIXED = struct.Struct("<8sHHIIIIIIIQHH4B4BHH32s16sI4BQ")
-UNKNOWN_COUNT = 2**64 - 1
-MAX_HEADER = 65536
+FIXED = struct.Struct("<8sHHIIIIIIIQHH4B4BHH32s16sI4BQ")  # all but the entries and the CRC32
+UNKNOWN_COUNT = 2**64 - 1  # frame count in a stream that was written to a pipe
+MAX_HEADER = 65536  # bytes
 MAX_SIDE, MIN_SIDE, MAX_PIXELS = 16384, 16, 1 << 27
 MIN_FPS, MAX_FPS = 0.001, 1000
 assert FIXED.size == 128
 
 
 def check_picture(width: int, height: int, fps: tuple[int, int]) -> None:
-    """LimitExceeded if a stream cannot hold frames of this size in pixels or at this rate."""
+    """Checks that a stream can hold frames of this size in pixels and at this rate.
+
+    Raises:
+      LimitExceeded: if it cannot.
+    """
     if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:
         raise LimitExceeded(
             f"the frame size (width x height) is {width}x{height}; each side must be in"
@@ -46,12 +55,23 @@ def check_picture(width: int, height: int, fps: tuple[int, int]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What a file says of itself.
+    """The fields of a file header.
 
-    width, height: display size in pixels; fps: numerator and denominator; frame_count: None if not
-    known when writing began; colour: H.273 code points (primaries, transfer, matrix, full range);
-    fingerprints and tables_crc identify the model; extra: type -> bytes, free for applications;
-    version: major version of the file that it was read from.
+    Attributes:
+      width, height: display size in pixels.
+      fps: frames per second, numerator and denominator.
+      gop_latents, gop_frames: largest number of latents and of frames in a group.
+      y_channels, z_channels: channels of the symbols and of the hyperlatent.
+      k_skip: elements with a smaller scale index carry no symbol.
+      codec_fingerprint, vae_fingerprint, tables_crc: identify the model.
+      frame_count: None if not known when writing began.
+      latent_stride: pixels per latent position in each direction.
+      latent_channels: channels of the latents.
+      temporal_stride: frames per latent after the first.
+      bit_depth: bits per sample of the source, for information.
+      colour: H.273 code points: primaries, transfer, matrix, full range.
+      extra: type -> bytes, free for applications.
+      version: major version of the file that it was read from.
     """
 
     width: int
@@ -75,9 +95,13 @@ class Header:
     version: int = VERSION[0]
 
     def check(self) -> None:
-        """LimitExceeded if a field is out of range."""
+        """Checks all fields.
 
-        def limit(name: str, value, low, high):
+        Raises:
+          LimitExceeded: if one is out of range.
+        """
+
+        def limit(name: str, value: int, low: int, high: int) -> None:
             if not low <= value <= high:
                 raise LimitExceeded(f"header field {name} is {value}, allowed {low}..{high}")
 
@@ -97,7 +121,11 @@ class Header:
             limit("frame_count", self.frame_count, 1, 2**48)
 
     def pack(self) -> bytes:
-        """Header bytes with their CRC32."""
+        """The bytes of the header, with their CRC32.
+
+        Raises:
+          LimitExceeded: if a field is out of range or the header is too large.
+        """
         self.check()
         entries = sum(4 + len(data) for data in self.extra.values())
         size = FIXED.size + entries + -entries % 4 + 4
@@ -117,7 +145,16 @@ class Header:
         return data + struct.pack("<I", zlib.crc32(data))
 
     def check_model(self, codec: bytes, vae: bytes, tables_crc: int) -> None:
-        """WrongModel or ModelCorrupt unless the stream was made with this model."""
+        """Checks that the stream was made with a model.
+
+        Args:
+          codec, vae: fingerprints of the loaded model.
+          tables_crc: CRC32 of its tables.
+
+        Raises:
+          WrongModel: if a fingerprint differs.
+          ModelCorrupt: if only the tables differ.
+        """
         for name, ours, theirs in (
             ("codec", codec, self.codec_fingerprint),
             ("VAE", vae, self.vae_fingerprint),
@@ -132,8 +169,18 @@ class Header:
             )
 
 
-def read_header(read) -> tuple[Header, int]:
-    """Parse a header; read(n) gives at most n bytes. Returns the header and its size in bytes."""
+def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
+    """Reads and checks a header.
+
+    Args:
+      read: read(n) returns n bytes, fewer only at the end of the file.
+
+    Returns:
+      The header, and its size in bytes.
+
+    Raises:
+      BitstreamError: one of its kinds, see docs/bitstream.md, section 6.
+    """
     data = read(FIXED.size + 4)
     if data[: len(MAGIC)] != MAGIC:
         hint = " (line ends were converted)" if data[:4] == MAGIC[:4] else ""
@@ -175,6 +222,7 @@ def read_header(read) -> tuple[Header, int]:
 
 
 def _read_extra(data: bytes) -> dict[int, bytes]:
+    """Entries for applications, without the padding."""
     extra, at = {}, 0
     while at + 4 <= len(data):
         kind, length = struct.unpack_from("<HH", data, at)

@@ -1,7 +1,9 @@
-"""The entropy coder in plain Python: the definition, and the way where constriction is missing.
+"""The entropy coder in plain Python: the definition, and the fallback without constriction.
 
-A segment is a stack of 32-bit words. The state is a number; pushing a symbol with frequency f and
-cumulative frequency c of 2**24 is the inverse of popping it:
+An asymmetric numeral system (ANS; Duda 2013, arXiv 1311.2540), in the range variant with a 64-bit
+state and 32-bit words. A segment is a stack of words: what is pushed last pops first. The state is
+a number; pushing a symbol with frequency f and cumulative frequency c of 2**24 is the inverse of
+popping it:
 
     slot = state % 2**24, in [c, c + f);  state = f * (state // 2**24) + slot - c
 
@@ -12,35 +14,42 @@ word is left.
 from bisect import bisect_right
 from itertools import accumulate
 
-PRECISION = 24
+PRECISION = 24  # bits of a frequency; all frequencies of a table sum to 2**24
 MASK = (1 << PRECISION) - 1
-WORD = 32
+WORD = 32  # bits
 
 
 class AnsCoder:
-    """A stack of symbols as a list of words, the last word on top."""
+    """A stack of symbols.
 
-    def __init__(self, words: list[int] | None = None):
+    Attributes:
+      words: what has left the state, the last word on top.
+      state: number below 2**64.
+    """
+
+    def __init__(self, words: list[int] | None = None) -> None:
         self.words = list(words or [])
         self.state = 0
         self._refill()
 
     def _refill(self) -> None:
+        """Brings the state back into [2**32, 2**64)."""
         while self.words and self.state < 1 << WORD:
             self.state = self.state << WORD | self.words.pop()
 
     def push(self, symbols: list[int], frequencies: list[int]) -> None:
-        """Push symbols (indices into `frequencies`) so that they pop in the given order."""
+        """Pushes symbols (indices into `frequencies`) so that they pop in the given order."""
         start = [0, *accumulate(frequencies)]
         for symbol in reversed(symbols):
             f = frequencies[symbol]
+            # Otherwise the new state would be 2**64 or more.
             if self.state >> (2 * WORD - PRECISION) >= f:
                 self.words.append(self.state & ((1 << WORD) - 1))
                 self.state >>= WORD
             self.state = (self.state // f << PRECISION) + self.state % f + start[symbol]
 
     def pop(self, count: int, frequencies: list[int]) -> list[int]:
-        """Pop `count` symbols."""
+        """Pops `count` symbols."""
         start = [0, *accumulate(frequencies)]
         out = []
         for _ in range(count):
@@ -53,7 +62,7 @@ class AnsCoder:
         return out
 
     def get_words(self) -> list[int]:
-        """All words, the state included."""
+        """All words, including those of the state; low word first."""
         words, state = list(self.words), self.state
         while state:
             words.append(state & ((1 << WORD) - 1))
@@ -61,4 +70,5 @@ class AnsCoder:
         return words
 
     def is_empty(self) -> bool:
+        """Whether no symbol is left."""
         return self.state == 0 and not self.words

@@ -1,7 +1,9 @@
-"""Probability tables as integers. They are made once, stored with the model, and never recomputed.
+"""Probability tables as integers.
 
-A table is a row of 24-bit frequencies: all at least 1, sum 2**24. Symbol s of -bound..bound has
-frequency row[s + bound].
+A table is a row of 24-bit frequencies: all at least 1, sum 2**24. Symbol s in -bound..bound has
+frequency row[s + bound]. Tables are made once, when a model is released, and stored with it; they
+are never computed again, because another machine might round differently. `Tables` holds and checks
+those of a model; the functions make them from probabilities and from standard deviations.
 """
 
 import dataclasses
@@ -12,17 +14,24 @@ from scipy.special import ndtr
 
 from gnvc_jax.bitstream.errors import ModelCorrupt
 
-SYMBOL_BOUND = 127
-Z_BOUND = 15
-SCALES = 64
-QUALITIES = 64
-TOTAL = 1 << 24
+SYMBOL_BOUND = 127  # symbols of y and of motion are -127..127
+Z_BOUND = 15  # symbols of z are -15..15
+SCALES = 64  # tables of y
+QUALITIES = 64  # quality levels
+TOTAL = 1 << 24  # sum of the frequencies of a table
 
 
 def frequencies_from_probabilities(p: np.ndarray) -> np.ndarray:
-    """Probabilities (..., n) float64 -> frequencies (..., n) uint32 with sum 2**24.
+    """Rounds probabilities to frequencies.
 
-    floor(p * (2**24 - n)) + 1, the remainder goes to the mode.
+    floor(p * (2**24 - n)) + 1 for each of n symbols, so none is zero; the most probable symbol gets
+    the remainder.
+
+    Args:
+      p: (..., n), float64; normalised here.
+
+    Returns:
+      (..., n), uint32 with sum 2**24.
     """
     p = np.asarray(p, np.float64)
     p = p / p.sum(axis=-1, keepdims=True)
@@ -36,8 +45,10 @@ def frequencies_from_probabilities(p: np.ndarray) -> np.ndarray:
 def gaussian_frequencies(scales: np.ndarray) -> np.ndarray:
     """Tables (len(scales), 255) of zero-mean Gaussians with these standard deviations.
 
-    Bin masses in float64, taken in the lower tail; the end symbols hold the whole tails.
+    The end symbols hold the whole tails.
     """
+    # Masses of bins in the lower half only, where differences keep their digits; the upper half is
+    # its mirror image.
     edges = np.arange(-SYMBOL_BOUND, 1) - 0.5
     low = ndtr(edges / np.asarray(scales, np.float64)[:, None])
     low[:, 0] = 0.0
@@ -50,10 +61,15 @@ def gaussian_frequencies(scales: np.ndarray) -> np.ndarray:
 class Tables:
     """The tables of one model.
 
-    y: uint32 (64, 255), by scale index; z: uint32 (2, g, cz, 31), by kind of latent (0 intra, 1
-    predicted), quality group (g divides 64; row q_index * g // 64) and channel; k_skip: elements
-    with a smaller scale index carry no symbol; motion: uint32 (rows, 255) for the symbols of block
-    motion, no rows in a model without motion.
+    Attributes:
+      y: uint32 (64, 255), by scale index.
+      z: uint32 (2, g, cz, 31), by kind of latent (0 intra, 1 predicted), quality group (g divides
+        64; group q_index * g // 64) and channel.
+      k_skip: elements with a smaller scale index carry no symbol.
+      motion: uint32 (rows, 255) for the symbols of block motion; no rows in a model without motion.
+
+    Raises:
+      ModelCorrupt: if a shape, a sum or a frequency is impossible.
     """
 
     y: np.ndarray
@@ -63,8 +79,7 @@ class Tables:
         default_factory=lambda: np.zeros((0, 2 * SYMBOL_BOUND + 1), np.uint32)
     )
 
-    def __post_init__(self):
-        """ModelCorrupt if a shape, a sum or a frequency is impossible."""
+    def __post_init__(self) -> None:
         y, z = self.y, self.z
         if y.shape != (SCALES, 2 * SYMBOL_BOUND + 1) or y.dtype != np.uint32:
             raise ModelCorrupt(f"symbol tables are {y.dtype} {y.shape}, expected uint32 (64, 255)")
@@ -79,12 +94,14 @@ class Tables:
             )
         for name, table in (("symbol", y), ("hyperlatent", z), ("motion", self.motion)):
             if (table == 0).any() or (table.sum(axis=-1, dtype=np.uint64) != TOTAL).any():
-                raise ModelCorrupt(f"{name} tables: a row has a zero or does not sum to 2**24")
+                raise ModelCorrupt(
+                    f"{name} tables: a row has a zero frequency or does not sum to 2**24"
+                )
         if not 0 <= self.k_skip <= SCALES:
-            raise ModelCorrupt(f"k_skip is {self.k_skip}, expected 0..{SCALES}")
+            raise ModelCorrupt(f"k_skip must be in 0..{SCALES}, got {self.k_skip}")
 
     def z_rows(self, kind: int, q_index: int) -> np.ndarray:
-        """Tables (cz, 31) of one latent."""
+        """Tables (cz, 31) of the hyperlatent of one latent."""
         return self.z[kind, q_index * self.z.shape[1] // QUALITIES]
 
     def crc32(self) -> int:

@@ -43,7 +43,7 @@ class QualityGain(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], q_index: Int[Array, " b"]
     ) -> Float[Array, "b h w c"]:
-        """x times the gains of the quality levels q_index."""
+        """Multiplies x by the gains of the quality levels q_index."""
 
         def init(_: Array, shape: tuple[int, int]) -> Array:
             return jnp.broadcast_to(self.slope * POSITIONS[:, None], shape).astype(jnp.float32)

@@ -1,14 +1,16 @@
 """Random clips from videos, as a Grain pipeline.
 
-An element is a pure function of (seed, number of the element): workers, resuming and the number
-of processes change who computes it and nothing else. Nothing here uses JAX, so decoding
-processes stay light.
+`clip_dataset` is what training calls. An element is a pure function of the seed and its number:
+worker processes, resuming and the number of hosts change who computes it and nothing else.
+`RandomRead` handles data that cannot be read; `endless_batches` is the pipeline, which
+`gnvc_jax.data.latents` shares. Nothing here uses JAX, so decoding processes stay small.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import grain
 import numpy as np
@@ -23,31 +25,39 @@ __all__ = ["ClipIndex", "RandomClip", "clip_dataset"]
 log = logging.getLogger(__name__)
 
 MARGIN = 16  # pixels around a crop that its motion search sees
-RATE_JITTER = 0.3  # deviation of the logarithm of the search's rate: it is not exact in use either
-MAX_TRIES = 1000  # whatever share is accepted, so that nothing readable at all is an error
+RATE_JITTER = 0.3  # standard deviation of the logarithm of the search's rate, for variety
+MAX_TRIES = 1000  # then reading has failed, whatever share of failures is accepted
 
 
 class RandomRead(grain.transforms.RandomMap):
-    """Draws from something numbered 0 to `count` - 1, parts of which may not be readable.
+    """Draws from data numbered 0 to `count` - 1, parts of which may not be readable.
 
-    Where reading fails, another number is drawn from the same generator. So an element stays a pure
+    If reading fails, another number is drawn from the same generator. So an element stays a pure
     function of its number, the seed and the files: the replacement is the same after a restart and
     with any number of processes.
+
+    Attributes:
+      count: size of the data.
+      left_out: where failures are counted.
     """
 
     count: int
     left_out: LeftOut
 
     def name(self, element: int) -> str:
-        """What is counted as left out where this element cannot be read."""
+        """What counts as left out if this element cannot be read: a file."""
         raise NotImplementedError
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
-        """May raise anything."""
+        """Reads an element; may raise anything."""
         raise NotImplementedError
 
     def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray:
-        """Raises TooMuchLeftOut."""
+        """Reads an element, or another one in its place.
+
+        Raises:
+          TooMuchLeftOut: if too much cannot be read.
+        """
         for _ in range(MAX_TRIES):
             try:
                 return self.read(element, rng)
@@ -59,9 +69,17 @@ class RandomRead(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class RandomClip(RandomRead):
-    """Number of a frame, counted through all videos -> uint8 (frames, h, w, 3) from its video.
+    """Number of a frame, counted over all videos -> uint8 (frames, h, w, 3) from its video.
 
-    The frames are consecutive; start, crop, halving and mirroring are drawn.
+    The frames are consecutive; start, crop, downscaling and mirroring are random.
+
+    Attributes:
+      videos: what to draw from, in proportion to their numbers of frames.
+      frames: of a clip.
+      size: height and width of a crop.
+      downscale_prob: probability of a crop twice as large, reduced by 2x2 means.
+      left_out: where failures are counted.
+      motion: whether elements are those of `with_motion`.
     """
 
     videos: tuple[Video, ...]
@@ -80,21 +98,25 @@ class RandomClip(RandomRead):
         return int(self._ends[-1])
 
     def video(self, element: int) -> Video:
+        """The video that a frame number belongs to."""
         return self.videos[int(np.searchsorted(self._ends, element, side="right"))]
 
     def name(self, element: int) -> str:
+        """Path of the video."""
         return self.video(element).path
 
     def random_map(
         self, element: int, rng: np.random.Generator
     ) -> np.ndarray | dict[str, np.ndarray]:
+        """A clip; with motion, the dictionary of `with_motion`."""
         clip = super().random_map(element, rng)
         return with_motion(clip, MARGIN, rng) if self.motion else clip
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
+        """A random clip of the video that frame `element` belongs to."""
         video, size = self.video(element), self.size
         if self.motion:
-            # Vectors at the edge of a crop see a little beyond it, as mostly in whole frames.
+            # The search sees a little beyond the edge of the crop, as it does in whole frames.
             size = tuple(side + 2 * MARGIN for side in size)
         halve, mirror = rng.random() < self.downscale_prob, rng.random() < 0.5
         full = (video.height, video.width)
@@ -112,12 +134,19 @@ class RandomClip(RandomRead):
 
 
 def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """A training sample of codecs with motion, without the clip's margin.
+    """A training sample for codecs with motion.
 
-    Returns a dictionary: "video" uint8 (1 + 4k, h, w, 3), "vectors" int16 (k, 4, h/16, w/16, 2) and
-    "motion_bits" float32 (k,) of the fields that the encoder would find at the quality level
-    "q_index", an int32 drawn here.
+    Args:
+      clip: uint8 (1 + 4k, h + 2 * margin, w + 2 * margin, 3).
+      margin: pixels around the sample that only the search sees.
+      rng: draws the quality level.
+
+    Returns:
+      A dictionary: "video" uint8 (1 + 4k, h, w, 3); "vectors" int16 (k, 4, h/16, w/16, 2) and
+      "motion_bits" float32 (k,) of the fields that the encoder would find at the quality level
+      "q_index", an int32.
     """
+    # Imported here: OpenCV is needed for motion only.
     from gnvc_jax.motion import expand
     from gnvc_jax.motion.search import QUALITIES, estimate_bits, search, search_rate
 
@@ -130,6 +159,7 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> dict
     _, height, width, _ = clip.shape
     inside = slice(margin, height - margin), slice(margin, width - margin)
     blocks = tuple(slice(s.start // 16, s.stop // 16) for s in inside)
+    # The bits are those of the clip with its margin; the sample gets its share of the area.
     share = (height - 2 * margin) * (width - 2 * margin) / (height * width)
     return {
         "video": np.ascontiguousarray(clip[:, *inside]),
@@ -140,7 +170,7 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> dict
 
 
 def _halve(clip: np.ndarray) -> np.ndarray:
-    """Means of 2x2 pixels, rounded half up; (t, 2h, 2w, 3) -> (t, h, w, 3)."""
+    """Means of 2x2 pixels, rounded half up: (t, 2h, 2w, 3) -> (t, h, w, 3)."""
     rows = clip[:, 0::2].astype(np.uint16) + clip[:, 1::2]
     return ((rows[:, :, 0::2] + rows[:, :, 1::2] + 2) // 4).astype(np.uint8)
 
@@ -161,23 +191,27 @@ def clip_dataset(
 ) -> grain.experimental.ElasticIterator:
     """Endless batches uint8 (batch, frames, h, w, 3) of random clips.
 
-    motion: elements are the dictionaries of `with_motion`, batched.
-
-    size: (h, w) in pixels. A video is drawn in proportion to its number of frames; those with fewer
-    than `frames` are left out. With probability `downscale_prob` the crop is taken twice as large,
-    where the video allows it, and reduced by 2x2 means. Half of the clips are mirrored. A video
-    smaller than the crop is continued by its edge, below and to the right. Where a clip cannot be
-    read, another is drawn, and the video is added to `index.left_out`.
-
-    batch is that of one process; shard: (number of this process, number of processes), which
-    together read the global batch `batch * count`. num_workers: decoding processes, each holding
-    `worker_buffer` batches ready; with 0 one thread of this process decodes.
-
     The iterator's state is the number of the next clip, {"global_next_index": n}: get_state and
-    set_state resume with exactly the next batch, whatever the workers, and also on another number
-    of processes. It raises TooMuchLeftOut.
+    set_state resume with exactly the next batch, whatever the number of workers or of processes.
 
-    Raises UsageError if no video has `frames` frames.
+    Args:
+      index: videos to draw from, in proportion to their numbers of frames. If a clip cannot be
+        read, another is drawn, and the video is added to `index.left_out`.
+      frames: of a clip; shorter videos are ignored.
+      size: height and width of a clip in pixels. A smaller video is padded below and to the right
+        by its edge.
+      batch: clips in a batch of one process.
+      seed: of all random draws.
+      shuffle: whether to draw in random order.
+      num_workers: decoding processes; with 0, one thread of this process decodes.
+      worker_buffer: batches that each of them keeps ready.
+      downscale_prob: probability of a crop twice as large, if the video allows it, reduced by 2x2
+        means.
+      motion: whether elements are the dictionaries of `with_motion`.
+      shard: number of this process, and number of processes, which together read the global batch.
+
+    Raises:
+      UsageError: if no video has enough frames. The iterator raises TooMuchLeftOut.
     """
     videos = tuple(video for video in index if video.frames >= frames)
     if not videos:
@@ -202,21 +236,21 @@ def clip_dataset(
     )
 
 
-class InRows(grain.MapDataset):
-    """Elements in such an order that reading every nth gives each process rows that follow.
+class RowsOfProcesses(grain.MapDataset):
+    """Reorders elements so that a global batch is the same for any number of processes.
 
-    Process p of n takes the elements p, p + n, p + 2n, ...; here these are the rows p * rows to
-    (p + 1) * rows of each batch, so that a global batch is the same for any number of processes.
+    Grain gives process p of n the elements p, p + n, p + 2n, ... In this order these are the rows
+    p * rows to (p + 1) * rows of each batch.
     """
 
-    def __init__(self, parent: grain.MapDataset, rows: int, processes: int):
+    def __init__(self, parent: grain.MapDataset, rows: int, processes: int) -> None:
         super().__init__(parent)
         self.rows, self.processes = rows, processes
 
     def __len__(self) -> int:
         return len(self.parents[0])
 
-    def __getitem__(self, index: int | slice):
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
         batch, place = divmod(index, self.rows * self.processes)
@@ -235,9 +269,13 @@ def endless_batches(
     worker_buffer: int = 2,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.experimental.ElasticIterator:
-    """Batches of what `draw` makes of the numbers 0 to count - 1, again and again.
+    """Endless batches of what `draw` makes of the numbers 0 to count - 1.
 
-    The other arguments and the iterator's state: see `clip_dataset`.
+    Args:
+      count: number of elements in an epoch.
+      draw: makes an element from its number and a random generator.
+      batch, seed, shuffle, num_workers, worker_buffer, shard: see `clip_dataset`, as for the state
+        of the iterator.
     """
     order = grain.MapDataset.range(count).seed(seed)
     if shuffle:
@@ -249,7 +287,7 @@ def endless_batches(
         num_workers=num_workers, per_worker_buffer_size=worker_buffer
     )
     return grain.experimental.ElasticIterator(
-        InRows(order.repeat().random_map(draw), batch, processes),
+        RowsOfProcesses(order.repeat().random_map(draw), batch, processes),
         batch * processes,
         grain.sharding.ShardOptions(number, processes),
         read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=worker_buffer),

@@ -1,9 +1,10 @@
-"""Which videos there are to train on, and their decoded frames on disk.
+"""The videos to train on, and a cache of their decoded frames.
 
-A cache folder holds `index.json`, what probing said of each file, and one array of RGB frames per
-video, memory-mapped later, so that a random crop in space and time costs a copy of its bytes.
-An uncompressed frame is about a hundred times the size of a coded one: 10,000 frames of 480x270
-take 3.9 GB. Both are keyed by path, size and time of modification.
+`ClipIndex` finds and probes all videos of a folder or list. With a cache folder it keeps what
+probing said of each file (`index.json`) and one array of RGB frames per video, memory-mapped later,
+so that a random crop in space and time costs a copy of its bytes. Both are keyed by path, size and
+time of modification. An uncompressed frame is about a hundred times as large as a coded one: 10,000
+frames of 480x270 take 3.9 GB.
 """
 
 from __future__ import annotations
@@ -43,7 +44,14 @@ LIST_SUFFIXES = {".txt", ".list"}
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """A video file or folder of pictures; `decoded` is the array of its frames, if there is one."""
+    """A video file or folder of pictures.
+
+    Attributes:
+      path: of the file or folder.
+      frames, width, height: size.
+      fps: frames per second.
+      decoded: path of the array of its frames, if there is one.
+    """
 
     path: str
     frames: int
@@ -53,7 +61,7 @@ class Video:
     decoded: str | None = None
 
     def read(self, start: int, count: int, crop: Crop) -> np.ndarray:
-        """uint8 RGB (count, height, width, 3) of crop (top, left, height, width)."""
+        """Consecutive frames from `start` on, cropped: uint8 RGB (count, height, width, 3)."""
         if self.decoded is None:
             return read_clip(self.path, start, count, crop)
         top, left, height, width = crop
@@ -63,18 +71,25 @@ class Video:
 
 @functools.lru_cache(maxsize=1024)
 def _mapped(path: str) -> np.ndarray:
+    """An array of frames, opened once per process."""
     return np.load(path, mmap_mode="r")
 
 
 class ClipIndex:
-    """The videos at `path`: a sequence of Video, sorted by path.
+    """The videos at a path: a sequence of Video, sorted by path.
 
-    path: a folder, searched with its subfolders for video files and for folders of PNG pictures;
-    a list (.txt) with one path a line, relative to the list; or one video. decode_cache: folder
-    that keeps what was learnt and all decoded frames; without it every clip is decoded when it is
-    drawn. left_out: collects what cannot be read; by default there is no limit to it. Raises
-    MissingInput, NoFrames if nothing is left, TooMuchLeftOut, and UnwritableOutput, WriteFailed or
-    DiskFull for the cache.
+    Args:
+      path: a folder, searched with its subfolders for video files and for folders of PNG pictures;
+        a list (.txt) with one path per line, relative to the list; or one video.
+      decode_cache: folder that keeps probing results and all decoded frames; without it every clip
+        is decoded when it is drawn.
+      left_out: collects what cannot be read; by default without a limit.
+
+    Raises:
+      MissingInput: if there is nothing at the path.
+      NoFrames: if no video is readable.
+      TooMuchLeftOut: if too many are not.
+      UnwritableOutput, WriteFailed, DiskFull: for the cache.
     """
 
     def __init__(
@@ -82,7 +97,7 @@ class ClipIndex:
         path: str | os.PathLike,
         decode_cache: str | os.PathLike | None = None,
         left_out: LeftOut | None = None,
-    ):
+    ) -> None:
         files = sorted(set(find_videos(Path(path))))
         self.left_out = LeftOut(limit=1.0) if left_out is None else left_out
         self.left_out.start(len(files))
@@ -98,13 +113,13 @@ class ClipIndex:
         self.videos: tuple[Video, ...] = tuple(videos)
 
     def _in_parallel(self, title: str, function: Callable, items: list[Path | Video]) -> list:
-        """function(item) of all items in order, without those that cannot be read."""
+        """Applies a function to all items, in order, and leaves out those that cannot be read."""
 
-        def attempt(item: Path | Video):
+        def attempt(item: Path | Video) -> Video | Exception:
             try:
                 return function(item)
             except (UnwritableOutput, WriteFailed):
-                raise  # the cache's fault, not the video's
+                raise  # the fault of the cache, not of the video
             except Exception as error:
                 return error
 
@@ -143,15 +158,18 @@ def find_videos(path: Path) -> list[Path]:
 
 
 def _key(file: Path) -> str:
+    """Changes when the file does."""
     stat = file.stat()
     return f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _record(video: Video) -> list:
+    """What `index.json` keeps of a video."""
     return [video.frames, video.width, video.height, str(video.fps)]
 
 
 def _probe(file: Path, known: dict[str, list]) -> Video:
+    """Size of a video, from the cache if it is known there."""
     try:
         record = known.get(_key(file))
     except OSError:
@@ -171,7 +189,7 @@ def _load_known(cache: Path) -> dict[str, list]:
     except OSError as error:
         raise write_error(cache, error) from None
     except ValueError:
-        log.warning("%s: not readable, made anew", cache / "index.json")
+        log.warning("%s: not readable, writing it again", cache / "index.json")
         return {}
 
 
@@ -204,4 +222,6 @@ def _write_array(video: Video, target: Path) -> None:
         np.lib.format.write_array_header_1_0(out, header)
         count = sum(bool(out.write(np.ascontiguousarray(frame))) for frame in frames)
     if count != video.frames:
-        raise TruncatedVideo(video.path, f"{video.frames} frames were counted, {count} decoded")
+        raise TruncatedVideo(
+            video.path, f"probing counted {video.frames} frames, decoding gave {count}"
+        )

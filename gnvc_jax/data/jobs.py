@@ -1,8 +1,8 @@
 """Jobs that make one output for each of many videos: what `encode-all` and `cache-latents` share.
 
-Beside each output lies its row of the manifest, a JSON file that is written last. So a job can be
-interrupted and started again, several processes can share it, and one that ends completes the
-manifest with the rows of the others.
+`for_each_video` runs them. Beside each output lies its row of the manifest, a JSON file that is
+written last. So a job can be interrupted and started again, several processes can share it, and
+each, when it ends, writes `manifest.csv` with the rows of all that are done.
 """
 
 from __future__ import annotations
@@ -37,20 +37,28 @@ def for_each_video(
     progress: bool = True,
     title: str = "",
 ) -> dict[str, str]:
-    """Run `work` on all videos at `source`; those that it failed on, with the reason.
+    """Runs `work` on all videos at `source`.
 
-    Videos whose row has the same settings are passed over. Whatever one video makes `work` raise is
-    listed and logged, and the others are done; only a fault of the output ends the job.
+    Videos whose row has the same settings are skipped. If `work` fails on a video, the reason is
+    listed and logged, and the job goes on; only an error of the output ends it.
 
     Args:
-        source: folder, list or video, see `find_videos`.
-        folder: where `work` writes; it must exist.
-        work: makes the output of a video under this name in the folder; gives the row.
-        columns: of `manifest.csv`, beside `left_out`; "video" is one of them.
-        settings: JSON-ready, kept in the rows.
-        shard: number of this process, and number of processes that share the videos.
+      source: folder, list or video, see `find_videos`.
+      folder: where `work` writes; it must exist.
+      work: called with a video and a name, makes the output of this name in the folder and returns
+        the row.
+      columns: of `manifest.csv`, beside `left_out`; "video" is one of them.
+      settings: JSON-ready, kept in the rows.
+      shard: number of this process, and number of processes that share the videos.
+      progress: whether to show a progress bar.
+      title: of the progress bar.
 
-    Raises MissingInput for the source, and OSError, UnwritableOutput or WriteFailed for the output.
+    Returns:
+      The videos that `work` failed on, with the reason.
+
+    Raises:
+      MissingInput: if there is nothing at the source.
+      OSError, UnwritableOutput, WriteFailed: for the output.
     """
     folder, failed = Path(folder), {}
     videos = sorted(set(find_videos(Path(source))))
@@ -64,7 +72,7 @@ def for_each_video(
         try:
             facts = work(video, name)
         except (OSError, UnwritableOutput, WriteFailed):
-            raise  # of the output: what is wrong with a video is a MediaError of another kind
+            raise  # an error of the output; errors of a video are other kinds of MediaError
         except Exception as error:
             failed[str(video)] = reason(str(video), error)
             log_left_out(str(video), error)
@@ -75,18 +83,18 @@ def for_each_video(
 
 
 def video_key(video: Path) -> str:
-    """Tells videos of one name apart, and one from what was there before under its name."""
+    """Twelve digits that differ for videos of the same name, and after a video has changed."""
     try:
         facts = video.stat()
         size, time = facts.st_size, facts.st_mtime_ns
-    except OSError:  # said when it is opened
+    except OSError:  # reported when it is opened
         size, time = 0, 0
     text = f"{video.absolute()} {size} {time}"
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
 def read_row(path: Path) -> dict[str, Any] | None:
-    """A row of the manifest; None where there is none."""
+    """A row of the manifest, None if there is none."""
     try:
         row = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -95,7 +103,13 @@ def read_row(path: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, columns: Sequence[str], videos: Sequence[Path]) -> None:
-    """manifest.csv of the rows that are there; failures only of `videos` without another row."""
+    """Writes `manifest.csv` from the rows in a folder.
+
+    Args:
+      folder: with the rows.
+      columns: see `for_each_video`.
+      videos: of this job. A failure is listed only if its video is one of them and has no output.
+    """
     rows = [row for path in sorted(folder.glob("*.json")) if (row := read_row(path))]
     done = {row["video"] for row in rows if LEFT_OUT not in row}
     open_ones = set(map(str, videos)) - done

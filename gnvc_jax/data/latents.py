@@ -1,9 +1,10 @@
 """Latents of a data set, computed once and kept in ArrayRecord files.
 
-A frozen VAE costs more than all that stage I trains. The cache folder holds `cache.json`, which
-says what the latents are, and for each video an ArrayRecord file with a small JSON file beside it.
-A record is one clip from a frame on: the CRC32 of what follows, and a float16 array (t, h, w, c) in
-NumPy's format, normalised per channel. Nothing here uses JAX.
+A frozen VAE costs more than everything that stage I trains. `write_latents` fills a cache folder,
+`latent_dataset` reads it for training. The folder holds `cache.json`, which describes the latents,
+and for each video an ArrayRecord file with a small JSON file beside it. A record is one clip: the
+CRC32 of what follows, and a float16 array (t, h, w, c) in NumPy's format, normalised per channel.
+Nothing here uses JAX.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -32,11 +34,14 @@ HEAD = 4  # bytes of the checksum
 
 @dataclasses.dataclass(frozen=True)
 class CacheInfo:
-    """What the latents of a cache are; two caches with equal ones can be mixed.
+    """Description of the latents in a cache; caches with equal descriptions can be mixed.
 
-    frames: of the video per record, 1 + 4k; vae: fingerprint of the VAE; mean, std: per channel,
-    taken out of the latents; stride: pixels per latent, each way; temporal_stride: frames per
-    latent after the first.
+    Attributes:
+      frames: of video in one record, 1 + 4k.
+      vae: fingerprint of the VAE.
+      mean, std: per channel, by which the latents are normalised.
+      stride: pixels per latent in each direction.
+      temporal_stride: frames per latent after the first.
     """
 
     frames: int
@@ -55,14 +60,25 @@ def write_latents(
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict[str, str]:
-    """Fill a cache from the videos at `source`, see `for_each_video`.
+    """Fills a cache from the videos at `source`.
 
-    encode: uint8 (frames, h, w, 3), sizes multiples of the stride -> float (t, h', w', c),
-    normalised. shard: (number of this process, number of processes), which share the videos. A
-    video is cut at the right and below to multiples of twice the stride, and into clips that follow
-    each other; a rest is left out. Returns the videos that failed, with the reason.
+    A video is cropped at the right and below to multiples of twice the stride, and divided into
+    consecutive clips; what is left at the end is dropped.
 
-    Raises MissingInput for the source, UsageError if the folder holds other latents.
+    Args:
+      source: see `for_each_video`.
+      folder: of the cache; may hold latents of the same description.
+      info: description of the latents.
+      encode: uint8 (frames, h, w, 3) -> normalised latents, float (t, h2, w2, c).
+      shard: number of this process, and number of processes that share the videos.
+      progress: whether to show a progress bar.
+
+    Returns:
+      The videos that failed, with the reason.
+
+    Raises:
+      MissingInput: if there is nothing at the source.
+      UsageError: if the folder holds other latents.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +94,7 @@ def write_latents(
 
 
 def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -> int:
-    """Writes the records of one video to a new file; returns how many."""
+    """Writes the records of one video to a new file, and returns their number."""
     writer, count = ArrayRecordWriter(str(target), "group_size:1"), 0
     with contextlib.closing(writer):
         for clip in _clips(video, info.frames, 2 * info.stride):
@@ -91,6 +107,7 @@ def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -
 
 
 def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
+    """Consecutive clips of a video, cropped to multiples of `multiple` pixels."""
     with open_video(str(path)) as video:
         h, w = (size - size % multiple for size in (video.height, video.width))
         clip: list[np.ndarray] = []
@@ -102,21 +119,28 @@ def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
 
 
 def _claim(folder: Path, info: CacheInfo) -> None:
-    """Note what the folder holds; UsageError if it holds something else."""
+    """Writes the description, or raises UsageError if the folder holds other latents."""
     path = folder / "cache.json"
     if path.exists():
         known = read_info(folder)
         if known != info:
-            raise UsageError(f"{folder}: holds other latents: {known}, not {info}")
+            raise UsageError(
+                f"{folder}: the cache holds other latents: expected {info}, found {known}"
+            )
         return
     write_json(path, dataclasses.asdict(info))
 
 
 def read_info(folder: str | Path) -> CacheInfo:
-    """FileNotFoundError if there is no cache, UsageError if its description is damaged."""
+    """Reads the description of a cache.
+
+    Raises:
+      FileNotFoundError: if there is no cache.
+      UsageError: if its description is damaged.
+    """
     path = Path(folder) / "cache.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{folder}: no latents here; gnvc cache-latents makes them")
+        raise FileNotFoundError(f"{folder}: no latents found; create them with gnvc cache-latents")
     try:
         facts = json.loads(path.read_text())
         return CacheInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
@@ -126,7 +150,15 @@ def read_info(folder: str | Path) -> CacheInfo:
 
 @dataclasses.dataclass(frozen=True)
 class RandomLatents(RandomRead):
-    """Number of a record -> float32 (t, h, w, c): its first t latents, at a random place."""
+    """Number of a record -> float32 (t, h, w, c): a random crop of its first t latents.
+
+    Attributes:
+      paths: of the ArrayRecord files.
+      records: number of records in each.
+      latents: t.
+      size: h and w, in latents.
+      left_out: where failures are counted.
+    """
 
     paths: tuple[str, ...]
     records: tuple[int, ...]
@@ -140,30 +172,34 @@ class RandomLatents(RandomRead):
 
     @property
     def count(self) -> int:
-        """Records of all files."""
+        """Number of records in all files."""
         return sum(self.records)
 
     def name(self, element: int) -> str:
+        """Path of the file that a record is in."""
         return self.paths[int(np.searchsorted(np.cumsum(self.records), element, side="right"))]
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
+        """A random crop of a record; UsageError if the record is damaged or too small."""
         record = self._source[element]
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
             raise UsageError("damaged record")
         latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.latents]
         if any(s > n for s, n in zip(self.size, latents.shape[1:3])):
-            raise UsageError(f"latents of {latents.shape[1:3]}, wanted are crops of {self.size}")
+            raise UsageError(
+                f"latents of {latents.shape[1:3]} are too small for crops of {self.size}"
+            )
         starts = [int(rng.integers(n - s + 1)) for n, s in zip(latents.shape[1:3], self.size)]
         (top, left), (h, w) = starts, self.size
         return latents[:, top : top + h, left : left + w].astype(np.float32)
 
 
 def _count_records(path: str, left_out: LeftOut) -> int:
-    """Records of a file, 0 if it cannot be opened; the list of them is at its end."""
+    """Number of records in a file, 0 if it cannot be opened, as when its end is missing."""
     try:
         with contextlib.closing(ArrayRecordReader(path)) as reader:
             return reader.num_records()
-    except Exception as error:  # the library's, a RuntimeError
+    except Exception as error:  # a RuntimeError of the library
         left_out.add(path, error)
         return 0
 
@@ -176,29 +212,42 @@ def latent_dataset(
     batch: int,
     seed: int,
     left_out: LeftOut | None = None,
-    **options,
+    **options: Any,
 ) -> grain.experimental.ElasticIterator:
     """Endless batches float32 (batch, t, h, w, c) of normalised latents from a cache.
 
-    frames, size: as of the clips that the latents stand for, in frames and pixels; left_out:
-    collects the files of records that are damaged or too small, in place of which others are drawn;
-    the other arguments: see `endless_batches`. Crops start at multiples of the stride. Raises
-    FileNotFoundError for an empty cache, UsageError if its clips are shorter, TooMuchLeftOut.
+    Args:
+      folder: of the cache.
+      frames, size: of the clips that the latents stand for, in frames and pixels.
+      batch: latents in a batch of one process.
+      seed: of all random draws.
+      left_out: collects the files of records that are damaged or too small, in place of which
+        others are drawn.
+      **options: see `endless_batches`.
+
+    Raises:
+      FileNotFoundError: if the cache is empty.
+      UsageError: if its clips are shorter.
+      TooMuchLeftOut: if too much of it cannot be read; the iterator may raise it, too.
     """
     info, folder = read_info(folder), Path(folder)
     paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())
     if not paths:
-        raise FileNotFoundError(f"{folder}: no latents here; gnvc cache-latents makes them")
+        raise FileNotFoundError(f"{folder}: no latents found; create them with gnvc cache-latents")
     if frames > info.frames:
-        raise UsageError(f"{folder}: its clips have {info.frames} frames, wanted are {frames}")
+        raise UsageError(
+            f"{folder}: expected clips of at least {frames} frames, found {info.frames}"
+        )
     size = tuple(side // info.stride for side in size)
     left_out = LeftOut() if left_out is None else left_out
     left_out.start(len(paths))
     records = {path: _count_records(path, left_out) for path in paths}
     records = {path: count for path, count in records.items() if count}
     if not records:
-        raise TooMuchLeftOut(f"{folder}: none of {len(paths)} files has a record that can be read")
+        raise TooMuchLeftOut(f"{folder}: none of {len(paths)} files has a readable record")
     latents = 1 + (frames - 1) // info.temporal_stride
     draw = RandomLatents(tuple(records), tuple(records.values()), latents, size, left_out)
-    draw.random_map(0, np.random.default_rng(0))  # says now if crops do not fit
+    draw.random_map(
+        0, np.random.default_rng(0)
+    )  # fails now, rather than later, if crops do not fit
     return endless_batches(draw.count, draw, batch=batch, seed=seed, **options)

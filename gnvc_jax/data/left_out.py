@@ -1,8 +1,8 @@
-"""What cannot be read is left out and counted; only too much of it is an error.
+"""Account of data that cannot be read; too much of it is an error.
 
-One damaged or odd video must not end a run of days. Training draws again where reading fails
-(`clips.RandomRead`), jobs over many videos go on with the next (`jobs`); `LeftOut` keeps names and
-reasons, and decides when it is too much.
+One damaged or unusual video must not end a run of days. Training draws again if reading fails
+(`gnvc_jax.data.clips.RandomRead`), jobs over many videos go on with the next
+(`gnvc_jax.data.jobs`). `LeftOut` keeps names and reasons, and decides when it is too much.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from gnvc_jax.errors import GnvcError
 
 log = logging.getLogger(__name__)
 
-MAX_SHARE = 0.1
+MAX_SHARE = 0.1  # accepted by default
 
 
 class TooMuchLeftOut(GnvcError):
@@ -29,12 +29,13 @@ class TooMuchLeftOut(GnvcError):
 class LeftOut:
     """Names and reasons of what was left out.
 
-    Copies in decoding processes share the list by `file`, one JSON object a line.
+    Copies in decoding processes share the list through `file`, one JSON object per line.
 
     Attributes:
-        limit: largest share of `total` that may be left out.
-        file: where the list is kept; None for a list of this object alone.
-        total: number of videos or records that there are.
+      limit: largest share of `total` that may be left out.
+      file: where the list is kept; None to keep it in this object alone.
+      total: number of videos or files in all.
+      reasons: by name, as far as this object has added them.
     """
 
     limit: float = MAX_SHARE
@@ -43,7 +44,7 @@ class LeftOut:
     reasons: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def start(self, total: int) -> None:
-        """Begin an empty list for so many videos or records; a list for as many goes on."""
+        """Begins an empty list for `total` videos; a list for the same number is continued."""
         if total == self.total:
             return
         self.total, self.reasons = total, {}
@@ -51,7 +52,11 @@ class LeftOut:
             self.file.unlink(missing_ok=True)
 
     def add(self, name: str, error: Exception) -> None:
-        """Count and log what was left out, once by its name. Raises TooMuchLeftOut."""
+        """Counts and logs what was left out, once per name.
+
+        Raises:
+          TooMuchLeftOut: if it is more than the accepted share.
+        """
         if name not in self.reasons:
             self.reasons[name] = reason(name, error)
             log_left_out(name, error)
@@ -63,15 +68,15 @@ class LeftOut:
         if len(known) > self.limit * self.total:
             raise TooMuchLeftOut(
                 f"{len(known)} of {self.total} cannot be read, more than the accepted share of "
-                f"{self.limit:g}; the last one: {self.reasons[name]}"
+                f"{self.limit:g}; the last one was {self.reasons[name]}"
             )
 
     def read(self) -> dict[str, str]:
-        """Reasons by name, also those that copies of this object have added."""
+        """Reasons by name, including those that copies of this object have added."""
         if self.file is None or not self.file.exists():
             return dict(self.reasons)
         lines = self.file.read_text(encoding="utf-8").splitlines()
-        entries = (json.loads(line) for line in lines if line.endswith("}"))  # not one half written
+        entries = (json.loads(line) for line in lines if line.endswith("}"))  # skips a partial line
         return {entry["name"]: entry["reason"] for entry in entries}
 
 
@@ -83,6 +88,6 @@ def reason(name: str, error: Exception) -> str:
 
 
 def log_left_out(name: str, error: Exception) -> None:
-    """A warning; with the traceback of what may as well be a fault of the program."""
+    """Logs a warning; with a traceback unless the error is of a kind that data can cause."""
     expected = isinstance(error, GnvcError)
     log.warning("left out: %s", reason(name, error), exc_info=None if expected else error)

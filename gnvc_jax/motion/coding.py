@@ -1,8 +1,10 @@
-"""Motion fields <-> symbols, each with the row of the probability table that it is coded with.
+"""Motion fields <-> symbols, each coded with one row of the motion tables of a model.
 
-One function walks through a field in coding order for both sides: the encoder's `code` notes each
-value, the decoder's reads it. Every context is computed from integers that both sides have, so
-that parsing never depends on floating point.
+`code_field` visits the numbers of a field in coding order, for encoder and decoder alike: the
+encoder's callback notes each value, the decoder's reads it. Every context is computed from integers
+that both sides have, so parsing never depends on floating point. `encode_fields` and
+`MotionDecoder` use it for the motion segment of a group, `bits` and `counts` for estimates and
+statistics; `probabilities` are the tables.
 
 Order: coarse vectors block by block, split flags, the quarters of split blocks, the node of the
 second frame (a flag first), the shifts of whole frames.
@@ -18,12 +20,13 @@ from gnvc_jax.motion.field import FRAMES, MAX_VECTOR, MotionField, no_motion
 
 SYMBOLS = 2 * MAX_VECTOR + 1  # values -127..127; residuals wrap around
 
-# First row of the table by what it codes; each value has as many rows as it has contexts.
+# First row of the tables for each kind of value; a kind has as many rows as contexts.
 COARSE, SPLIT, QUARTER, NODE, MIDDLE, SHIFT = 0, 11, 14, 17, 19, 26
-LEVELS = {COARSE: 11, QUARTER: 3, MIDDLE: 7}
+LEVELS = {COARSE: 11, QUARTER: 3, MIDDLE: 7}  # contexts by activity
 
-# Distribution of each row, measured on training clips: the share of 0, of -1 and 1 among the rest,
-# and the factor by which larger values fall off. Within 2 % of the entropy of what was counted.
+# Distribution of each row, measured on training clips: the share of 0, the share of -1 and 1 among
+# the rest, and the factor by which each larger value is less frequent. The code lengths are within
+# 2 % of the entropy of the counts.
 LAPLACE = (
     (0.934, 0.707, 0.901), (0.642, 0.760, 0.739), (0.502, 0.579, 0.696), (0.430, 0.443, 0.714),
     (0.383, 0.376, 0.726), (0.339, 0.309, 0.759), (0.301, 0.248, 0.815), (0.262, 0.205, 0.850),
@@ -35,31 +38,35 @@ LAPLACE = (
     (0.417, 0.439, 0.779), (0.365, 0.359, 0.795), (0.266, 0.197, 0.913),  # middle
     (0.848, 0.653, 0.433), (0.531, 0.640, 0.383),  # shift
 )  # fmt: skip
+# Probability of 1, for rows that code a flag.
 FLAGS = {SPLIT: 0.046, SPLIT + 1: 0.418, SPLIT + 2: 0.749, NODE: 0.347, NODE + 1: 0.869}
 ROWS = len(LAPLACE)
 
-Code = Callable[[int, int], int]  # (row, value or 0) -> value
+# (row, value, which a decoder ignores) -> value
+Code = Callable[[int, int], int]
 
 
 def wrap(value: int) -> int:
-    """The residual -127..127 that stands for a value modulo 255."""
+    """The number in -127..127 that is congruent to a value modulo 255."""
     return (value + MAX_VECTOR) % SYMBOLS - MAX_VECTOR
 
 
 def median(a: int, b: int, c: int) -> int:
+    """Median of three."""
     return max(min(a, b), min(max(a, b), c))
 
 
-# Activity of the surroundings -> level of a context, about two levels per doubling.
+# Activity of the neighbourhood -> context, about two contexts per doubling.
 LEVEL_OF = [0, *(np.round(2.2 * np.log2(np.arange(2, 1025))).astype(int) - 1).tolist()]
 
 
 def level(activity: int, row: int) -> int:
+    """Context of a value, from 0, by the activity of its neighbourhood and its kind's first row."""
     return min(LEVEL_OF[min(activity, len(LEVEL_OF) - 1)], LEVELS[row] - 1)
 
 
 def probabilities() -> np.ndarray:
-    """Probabilities (ROWS, SYMBOLS) of the values -127..127, float64."""
+    """Probabilities (ROWS, SYMBOLS) of the values -127..127 for all rows, in float64."""
     size = np.abs(np.arange(-MAX_VECTOR, MAX_VECTOR + 1))
     rows = []
     for row, shape in enumerate(LAPLACE):
@@ -78,7 +85,7 @@ def probabilities() -> np.ndarray:
 def code_field(
     code: Code, shape: tuple[int, int], previous: MotionField | None, field: MotionField | None
 ) -> MotionField:
-    """Codes one field.
+    """Visits the numbers of one field in coding order.
 
     Args:
       code: called with a row and the value to write, which a decoder ignores; returns the value.
@@ -86,7 +93,8 @@ def code_field(
       previous: field of the latent before, None after an intra latent.
       field: what to encode, None to decode.
 
-    Returns the field, as decoded.
+    Returns:
+      The field, as decoded.
     """
     given = no_motion(*shape) if field is None else field
     out = no_motion(*shape)
@@ -95,6 +103,7 @@ def code_field(
 
     split, wanted = out.split, given.split
     for i, j in np.ndindex(shape):
+        # Context: how many of the left and upper neighbours are split.
         around = int(j > 0 and split[i, j - 1]) + int(i > 0 and split[i - 1, j])
         split[i, j] = code(SPLIT + around, int(wanted[i, j]))
     for i, j in np.argwhere(split).tolist():
@@ -116,14 +125,24 @@ def code_field(
     return out
 
 
-def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: np.ndarray):
-    """Codes a grid of vectors relative to their neighbours and to the field before."""
+def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: np.ndarray) -> None:
+    """Codes a grid of vectors (h, w, 2) as residuals of a prediction from known neighbours.
+
+    Args:
+      code: see `code_field`.
+      row: first row of the tables for these vectors.
+      given: what to encode.
+      before: vectors of the field before, as nested lists, if they help to predict.
+      out: where decoded vectors go.
+    """
+    # Nested lists: indexing single elements of NumPy arrays is several times slower.
     h, w, _ = given.shape
     given, done = given.tolist(), [[[0, 0] for _ in range(w)] for _ in range(h)]
     residuals = [[[0, 0] for _ in range(w)] for _ in range(h)]
     for i in range(h):
         for j in range(w):
             for axis in (0, 1):
+                # Left, above, and the field before; without one, above right (at the edge, left).
                 known = [done[i][j - 1][axis]] if j else []
                 known += [done[i - 1][j][axis]] if i else []
                 if before is not None:
@@ -134,6 +153,7 @@ def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: 
                     guess = median(*known)
                 else:
                     guess = sum(known) // max(1, len(known))
+                # How far the neighbours disagree, and how large their residuals were.
                 activity = max(known) - min(known) if known else 3
                 activity += abs(residuals[i][j][0]) if axis else 0
                 activity += abs(residuals[i][j - 1][axis]) if j else 0
@@ -146,7 +166,7 @@ def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: 
 
 
 def encode_fields(fields: Sequence[MotionField], coder: EntropyCoder) -> bytes:
-    """Motion segment of the fields of a group, in order; empty for none."""
+    """Motion segment of the fields of a group, in order; empty if there are none."""
     symbols, previous = [], None
 
     def note(row: int, value: int) -> int:
@@ -156,6 +176,7 @@ def encode_fields(fields: Sequence[MotionField], coder: EntropyCoder) -> bytes:
     for field in fields:
         previous = code_field(note, field.split.shape, previous, field)
     ans = coder.backend()
+    # The coder is a stack: the last symbol goes in first.
     for row, value in reversed(symbols):
         ans.push(np.asarray([value + MAX_VECTOR]), coder.motion_models[row])
     return np.asarray(ans.get_words(), "<u4").tobytes()
@@ -164,10 +185,11 @@ def encode_fields(fields: Sequence[MotionField], coder: EntropyCoder) -> bytes:
 class MotionDecoder:
     """Decodes the fields of a motion segment one by one.
 
-    Raises EntropyError, here and later, if the bytes cannot be a motion segment.
+    Raises:
+      EntropyError: if the bytes cannot be a motion segment.
     """
 
-    def __init__(self, data: bytes, coder: EntropyCoder):
+    def __init__(self, data: bytes, coder: EntropyCoder) -> None:
         self.models, self.previous = coder.motion_models, None
         self.ans = coder.backend(words_of(data))
 
@@ -181,13 +203,13 @@ class MotionDecoder:
         return self.previous
 
     def finish(self) -> None:
-        """EntropyError unless the segment is used up exactly."""
+        """Raises EntropyError unless the segment is used up exactly."""
         if not self.ans.is_empty():
             raise EntropyError("a motion segment holds more than its fields")
 
 
 def bits(field: MotionField, previous: MotionField | None, table: np.ndarray) -> float:
-    """-log2 of the probability of a field; table: probabilities (ROWS, SYMBOLS)."""
+    """Information content of a field under a table of probabilities (ROWS, SYMBOLS)."""
     total = 0.0
 
     def count(row: int, value: int) -> int:
@@ -200,7 +222,7 @@ def bits(field: MotionField, previous: MotionField | None, table: np.ndarray) ->
 
 
 def counts(sequences: list[list[MotionField]]) -> np.ndarray:
-    """How often each value is coded with each row, (ROWS, SYMBOLS), over sequences of fields."""
+    """How often each value is coded with each row, (ROWS, SYMBOLS), over groups of fields."""
     table = np.zeros((ROWS, SYMBOLS), np.int64)
 
     def count(row: int, value: int) -> int:

@@ -1,14 +1,17 @@
 """Motion search of the encoder: uint8 frames -> `MotionField`, the same integers on every run.
 
-Optical flow (OpenCV's DIS) says where things went; a rate-distortion search over a few candidates
-per block then finds vectors that are cheap to code and predict nearly as well. Everything is
-minimised under
+`search` does it in four steps. Optical flow (OpenCV's DIS) gives a first guess; a rate-distortion
+search over a few candidates per block (`search_coarse`) finds vectors that are cheap to code and
+predict nearly as well; blocks are split where that pays (`split_blocks`); and the frames in between
+get corrections (`add_middle`, `add_shifts`). Every step minimises
 
     sum of absolute differences of grey values + rate * bits
 
-where the bits are an estimate (`vector_bits`): what a vector costs beyond the median of its
-neighbours.
+where the bits are an estimate (`vector_bits`): the cost of a vector's difference to the median of
+its neighbours. `search_rate` gives the rate for a quality level.
 """
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -27,17 +30,18 @@ from gnvc_jax.motion.field import (
     upsample,
 )
 
-STEPS = np.array(((1, 0), (-1, 0), (0, 1), (0, -1)))
+STEPS = np.array(((1, 0), (-1, 0), (0, 1), (0, -1)))  # directions in which vectors are varied
 REACH = (6, 2, 1)  # half pels that a vector may move by in the first, second and third sweep
-# What the flags and the node of mid-group cost in the file, in bits: about what their share makes.
+# Approximate cost in bits of a split flag that is set, and of one that is not.
 SPLIT_BITS, WHOLE_BITS = 3.0, 0.3
 
 
 def search_rate(q_index: float) -> float:
     """Grey levels of absolute difference that a bit of motion is worth at a quality level.
 
-    About the square root of lambda, as absolute errors go against squared ones. The constants were
-    chosen on training clips: four times less would cost 5 to 25 % of the rate for 0 to 0.4 dB.
+    About proportional to the square root of lambda, since differences are absolute, not squared.
+    The constants were chosen on training clips: a quarter of this rate costs 5 to 25 % more bits
+    for a gain of 0 to 0.4 dB.
     """
     return 1400.0 * np.exp(-3.4 * q_index / (QUALITIES - 1))
 
@@ -51,7 +55,7 @@ def search(
       frames: uint8 (4, h, w, 3), h and w multiples of 32.
       reference: uint8 (h, w, 3).
       rate: grey levels of absolute difference that a bit must save.
-      previous: field of the latent before, whose vectors are tried too.
+      previous: field of the latent before, whose vectors are among the candidates.
     """
     h, w, _ = reference.shape
     field = no_motion(h // COARSE, w // COARSE)
@@ -68,8 +72,8 @@ def search(
 
 
 def optical_flow(frame: np.ndarray, reference: np.ndarray) -> np.ndarray:
-    """Dense inverse search (Kroeger et al., ECCV 2016) of grey pictures: (h, w, 2) in pels."""
-    # DIS splits a picture among threads and does not look across the seams, so its result depends
+    """Dense inverse search (DIS; Kroeger et al., ECCV 2016) of grey images: (h, w, 2) in pels."""
+    # DIS divides an image among threads and does not look across the seams, so its result depends
     # on their number.
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
@@ -92,20 +96,20 @@ def estimate_bits(field: MotionField) -> float:
 
 
 def half_pels(flow: np.ndarray, side: int) -> np.ndarray:
-    """Median of a dense flow (h, w, 2) in pels over blocks, in half pels: int16 (h', w', 2)."""
+    """Median of a dense flow (h, w, 2) in pels over each block, in half pels as int16."""
     blocks = rearrange(flow, "(h i) (w j) c -> h w (i j) c", i=side, j=side)
     vectors = np.round(2 * np.median(blocks, axis=2))
     return np.clip(vectors, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
 
 
 def residual_bits(residual: np.ndarray) -> np.ndarray:
-    """Estimated bits (...) of vectors (..., 2) that are coded as they are."""
+    """Estimated bits (...) of vectors (..., 2) that are coded without a prediction."""
     size = np.abs(residual.astype(np.float32))
     return np.where(size == 0, 0.6, 2.2 + 1.6 * np.log2(1 + size)).sum(-1)
 
 
 def vector_bits(vectors: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Estimated bits (h, w) of vectors (h, w, 2) in place of those of a field (h, w, 2)."""
+    """Estimated bits (h, w) of candidates (h, w, 2), each among the neighbours that `field` has."""
     return residual_bits(vectors - median_of_neighbours(field))
 
 
@@ -126,7 +130,7 @@ def block_sums(error: np.ndarray, side: int) -> np.ndarray:
 def differences(
     frame: np.ndarray, reference: np.ndarray, vectors: np.ndarray, side: int
 ) -> np.ndarray:
-    """Sum of absolute differences per block under constant vectors in half pels."""
+    """Sum of absolute differences per block, for one vector per block in half pels."""
     displacement = np.repeat(np.repeat(vectors.astype(np.float32) / 2, side, 0), side, 1)
     return block_sums(cv2.absdiff(frame, displaced(reference, displacement)), side)
 
@@ -140,13 +144,26 @@ def displaced(reference: np.ndarray, displacement: np.ndarray) -> np.ndarray:
 
 
 def search_coarse(
-    frame: np.ndarray, reference: np.ndarray, start: np.ndarray, rate: float, known=()
+    frame: np.ndarray,
+    reference: np.ndarray,
+    start: np.ndarray,
+    rate: float,
+    known: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """Coarse vectors that minimise differences plus rate, from those of the flow."""
+    """Coarse vectors that minimise differences plus rate.
+
+    Args:
+      frame, reference: grey images (h, w).
+      start: first guess, int16 (h / 32, w / 32, 2) in half pels.
+      rate: see `search`.
+      known: further candidates of the same shape.
+    """
     vectors = start.copy()
     cost = differences(frame, reference, vectors, COARSE)
     parity = np.add.outer(*(np.arange(n) for n in vectors.shape[:2])) % 2
     for reach in REACH:
+        # Candidates for all blocks at once: no motion, the cheapest vector to code, global motion,
+        # the vectors of the four neighbours, and small steps.
         whole = np.broadcast_to(np.round(np.median(vectors, axis=(0, 1))), vectors.shape)
         candidates = [np.zeros_like(vectors), median_of_neighbours(vectors), whole, *known]
         candidates += [np.roll(vectors, s, axis) for axis in (0, 1) for s in (1, -1)]
@@ -156,9 +173,10 @@ def search_coarse(
             if np.array_equal(candidate, vectors):
                 continue
             found = differences(frame, reference, candidate, COARSE)
-            # Neighbours set each other's cost, so only every other block moves at a time.
-            for turn in (0, 1):
-                better = (parity == turn) & (
+            # A block's cost depends on its neighbours, so only one colour of a checkerboard may
+            # change at a time.
+            for colour in (0, 1):
+                better = (parity == colour) & (
                     found + rate * vector_bits(candidate, vectors)
                     < cost + rate * vector_bits(vectors, vectors)
                 )
@@ -169,7 +187,14 @@ def search_coarse(
 def split_blocks(
     field: MotionField, frame: np.ndarray, reference: np.ndarray, flow: np.ndarray, rate: float
 ) -> MotionField:
-    """Gives quarters of 16x16 vectors of their own where that pays."""
+    """Gives the quarters of a block vectors of their own where that pays.
+
+    Args:
+      field: with coarse vectors.
+      frame, reference: grey images (h, w).
+      flow: int16 (h / 16, w / 16, 2) in half pels, first guess for the quarters.
+      rate: see `search`.
+    """
     base = upsample(field.coarse) / 16.0  # half pels
     fine = np.zeros_like(field.fine)
     whole = differences(frame, reference, base, FINE)
@@ -182,6 +207,7 @@ def split_blocks(
         found += rate * residual_bits(candidate)
         better = found < cost
         fine[better], cost[better] = candidate[better], found[better]
+    # What each block saves by its four quarters, less the price of the flag.
     gain = block_sums(whole - cost, 2) - rate * (SPLIT_BITS - WHOLE_BITS)
     chosen = gain > 0
     fine *= np.repeat(np.repeat(chosen, 2, 0), 2, 1)[..., None]
@@ -206,7 +232,7 @@ def dense(vectors: np.ndarray) -> np.ndarray:
 def add_middle(
     field: MotionField, frames: list, reference: np.ndarray, flow: np.ndarray, rate: float
 ) -> MotionField:
-    """A node at the second frame, where motion is not linear in time and that pays."""
+    """Adds vectors of the second frame if motion is not linear in time and they pay."""
     linear = field.coarse / 2.0
     start = np.round(flow - linear)
     cost = differences(frames[1], reference, linear, COARSE)
@@ -230,7 +256,7 @@ def add_middle(
 
 
 def add_shifts(field: MotionField, frames: list, reference: np.ndarray, rate: float) -> MotionField:
-    """Displacements of the first three frames as a whole, by a descent in quarter pels."""
+    """Adds a displacement to each of the first three frames, by a descent in quarter pels."""
     best = prediction_errors(field, frames, reference)
     cost = best + rate * residual_bits(field.shift)
     for size in (4, 2, 1):

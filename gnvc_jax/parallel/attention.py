@@ -1,10 +1,13 @@
-"""Attention whose tokens are spread over the mesh axis `context`, in two ways.
+"""Attention whose tokens are sharded over the mesh axis `context`, in two ways.
 
 All-to-all (Ulysses, Jacobs et al. 2023, arXiv 2309.14509): each device swaps its part of the tokens
-for all tokens of some heads, so that any kernel can work on them; where the devices do not divide
-the heads, heads of zeros fill them up. Ring (Liu et al. 2023, arXiv 2310.01889): keys and values
-travel from device to device and the softmax is put together as they pass; there may be more devices
+for all tokens of some heads, so that any kernel can work on them; if the number of devices does not
+divide the heads, heads of zeros pad them. Ring (Liu et al. 2023, arXiv 2310.01889): keys and values
+travel from device to device and the softmax is accumulated as they pass; there may be more devices
 than heads, and none ever holds all keys.
+
+`attention` is called by `gnvc_jax.refiner.attention`, which picks the kernel; it is a `shard_map`
+around it. `ring_attention` runs inside and has a gradient of its own.
 
 Queries (b, n, heads, d), keys and values (b, m, heads, d); scores are scaled by 1/sqrt(d).
 """
@@ -16,35 +19,39 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel.rules import activation_spec
 
-Array = jax.Array
-
 AXIS = "context"
-# Finite, so that a block of nothing but padding does not make inf - inf; the blocks with true keys
-# take its weight away again.
+# Finite, so that a block of nothing but padding does not give inf - inf. Its weight vanishes once a
+# block with valid keys is added, whose maximum is far larger.
 MASKED = -1e30
 
 
 def attention(
     local: Callable[[Array, Array, Array], Array],
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Float[Array, "b n heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
     *,
     length: int,
     split_keys: bool,
     ring: bool = False,
-) -> Array:
-    """Attention on the mesh in use; n (and m, where keys are split) divide by the axis `context`.
+) -> Float[Array, "b n heads d"]:
+    """Attention on the mesh in use.
 
-    local: attention of the part that a device has, whatever kernel it uses; length: keys after so
-    many are padding; split_keys: whether keys and values are spread over `context` as queries are;
-    ring: these go round instead of being exchanged for heads.
+    Args:
+      local: attention of what one device holds, by any kernel.
+      q: queries; n is a multiple of the axis `context`.
+      k, v: keys and values; with split_keys, m is such a multiple, too.
+      length: keys from this one on are padding.
+      split_keys: whether keys and values are sharded over `context` as queries are.
+      ring: whether split keys travel in a ring instead of being exchanged for heads.
 
-    Raises UsageError if the mesh does not divide the heads.
+    Raises:
+      UsageError: if the mesh does not divide tokens or heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
@@ -58,16 +65,20 @@ def attention(
     if q.shape[1] % size:
         raise UsageError(f"mesh axis context={size} does not divide {q.shape[1]} tokens")
 
-    def whole(q, k, v):
+    # Each of the three sees the part of one device.
+    def whole(q: Array, k: Array, v: Array) -> Array:
+        """All keys are here."""
         return local(q, k[:, :length], v[:, :length])
 
-    def exchanged(q, k, v):
+    def exchanged(q: Array, k: Array, v: Array) -> Array:
+        """All-to-all: (tokens / size, heads) -> (tokens, heads / size) and back."""
         swap = functools.partial(lax.all_to_all, axis_name=AXIS, tiled=True)
         fill = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, extra), (0, 0)))
         y = whole(*(swap(fill(x), split_axis=2, concat_axis=1) for x in (q, k, v)))
         return swap(y, split_axis=1, concat_axis=2)[:, :, :heads]
 
-    def rotated(q, k, v):
+    def rotated(q: Array, k: Array, v: Array) -> Array:
+        """Keys travel in a ring."""
         return ring_attention(q, k, v, size, length)
 
     queries = activation_spec(mesh, q.shape, batch=0, context=1, tensor=2)
@@ -79,75 +90,102 @@ def attention(
     )
 
 
-def shift(tree: Array | tuple[Array, ...], size: int) -> Array | tuple[Array, ...]:
-    """What the device before this one has."""
+def pass_on(tree: Array | tuple[Array, ...], size: int) -> Array | tuple[Array, ...]:
+    """Passes arrays to the next device of the ring, and returns what the previous one had."""
     return lax.ppermute(tree, AXIS, [(i, (i + 1) % size) for i in range(size)])
 
 
-def scores(q: Array, k: Array, turn: Array | int, size: int, length: int) -> Array:
-    """Float32 (b, heads, n, m) of the keys that arrive in a turn; padded keys are masked."""
+def scores(
+    q: Float[Array, "b n heads d"],
+    k: Float[Array, "b m heads d"],
+    step: Array | int,
+    size: int,
+    length: int,
+) -> Float[Array, "b heads n m"]:
+    """Float32 scores of the keys that have arrived after `step` steps; padded keys are masked."""
     s = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     s *= q.shape[-1] ** -0.5
-    owner = (lax.axis_index(AXIS) - turn) % size
+    owner = (lax.axis_index(AXIS) - step) % size
     valid = owner * k.shape[1] + jnp.arange(k.shape[1]) < length
     return jnp.where(valid, s, MASKED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def ring_attention(q: Array, k: Array, v: Array, size: int, length: int) -> Array:
+def ring_attention(
+    q: Float[Array, "b n heads d"],
+    k: Float[Array, "b m heads d"],
+    v: Float[Array, "b m heads d"],
+    size: int,
+    length: int,
+) -> Float[Array, "b n heads d"]:
     """Inside `shard_map`: attention of this device's queries to the keys of all `size` devices.
 
-    Softmax is accumulated in float32. The backward pass sends keys and values round once more, with
-    their gradients, so that memory stays that of one block of scores.
+    Softmax is accumulated in float32. The backward pass sends keys and values around once more,
+    together with their gradients, so its memory is that of one block of scores.
     """
     return ring_forward(q, k, v, size, length)[0]
 
 
-def ring_forward(q: Array, k: Array, v: Array, size: int, length: int):
+def ring_forward(
+    q: Array, k: Array, v: Array, size: int, length: int
+) -> tuple[Array, tuple[Array, ...]]:
+    """The result, and what `ring_backward` needs."""
     b, n, heads, d = q.shape
 
-    def add(done, k, v, turn):
+    def add(done: tuple[Array, ...], k: Array, v: Array, step: Array | int) -> tuple[Array, ...]:
+        """Adds a block of keys to the numerator, the largest score and the denominator."""
         y, largest, total = done
-        s = scores(q, k, turn, size, length)
+        s = scores(q, k, step, size, length)
+        # What was summed relative to the old maximum is rescaled to the new one by `keep`.
         new = jnp.maximum(largest, s.max(-1))
         p, keep = jnp.exp(s - new[..., None]), jnp.exp(largest - new)
         part = jnp.einsum("bhqk,bkhd->bhqd", p.astype(v.dtype), v, preferred_element_type=y.dtype)
         return y * keep[..., None] + part, new, total * keep + p.sum(-1)
 
-    def step(carry, turn):
+    def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         done, kv = carry
-        kv = shift(kv, size)
-        return (add(done, *kv, turn), kv), None
+        kv = pass_on(kv, size)
+        return (add(done, *kv, step), kv), None
 
     zeros = jnp.zeros((b, heads, n), jnp.float32)
     done = add((jnp.zeros((b, heads, n, d), jnp.float32), zeros + MASKED, zeros), k, v, 0)
-    (done, _), _ = lax.scan(step, (done, (k, v)), jnp.arange(1, size))
+    (done, _), _ = lax.scan(one_step, (done, (k, v)), jnp.arange(1, size))
     y, largest, total = done
     y = checkpoint_name(jnp.moveaxis(y / total[..., None], 1, 2).astype(q.dtype), "attention")
     return y, (q, k, v, y, checkpoint_name(largest + jnp.log(total), "attention"))
 
 
-def ring_backward(size: int, length: int, saved: tuple[Array, ...], dy: Array):
+def ring_backward(
+    size: int, length: int, saved: tuple[Array, ...], dy: Array
+) -> tuple[Array, Array, Array]:
+    """Gradients of queries, keys and values, from the saved log-sum-exp of the scores.
+
+    As in FlashAttention (Dao et al. 2022, arXiv 2205.14135): with P the probabilities and
+    delta = rowsum(dY * Y), dS = P * (dY V^T - delta).
+    """
     q, k, v, y, log_total = saved
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     delta = product("bqhd,bqhd->bhq", dy, y)
 
-    def add(dq, dkv, k, v, turn):
-        p = jnp.exp(scores(q, k, turn, size, length) - log_total[..., None])
+    def add(
+        dq: Array, dkv: tuple[Array, Array], k: Array, v: Array, step: Array | int
+    ) -> tuple[Array, tuple[Array, Array]]:
+        """Adds the gradients that a block of keys takes part in."""
+        p = jnp.exp(scores(q, k, step, size, length) - log_total[..., None])
         ds = p * (product("bqhd,bkhd->bhqk", dy, v) - delta[..., None]) * q.shape[-1] ** -0.5
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)
         dk, dv = product("bhqk,bqhd->bkhd", ds, q), product("bhqk,bqhd->bkhd", p, dy)
         return dq + product("bhqk,bkhd->bqhd", ds, k), (dkv[0] + dk, dkv[1] + dv)
 
-    def step(carry, turn):
+    def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         dq, dkv, kv = carry
-        dkv, kv = shift((dkv, kv), size)
-        return (*add(dq, dkv, *kv, turn), kv), None
+        dkv, kv = pass_on((dkv, kv), size)
+        return (*add(dq, dkv, *kv, step), kv), None
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dq, dkv = add(jnp.zeros(q.shape, jnp.float32), (zeros, zeros), k, v, 0)
-    (dq, dkv, _), _ = lax.scan(step, (dq, dkv, (k, v)), jnp.arange(1, size))
-    dk, dv = shift(dkv, size)  # home
+    (dq, dkv, _), _ = lax.scan(one_step, (dq, dkv, (k, v)), jnp.arange(1, size))
+    dk, dv = pass_on(dkv, size)  # after `size` steps, home
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 

@@ -1,7 +1,12 @@
-"""The mesh of devices, with four axes that may each be 1.
+"""The mesh of devices, with four axes, any of which may have size 1.
 
-data: clips; fsdp: clips, and parameters with all that follows them; context: tokens of a clip;
-tensor: heads and hidden units. The last axis has the fastest neighbours.
+- data: clips are divided among devices.
+- fsdp: clips, and also parameters with gradients, moments and averages.
+- context: tokens of one clip.
+- tensor: attention heads and hidden units.
+
+Devices that are neighbours along the last axes are connected best, so the axes come in the order of
+how much they communicate. `parse_mesh` reads a mesh from the command line, `make_mesh` builds it.
 """
 
 import dataclasses
@@ -17,7 +22,7 @@ from gnvc_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; data = -1 takes all that the others leave."""
+    """Number of devices along each mesh axis; data = -1 takes all that the others leave."""
 
     data: int = -1
     fsdp: int = 1
@@ -26,22 +31,33 @@ class MeshConfig:
 
 
 def parse_mesh(text: str) -> MeshConfig:
-    """The mesh that "data=2,fsdp=4" names; UsageError for what is no list of axes and sizes."""
+    """Parses a list of axes and sizes, such as "data=2,fsdp=4".
+
+    Raises:
+      UsageError: for anything else.
+    """
     names = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes = {}
     for part in filter(None, text.split(",")):
         name, _, size = part.partition("=")
         if name not in names or name in sizes or not size.lstrip("-").isdigit():
-            raise UsageError(f"mesh {text!r}: expected AXIS=SIZE,... of {', '.join(names)}")
+            raise UsageError(
+                f"mesh must be AXIS=SIZE,... with axes {', '.join(names)}, got {text!r}"
+            )
         sizes[name] = int(size)
     return MeshConfig(**sizes)
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over the first of `devices`, by default those of all hosts.
+    """Builds a mesh.
 
-    Raises UsageError if the sizes do not fit the number of devices. With several processes, and
-    with devices that are named, none may be left over.
+    Args:
+      config: sizes of the axes.
+      devices: by default, those of all hosts. The mesh takes the first of them, but must use all if
+        they were given or if there are several processes.
+
+    Raises:
+      UsageError: if the sizes do not fit the number of devices.
     """
     given, sizes = devices is not None, dataclasses.asdict(config)
     devices = list(devices) if given else jax.devices()
@@ -53,7 +69,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if min(sizes.values()) < 1 or used > len(devices) or (used < len(devices) and whole):
         raise UsageError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
     shape = tuple(sizes.values())
-    # Neighbours in the mesh become neighbours in the machine where its shape is known.
+    # Neighbours in the mesh become neighbours in the machine if its topology is known.
     grid = mesh_utils.create_device_mesh(shape, devices[:used], allow_split_physical_axes=True)
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
@@ -61,7 +77,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 def backend() -> str:
     """Platform that code is traced for: that of the mesh in use, else JAX's default.
 
-    The two differ where a program is compiled for devices that are not there.
+    The two differ when the planner compiles for devices that are not present.
     """
     mesh = jax.sharding.get_abstract_mesh()
     device = None if mesh.empty else mesh.abstract_device
@@ -69,6 +85,6 @@ def backend() -> str:
 
 
 def axis_size(axis: str) -> int:
-    """Devices along an axis of the mesh in use, 1 without one."""
+    """Number of devices along an axis of the mesh in use, 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape.get(axis, 1)

@@ -1,10 +1,13 @@
 """Where arrays lie on the mesh: one table for parameters, one set of names for activations.
 
-A parameter is found by the end of its path, hence moments, averages and frozen copies, whose paths
-end alike, lie as it does. The axis `fsdp` splits one dimension of every large parameter (ZeRO-3,
-Rajbhandari et al. 2020, arXiv 1910.02054), `tensor` the heads and hidden units of the DiT
-(Megatron, Shoeybi et al. 2019, arXiv 1909.08053): the first product of a pair by columns, the
-second by rows, so that each pair costs one reduction.
+`shardings` gives the sharding of every leaf of a tree of parameters, `constrain` places an
+activation. A parameter is found by the end of its path, so moments, averages and frozen copies,
+whose paths end alike, are sharded as it is.
+
+The axis `fsdp` splits one dimension of every large parameter (ZeRO-3, Rajbhandari et al. 2020,
+arXiv 1910.02054), `tensor` the heads and hidden units of the DiT (Megatron, Shoeybi et al. 2019,
+arXiv 1909.08053): the first product of a pair by columns, the second by rows, so that each pair
+costs one reduction.
 """
 
 import math
@@ -12,17 +15,18 @@ import re
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.errors import UsageError
 
-Tree = Any
+Tree = Any  # nested containers of arrays
 
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp")  # axes that divide clips
 
-# (end of the path, axes of the last dimensions); those before, such as that of scanned layers,
-# stay whole. Parameters that no line names are split along their largest dimension by `fsdp`.
+# (end of the path, mesh axes of the last dimensions). Dimensions before these, such as that of
+# scanned layers, are not split. Parameters that no rule matches are split along their largest
+# dimension by `fsdp`.
 RULES = (
     (r"groups/.*/(q|k|v|ffn_in)/kernel", ("fsdp", "tensor")),
     (r"groups/.*/(o|ffn_out)/kernel", ("tensor", "fsdp")),
@@ -30,16 +34,22 @@ RULES = (
     (r"groups/.*/norm_(q|k)/scale", ("tensor",)),
 )
 
-# Numbers. A parameter below SMALL is whole on every device: gathering it costs more than it saves,
-# and the codec's 700 add up to 20 million. From SMALL to LARGE it is split if the sizes allow, else
-# whole. From LARGE on it must be split.
+# In elements. A parameter below SMALL is replicated: gathering it costs more than it saves, and the
+# codec's 700 parameters add up to 20 million elements. From SMALL to LARGE it is split if the sizes
+# divide, else replicated. From LARGE on it must be split.
 SMALL, LARGE = 1 << 19, 1 << 20
 
 
-def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
-    """Axes of the parameter at `path` ("codec/intra/out/kernel").
+def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
+    """Partition of one parameter.
 
-    Raises UsageError if the mesh does not divide the sizes of a parameter that must be split.
+    Args:
+      path: such as "codec/intra/out/kernel".
+      shape: of the parameter.
+      mesh: for the sizes of its axes.
+
+    Raises:
+      UsageError: if the mesh does not divide the sizes of a parameter that must be split.
     """
     axes = [None] * len(shape)
     named = next((axes for end, axes in RULES if re.search(f"(^|/){end}$", path)), None)
@@ -47,7 +57,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
         axes[-len(named) :] = named
     elif shape:
         fitting = [i for i, size in enumerate(shape) if size % mesh.shape["fsdp"] == 0]
-        # The last of the largest; where none divides, the largest is what the error names.
+        # The last of the largest that divide; if none does, the error names the largest.
         axes[max(fitting or range(len(shape)), key=lambda i: (shape[i], i))] = "fsdp"
     count = math.prod(shape)
     for i, axis in enumerate(axes):
@@ -64,12 +74,13 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> P:
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """The sharding of every leaf (array or shape) of a tree of parameters, or of what follows them.
+    """The sharding of every leaf (array or shape) of a tree of parameters, moments or averages.
 
-    Raises UsageError: see `spec`.
+    Raises:
+      UsageError: see `spec`.
     """
 
-    def place(path, leaf):
+    def place(path: tuple, leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, spec(path_name(path), leaf.shape, mesh))
 
     return jax.tree_util.tree_map_with_path(place, tree)
@@ -89,10 +100,14 @@ def is_split(path: tuple, shape: tuple[int, ...]) -> bool:
     return any(axis is not None and mesh.shape[axis] > 1 for axis in axes)
 
 
-def activation_spec(mesh: Mesh, shape: tuple[int, ...], **axes: int) -> P:
-    """Axes of an activation; `axes`: batch, context, tensor = the dimension that they split.
+def activation_spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], **axes: int) -> P:
+    """Partition of an activation.
 
-    A dimension that does not divide stays whole: a single clip is the same on all of data x fsdp.
+    Args:
+      mesh: for the sizes of its axes.
+      shape: of the activation.
+      **axes: which dimension "batch", "context" and "tensor" split. A dimension that does not
+        divide is not split: a single clip is replicated over data x fsdp.
     """
     found = [None] * len(shape)
     for name, dimension in axes.items():
@@ -103,7 +118,7 @@ def activation_spec(mesh: Mesh, shape: tuple[int, ...], **axes: int) -> P:
 
 
 def constrain(x: jax.Array, **axes: int) -> jax.Array:
-    """x placed as `activation_spec` says on the mesh in use; as it is without one."""
+    """Shards x as `activation_spec` says on the mesh in use; without a mesh, returns x."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x

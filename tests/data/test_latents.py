@@ -110,11 +110,11 @@ def test_processes_share_the_videos(videos, tmp_path):
 
 def test_what_does_not_fit_or_is_damaged(videos, tmp_path):
     cache = tmp_path / "cache"
-    with pytest.raises(FileNotFoundError, match="no latents here"):
+    with pytest.raises(FileNotFoundError, match="no latents found"):
         read_info(cache)
     write_latents(videos, cache, INFO, encode, progress=False)
     for wrong, message in (
-        ({"frames": 9}, "clips have 5 frames"),
+        ({"frames": 9}, "at least 9 frames, found 5"),
         ({"size": (16, 128)}, "latents of"),
     ):
         options = {"frames": 5, "size": (16, 16), "batch": 1, "seed": 0} | wrong

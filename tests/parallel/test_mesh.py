@@ -28,7 +28,7 @@ def test_a_mesh_in_words():
     assert parse_mesh("data=2,fsdp=4") == MeshConfig(2, 4, 1, 1)
     assert parse_mesh("tensor=2") == MeshConfig(-1, 1, 1, 2)
     for wrong in ("fsdp", "fsdp=x", "seq=2", "data=1,data=2"):
-        with pytest.raises(ValueError, match=r"expected AXIS=SIZE,\.\.\. of data, fsdp"):
+        with pytest.raises(ValueError, match=r"must be AXIS=SIZE,\.\.\. with axes data, fsdp"):
             parse_mesh(wrong)
 
 
