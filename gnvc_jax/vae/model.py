@@ -212,6 +212,19 @@ class VAE(nn.Module):
         part = part + of_pixels(fresh) * (self.clean(fixed) - fixed)
         return jnp.concatenate([video[:, :start], part], axis=1)
 
+    @jax.default_matmul_precision(EXACT)
+    def add_latents(self, frames: Array, latents: Array, first: bool) -> Array:
+        """Adds to frames of a linear VAE what latents add to the latents they come from.
+
+        Args:
+            frames: (b, t, h, w, 3).
+            latents: Change of their latents, (b, n, h / 8, w / 8, z).
+            first: Whether the first frame starts a group.
+        """
+        # The inverse transform is affine; the difference leaves out its offset.
+        nothing = self.klt.inverse(jnp.zeros_like(latents), first)
+        return frames + self.klt.inverse(latents, first) - nothing
+
     def __call__(self, video: Float[ArrayLike, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
         """Encodes and decodes; initialises all parameters."""
         return self.decode(self.encode(video)[0])

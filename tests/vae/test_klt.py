@@ -102,3 +102,21 @@ def test_compensation_copies_or_replaces(fitted):
     once = vae.apply({"params": params}, *arguments, 0, method="compensate")  # without the head
     np.testing.assert_allclose(once[:, :, :, 4:], plain[:, :, :, 4:], atol=1e-5)
     assert np.abs(got - once)[:, :, :, 4:].max() > 1e-3
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_added_latents_are_those_of_the_sum(video, fitted, first):
+    vae = VAE(CONFIG)
+    params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
+    frames = video[:1, : 3 if first else 2, :8, :8]
+    rng = np.random.default_rng(6)
+
+    def apply(method, *args):
+        return vae.apply({"params": params}, *args, method=method)
+
+    latents = apply("encode", frames, first)[0]
+    change = rng.normal(size=latents.shape).astype(np.float32)
+    got = apply("add_latents", frames, change, first)
+    inverse = lambda module, x: module.klt.inverse(x, first)  # noqa: E731
+    expected = frames + apply(inverse, latents + change) - apply(inverse, latents)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
