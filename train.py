@@ -31,7 +31,7 @@ def main() -> None:
         device = jax.devices()[0]
         if jax.process_index() == 0:
             print(f"{experiment.stage} on {jax.device_count()} x {device.device_kind}", flush=True)
-        train(experiment, make_stage(experiment))
+        train(make_stage(experiment))
     except (GnvcError, OSError) as error:
         sys.exit(f"train.py: {error}")
 

@@ -27,6 +27,7 @@ from gnvc_jax.planner.program import bytes_per_device
 from gnvc_jax.planner.training import abstract_arguments
 from gnvc_jax.refiner import DiT, DiTConfig
 from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
+from gnvc_jax.training.inputs import Data
 from gnvc_jax.training.loop import State, init_state, jit_step
 from gnvc_jax.training.stages import Stage
 
@@ -40,28 +41,27 @@ AXES = {
 }
 
 
-class Velocity(Stage):
+def velocity_stage(experiment: Experiment, attention: str | None) -> Stage:
     """A DiT that is to give noise minus data."""
+    dit = DiT(DIT, attention=attention)
 
-    def __init__(self, experiment: Experiment, attention: str | None):
-        super().__init__(experiment)
-        self.dit = DiT(DIT, attention=attention)
+    def init(key):
+        return dit.init(key, jnp.zeros((1, 1, 2, 2, DIT.channels)), jnp.zeros(1))["params"]
 
-    def init(self, key):
-        return self.dit.init(key, jnp.zeros((1, 1, 2, 2, DIT.channels)), jnp.zeros(1))["params"]
-
-    def batch_shapes(self, frames):
-        shape = self.experiment.data.batch, frames, 8, 16, DIT.channels
+    def shapes(frames):
+        shape = experiment.data.batch, frames, 8, 16, DIT.channels
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
-    def loss(self, params, frozen, batch, key, step):
+    def loss(params, constants, batch, key, step):
         noise = jax.random.normal(key, batch.shape)
         time = jnp.full(batch.shape[:1], 500.0)
-        velocity = self.dit.apply({"params": params}, (batch + noise) / 2, time)
+        velocity = dit.apply({"params": params}, (batch + noise) / 2, time)
         return jnp.mean((velocity - (noise - batch)) ** 2), {}
 
+    return Stage(experiment, init, loss, Data(None, shapes))
 
-def start(stage: Velocity) -> State:
+
+def start(stage: Stage) -> State:
     """The same on every mesh."""
     rng, shapes = np.random.default_rng(0), jax.eval_shape(stage.init, jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.05, x.shape)), shapes)
@@ -72,18 +72,16 @@ def measure(name: str, count: int) -> dict:
     axis, attention = AXES[name]
     optim = OptimConfig(lr=1e-3, warmup=1, steps=10)
     experiment = Experiment("velocity", data=DataConfig(batch=8), optim=optim)
-    stage = Velocity(experiment, attention)
+    stage = velocity_stage(experiment, attention)
     mesh = make_mesh(MeshConfig(**({"data": 1} | {axis: count})), jax.devices()[:count])
-    state, frozen, batch = abstract_arguments(experiment, stage, mesh, frames=4)
+    state, frozen, batch = abstract_arguments(stage, mesh, frames=4)
     with jax.set_mesh(mesh):
-        compiled = (
-            jit_step(experiment, stage, mesh, state, frozen).lower(state, {}, batch).compile()
-        )
+        compiled = jit_step(stage, mesh, state, frozen).lower(state, frozen, batch).compile()
         now = jax.device_put(start(stage), jax.tree.map(lambda x: x.sharding, state))
         clips = np.random.default_rng(0).normal(size=batch.shape).astype(np.float32)
         clips, losses = jax.device_put(clips, batch.sharding), []
         for _ in range(3):
-            now, values = compiled(now, {}, clips)
+            now, values = compiled(now, frozen, clips)
             losses.append(float(values["loss"]))
     return {
         "axis": name,

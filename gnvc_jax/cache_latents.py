@@ -12,7 +12,7 @@ from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.training.checkpoints import config_of, load_params
-from gnvc_jax.training.stages.vae import init_vae
+from gnvc_jax.training.networks import init_vae
 from gnvc_jax.vae import VAE, VAEConfig, encode_stream
 
 Tree = dict
@@ -72,7 +72,7 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
         if not config.linear:
             raise UsageError(f"{vae}: its encoder is learned; codecs for it train on frames")
         like = jax.eval_shape(lambda key: init_vae(VAE(config), key), jax.random.key(0))
-        params = load_params(vae, like)
+        params = load_params(vae, {"vae": like})["vae"]
         mean, std = np.zeros(config.latent_channels), np.ones(config.latent_channels)
     else:
         model = find_model(vae)

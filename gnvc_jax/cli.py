@@ -31,6 +31,7 @@ COMMANDS = {
     "eval": ("evaluation:evaluate", "Measure rate and quality of a model on videos."),
     "compare": ("evaluation:compare_runs", "Compare two evaluations."),
     "train": ("training:train", "Train one stage of the codec."),
+    "release": ("training:release", "Write the model file of a training run."),
     "cache-latents": ("datasets:cache_latents", "Encode many videos to latents for training."),
     "plan": ("training:plan", "Predict the cost of training or coding on a TPU pod."),
     "port": ("weights:port", "Convert public weights to a checkpoint folder."),
@@ -39,7 +40,7 @@ COMMANDS = {
 }
 
 # Commands that compile nothing worth keeping between runs.
-WITHOUT_CACHE = ("info", "port", "export", "plan", "compare")
+WITHOUT_CACHE = ("info", "release", "port", "export", "plan", "compare")
 
 # Packages that an optional feature needs, and the extra that installs them.
 EXTRAS = dict.fromkeys(

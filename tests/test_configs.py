@@ -10,7 +10,7 @@ import pytest
 
 from gnvc_jax.training import config, loop
 from gnvc_jax.training.partition import split
-from gnvc_jax.training.stages import make_stage
+from gnvc_jax.training.stages import make_stage, model_shapes, objective
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(p for p in CONFIGS.glob("*/*.py") if p.stem != "models")
@@ -35,14 +35,14 @@ def test_it_loads(path):
 @pytest.mark.slow
 @pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_it_initialises(path):
-    params = jax.eval_shape(make_stage(config.load(path)).init, jax.random.key(0))
+    params = model_shapes(make_stage(config.load(path)))
     assert count(params) > 1e5
 
 
 def test_what_trains_at_full_size():
     """The adapter of VACE with the new conditions, 735 M and 5 M, and the codec; not the DiT."""
     stage = make_stage(config.load(CONFIGS / "wan_1_3b" / "latent.py"))
-    parts = jax.eval_shape(stage.init_parts, jax.random.key(0))
+    parts = model_shapes(stage)
     assert count(parts["refiner"]["dit"]) == 2_153_972_032
     assert count(parts["vae"]) == 126_892_531
     trained, fixed = split(parts, stage.experiment.train)
@@ -61,15 +61,17 @@ def test_one_step_at_full_width():
     dit = dataclasses.replace(experiment.refiner.dit, layers=2)
     refiner = dataclasses.replace(experiment.refiner, dit=dit)
     stage = make_stage(dataclasses.replace(experiment, refiner=refiner))
-    shapes = jax.eval_shape(stage.init_parts, jax.random.key(0))
+    shapes = model_shapes(stage)
     rng = np.random.default_rng(0)
     parts = jax.tree.map(lambda x: rng.normal(0, 0.02, x.shape).astype(np.float32), shapes)
     params, fixed = split(parts, experiment.train)
-    frozen = {"fixed": fixed, "mean": 0.0, "std": 1.0, "text": np.zeros((1, 1, dit.text_width))}
+    constants = {"mean": 0.0, "std": 1.0, "white": np.ones((2, 16))}
+    constants["text"] = np.zeros((1, 1, dit.text_width))
+    frozen = {"fixed": fixed, "constants": constants}
     latents = rng.normal(size=(2, 2, 8, 8, dit.channels)).astype(np.float32)
 
     optim = dataclasses.replace(experiment.optim, warmup=1)
-    step = jax.jit(loop.make_step(optim, stage.loss))
+    step = jax.jit(loop.make_step(optim, objective(stage)))
     state = loop.init_state(optim, jax.tree.map(jnp.asarray, params), jax.random.key(0))
     for _ in range(2):  # the first has a learning rate of zero
         state, values = step(state, frozen, latents)

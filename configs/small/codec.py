@@ -21,6 +21,7 @@ experiment = Experiment(
         batch=8,
         workers=1,
         downscale_prob=0.4,
+        statistics_batches=40,
     ),
     optim=OptimConfig(
         lr=1e-3,

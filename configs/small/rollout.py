@@ -9,11 +9,12 @@ along a group. Two clips of 33 frames cost about as much per step as eight of ni
 import dataclasses
 
 from configs.small.codec import experiment as codec
+from gnvc_jax.training.config import InitConfig
 
 experiment = dataclasses.replace(
     codec,
-    init_from=codec.run.out,
-    data=dataclasses.replace(codec.data, frames=33, longer=(), batch=2),
+    init=InitConfig(run=codec.run.out),
+    data=dataclasses.replace(codec.data, frames=33, batch=2),
     optim=dataclasses.replace(codec.optim, lr=4e-4, steps=4000),
     run=dataclasses.replace(codec.run, out="runs/small/rollout"),
 )

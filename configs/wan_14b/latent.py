@@ -18,6 +18,6 @@ base = latent.experiment
 experiment = dataclasses.replace(
     base,
     refiner=RefinerConfig(dit=VACE_14B, features=base.codec.width),
-    loss=dataclasses.replace(base.loss, weights="weights/vace-14b"),
+    init=dataclasses.replace(base.init, dit="weights/vace-14b"),
     run=RunConfig(out="runs/wan_14b/latent"),
 )

@@ -7,14 +7,15 @@ python train.py --config configs/wan_1_3b/codec.py --data.latents cache
 """
 
 from configs.wan_1_3b.models import CODEC, VAE, WEIGHTS
-from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
+from gnvc_jax.training.config import DataConfig, Experiment, InitConfig, OptimConfig, RunConfig
 from gnvc_jax.training.stages.codec import CodecLoss
 
 experiment = Experiment(
     stage="codec",
     vae=VAE,
     codec=CODEC,
-    loss=CodecLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=WEIGHTS),
+    init=InitConfig(vae=WEIGHTS),
+    loss=CodecLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0),
     data=DataConfig(frames=13, size=(256, 256), batch=8),
     optim=OptimConfig(lr=1e-4, warmup=1000, steps=10_000),
     run=RunConfig(out="runs/wan_1_3b/codec"),

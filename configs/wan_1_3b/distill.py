@@ -9,16 +9,12 @@ import dataclasses
 
 from configs.wan_1_3b import pixel
 from gnvc_jax.training.config import RunConfig
-from gnvc_jax.training.stages.pixel import DistillLoss
-
-shared = dataclasses.asdict(pixel.experiment.loss)
-del shared["single"]
 
 experiment = dataclasses.replace(
     pixel.experiment,
     stage="distill",
-    loss=DistillLoss(**shared),
+    init=dataclasses.replace(pixel.experiment.init, run="runs/wan_1_3b/pixel"),
+    loss=dataclasses.replace(pixel.experiment.loss, single=0.75, distill=1.0),
     optim=dataclasses.replace(pixel.experiment.optim, lr=2e-5, steps=20_000),
-    init_from="runs/wan_1_3b/pixel",
     run=RunConfig(out="runs/wan_1_3b/distill"),
 )

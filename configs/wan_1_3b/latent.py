@@ -14,6 +14,7 @@ from gnvc_jax.training.config import (
     ComputeConfig,
     DataConfig,
     Experiment,
+    InitConfig,
     OptimConfig,
     RunConfig,
 )
@@ -25,10 +26,12 @@ experiment = Experiment(
     codec=CODEC,
     refiner=REFINER,
     compute=ComputeConfig(dtype="bfloat16", remat="attention"),
+    init=InitConfig(vae=WEIGHTS, dit=WEIGHTS, run="runs/wan_1_3b/codec"),
     train=("codec/", *ADAPTER),
-    loss=LatentLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=WEIGHTS, weights=WEIGHTS),
-    data=DataConfig(frames=5, longer=((40_000, 9), (70_000, 13)), size=(256, 256), batch=8),
+    loss=LatentLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0),
+    data=DataConfig(
+        frames=5, clip_length_schedule=((40_000, 9), (70_000, 13)), size=(256, 256), batch=8
+    ),
     optim=OptimConfig(lr=1e-4, warmup=1000, steps=100_000, final_lr_ratio=1.0),
-    init_from="runs/wan_1_3b/codec",
     run=RunConfig(out="runs/wan_1_3b/latent"),
 )

@@ -14,18 +14,15 @@ from configs.wan_1_3b import latent
 from gnvc_jax.training.config import DataConfig, OptimConfig, Policy, RunConfig
 from gnvc_jax.training.stages.pixel import PixelLoss
 
-source = latent.experiment.loss
 FRUGAL = Policy(dtype="bfloat16", remat="full")
 
 experiment = dataclasses.replace(
     latent.experiment,
     stage="pixel",
     compute=dataclasses.replace(latent.experiment.compute, vae=FRUGAL, perceptual=FRUGAL),
-    loss=PixelLoss(
-        lambda_low=0.05, lambda_high=0.5, balance=0.0, vae=source.vae, weights=source.weights
-    ),
+    init=dataclasses.replace(latent.experiment.init, run="runs/wan_1_3b/latent"),
+    loss=PixelLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0),
     data=DataConfig(frames=13, size=(256, 256), batch=2),
     optim=OptimConfig(lr=5e-5, warmup=1000, steps=100_000, final_lr_ratio=0.2),
-    init_from="runs/wan_1_3b/latent",
     run=RunConfig(out="runs/wan_1_3b/pixel"),
 )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import Suppress, arg
+from tyro.conf import Positional, Suppress, arg
 
 from gnvc_jax.commands.options import EXIT_PARTIAL, MAX_STEPS, check_range
 from gnvc_jax.errors import UsageError
@@ -47,7 +47,27 @@ def train(*, config: str, settings: Settings = ()) -> int:
 
     experiment = load_experiment(config, settings)
     join_processes()
-    loop.train(experiment, make_stage(experiment))
+    loop.train(make_stage(experiment))
+    return 0
+
+
+def release(run: Positional[str], out: Positional[str], /, *, name: str | None = None) -> int:
+    """Write the model file of a training run.
+
+    Example: gnvc release runs/small/codec small.safetensors
+
+    The model has the averaged weights of the newest checkpoint. The run folder says where the
+    parameters come from that the run did not train; these folders must still be there.
+
+    Args:
+        run: Run folder.
+        out: Model file to write.
+        name: Name of the model, by default that of the file without its suffix.
+    """
+    from gnvc_jax.training.release import release as release_run
+
+    codec, vae = release_run(run, out, name).fingerprints
+    print(f"{out}: codec {codec.hex()[:8]}, VAE {vae.hex()[:8]}")
     return 0
 
 

@@ -28,8 +28,7 @@ from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofli
 from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.refiner.model import window_starts
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.stages import make_stage
-from gnvc_jax.training.stages.codec import CodecStage
+from gnvc_jax.training.stages import make_stage, model_shapes
 
 Tree = Any
 
@@ -80,11 +79,9 @@ def coding_for(
     times = dict.fromkeys(names, latents)
     if steps and refiner is not None:
         times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
-    stage = make_stage(experiment)
-    if not isinstance(stage, CodecStage):
+    params = model_shapes(make_stage(experiment))
+    if "codec" not in params:
         raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
-    trained = jax.eval_shape(stage.init, jax.random.key(0))
-    params = jax.eval_shape(stage.model_parts, trained, stage.frozen_shapes())
     if refiner is not None:
         params["refiner"] = jax.tree_util.tree_map_with_path(
             lambda path, x: jax.ShapeDtypeStruct(x.shape, stored_dtype(path)), params["refiner"]

@@ -21,7 +21,7 @@ from gnvc_jax.planner.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.loop import abstract_state, jit_step
-from gnvc_jax.training.stages import Stage, make_stage
+from gnvc_jax.training.stages import Stage, frozen_shapes, make_stage
 from gnvc_jax.training.throughput import operations
 
 Tree = Any
@@ -53,9 +53,9 @@ def plan_for(
     pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
     if data.batch % pieces:
         raise UsageError(f"data.batch must be a multiple of {pieces}, got {data.batch}")
-    frames = max([data.frames, *(frames for _, frames in data.longer)])
-    arguments = abstract_arguments(experiment, stage, mesh, frames)
-    step = jit_step(experiment, stage, mesh, *arguments[:2])
+    frames = max(data.lengths)
+    arguments = abstract_arguments(stage, mesh, frames)
+    step = jit_step(stage, mesh, *arguments[:2])
     found = {
         "experiment": f"{experiment.stage}, {data.batch} clips of {frames} x "
         f"{data.size[0]} x {data.size[1]}",
@@ -170,9 +170,7 @@ def table(plans: Sequence[dict]) -> str:
     return "\n".join(rows)
 
 
-def abstract_arguments(
-    experiment: Experiment, stage: Stage, mesh: Mesh, frames: int
-) -> tuple[Tree, ...]:
+def abstract_arguments(stage: Stage, mesh: Mesh, frames: int) -> tuple[Tree, ...]:
     """Arguments (state, frozen, batch) of the train step, as shapes with shardings."""
 
     def placed(tree: Tree, places: Tree) -> Tree:
@@ -181,9 +179,9 @@ def abstract_arguments(
 
         return jax.tree.map(one, tree, places)
 
-    state = abstract_state(experiment, stage, mesh)
-    frozen = stage.frozen_shapes()
-    batch = stage.batch_shapes(frames)
+    state = abstract_state(stage, mesh)
+    frozen = frozen_shapes(stage)
+    batch = stage.data.shapes(frames)
     over_batch = jax.tree.map(lambda _: NamedSharding(mesh, P(BATCH)), batch)
     return state, placed(frozen, shardings(frozen, mesh)), placed(batch, over_batch)
 

@@ -22,9 +22,12 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
-from gnvc_jax.training.config import Experiment, flatten
+from gnvc_jax.refiner.config import DiTConfig, RefinerConfig
+from gnvc_jax.training.config import Experiment, InitConfig, RunConfig, flatten
+from gnvc_jax.vae.config import VAEConfig
 
 Tree = Any
 log = logging.getLogger(__name__)
@@ -167,6 +170,26 @@ def config_of(run: str | Path) -> dict:
     return read_config(path)
 
 
+def model_of(run: str | Path) -> Experiment:
+    """The model of a run, as an experiment that starts from it.
+
+    It has the sizes of the networks and `init.run`; loss, data and optimizer are defaults.
+    FileNotFoundError if there is no such run.
+    """
+    facts = config_of(run)
+    codec, refiner = facts["codec"], facts["refiner"]
+    if refiner is not None:
+        refiner = RefinerConfig(**refiner | {"dit": DiTConfig(**refiner["dit"])})
+    return Experiment(
+        facts["stage"],
+        VAEConfig.from_json(facts["vae"]),
+        None if codec is None else CodecConfig(**codec),
+        refiner,
+        init=InitConfig(run=str(run)),
+        run=RunConfig(out=str(Path(run) / "after")),  # of no use, but not the run itself
+    )
+
+
 def read_config(path: Path) -> dict:
     """The configuration that a run folder holds. UsageError if the file is damaged."""
     try:
@@ -202,15 +225,12 @@ def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
 
 
 def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
-    """What a run measured of its data when it began, float32; nothing for runs from before that
-    was kept.
+    """What a run measured of its data when it began, float32.
 
     Errors as `read_newest`.
     """
 
     def read(folder: Path) -> dict:
-        if not (folder / "statistics").is_dir():
-            return {}
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder / "statistics")
 

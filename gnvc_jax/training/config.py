@@ -24,7 +24,7 @@ def check_range(group: str, config: object, **ranges: tuple[float, float]) -> No
     for key, (low, high) in ranges.items():
         value = getattr(config, key)
         if not (low <= value <= high and math.isfinite(value)):
-            raise UsageError(f"{group}.{key}: {value} is no number in {low} .. {high}")
+            raise UsageError(f"{group}.{key}: must be in [{low}, {high}], got {value}")
 
 
 def check_choices(group: str, config: object) -> None:
@@ -46,40 +46,59 @@ def check_choices(group: str, config: object) -> None:
 class DataConfig:
     """Training clips.
 
-    path: folder or index of videos; frames: frames per clip (1 + 4k); longer: (step, frames) pairs,
-    in order, from which step on clips have another length (GNVC-VD: 5, then 9, then 13); size:
-    height and width of the crop in pixels; batch: clips per step over all devices; workers:
-    decoding processes (0: in this one); decode_cache: folder for decoded frames; downscale_prob:
-    share of clips that are reduced before cropping; latents: folder that `gnvc cache-latents` made,
-    read in place of videos by stages that need no frames; max_left_out: largest share of videos
-    that may be unreadable, wholly or in part, before the run ends with an error.
+    Attributes:
+        path: Folder of videos, list of videos (.txt), or a single video.
+        frames: Frames per clip, 1 + 4k.
+        clip_length_schedule: (step, frames) pairs in order; from that step on, clips have that
+            length (GNVC-VD: 5, then 9, then 13).
+        size: Height and width of the crop in pixels.
+        batch: Clips per step over all devices.
+        workers: Decoding processes; 0 decodes in a thread of this one.
+        decode_cache: Folder to keep decoded frames in.
+        downscale_prob: Share of clips that are halved in size before cropping.
+        latents: Folder made by `gnvc cache-latents`, read in place of videos by stages that need no
+            frames.
+        statistics_batches: Batches that statistics of latents are measured on at the start of a
+            run, where the VAE does not bring them.
+        max_left_out: Largest share of videos that may be unreadable, wholly or in part.
+        seed: Seed of all draws: clips, crops, mirroring.
     """
 
     path: str = "data"
     frames: int = 5
-    longer: tuple[tuple[int, int], ...] = ()
+    clip_length_schedule: tuple[tuple[int, int], ...] = ()
     size: tuple[int, int] = (256, 256)
     batch: int = 8
     workers: int = 0
     decode_cache: str | None = None
     downscale_prob: float = 0.5
     latents: str | None = None
+    statistics_batches: int = 8
     max_left_out: float = MAX_SHARE
     seed: int = 0
 
     def __post_init__(self):
-        counts, shares = {"batch": (1, math.inf), "workers": (0, math.inf)}, (0, 1)
-        check_range("data", self, **counts, downscale_prob=shares, max_left_out=shares)
-        steps = [step for step, _ in self.longer]
+        counts = {"batch": (1, math.inf), "workers": (0, math.inf)}
+        counts["statistics_batches"] = (1, math.inf)
+        check_range("data", self, **counts, downscale_prob=(0, 1), max_left_out=(0, 1))
+        steps = [step for step, _ in self.clip_length_schedule]
         if steps != sorted(set(steps)) or min(steps, default=1) < 1:
-            raise UsageError(f"data.longer: steps {steps} are not positive and rising")
-        for frames in (self.frames, *(frames for _, frames in self.longer)):
+            raise UsageError(
+                f"data.clip_length_schedule: steps must be positive and rising, got {steps}"
+            )
+        for frames in self.lengths:
             if frames < 1:
-                raise UsageError(f"data.frames: {frames} is not positive")
+                raise UsageError(f"data.frames: must be positive, got {frames}")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """All lengths of clips, in frames, that a run comes to."""
+        return (self.frames, *(frames for _, frames in self.clip_length_schedule))
 
     def frames_at(self, step: int) -> int:
         """Frames per clip in the step after `step` others."""
-        return next((f for first, f in reversed(self.longer) if step >= first), self.frames)
+        schedule = reversed(self.clip_length_schedule)
+        return next((frames for first, frames in schedule if step >= first), self.frames)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +152,23 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LossConfig:
-    """Base of the loss settings; each stage defines its own beside its loss."""
+class InitConfig:
+    """Where a run takes its starting weights from; see `gnvc_jax.training.weights`.
+
+    What is None is as for the run `run`, if that is given.
+
+    Attributes:
+        vae: Folder made by `gnvc port`, or run folder of the stage `vae`.
+        dit: Folder made by `gnvc port` with the DiT of the refiner.
+        prompt: File of the text condition, see `gnvc_jax.porting.checkpoint.load_prompt`; by
+            default that of the folder `dit`, or zeros.
+        run: Run folder whose averaged weights to start from.
+    """
+
+    vae: str | None = None
+    dit: str | None = None
+    prompt: str | None = None
+    run: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +229,21 @@ class ComputeConfig(Policy):
 class Experiment:
     """One training run.
 
-    stage: a name of `gnvc_jax.training.stages`, or "module:Class"; codec, refiner: None for stages
-    without one; train: regular expressions for the paths of the parameters that train, of stages
-    that choose ("codec/", "refiner/dit/groups/context"); lora: rank of low-rank changes of the
-    DiT's kernels that train besides, 0 for none; init_from: folder of the run whose averaged
-    weights this one starts from.
+    Attributes:
+        stage: Name of a stage (see `gnvc_jax.training.stages`), or "module:function" of one's own.
+        vae: Sizes of the VAE.
+        codec: Sizes of the latent codec, None for stages without one.
+        refiner: Sizes of the refiner, None for models without one.
+        compute: How the networks compute.
+        init: Where starting weights come from.
+        train: Regular expressions for the paths of the parameters that train, of stages that leave
+            the choice ("codec/", "refiner/dit/groups/context").
+        lora: Rank of low-rank changes of the DiT's kernels that train besides, 0 for none.
+        loss: Settings of the stage's loss, a dataclass that is defined beside it.
+        data: Training clips.
+        optim: Optimizer.
+        mesh: Devices along each axis of the mesh.
+        run: Where the run writes and how often.
     """
 
     stage: str
@@ -207,24 +251,24 @@ class Experiment:
     codec: CodecConfig | None = None
     refiner: RefinerConfig | None = None
     compute: ComputeConfig = ComputeConfig()
+    init: InitConfig = InitConfig()
     train: tuple[str, ...] = ()
     lora: int = 0
-    loss: LossConfig = LossConfig()
+    loss: Any = None
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
     run: RunConfig = RunConfig()
-    init_from: str | None = None
 
     def __post_init__(self):
-        if self.init_from and Path(self.init_from).resolve() == Path(self.run.out).resolve():
+        if self.init.run and Path(self.init.run).resolve() == Path(self.run.out).resolve():
             raise UsageError(
-                f"init_from: {self.init_from} is run.out too; a run cannot start from itself"
+                f"init.run: {self.init.run} is run.out too; a run cannot start from itself"
             )
         stride = self.vae.temporal_stride
-        for frames in (self.data.frames, *(frames for _, frames in self.data.longer)):
+        for frames in self.data.lengths:
             if (frames - 1) % stride:
-                raise UsageError(f"data.frames: {frames} is not 1 + {stride}k")
+                raise UsageError(f"data.frames: must be 1 + {stride}k, got {frames}")
         if self.codec is not None and self.codec.motion and not self.vae.linear:
             raise UsageError("codec.motion: only a linear VAE gives frames to compensate from")
         if self.codec is not None and self.codec.motion and (stride, self.vae.stride) != (4, 8):

@@ -21,12 +21,13 @@ from jax.sharding import PartitionSpec as P
 from gnvc_jax.errors import TrainingDiverged, UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
-from gnvc_jax.training import metrics
+from gnvc_jax.training import inputs, metrics, stages
 from gnvc_jax.training.batched_optimizer import StackedParameters, is_kernel
 from gnvc_jax.training.checkpoints import Checkpoints, load_statistics
 from gnvc_jax.training.config import Experiment, OptimConfig, RunConfig
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.throughput import Clock, WorkPerStep
+from gnvc_jax.training.weights import Statistics, agreed
 
 Tree = Any
 
@@ -114,8 +115,9 @@ def gradient(loss: Callable, parts: int) -> Callable:
 def make_step(
     config: OptimConfig, loss: Callable
 ) -> Callable[[State, Tree, Tree], tuple[State, dict[str, jax.Array]]]:
-    """The pure function (state, frozen, batch) -> (state, metrics); loss: see `Stage.loss`.
+    """The pure function (state, frozen, batch) -> (state, metrics).
 
+    loss: function (params, frozen, batch, key, step), see `gnvc_jax.training.stages.objective`.
     An update whose gradient norm is not finite is left out: weights, moments and average stay, only
     the step counts on, and the metric `skipped` is 1.
     """
@@ -190,7 +192,7 @@ class Clips:
 
     def start(self, frames: int, batches: dict | None) -> None:
         """batches: the state of the iterator before."""
-        self.frames, self.batches = frames, iter(self.stage.dataset(frames))
+        self.frames, self.batches = frames, iter(self.stage.data.batches(frames))
         if batches is not None:
             self.batches.set_state(batches)
 
@@ -242,7 +244,7 @@ class Meter:
         experiment = stage.experiment
         self.steps, self.log_every = experiment.optim.steps, experiment.run.log_every
         self.work, self.writer, self.clock, self.skipped = WorkPerStep(stage), writer, clock, 0
-        self.left_out = stage.left_out
+        self.left_out = inputs.left_out(experiment)
         self.restart()
 
     def restart(self) -> None:
@@ -282,38 +284,44 @@ def mean_of_finite(values: Sequence[float]) -> float:
     return float(np.mean(finite)) if finite else math.nan
 
 
-def abstract_state(experiment: Experiment, stage: Stage, mesh: Mesh) -> State:
+def abstract_state(stage: Stage, mesh: Mesh) -> State:
     """The train state as shapes, types and shardings: averages and moments lie as parameters do.
 
     Raises UsageError for parameters that the mesh does not divide.
     """
 
     def make(key):
-        return init_state(experiment.optim, stage.init(key), key)
+        return init_state(stage.experiment.optim, stages.init_trained(stage, key), key)
 
     state = jax.eval_shape(make, jax.random.key(0))
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings(state, mesh))
 
 
 def start_state(
-    experiment: Experiment, stage: Stage, checkpoints: Checkpoints, like: State
-) -> tuple[State, dict | None]:
-    """The newest state that can be read and the data position that goes with it, or a new state.
+    stage: Stage, checkpoints: Checkpoints, like: State
+) -> tuple[State, dict | None, Statistics]:
+    """The newest state that can be read, or a new one.
 
     Every leaf is placed as in `like`: one that is not costs a second compilation at step 1.
+
+    Returns:
+        The state, the data position that goes with it (None for a new run), and what the stage
+        measured when the run began. The latter is kept in checkpoints, so that neither resuming nor
+        other data change what the parameters were trained with.
     """
     saved = checkpoints.restore_newest(like)
     if saved is not None:
-        stage.statistics = load_statistics(experiment.run.out) or stage.statistics
-        return saved
-    init_key, run_key = jax.random.split(jax.random.key(experiment.run.seed))
+        return *saved, load_statistics(stage.experiment.run.out)
+    statistics = agreed(stage.measure())
+    init_key, run_key = jax.random.split(jax.random.key(stage.experiment.run.seed))
     places = jax.tree.map(lambda x: x.sharding, like)
-    params = stage.warm_start(jax.jit(stage.init, out_shardings=places.params)(init_key))
+    init = jax.jit(lambda key: stages.init_trained(stage, key), out_shardings=places.params)
+    params = stages.start(stage, init(init_key), statistics)
     make = jax.jit(init_state, static_argnums=0, out_shardings=places)
-    return make(experiment.optim, params, run_key), None
+    return make(stage.experiment.optim, params, run_key), None, statistics
 
 
-def jit_step(experiment: Experiment, stage: Stage, mesh: Mesh, state: State, frozen: Tree):
+def jit_step(stage: Stage, mesh: Mesh, state: State, frozen: Tree) -> Callable:
     """The train step for arrays placed by the rules, to run or to compile; the state is donated.
 
     state, frozen: as shapes with shardings, or arrays.
@@ -321,20 +329,21 @@ def jit_step(experiment: Experiment, stage: Stage, mesh: Mesh, state: State, fro
     whole, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(BATCH))
     state, frozen = jax.tree.map(lambda x: x.sharding, (state, frozen))
     return jax.jit(
-        make_step(experiment.optim, stage.loss),
+        make_step(stage.experiment.optim, stages.objective(stage)),
         in_shardings=(state, frozen, batch),
         out_shardings=(state, whole),
         donate_argnums=0,
     )
 
 
-def train(experiment: Experiment, stage: Stage) -> State | None:
-    """Train to `optim.steps`, resuming from the newest checkpoint in `run.out` if there is one.
+def train(stage: Stage) -> State | None:
+    """Trains to `optim.steps`, resuming from the newest checkpoint in `run.out` if there is one.
 
     Returns the last state, or None if a signal ended the run early, after a checkpoint.
     Raises UsageError for sizes that do not fit the mesh and for a run folder of another experiment,
     TrainingDiverged if 100 updates in a row had to be skipped.
     """
+    experiment = stage.experiment
     began, run, last = time.time(), experiment.run, experiment.optim.steps
     mesh = make_mesh(experiment.mesh)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -359,13 +368,13 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
         ExitStack() as stack,
         StopRequest() as stop,
     ):
-        like = abstract_state(experiment, stage, mesh)
-        state, position = start_state(experiment, stage, checkpoints, like)
+        like = abstract_state(stage, mesh)
+        state, position, statistics = start_state(stage, checkpoints, like)
         data = Clips(stage, int(state.step), position)
         clock = Clock(**(position or {}).get("clock", {"started": began}))
-        frozen = stage.frozen()
+        frozen = stages.frozen(stage, statistics)
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
-        train_step = jit_step(experiment, stage, mesh, state, frozen)
+        train_step = jit_step(stage, mesh, state, frozen)
 
         step = int(state.step)
         writer = stack.enter_context(closing(make_writer(experiment, step)))
@@ -377,7 +386,7 @@ def train(experiment: Experiment, stage: Stage) -> State | None:
             began = time.perf_counter()
             clock.stop()
             position = data.get_state() | {"clock": clock.get_state()}
-            checkpoints.save(step, state, position, stage.statistics)
+            checkpoints.save(step, state, position, statistics)
             clock.run()
             meter.leave_out(time.perf_counter() - began)
 

@@ -1,7 +1,8 @@
 """Low-rank changes of kernels (LoRA, Hu et al. 2021, arXiv 2106.09685), merged before use.
 
-A kernel W (..., in, out) becomes W + A B with A (..., in, r) and B (..., r, out). B starts at zero.
-Merging first costs one small product per kernel and step, and the network needs to know nothing.
+A kernel W (..., in, out) becomes W + A B with A (..., in, r) and B (..., r, out). B starts at zero,
+so that nothing changes at first. These are transforms of the parameter tree: merging costs one
+small product per kernel and step, and networks know nothing of it.
 """
 
 import re
@@ -19,9 +20,18 @@ TARGETS = r"refiner/dit/groups/.*/(q|k|v|o|ffn_in|ffn_out)/kernel"
 
 
 def init(params: Tree, rank: int, key: jax.Array) -> Tree:
-    """A and B for every kernel of `params` (arrays or shapes) that TARGETS names.
+    """Draws A and makes B for every kernel that TARGETS names.
 
-    Raises UsageError if there is none.
+    Args:
+        params: Parameters of the whole model, arrays or shapes.
+        rank: Rank r of the changes.
+        key: Random key.
+
+    Returns:
+        Tree like that of the kernels, with {"a": A, "b": B} in place of each.
+
+    Raises:
+        UsageError: there is no such kernel.
     """
     kernels = {p: x for p, x in flatten_dict(params, sep="/").items() if re.fullmatch(TARGETS, p)}
     if not kernels:
@@ -35,7 +45,7 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
 
 
 def shapes(params: Tree, rank: int) -> Tree:
-    """`init` as shapes; nothing where there is no kernel to change."""
+    """`init` as shapes; an empty tree where there is no kernel to change."""
     flat = flatten_dict(params, sep="/")
     if not any(re.fullmatch(TARGETS, path) for path in flat):
         return {}
@@ -48,3 +58,9 @@ def merge(params: Tree, lora: Tree) -> Tree:
     for path in {change.rpartition("/")[0] for change in changes}:
         flat[path] = flat[path] + changes[f"{path}/a"] @ changes[f"{path}/b"]
     return unflatten_dict(flat, sep="/")
+
+
+def merge_part(params: Tree) -> Tree:
+    """Parameters by part, without the part "lora", which is merged into the others."""
+    others = {name: part for name, part in params.items() if name != "lora"}
+    return merge(others, params["lora"]) if "lora" in params else others

@@ -1,4 +1,14 @@
-"""Which parameters of a model train: trees split and joined by the paths of their leaves."""
+"""Which parameters of a model train: trees split and joined by the paths of their leaves.
+
+A model is a tree of all parameters by part, {"vae": ..., "codec": ..., "refiner": ...}. A run
+trains some of them and keeps the others fixed:
+
+    trained, fixed = split(model, ("codec/", "refiner/dit/groups/context"))
+    model = assemble(fixed, trained)
+
+Only what trains has gradients, optimizer moments and a place in checkpoints. Low-rank changes
+(`gnvc_jax.training.lora`) are one more part, "lora", of what trains; `assemble` merges them.
+"""
 
 import re
 from collections.abc import Sequence
@@ -7,26 +17,38 @@ from typing import Any
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.errors import UsageError
+from gnvc_jax.training import lora
 
 Tree = Any
 
+EVERYTHING = ("",)  # the pattern that fits every path
+
 
 def split(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
-    """The parameters whose path ("codec/intra/out/kernel") begins as one of the patterns says, and
-    the others.
+    """Splits a tree into what trains and what does not.
 
-    Raises UsageError for a pattern that fits no parameter.
+    Args:
+        tree: Nested dictionary of parameters or shapes.
+        patterns: Regular expressions; those parameters train whose path
+            ("codec/intra/out/kernel") begins as one of them says.
+
+    Returns:
+        Two trees: the parameters that train, and the others.
+
+    Raises:
+        UsageError: a pattern fits no parameter.
     """
     flat = flatten_dict(tree, sep="/")
     for pattern in patterns:
         if not any(re.match(pattern, path) for path in flat):
             parts = ", ".join(sorted({path.split("/")[0] for path in flat}))
-            raise UsageError(f"train: {pattern!r} fits no parameter; the parts are {parts}")
-    chosen = {p for p in flat if any(re.match(pattern, p) for pattern in patterns)}
-    return tuple(
-        unflatten_dict({p: x for p, x in flat.items() if (p in chosen) == wanted}, sep="/")
-        for wanted in (True, False)
-    )
+            raise UsageError(
+                f"train: {pattern!r} fits no parameter; the parts of the model are {parts}"
+            )
+    chosen = {path for path in flat if any(re.match(pattern, path) for pattern in patterns)}
+    trained = {path: x for path, x in flat.items() if path in chosen}
+    fixed = {path: x for path, x in flat.items() if path not in chosen}
+    return unflatten_dict(trained, sep="/"), unflatten_dict(fixed, sep="/")
 
 
 def join(*trees: Tree) -> Tree:
@@ -35,3 +57,8 @@ def join(*trees: Tree) -> Tree:
     for tree in trees:
         flat |= flatten_dict(tree, sep="/")
     return unflatten_dict(flat, sep="/")
+
+
+def assemble(fixed: Tree, trained: Tree) -> Tree:
+    """The whole model of its fixed and its trained parameters, low-rank changes merged."""
+    return lora.merge_part(join(fixed, trained))

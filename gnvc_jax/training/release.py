@@ -1,59 +1,64 @@
-"""Make the model file of a trained codec:
+"""Makes the model file of a training run.
 
-python -m gnvc_jax.training.release --config configs/small/codec.py --name small --out FILE
+    from gnvc_jax.training.release import release
+    release("runs/small/codec", "small.safetensors")
 
-The averaged weights of the run `run.out`, and of the VAE that it was trained under, go in; other
-arguments override the configuration as for train.py.
+A run folder is all it takes: the resolved config says which networks the model has and where the
+parameters come from that the run did not train, checkpoints hold those that it did and the
+statistics of the latents.
 """
 
-import argparse
-import dataclasses
-import sys
+from pathlib import Path
 
 import jax
 
 from gnvc_jax import model
-from gnvc_jax.errors import GnvcError
-from gnvc_jax.training import config
-from gnvc_jax.training.checkpoints import load_params, load_statistics
-from gnvc_jax.training.stages import make_stage
+from gnvc_jax.errors import UsageError
+from gnvc_jax.model import Model
+from gnvc_jax.training import latent_statistics, weights
+from gnvc_jax.training.checkpoints import model_of
+from gnvc_jax.training.networks import init_networks, make_networks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--name", required=True)
-    parser.add_argument("--out", required=True)
-    args, overrides = parser.parse_known_args()
-    try:
-        experiment = config.override(config.load(args.config), overrides)
-        # Weights of a model file are rounded once, from what was stored.
-        experiment = dataclasses.replace(experiment, compute=config.ComputeConfig())
-        stage = make_stage(experiment)
-        params = load_params(experiment.run.out, jax.eval_shape(stage.init, jax.random.key(0)))
-        stage.statistics = load_statistics(experiment.run.out) or stage.statistics
-        frozen = stage.frozen()
-        parts = stage.model_parts(params, frozen)
-        made = model.build(
-            args.name,
-            experiment.vae,
-            experiment.codec,
-            parts["vae"],
-            parts["codec"],
-            frozen["mean"],
-            frozen["std"],
-            experiment.refiner,
-            parts.get("refiner"),
-            frozen.get("text"),
-            frozen.get("white"),
-        )
-        model.save_model(args.out, made)
-    except (GnvcError, OSError) as error:
-        sys.exit(f"release: {error}")
-    print(
-        f"{args.out}: codec {made.fingerprints[0].hex()[:8]}, VAE {made.fingerprints[1].hex()[:8]}"
+def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
+    """Writes the model file of a run.
+
+    The model has the averaged weights of the newest checkpoint, low-rank changes merged.
+
+    Args:
+        run: Run folder.
+        out: Model file to write.
+        name: Name of the model, by default that of the file without its suffix.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: the run, or one that it started from, is not there.
+        UsageError: the run trains no codec, or a parameter is nowhere to be found.
+        OSError: the file cannot be written.
+    """
+    experiment = model_of(run)
+    if experiment.codec is None:
+        raise UsageError(f"{run}: a run of the stage `{experiment.stage}` has no codec to release")
+    # Weights of a model file are rounded once, from what was stored.
+    networks = make_networks(experiment)
+    shapes = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
+    statistics = latent_statistics.of_run(run, experiment)
+    parts = weights.load(experiment, shapes, statistics)
+    weights.check_complete(parts, shapes)
+    made = model.build(
+        Path(out).stem if name is None else name,
+        experiment.vae,
+        experiment.codec,
+        parts["vae"],
+        parts["codec"],
+        statistics["mean"],
+        statistics["std"],
+        experiment.refiner,
+        parts.get("refiner"),
+        weights.load_text(experiment),
+        statistics["white"] if experiment.refiner is not None else None,
     )
-
-
-if __name__ == "__main__":
-    main()
+    model.save_model(out, made)
+    return made

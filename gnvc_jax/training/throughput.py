@@ -8,6 +8,7 @@ import jax
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.planner import flops
 from gnvc_jax.planner.chips import PEAK_FLOPS
+from gnvc_jax.training import stages
 from gnvc_jax.training.stages import Stage
 
 
@@ -19,15 +20,16 @@ def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = Fals
     """
     compute = dataclasses.replace(stage.experiment.compute, attention="xla")
     compute = compute if remat else compute.without_remat()
-    stage = type(stage)(dataclasses.replace(stage.experiment, compute=compute))
+    stage = stages.make_stage(dataclasses.replace(stage.experiment, compute=compute))
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.ShapeDtypeStruct((), "int32")
-    inputs = jax.eval_shape(stage.init, key), stage.frozen_shapes(), stage.batch_shapes(frames)
+    params = jax.eval_shape(lambda key: stages.init_trained(stage, key), key)
+    arguments = params, stages.frozen_shapes(stage), stage.data.shapes(frames)
     mesh = make_mesh(MeshConfig(data=1), [device])  # the platform's layers, undivided
     with jax.set_mesh(mesh):
         return flops.count(
-            jax.value_and_grad(stage.loss, has_aux=True),
-            *inputs,
+            jax.value_and_grad(stages.objective(stage), has_aux=True),
+            *arguments,
             key,
             step,
             trip_count=stage.trip_count,

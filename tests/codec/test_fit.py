@@ -16,8 +16,9 @@ from gnvc_jax.coder import Coder
 from gnvc_jax.model import build
 from gnvc_jax.moments import Moments
 from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
+from gnvc_jax.training.networks import make_networks
 from gnvc_jax.training.stages import make_stage
-from gnvc_jax.training.stages.transform import TransformLoss
+from gnvc_jax.training.stages.transform import TransformLoss, fit_to_clips
 from gnvc_jax.vae import VAEConfig
 
 CONFIG = CodecConfig(
@@ -121,12 +122,13 @@ def test_a_fitted_model_codes_without_training(tmp_path):
         data=DataConfig(size=(128, 128), batch=4),
         optim=OptimConfig(),
     )
-    stage = make_stage(experiment)
+    stage, networks = make_stage(experiment), make_networks(experiment)
     params = jax.device_get(jax.jit(stage.init)(jax.random.key(0)))
-    params = stage.fitted(params, [{"video": clips, "vectors": vectors}])
-    frozen = stage.frozen()
+    batches = [{"video": clips, "vectors": vectors}]
+    params = fit_to_clips(networks, experiment.loss, params, batches)
+    statistics = stage.measure()
     model = build("fit", experiment.vae, experiment.codec, params["vae"], params["codec"],
-                  frozen["mean"], frozen["std"])  # fmt: skip
+                  statistics["mean"], statistics["std"])  # fmt: skip
     from gnvc_jax.pretrained import Codec
 
     codec, video = Codec(model), clips[0]

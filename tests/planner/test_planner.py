@@ -17,8 +17,8 @@ from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.planner import chips, coding, flops, hlo, program, training
 from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
 from gnvc_jax.refiner.attention import exchanged_heads
-from gnvc_jax.training import loop
-from gnvc_jax.training.config import DataConfig, Experiment
+from gnvc_jax.training import inputs, loop
+from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.latent import LatentLoss
 from gnvc_jax.training.stages.vae import VAELoss
@@ -26,26 +26,27 @@ from gnvc_jax.training.stages.vae import VAELoss
 WIDTH = 64
 
 
-class Layers(Stage):
-    """Four scanned layers on frames of eight pixels, and a frozen one."""
+def layers_stage(experiment):
+    """Four scanned layers on frames of eight pixels, and a fixed one."""
 
-    def init(self, key):
-        return {"layers": jax.random.normal(key, (4, WIDTH, WIDTH))}
+    def init(key):
+        layers = jax.random.normal(key, (4, WIDTH, WIDTH))
+        return {"layers": layers, "last": jnp.zeros((WIDTH, WIDTH))}
 
-    def frozen_shapes(self):
-        return {"last": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)}
-
-    def loss(self, params, frozen, batch, key, step):
+    def loss(params, constants, batch, key, step):
         x = batch.reshape(batch.shape[0], -1)[:, :WIDTH].astype(jnp.float32)
         x, _ = lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["layers"])
-        return jnp.mean((x @ frozen["last"]) ** 2), {}
+        return jnp.mean((x @ params["last"]) ** 2), {}
+
+    return Stage(experiment, init, loss, inputs.clips(experiment), trainable=("layers",))
 
 
 @pytest.fixture
 def experiment(monkeypatch):
-    monkeypatch.setattr(training, "make_stage", Layers)
     monkeypatch.setattr(rules, "SMALL", 0)
-    return Experiment("layers", data=DataConfig(frames=1, size=(8, 8), batch=1024))
+    return Experiment(
+        f"{__name__}:layers_stage", data=DataConfig(frames=1, size=(8, 8), batch=1024)
+    )
 
 
 def plans(experiment, **mesh):
@@ -80,8 +81,8 @@ def test_planned_memory_equals_that_of_the_training_step(experiment):
     """Real arrays on simulated devices: what lies there, and what the compiler says of the step."""
     mesh = MeshConfig(data=2, fsdp=4)
     found = plans(experiment, **dataclasses.asdict(mesh))
-    stage, mesh = Layers(experiment), make_mesh(mesh)
-    shapes = training.abstract_arguments(experiment, stage, mesh, frames=1)
+    stage, mesh = layers_stage(experiment), make_mesh(mesh)
+    shapes = training.abstract_arguments(stage, mesh, frames=1)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (shapes[0].params, *shapes[1:]))
     params, frozen, batch = zeros
     state = loop.init_state(experiment.optim, params, jax.random.key(0))
@@ -89,7 +90,7 @@ def test_planned_memory_equals_that_of_the_training_step(experiment):
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arguments))
     assert found["argument_bytes"] == here
     with jax.set_mesh(mesh):
-        step = loop.jit_step(experiment, stage, mesh, *arguments[:2])
+        step = loop.jit_step(stage, mesh, *arguments[:2])
         stats = step.lower(*arguments).compile().memory_analysis()
     assert found["temp_bytes"] == stats.temp_size_in_bytes > 128 * WIDTH * 4  # one activation
     assert found["peak_bytes"] >= here + stats.temp_size_in_bytes
@@ -104,8 +105,8 @@ def test_plan_of_decoding(tiny_codec, tiny_model):
         codec=tiny_codec,
         refiner=model.refiner_config,
         train=("refiner/",),
-        init_from="a codec",
-        loss=LatentLoss(vae="a folder"),
+        init=InitConfig(run="a codec"),
+        loss=LatentLoss(),
         data=DataConfig(frames=9, size=(64, 128)),
     )
     devices, chip = jax.devices()[:4], chips.CHIPS["v5p"]

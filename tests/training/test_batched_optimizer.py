@@ -8,7 +8,7 @@ import optax
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.training.batched_optimizer import StackedParameters, is_kernel
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.stages import make_stage
+from gnvc_jax.training.stages import init_trained, make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
 
 
@@ -33,10 +33,12 @@ def test_there_and_back():
 def test_kernels_are_told_from_what_has_their_shape(tiny_codec):
     """Of a real codec: kernels of layers, of the integer networks, and of low-rank changes."""
     stage = make_stage(Experiment(stage="codec", codec=tiny_codec, loss=CodecLoss()))
-    found = jax.tree_util.tree_leaves_with_path(jax.eval_shape(stage.init, jax.random.key(0)))
+    found = jax.tree_util.tree_leaves_with_path(
+        jax.eval_shape(lambda key: init_trained(stage, key), jax.random.key(0))
+    )
     kernels = {rules.path_name(path) for path, _ in found if is_kernel(path)}
     rest = {rules.path_name(path) for path, _ in found if not is_kernel(path)}
-    assert "inter/entropy/scales/P0_kernel" in kernels and "intra/out/kernel" in kernels
+    assert "codec/inter/entropy/scales/P0_kernel" in kernels and "codec/intra/out/kernel" in kernels
     ends = {name.rpartition("/")[2].rpartition("_")[2] for name in rest}
     assert ends == {"bias", "mult", "gain", "a", "b", "h", "basis", "inverse", "whitening"}
     low_rank = {"refiner": {"dit": {"q": {"kernel": {"a": 1, "b": 2}, "bias": 3}}}}

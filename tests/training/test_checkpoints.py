@@ -19,10 +19,11 @@ import toy_stage
 
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
+from gnvc_jax.training import stages
 from gnvc_jax.training.checkpoints import Checkpoints, load_params, load_statistics
-from gnvc_jax.training.config import ComputeConfig, Policy
+from gnvc_jax.training.config import ComputeConfig, InitConfig, Policy
 from gnvc_jax.training.loop import train
-from gnvc_jax.training.stages.latent import ancestry
+from gnvc_jax.training.weights import origins
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,7 +39,7 @@ def finished(tmp_path_factory):
     """A finished run of the toy stage and its last state."""
     out = tmp_path_factory.mktemp("runs") / "toy"
     experiment = toy(out)
-    return out, train(experiment, toy_stage.ToyStage(experiment))
+    return out, train(toy_stage.toy_stage(experiment))
 
 
 def test_newest_are_kept(tmp_path):
@@ -58,23 +59,29 @@ def test_newest_are_kept(tmp_path):
 def test_statistics_stay_those_of_the_start(tmp_path):
     """What a run measured comes back from its checkpoints, not from the data of the moment."""
 
-    class Measuring(toy_stage.ToyStage):
-        measured = 0
+    measured, seen = [], []
 
-        def measure(self):
-            Measuring.measured += 1
-            return {"mean": np.float32([Measuring.measured, 0.1])}
+    def measuring(experiment):
+        def measure():
+            measured.append(1)
+            return {"mean": np.float32([len(measured), 0.1])}
+
+        def constants(statistics):
+            seen.append(statistics["mean"])
+            return {"scale": jnp.float32(1)}
+
+        stage = toy_stage.toy_stage(experiment)
+        return dataclasses.replace(stage, measure=measure, constants=constants)
 
     experiment = toy(tmp_path / "run")
     experiment = dataclasses.replace(
         experiment, optim=dataclasses.replace(experiment.optim, steps=2)
     )
-    train(experiment, Measuring(experiment))
+    train(measuring(experiment))
     longer = dataclasses.replace(experiment, optim=dataclasses.replace(experiment.optim, steps=3))
-    again = Measuring(longer)
-    train(longer, again)
-    assert Measuring.measured == 1
-    np.testing.assert_array_equal(again.statistics["mean"], np.float32([1, 0.1]))
+    train(measuring(longer))
+    assert len(measured) == 1 and len(seen) == 2
+    np.testing.assert_array_equal(seen, np.float32([[1, 0.1]] * 2))
     np.testing.assert_array_equal(load_statistics(tmp_path / "run")["mean"], np.float32([1, 0.1]))
 
 
@@ -144,7 +151,7 @@ def three_checkpoints(tmp_path_factory):
     """A run of 6 steps, saved at 2, 4 and 6."""
     out = tmp_path_factory.mktemp("runs") / "whole"
     experiment = saving(out)
-    train(experiment, toy_stage.ToyStage(experiment))
+    train(toy_stage.toy_stage(experiment))
     return out
 
 
@@ -181,7 +188,7 @@ def test_a_damaged_newest_checkpoint_falls_back(three_checkpoints, tmp_path, how
         assert f"checkpoint {out / 'checkpoints' / '6'} is damaged" in caplog.text
     caplog.clear()
     experiment = saving(out)
-    train(experiment, toy_stage.ToyStage(experiment))
+    train(toy_stage.toy_stage(experiment))
     assert f"checkpoint {out / 'checkpoints' / '6'} is damaged" in caplog.text
     assert "the run goes on from checkpoint 4" in caplog.text
     assert "Traceback" not in capfd.readouterr().err
@@ -197,32 +204,44 @@ def test_a_run_without_a_whole_checkpoint_says_so(three_checkpoints, tmp_path):
         damage(out / "checkpoints" / str(step), "index")
     experiment = saving(out)
     with pytest.raises(UsageError, match="checkpoints: no checkpoint in it can be read"):
-        train(experiment, toy_stage.ToyStage(experiment))
+        train(toy_stage.toy_stage(experiment))
     with pytest.raises(UsageError, match=f"{out}: no checkpoint in it can be read"):
         load_params(out, toy_shapes())
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
 def toy_shapes():
-    return jax.eval_shape(toy_stage.ToyStage(toy_stage.experiment()).init, jax.random.key(0))
+    return jax.eval_shape(toy_stage.init, jax.random.key(0))
 
 
 def test_a_run_does_not_start_from_itself(tmp_path):
-    with pytest.raises(UsageError, match=r"init_from: .* is run.out too"):
-        toy(tmp_path / "run", init_from=str(tmp_path / "other" / ".." / "run"))
+    with pytest.raises(UsageError, match=r"init\.run: .* is run\.out too"):
+        toy(tmp_path / "run", init=InitConfig(run=str(tmp_path / "other" / ".." / "run")))
     for name, start in (("a", "b"), ("b", "a")):
-        facts = {"stage": "pixel", "init_from": str(tmp_path / start)}
+        facts = {"stage": "pixel", "init": {"run": str(tmp_path / start)}}
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(UsageError, match="its init_from leads back to"):
-        ancestry(str(tmp_path / "a"))
+    with pytest.raises(UsageError, match=r"its init\.run leads back to"):
+        origins(InitConfig(run=str(tmp_path / "a")))
+
+
+def test_what_a_run_does_not_name_is_as_for_the_run_before(tmp_path):
+    for name, init in (
+        ("codec", {"vae": "weights", "prompt": "old.npy"}),
+        ("latent", {"dit": "dit", "run": str(tmp_path / "codec")}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"stage": name, "init": init}))
+    runs = tuple(str(tmp_path / name) for name in ("codec", "latent"))
+    found = origins(InitConfig(prompt="new.npy", run=runs[1]))
+    assert found == ("weights", "dit", "new.npy", runs)
 
 
 def test_new_stage_starts_from_averaged_weights(finished, tmp_path):
     out, state = finished
-    following = toy(tmp_path, init_from=str(out))
+    following = toy(tmp_path, init=InitConfig(run=str(out)))
     zeros = jax.tree.map(jnp.zeros_like, state.params)
-    start = toy_stage.ToyStage(following).warm_start(zeros)
+    start = stages.start(toy_stage.toy_stage(following), zeros, {})
     jax.tree.map(np.testing.assert_array_equal, start, state.ema)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.ema)
     on_host = load_params(out, like=abstract)
@@ -265,5 +284,5 @@ def test_terminated_run_saves_and_continues(tmp_path):
 
     experiment = toy(tmp_path)
     optim = dataclasses.replace(experiment.optim, steps=reached + 2)
-    train(dataclasses.replace(experiment, optim=optim), toy_stage.ToyStage(experiment))
+    train(toy_stage.toy_stage(dataclasses.replace(experiment, optim=optim)))
     assert steps_done() == list(range(1, reached + 3))

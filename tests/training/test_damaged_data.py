@@ -11,19 +11,19 @@ import toy_stage
 from gnvc_jax.data import index
 from gnvc_jax.data.left_out import TooMuchLeftOut
 from gnvc_jax.media.writer import open_writer
+from gnvc_jax.training import inputs
 from gnvc_jax.training.config import DataConfig
 from gnvc_jax.training.loop import train
 from gnvc_jax.training.stages import Stage
 
 
-class Brightness(Stage):
+def brightness(experiment):
     """Learns the mean of all pixels; reads videos as every stage does."""
 
-    def init(self, key):
-        return {"w": jnp.zeros(())}
-
-    def loss(self, params, frozen, batch, key, step):
+    def loss(params, constants, batch, key, step):
         return jnp.mean((params["w"] - batch.astype(jnp.float32) / 255) ** 2), {}
+
+    return Stage(experiment, lambda key: {"w": jnp.zeros(())}, loss, inputs.clips(experiment))
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def experiment(tmp_path):
             path=str(tmp_path / "data"),
             size=(16, 16),
             batch=8,
-            longer=((10, 9),),
+            clip_length_schedule=((10, 9),),
             max_left_out=0.2,
         ),
         optim=dataclasses.replace(base.optim, steps=20),
@@ -60,7 +60,7 @@ def test_the_run_goes_on_and_says_what_it_left_out(experiment, tmp_path, monkeyp
     probed = []
     probe = index.probe
     monkeypatch.setattr(index, "probe", lambda path: probed.append(path) or probe(path))
-    assert train(experiment, Brightness(experiment)) is not None
+    assert train(brightness(experiment)) is not None
     assert len(probed) == 12  # once a run, although clips change their length
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["left_out"] for line in lines] == [2, 2]
@@ -73,4 +73,4 @@ def test_more_than_the_accepted_share_ends_the_run(experiment):
     few = dataclasses.replace(experiment.data, max_left_out=0.1)
     experiment = dataclasses.replace(experiment, data=few)
     with pytest.raises(TooMuchLeftOut, match=r"2 of 12 cannot be read, more than .* 0\.1"):
-        train(experiment, Brightness(experiment))
+        train(brightness(experiment))

@@ -28,7 +28,7 @@ def toy(out, *, steps=4, **run):
 
 
 def train(experiment):
-    return loop.train(experiment, toy_stage.ToyStage(experiment))
+    return loop.train(toy_stage.toy_stage(experiment))
 
 
 def records(out):
@@ -116,25 +116,27 @@ def test_parts_have_noise_of_their_own():
     assert slope == pytest.approx(np.mean([jax.random.normal(k) for k in keys]), rel=1e-5)
 
 
-class LengthStage(toy_stage.ToyStage):
-    """The toy, with the number of frames in x."""
+def with_batches(stage, change):
+    """The stage with change(data set, frames) in place of its data."""
+    batches = stage.data.batches
+    data = stage.data._replace(batches=lambda frames: change(batches(frames), frames))
+    return dataclasses.replace(stage, data=data)
 
-    def dataset(self, frames=None):
-        def marked(batch):
-            return batch | {"x": batch["x"] * 0 + frames}
 
-        return super().dataset().map(marked)
+def marked(dataset, frames):
+    """Batches with the number of frames in x."""
+    return dataset.map(lambda batch: batch | {"x": batch["x"] * 0 + frames})
 
 
 def test_clips_grow_at_the_steps_that_are_named(tmp_path):
     base = toy(tmp_path)
-    data = dataclasses.replace(base.data, frames=5, longer=((3, 9), (4, 13)))
-    stage = LengthStage(dataclasses.replace(base, data=data))
+    data = dataclasses.replace(base.data, frames=5, clip_length_schedule=((3, 9), (4, 13)))
+    stage = with_batches(toy_stage.toy_stage(dataclasses.replace(base, data=data)), marked)
     clips = loop.Clips(stage, 0, None)
     taken = [clips.take(step) for step in range(6)]
     assert [int(b["x"][0, 0]) for b in taken] == [5, 5, 5, 9, 13, 13]
     # What is drawn does not depend on the length: no draw comes twice and none is left out.
-    plain = iter(toy_stage.ToyStage(base).dataset())
+    plain = iter(toy_stage.toy_stage(base).data.batches(5))
     for batch in taken:
         np.testing.assert_array_equal(batch["y"], next(plain)["y"])
 
@@ -149,7 +151,8 @@ def test_clips_grow_at_the_steps_that_are_named(tmp_path):
 
     for wrong in (((3, 8),), ((3, 9), (2, 13)), ((0, 9),)):
         with pytest.raises(ValueError, match=r"data\."):
-            dataclasses.replace(base, data=dataclasses.replace(data, longer=wrong))
+            changed = dataclasses.replace(data, clip_length_schedule=wrong)
+            dataclasses.replace(base, data=changed)
 
 
 def test_ema_warms_up_to_its_decay():
@@ -176,15 +179,12 @@ def test_non_finite_update_is_skipped_and_counted():
 def test_a_skipped_step_leaves_the_means_of_the_others(tmp_path):
     """Every line of the record is JSON as the standard has it."""
 
-    class Broken(toy_stage.ToyStage):
-        def loss(self, params, frozen, batch, key, step):
-            value, metrics = super().loss(params, frozen, batch, key, step)
-            return value * jnp.where(step == 2, jnp.nan, 1.0), metrics | {"never": jnp.nan}
+    def broken(params, constants, batch, key, step):
+        value, metrics = toy_stage.loss(params, constants, batch, key, step)
+        return value * jnp.where(step == 2, jnp.nan, 1.0), metrics | {"never": jnp.nan}
 
-    experiment = toy(tmp_path, steps=4, log_every=4)
-    loop.train(experiment, Broken(experiment))
-    every = toy(tmp_path / "every", steps=4)
-    loop.train(every, Broken(every))
+    for experiment in (toy(tmp_path, steps=4, log_every=4), toy(tmp_path / "every", steps=4)):
+        loop.train(dataclasses.replace(toy_stage.toy_stage(experiment), loss=broken))
 
     def refuse(name):
         raise AssertionError(f"{name} is not JSON")
@@ -202,9 +202,10 @@ def test_a_skipped_step_leaves_the_means_of_the_others(tmp_path):
 
 def test_run_without_finite_gradients_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 3)
-    monkeypatch.setattr(toy_stage.ToyStage, "frozen", lambda self: {"scale": jnp.float32("nan")})
+    stage = toy_stage.toy_stage(toy(tmp_path, steps=9))
+    stage = dataclasses.replace(stage, constants=lambda _: {"scale": jnp.float32("nan")})
     with pytest.raises(FloatingPointError, match=r"step 3: the last 3 gradients not finite"):
-        train(toy(tmp_path, steps=9))
+        loop.train(stage)
 
 
 def test_a_trace_of_the_named_steps_is_written(tmp_path):
@@ -229,14 +230,10 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     """Same losses and bits with a stop half-way, on another mesh too."""
     whole = train(toy(tmp_path / "whole"))
 
-    class StopsAfterTwo(toy_stage.ToyStage):
-        def dataset(self, frames=None):
-            return Limited(super().dataset(frames))
-
     class Limited:
         """Raises the signal that ends a run while the third batch is awaited."""
 
-        def __init__(self, dataset):
+        def __init__(self, dataset, frames):
             self.dataset = dataset
 
         def __iter__(self):
@@ -255,7 +252,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
             return Iterator()
 
     experiment = toy(tmp_path / "parts")
-    assert loop.train(experiment, StopsAfterTwo(experiment)) is None
+    assert loop.train(with_batches(toy_stage.toy_stage(experiment), Limited)) is None
     assert [r["step"] for r in records(tmp_path / "parts")] == [1, 2]
     resumed = train(experiment)
 

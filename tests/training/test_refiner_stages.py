@@ -13,20 +13,23 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.cache_latents import cache_latents
-from gnvc_jax.codec.model import LatentCodec, LatentCodecOutput
+from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.checkpoint import write_component
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, flow
-from gnvc_jax.training import loop, lora, partition
+from gnvc_jax.training import loop, lora, networks, partition, stages
 from gnvc_jax.training.checkpoints import Checkpoints
-from gnvc_jax.training.config import ComputeConfig, DataConfig, Experiment, RunConfig
+from gnvc_jax.training.config import ComputeConfig, DataConfig, Experiment, InitConfig, RunConfig
+from gnvc_jax.training.networks import make_networks, pixels
+from gnvc_jax.training.refinement import random_window
+from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import make_stage
-from gnvc_jax.training.stages.codec import CodecLoss, Coding
+from gnvc_jax.training.stages.codec import CodecLoss
 from gnvc_jax.training.stages.latent import LatentLoss
-from gnvc_jax.training.stages.pixel import DistillLoss, PixelLoss
-from gnvc_jax.training.stages.vae import VAELoss, pixels
+from gnvc_jax.training.stages.pixel import PixelLoss
+from gnvc_jax.training.stages.vae import VAELoss
 from gnvc_jax.vae import VAE as VAEModule
 from gnvc_jax.vae import VAEConfig, encode_clip
 
@@ -50,7 +53,8 @@ def base(tiny_codec, tmp_path_factory):
     codec = dataclasses.replace(
         experiment,
         stage="codec",
-        loss=CodecLoss(vae=str(folder / "vae")),
+        init=InitConfig(vae=str(folder / "vae")),
+        loss=CodecLoss(),
         run=RunConfig(out=str(folder / "codec")),
     )
     save_start(codec)
@@ -59,8 +63,8 @@ def base(tiny_codec, tmp_path_factory):
         stage="latent",
         refiner=RefinerConfig(DIT, tiny_codec.width, 2, 1, deviation=0.3),
         train=("refiner/",),
-        loss=LatentLoss(vae=str(folder / "vae")),
-        init_from=codec.run.out,
+        loss=LatentLoss(),
+        init=InitConfig(run=codec.run.out),
         run=RunConfig(out=str(folder / "latent")),
     )
 
@@ -76,7 +80,7 @@ STATISTICS = {
 def drawn(stage, seed=0):
     """Parameters of a stage at random; initialising them would take longer to compile."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(stage.init, jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: stages.init_trained(stage, key), jax.random.key(0))
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), jnp.float32), shapes)
 
 
@@ -96,14 +100,19 @@ def batch():
 
 def started(experiment):
     stage = make_stage(experiment)
-    params = stage.warm_start(drawn(stage, 1))
-    return stage, params, stage.frozen()
+    params = stages.start(stage, drawn(stage, 1), STATISTICS)
+    return stage, params, stages.frozen(stage, STATISTICS)
+
+
+def as_codec(base, **changes):
+    """The experiment that the codec's run was made with."""
+    init = InitConfig(vae=str(Path(base.init.run).parent / "vae"))
+    return dataclasses.replace(base, stage="codec", init=init, loss=CodecLoss(), **changes)
 
 
 def codec_of(base):
     """The parameters in the codec's run."""
-    codec = dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=base.loss.vae))
-    return drawn(make_stage(codec))
+    return drawn(make_stage(as_codec(base)))["codec"]
 
 
 def paths(tree):
@@ -115,7 +124,8 @@ def test_parts_are_chosen_by_path():
     chosen, rest = partition.split(tree, ("a/y", "b/"))
     assert (chosen, rest) == ({"a": {"y": 2}, "b": {"x": 3}}, {"a": {"x": 1}})
     assert partition.join(rest, chosen) == tree
-    with pytest.raises(ValueError, match=r"'c/' fits no parameter; the parts are a, b"):
+    message = r"'c/' fits no parameter; the parts of the model are a, b"
+    with pytest.raises(ValueError, match=message):
         partition.split(tree, ("a/", "c/"))
 
 
@@ -137,12 +147,12 @@ def test_low_rank_changes_start_at_nothing_and_add_a_product():
 
 def test_weights_come_from_where_they_should(base):
     stage, params, frozen = started(base)
-    every = paths(stage.shapes)
+    every = paths(stages.model_shapes(stage))
     assert paths(params) == {path for path in every if path.startswith("refiner/")}
     jax.tree.map(np.testing.assert_array_equal, frozen["fixed"]["codec"], codec_of(base))
-    model = stage.model_parts(params, frozen)
+    model = partition.assemble(frozen["fixed"], params)
     assert set(model) == {"vae", "codec", "refiner"}
-    planned = stage.frozen_shapes()  # without any file
+    planned = stages.frozen_shapes(stage)  # without any file
     assert jax.tree.map(np.shape, frozen) == jax.tree.map(np.shape, planned)
 
 
@@ -154,12 +164,11 @@ def test_each_part_has_a_key_of_its_own(base, monkeypatch):
         keys.extend(key)
         return {"params": {"kernel": jnp.zeros(1)}}
 
-    module = "gnvc_jax.training.stages.latent."
-    monkeypatch.setattr(module + "init_vae", lambda _, key: noted(key)["params"])
+    monkeypatch.setattr(networks, "init_vae", lambda _, key: noted(key)["params"])
     monkeypatch.setattr(LatentCodec, "init", lambda _, key, x, q, noise: noted(key, noise))
     monkeypatch.setattr(Refiner, "init", lambda _, key, *args: noted(key))
     monkeypatch.setattr(lora, "init", lambda parts, rank, key: noted(key)["params"])
-    make_stage(dataclasses.replace(base, lora=2)).init(jax.random.key(0))
+    stages.init_trained(make_stage(dataclasses.replace(base, lora=2)), jax.random.key(0))
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys) == 5
 
 
@@ -183,7 +192,7 @@ def with_weights(base, tmp_path_factory):
         refiner=dataclasses.replace(base.refiner, dit=dit),
         compute=ComputeConfig(dtype="bfloat16"),
         train=("refiner/(features|quality)", "refiner/dit/(context_|groups/context)"),
-        loss=dataclasses.replace(base.loss, weights=str(folder)),
+        init=dataclasses.replace(base.init, dit=str(folder)),
     )
     return experiment, flat
 
@@ -195,7 +204,7 @@ def test_frozen_weights_lie_as_they_are_used(with_weights, monkeypatch):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     stage = make_stage(experiment)
     with jax.set_mesh(mesh):
-        frozen = stage.frozen()
+        frozen = stages.frozen(stage, STATISTICS)
     dit = flatten_dict(frozen["fixed"]["refiner"]["dit"], sep="/")
     assert dit.keys() == {p for p in source if not p.startswith(("context_", "groups/context"))}
     places = flatten_dict(rules.shardings(frozen["fixed"], mesh)["refiner"]["dit"], sep="/")
@@ -204,25 +213,20 @@ def test_frozen_weights_lie_as_they_are_used(with_weights, monkeypatch):
         assert x.dtype == (jnp.float32 if exact else jnp.bfloat16), path
         assert x.sharding == places[path]
         np.testing.assert_array_equal(x, source[path].astype(x.dtype))
-    planned = stage.frozen_shapes()["fixed"]
+    planned = stages.frozen_shapes(stage)["fixed"]
     assert jax.tree.map(lambda x: x.dtype, planned) == jax.tree.map(
         lambda x: x.dtype, frozen["fixed"]
     )
     # Without a mesh, and for a model file, all is on the host and exact.
-    exact = make_stage(dataclasses.replace(experiment, compute=ComputeConfig())).frozen()
+    exact = make_stage(dataclasses.replace(experiment, compute=ComputeConfig()))
+    exact = stages.frozen(exact, STATISTICS)
     assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(exact["fixed"]))
     assert {x.dtype for x in jax.tree.leaves(exact["fixed"])} == {np.dtype("float32")}
 
 
-def test_a_stage_keeps_no_copy_of_what_it_loaded(with_weights):
-    """Only the parts that are asked for are read, and none stays on the stage."""
+def test_trained_parts_of_a_ported_dit_stay_float32(with_weights):
     experiment, source = with_weights
-    stage, params, frozen = started(experiment)
-    held = [x for k, x in vars(stage).items() if isinstance(x, dict) and k != "statistics"]
-    kept = [
-        x for x in jax.tree.leaves(held) if isinstance(x, np.ndarray | jax.Array) and x.ndim > 1
-    ]
-    assert kept == []
+    _, params, frozen = started(experiment)
     context = params["refiner"]["dit"]["groups"]["context"]["ffn_in"]["kernel"]
     np.testing.assert_array_equal(context, source["groups/context/ffn_in/kernel"])
     assert context.dtype == jnp.float32  # it trains
@@ -235,51 +239,77 @@ def test_the_teacher_shares_what_does_not_train(with_weights, tmp_path):
         with_weights[0], lora=2, run=RunConfig(out=str(tmp_path / "latent"))
     )
     saved = save_start(latent)
-    loss = DistillLoss(
-        lpips_net="alex", vae=latent.loss.vae, weights=latent.loss.weights, steps=2, single=0.5
-    )
+    loss = PixelLoss(lpips_net="alex", steps=2, single=0.5, distill=1.0)
     distill = dataclasses.replace(
         latent,
         stage="distill",
         loss=loss,
-        init_from=latent.run.out,
+        init=InitConfig(run=latent.run.out),
         run=RunConfig(out=str(tmp_path / "distill")),
     )
     stage, params, frozen = started(distill)
     assert paths(frozen["teacher"]) == paths(saved) == paths(params)
-    assert jax.tree.map(np.shape, frozen["teacher"]) == jax.tree.map(np.shape, stage.teacher)
-    start = stage.model_parts(params, frozen)["refiner"]
-    teacher = stage.model_parts(frozen["teacher"], frozen)["refiner"]
+    assert jax.tree.map(np.shape, frozen["teacher"]) == jax.tree.map(
+        np.shape, stages.teacher_shapes(stage)
+    )
+    start = partition.assemble(frozen["fixed"], params)["refiner"]
+    teacher = partition.assemble(frozen["fixed"], frozen["teacher"])["refiner"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), start, teacher
     )
     # Changes of another rank are in the kernels, and the teacher has none of its own.
-    other, _, frozen = started(dataclasses.replace(distill, lora=3))
-    again = other.model_parts(frozen["teacher"], frozen)["refiner"]
+    _, _, frozen = started(dataclasses.replace(distill, lora=3))
+    again = partition.assemble(frozen["fixed"], frozen["teacher"])["refiner"]
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), again, teacher
     )
 
 
+def test_low_rank_changes_of_a_chain_of_runs_count_once(with_weights, tmp_path):
+    """A run that goes on with the changes of another has these in its own."""
+    first = dataclasses.replace(with_weights[0], lora=2, run=RunConfig(out=str(tmp_path / "first")))
+    save_start(first)
+    second = dataclasses.replace(
+        first, init=InitConfig(run=first.run.out), run=RunConfig(out=str(tmp_path / "second"))
+    )
+    saved = save_start(second, lambda params: jax.tree.map(lambda x: x + 1.0, params))
+    kernel = ("refiner", "dit", "groups", "block_0", "ffn_in", "kernel")
+
+    def at(tree, path=kernel):
+        return at(tree[path[0]], path[1:]) if path else tree
+
+    source = with_weights[1]["groups/block_0/ffn_in/kernel"]
+    change = at(saved["lora"])
+    merged = source + np.asarray(change["a"] @ change["b"])
+    for rank, wanted in ((2, source), (0, merged), (3, merged)):
+        third = dataclasses.replace(
+            second,
+            lora=rank,
+            compute=ComputeConfig(),
+            init=InitConfig(run=second.run.out),
+            run=RunConfig(out=str(tmp_path / "third")),
+        )
+        fixed = stages.frozen(make_stage(third), STATISTICS)["fixed"]
+        np.testing.assert_allclose(at(fixed), wanted, atol=1e-5)
+
+
 def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path):
     """A VAE of one's own, its run named to `cache_latents` as to the stage."""
-    run, cache, video = base.loss.vae, tmp_path / "cache", tmp_path / "a.mkv"
+    run, cache, video = as_codec(base).init.vae, tmp_path / "cache", tmp_path / "a.mkv"
     frames = np.random.default_rng(0).integers(0, 256, (5, 64, 64, 3), np.uint8)
     with open_writer(video, 64, 64, 25) as out:
         for frame in frames:
             out.write(frame)
     assert cache_latents(video, cache, run, 5, progress=False) == {}
     data = dataclasses.replace(base.data, latents=str(cache))
-    codec = dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=run), data=data)
-    stage = make_stage(codec)
-    stage.statistics = STATISTICS
-    latents, frozen = next(iter(stage.dataset())), stage.frozen()
+    stage = make_stage(as_codec(base, data=data))
+    latents = next(iter(stage.data.batches(5)))
+    params = stages.frozen(stage, STATISTICS)["fixed"]["vae"]
     vae = VAEModule(base.vae)
-    (wanted,) = encode_clip(vae, frozen["vae"], pixels(frames[None]))
-    wanted = (wanted - frozen["mean"]) / frozen["std"]
+    (wanted,) = encode_clip(vae, params, pixels(frames[None]))
     np.testing.assert_allclose(latents[0], wanted, atol=2e-3 * np.abs(wanted).max())  # half floats
     with pytest.raises(ValueError, match="stage `codec`, expected `vae`"):
-        cache_latents(video, cache, base.init_from, 5)
+        cache_latents(video, cache, base.init.run, 5)
     learned = dataclasses.replace(base.vae, linear=False)
     facts = json.loads((Path(run) / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(facts | {"vae": dataclasses.asdict(learned)}))
@@ -302,8 +332,8 @@ def test_a_later_stage_goes_on_with_what_trained(base, tmp_path):
         stage="pixel",
         train=("codec/",),
         lora=0,
-        loss=PixelLoss(lpips_net="alex", vae=base.loss.vae),
-        init_from=latent.run.out,
+        loss=PixelLoss(lpips_net="alex"),
+        init=InitConfig(run=latent.run.out),
         run=RunConfig(out=str(tmp_path / "later")),
     )
     _, params, frozen = started(later)
@@ -324,15 +354,16 @@ def test_the_loss_of_the_latent_stage(base):
     stage, params, frozen = started(base)
     head = jax.tree.map(jnp.zeros_like, params["refiner"]["dit"]["head"])
     params = {"refiner": params["refiner"] | {"dit": params["refiner"]["dit"] | {"head": head}}}
-    value, metrics = jax.jit(stage.loss)(params, frozen, batch(), jax.random.key(3), 0)
+    loss = jax.jit(stages.objective(stage))
+    value, metrics = loss(params, frozen, batch(), jax.random.key(3), 0)
     key_code, key_time, key_noise, key_window = jax.random.split(jax.random.key(3), 4)
-    model = stage.model_parts(params, frozen)
-    everything = frozen | {"vae": model["vae"]}
-    done = jax.jit(stage.code)(model["codec"], everything, batch(), key_code)
+    model, nets = partition.assemble(frozen["fixed"], params), make_networks(base)
+    code = jax.jit(lambda *args: roll_out(nets, *args))
+    done = code(model, frozen["constants"], batch(), key_code)
     # Of two latents one is refined, the first or the second, which is whitened by its own factor.
     place = int(jax.random.randint(key_window, (), 0, 2))
     part, white = slice(place, place + 1), STATISTICS["white"][place]
-    clean, decoded = done.latents[:, part] * white, done.coded.latent[:, part] * white
+    clean, decoded = done.latents[:, part] * white, done.decoded[:, part] * white
     noise = jax.random.normal(key_noise, clean.shape)
     tau = jax.random.uniform(key_time, (2,), jnp.float32, 0.7, 0.999)[:, None, None, None, None]
     state = flow.path_state(clean, decoded, noise, tau)
@@ -343,25 +374,21 @@ def test_the_loss_of_the_latent_stage(base):
     np.testing.assert_allclose(metrics["flow"], matching, rtol=1e-4)
     np.testing.assert_allclose(metrics["refined"], refined.mean(), rtol=1e-4)
     low, high = base.loss.lambda_low, base.loss.lambda_high
-    multiplier = low * (high / low) ** (np.asarray(done.q_index) / 63)
-    expected = (multiplier * (refined + 0.1 * done.error) + done.rate) / np.sqrt(multiplier)
+    rd_lambda = low * (high / low) ** (np.asarray(done.q_index) / 63)
+    expected = (rd_lambda * (refined + 0.1 * done.error) + done.rate) / np.sqrt(rd_lambda)
     np.testing.assert_allclose(value, expected.mean() + matching, rtol=1e-4)
 
 
-def test_windows_begin_anywhere_and_whiten_by_place(base):
+def test_windows_begin_anywhere_and_whiten_by_place():
     """What training refines: places from the first latent on, each with its own factors."""
-    stage = make_stage(
-        dataclasses.replace(base, refiner=dataclasses.replace(base.refiner, window=3, overlap=1))
-    )
     latents = jnp.arange(5.0)[None, :, None, None, None] * jnp.ones((2, 5, 2, 2, 4)) + 1
-    done = Coding(latents, LatentCodecOutput(latents, latents, *[None] * 4), *[None] * 5)
     firsts = []
     for seed in range(20):
-        window = stage.window(STATISTICS["white"], done, jax.random.key(seed))
+        window = random_window(jax.random.key(seed), STATISTICS["white"], 5, 3)
         first = int(window.first)
         firsts.append(first)
         want = latents[:, first : first + 3]
-        np.testing.assert_array_equal(window.features, want)
+        np.testing.assert_array_equal(window.cut(latents), want)
         doubled = want * jnp.where(first + jnp.arange(3) > 0, 2.0, 1.0)[:, None, None, None]
         np.testing.assert_array_equal(window.of(latents), doubled)
         np.testing.assert_array_equal(window.put(latents, doubled), latents)
@@ -386,20 +413,22 @@ def test_whitening_evens_out_what_a_linear_vae_gives(base, tmp_path):
         stage="vae",
         loss=VAELoss(lpips=0.0),
         data=data,
-        init_from=None,
+        init=InitConfig(),
         run=RunConfig(out=str(tmp_path / "v")),
     )
     stage = make_stage(vae)
-    params = stage.warm_start(jax.jit(stage.init)(jax.random.key(0)))
+    params = stages.start(stage, jax.jit(stage.init)(jax.random.key(0)), {})
     checkpoints = Checkpoints(vae)
     checkpoints.save(1, loop.init_state(vae.optim, params, jax.random.key(0)), {})
     checkpoints.close()
-    codec = dataclasses.replace(vae, stage="codec", loss=CodecLoss(vae=vae.run.out))
-    found = make_stage(codec).statistics
+    codec = dataclasses.replace(
+        vae, stage="codec", init=InitConfig(vae=vae.run.out), loss=CodecLoss()
+    )
+    found = make_stage(codec).measure()
     assert (found["mean"] == 0).all() and (found["std"] == 1).all()
     batches = [
-        encode_clip(VAEModule(base.vae), params, pixels(b))
-        for b, _ in zip(stage.dataset(), range(8))
+        encode_clip(VAEModule(base.vae), params["vae"], pixels(b))
+        for b, _ in zip(stage.data.batches(5), range(8))
     ]
     later = np.concatenate(batches)[:, 1:]
     raw = later.std((0, 1, 2, 3))
@@ -410,26 +439,30 @@ def test_whitening_evens_out_what_a_linear_vae_gives(base, tmp_path):
 
 def gradients(experiment):
     stage, params, frozen = started(experiment)
-    grad = jax.jit(jax.grad(stage.loss, has_aux=True))
+    grad = jax.jit(jax.grad(stages.objective(stage), has_aux=True))
     return grad(params, frozen, batch(), jax.random.key(3), 0)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["latent", "pixel", "distill"])
 def test_gradients_reach_what_trains(base, stage):
-    losses = {"latent": LatentLoss, "pixel": PixelLoss, "distill": DistillLoss}
-    options = {} if stage == "latent" else {"lpips_net": "alex", "steps": 2, "single": 0.5}
+    frames = PixelLoss(lpips_net="alex", steps=2, single=0.5)
+    losses = {
+        "latent": LatentLoss(),
+        "pixel": frames,
+        "distill": dataclasses.replace(frames, distill=1.0),
+    }
     experiment = dataclasses.replace(
         base,
         stage=stage,
         train=("codec/", "refiner/"),
-        loss=losses[stage](vae=base.loss.vae, **options),
+        loss=losses[stage],
     )
     if stage == "distill":  # it needs a refiner that was trained
         latent = dataclasses.replace(base, train=("codec/", "refiner/"))
         save_start(latent)
         run = RunConfig(out=latent.run.out + "-distilled")
-        experiment = dataclasses.replace(experiment, init_from=latent.run.out, run=run)
+        experiment = dataclasses.replace(experiment, init=InitConfig(run=latent.run.out), run=run)
     grads, metrics = gradients(experiment)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((grads, metrics)))
     for tree in (grads["refiner"]["dit"]["head"], grads["codec"]["intra"]["out"]):
@@ -438,7 +471,7 @@ def test_gradients_reach_what_trains(base, stage):
 
 def test_stages_say_what_they_lack(base, tmp_path):
     for change, message in (
-        ({"init_from": None}, "init_from: the stage `latent` starts from"),
+        ({"init": InitConfig()}, r"init\.run: the stage `latent` starts from"),
         ({"train": ()}, "train: say what"),
         ({"refiner": None}, "refiner: the stage `latent` trains one"),
         ({"train": ("dit/",)}, "'dit/' fits no parameter"),
@@ -446,7 +479,7 @@ def test_stages_say_what_they_lack(base, tmp_path):
         with pytest.raises(ValueError, match=message):
             started(dataclasses.replace(base, **change))
     with pytest.raises(FileNotFoundError, match="nowhere: no training run"):
-        started(dataclasses.replace(base, init_from="nowhere"))
+        started(dataclasses.replace(base, init=InitConfig(run="nowhere")))
     other = dataclasses.replace(base.codec, width=12)
     with pytest.raises(ValueError, match="shape"):
         started(dataclasses.replace(base, codec=other))
@@ -455,11 +488,10 @@ def test_stages_say_what_they_lack(base, tmp_path):
 @pytest.mark.slow
 def test_devices_share_columns_of_a_clip(base):
     """The codec's loss and gradients with clips split along `context`, as on one device."""
-    codec = dataclasses.replace(base, stage="codec", loss=CodecLoss(vae=base.loss.vae))
-    stage = make_stage(codec)
-    stage.statistics = STATISTICS
-    inputs = drawn(stage), stage.frozen(), batch(), jax.random.key(0), jnp.zeros((), jnp.int32)
-    step = jax.value_and_grad(lambda *args: stage.loss(*args)[0])
+    stage = make_stage(as_codec(base))
+    loss, frozen = stages.objective(stage), stages.frozen(stage, STATISTICS)
+    inputs = drawn(stage), frozen, batch(), jax.random.key(0), jnp.zeros((), jnp.int32)
+    step = jax.value_and_grad(lambda *args: loss(*args)[0])
     found = []
     for mesh in (MeshConfig(data=1), MeshConfig(data=1, context=4)):
         mesh = make_mesh(mesh, jax.devices()[: mesh.context])

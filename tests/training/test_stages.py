@@ -13,11 +13,14 @@ import pytest
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig
 from gnvc_jax.pretrained import load_pretrained
-from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
+from gnvc_jax.training import stages
+from gnvc_jax.training.config import DataConfig, Experiment, InitConfig, OptimConfig, RunConfig
+from gnvc_jax.training.networks import pixels
+from gnvc_jax.training.release import release
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
 from gnvc_jax.training.stages.pixel import PixelLoss
-from gnvc_jax.training.stages.vae import VAELoss, pixels
+from gnvc_jax.training.stages.vae import VAELoss
 from gnvc_jax.vae import VAEConfig, klt
 
 ROOT = Path(__file__).parents[2]
@@ -62,8 +65,8 @@ def vae_experiment(clips, tmp_path):
 def test_a_linear_encoder_is_fitted_to_the_clips(vae_experiment, monkeypatch):
     monkeypatch.setattr("gnvc_jax.training.stages.vae.KLT_BLOCKS", 4000)
     stage = make_stage(vae_experiment)
-    params = stage.warm_start(jax.jit(stage.init)(jax.random.key(0)))
-    video = np.asarray(pixels(next(iter(stage.dataset()))))
+    params = stages.start(stage, jax.jit(stage.init)(jax.random.key(0)), {})["vae"]
+    video = np.asarray(pixels(next(iter(stage.data.batches(5)))))
 
     def error(fitted):
         transform = klt.BlockTransform(4, VAE.stride, VAE.temporal_stride)
@@ -87,15 +90,16 @@ def test_from_clips_to_a_model_that_codes(vae_experiment, tiny_codec, tmp_path):
         vae,
         stage="codec",
         codec=tiny_codec,
-        loss=CodecLoss(vae=vae.run.out),
+        init=InitConfig(vae=vae.run.out),
+        loss=CodecLoss(),
         run=dataclasses.replace(vae.run, out=str(tmp_path / "codec")),
     )
     pixel = dataclasses.replace(
         codec,
         stage="pixel",
         train=("codec/", "vae/decoder"),
-        loss=PixelLoss(lpips_net="alex", vae=vae.run.out),
-        init_from=codec.run.out,
+        init=InitConfig(run=codec.run.out),
+        loss=PixelLoss(lpips_net="alex"),
         run=dataclasses.replace(codec.run, out=str(tmp_path / "pixel")),
     )
 
@@ -120,7 +124,7 @@ def test_from_clips_to_a_model_that_codes(vae_experiment, tiny_codec, tmp_path):
     for experiment, metric in ((vae, "psnr"), (codec, "bpp_highest"), (pixel, "lpips_lowest")):
         assert metric in run(experiment, "train.py")
     model = tmp_path / "m.safetensors"
-    run(pixel, "-m", "gnvc_jax.training.release", "--name", "mine", "--out", str(model))
+    release(pixel.run.out, model)
     coder = load_pretrained(model)
     video = np.random.default_rng(2).integers(0, 256, (6, 64, 64, 3), np.uint8)
     assert coder.decode(coder.encode(video, qp=10)).shape == video.shape

@@ -10,24 +10,26 @@ import toy_stage
 
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
-from gnvc_jax.training import loop, throughput
+from gnvc_jax.training import inputs, loop, throughput
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.stages import Stage
 
 
-class Product(Stage):
+def product(experiment):
     """A matrix on the pixels of 8 x 8 frames."""
 
-    def init(self, key):
-        return jnp.zeros((192, 16))
+    def loss(params, constants, batch, key, step):
+        return jnp.sum(batch.reshape(-1, 192).astype(jnp.float32) @ params["w"]), {}
 
-    def loss(self, params, frozen, batch, key, step):
-        return jnp.sum(batch.reshape(-1, 192).astype(jnp.float32) @ params), {}
+    def init(key):
+        return {"w": jnp.zeros((192, 16))}
+
+    return Stage(experiment, init, loss, inputs.clips(experiment))
 
 
 def test_share_of_the_peak(monkeypatch):
     monkeypatch.setitem(throughput.PEAK_FLOPS, "cpu", 1e6)
-    stage = Product(Experiment("product", data=DataConfig(size=(8, 8), batch=4)))
+    stage = product(Experiment(f"{__name__}:product", data=DataConfig(size=(8, 8), batch=4)))
     with jax.set_mesh(make_mesh(MeshConfig(data=4))):
         found = throughput.WorkPerStep(stage).of(5)
     # Forward, and the gradient of the matrix, by four devices.
@@ -72,14 +74,14 @@ def test_a_run_writes_its_rates(tmp_path):
     base = toy_stage.experiment()
     run = dataclasses.replace(base.run, out=str(tmp_path), log_every=2)
     experiment = dataclasses.replace(base, run=run)
-    loop.train(experiment, toy_stage.ToyStage(experiment))
+    loop.train(toy_stage.toy_stage(experiment))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
         assert values["frames_per_s"] * values["step_s"] == pytest.approx(8 * 5)
         assert 0 < values["goodput"] < 1 and 0 <= values["data_wait"] < 1
         assert "mfu" not in values and "tokens_per_s" not in values
     longer = dataclasses.replace(experiment, optim=dataclasses.replace(base.optim, steps=8))
-    loop.train(longer, toy_stage.ToyStage(longer))
+    loop.train(toy_stage.toy_stage(longer))
     saved = tmp_path / "checkpoints/8/data/metadata"
     position = json.loads(saved.read_text())
     started = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["time"]

@@ -7,7 +7,10 @@ import numpy as np
 
 from gnvc_jax.data.clips import endless_batches
 from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig, RunConfig
+from gnvc_jax.training.inputs import Data
 from gnvc_jax.training.stages import Stage
+
+SIZES = {"x": 4, "y": 2}
 
 
 class Sample(grain.transforms.RandomMap):
@@ -16,27 +19,41 @@ class Sample(grain.transforms.RandomMap):
         return {"x": x, "y": x @ np.arange(8, dtype=np.float32).reshape(4, 2) + 1}
 
 
-class ToyStage(Stage):
-    def init(self, key):
-        return {"w": jax.random.normal(key, (4, 2)), "b": jnp.zeros(2)}
+def init(key):
+    return {"w": jax.random.normal(key, (4, 2)), "b": jnp.zeros(2)}
 
-    def frozen(self):
-        return {"scale": jnp.float32(1)}
 
-    def loss(self, params, frozen, batch, key, step):
-        noise = 0.1 * jax.random.normal(key, batch["y"].shape)
-        error = (batch["x"] @ params["w"] + params["b"]) * frozen["scale"] - batch["y"] + noise
-        return jnp.mean(error**2), {"largest": jnp.max(jnp.abs(error))}
+def loss(params, constants, batch, key, step):
+    noise = 0.1 * jax.random.normal(key, batch["y"].shape)
+    error = (batch["x"] @ params["w"] + params["b"]) * constants["scale"] - batch["y"] + noise
+    return jnp.mean(error**2), {"largest": jnp.max(jnp.abs(error))}
 
-    def dataset(self, frames=None):
-        count, data = jax.process_count(), self.experiment.data
+
+def toy_stage(experiment: Experiment) -> Stage:
+    data = experiment.data
+
+    def batches(frames):
+        count = jax.process_count()
         shard = jax.process_index(), count
         return endless_batches(32, Sample(), batch=data.batch // count, seed=data.seed, shard=shard)
+
+    def shapes(frames):
+        shape = jax.ShapeDtypeStruct
+        return {name: shape((data.batch, size), jnp.float32) for name, size in SIZES.items()}
+
+    return Stage(
+        experiment,
+        init,
+        loss,
+        Data(batches, shapes),
+        constants=lambda statistics: {"scale": jnp.float32(1)},
+        constant_shapes=lambda: {"scale": jax.ShapeDtypeStruct((), jnp.float32)},
+    )
 
 
 def experiment() -> Experiment:
     return Experiment(
-        stage="toy_stage:ToyStage",
+        stage="toy_stage:toy_stage",
         data=DataConfig(batch=8),
         optim=OptimConfig(lr=0.1, warmup=2, steps=4),
         run=RunConfig(log_every=1),

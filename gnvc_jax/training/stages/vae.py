@@ -1,31 +1,38 @@
-"""Stage `vae`: train a small VAE from scratch (Wan's own VAE is ported, never trained here)."""
+"""Stage `vae`: a small VAE from scratch. Wan's own VAE is ported, never trained here."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 from jax import lax
 
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.lpips import lpips
-from gnvc_jax.training.config import Experiment, LossConfig, Policy
-from gnvc_jax.training.stages import Stage, Tree, agreed, placed_like
-from gnvc_jax.vae import VAE, klt
+from gnvc_jax.training import inputs, losses
+from gnvc_jax.training.config import Experiment, Policy
+from gnvc_jax.training.networks import init_vae, make_networks, pixels
+from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.weights import Statistics, agreed, placed_like
+from gnvc_jax.vae import klt
 
 Array = jax.Array
+Tree = dict
 
 KLT_BLOCKS = 40_000  # that the linear transform of a VAE is fitted to
 
 
 @dataclasses.dataclass(frozen=True)
-class VAELoss(LossConfig):
+class VAELoss:
     """Weights of the loss terms; pixels are in [-1, 1].
 
-    l1, mse: mean absolute and squared error; kl: divergence from N(0, 1), mean over latent
-    elements; lpips: LPIPS (alex), computed from step `lpips_from` on, before it costs nothing, on
-    `lpips_frames` random frames of each clip.
+    Attributes:
+        l1: Of the mean absolute error.
+        mse: Of the mean squared error.
+        kl: Of the divergence of the posterior from N(0, 1), mean over latent elements.
+        lpips: Of LPIPS (alex).
+        lpips_from: Step from which LPIPS is computed; before, it costs nothing.
+        lpips_frames: Random frames of each clip that LPIPS is computed on.
     """
 
     l1: float = 1.0
@@ -36,98 +43,72 @@ class VAELoss(LossConfig):
     lpips_frames: int = 2
 
 
-class VAEStage(Stage):
+def vae_stage(experiment: Experiment) -> Stage:
     """Reconstruction of clips from a sample of the posterior."""
-
-    def __init__(self, experiment: Experiment):
-        super().__init__(experiment)
-        self.vae = make_vae(experiment)
-        self.perceptual = load_weights("alex") if experiment.loss.lpips else None
-
-    def init(self, key: Array) -> Tree:
-        return init_vae(self.vae, key)
-
-    def warm_start(self, params: Tree) -> Tree:
-        """A linear transform is fitted to training clips, unless a run is named to start from."""
-        cfg = self.experiment.vae
-        if not cfg.linear or self.experiment.init_from is not None:
-            return super().warm_start(params)
-        strides, batches = (cfg.stride, cfg.temporal_stride), iter(self.dataset())
-        moments = klt.moments_of_blocks(*strides)
-        while moments["later"].count < KLT_BLOCKS:
-            klt.count_blocks(moments, np.asarray(pixels(next(batches))), *strides)
-        fitted = agreed(klt.fit(moments, cfg.latent_channels))
-        return params | {"klt": placed_like(params["klt"], fitted)}
-
-    def frozen(self) -> Tree:
-        return {"lpips": self.perceptual}
-
-    def frozen_shapes(self) -> Tree:
-        return jax.eval_shape(self.frozen)
+    weights, vae = experiment.loss, make_networks(experiment).vae
+    data = inputs.clips(experiment)
+    network = load_weights("alex") if weights.lpips else None
 
     def loss(
-        self, params: Tree, frozen: Tree, batch: Array, key: Array, step: Array
+        params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        """batch: uint8 (b, t, h, w, 3)."""
-        weights = self.experiment.loss
-        video = pixels(batch)
-        variables = {"params": params}
-        mean, logvar = self.vae.apply(variables, video, method="encode")
+        video, variables = pixels(batch), {"params": params["vae"]}
+        mean, logvar = vae.apply(variables, video, method="encode")
         key_noise, key_frames = jax.random.split(key)
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key_noise, mean.shape)
-        output = self.vae.apply(variables, latents, method="decode")
+        output = vae.apply(variables, latents, method="decode")
 
-        mse = jnp.mean((output - video) ** 2)
+        mse = losses.squared_error(output, video).mean()
         l1 = jnp.mean(jnp.abs(output - video))
-        kl = 0.5 * jnp.mean(mean**2 + jnp.exp(logvar) - 1.0 - logvar)
-        loss = weights.l1 * l1 + weights.mse * mse + weights.kl * kl
-        parts = {"psnr": 10.0 * jnp.log10(4.0 / mse), "kl": kl}
+        kl = losses.kl_divergence(mean, logvar).mean()
+        total = weights.l1 * l1 + weights.mse * mse + weights.kl * kl
+        metrics = {"psnr": 10.0 * jnp.log10(4.0 / mse), "kl": kl}
         if weights.lpips:
 
-            def perceptual(output):
-                policy, count = self.experiment.compute.perceptual, weights.lpips_frames
-                each = lpips_of_frames(frozen["lpips"], policy, output, video, key_frames, count)
-                return each.mean()
+            def perceptual(output: Array) -> Array:
+                measure = lpips_network(constants["lpips"], experiment.compute.perceptual)
+                count = weights.lpips_frames
+                return losses.perceptual_of_frames(measure, output, video, key_frames, count).mean()
 
             on = step >= weights.lpips_from
-            parts["lpips"] = lax.cond(on, perceptual, lambda _: 0.0, output)
-            loss = loss + weights.lpips * parts["lpips"]
-        return loss, parts
+            metrics["lpips"] = lax.cond(on, perceptual, lambda _: 0.0, output)
+            total = total + weights.lpips * metrics["lpips"]
+        return total, metrics
+
+    def fit(params: Tree, statistics: Statistics) -> Tree:
+        """Fits a linear transform to training clips."""
+        if not experiment.vae.linear:
+            return params
+        strides = experiment.vae.stride, experiment.vae.temporal_stride
+        moments, batches = (
+            klt.moments_of_blocks(*strides),
+            iter(data.batches(experiment.data.frames)),
+        )
+        while moments["later"].count < KLT_BLOCKS:
+            klt.count_blocks(moments, np.asarray(pixels(next(batches))), *strides)
+        fitted = agreed(klt.fit(moments, experiment.vae.latent_channels))
+        return {"vae": params["vae"] | {"klt": placed_like(params["vae"]["klt"], fitted)}}
+
+    def constants(statistics: Statistics) -> Tree:
+        return {"lpips": network}
+
+    return Stage(
+        experiment,
+        init=lambda key: {"vae": init_vae(vae, key)},
+        loss=loss,
+        data=data,
+        constants=constants,
+        constant_shapes=lambda: jax.eval_shape(constants, {}),
+        fit=fit,
+    )
 
 
-def make_vae(experiment: Experiment) -> VAE:
-    """The VAE of an experiment, computing as `compute.vae` says."""
-    policy = experiment.compute.vae
-    return VAE(experiment.vae, policy.remat == "full", policy.jax_dtype, policy.precision)
+def lpips_network(params: Tree, policy: Policy) -> losses.Perceptual:
+    """LPIPS of images (n, h, w, 3) as a function of the two, computing as `policy` says."""
 
-
-def init_vae(vae: VAE, key: Array) -> Tree:
-    """Random parameters of a VAE."""
-    side = 2 * vae.config.stride
-    return vae.init(key, jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3)))["params"]
-
-
-def lpips_of_frames(
-    params: Tree, policy: Policy, output: Array, video: Array, key: Array, count: int
-) -> Array:
-    """Mean LPIPS (b,) of `count` random frames of each clip, the same for all clips of a batch.
-
-    policy: how the network computes; output, video: (b, t, h, w, 3), of which the output is clipped
-    to [-1, 1].
-    """
-
-    def measure(params, x, y):
+    def measure(params: Tree, x: Array, y: Array) -> Array:
         return lpips(params, x, y, policy.jax_dtype, policy.precision)
 
     if policy.remat == "full":
         measure = jax.checkpoint(measure)
-    b, t = video.shape[:2]
-    chosen = jax.random.choice(key, t, (min(t, count),), replace=False)
-    pair = (jnp.clip(output, -1.0, 1.0), video)
-    pair = (rearrange(v[:, chosen], "b t h w c -> (b t) h w c") for v in pair)
-    return measure(params, *pair).reshape(b, -1).mean(1)
-
-
-def pixels(batch: Array) -> Array:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return batch.astype(jnp.float32) / 127.5 - 1.0
+    return lambda x, y: measure(params, x, y)

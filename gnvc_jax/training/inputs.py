@@ -1,0 +1,127 @@
+"""What stages train on: batches of clips, or of their latents, and what these look like."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import grain
+import jax
+import numpy as np
+
+from gnvc_jax.codec.model import LATENT_MULTIPLE
+from gnvc_jax.data.clips import clip_dataset
+from gnvc_jax.data.index import ClipIndex
+from gnvc_jax.data.latents import latent_dataset, read_info
+from gnvc_jax.data.left_out import LeftOut
+from gnvc_jax.errors import UsageError
+from gnvc_jax.training.config import Experiment
+
+Tree = Any
+
+
+class Data(NamedTuple):
+    """Training data.
+
+    Attributes:
+        batches: Function (frames per clip) -> endless data set of this process's part of each
+            batch, in a fixed order, whose iterator can save and restore its place.
+        shapes: Function (frames per clip) -> a batch of all processes as shapes. Nothing is read.
+    """
+
+    batches: Callable[[int], grain.IterDataset]
+    shapes: Callable[[int], Tree]
+
+
+def left_out(experiment: Experiment) -> LeftOut:
+    """What this process could not read of the data, kept in the run folder."""
+    file = Path(experiment.run.out) / f"left_out-{jax.process_index()}.jsonl"
+    return LeftOut(experiment.data.max_left_out, file)
+
+
+def clips(experiment: Experiment, motion: bool = False) -> Data:
+    """Random clips of videos.
+
+    Batches are uint8 (b, t, h, w, 3) or, with `motion`, dictionaries as
+    `gnvc_jax.data.clips.with_motion` makes them. The videos are looked at once, on first use.
+    """
+    data = experiment.data
+
+    @functools.cache  # one index, and one list of what is left out, for all clip lengths
+    def index() -> ClipIndex:
+        return ClipIndex(data.path, data.decode_cache, left_out(experiment))
+
+    def batches(frames: int) -> grain.IterDataset:
+        return clip_dataset(
+            index(),
+            frames=frames,
+            size=data.size,
+            batch=data.batch // jax.process_count(),
+            seed=data.seed,
+            num_workers=data.workers,
+            downscale_prob=data.downscale_prob,
+            motion=motion,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+
+    def shapes(frames: int) -> Tree:
+        shape = jax.ShapeDtypeStruct
+        video = shape((data.batch, frames, *data.size, 3), np.uint8)
+        if not motion:
+            return video
+        latents, blocks = (frames - 1) // 4, tuple(side // 16 for side in data.size)
+        return {
+            "video": video,
+            "vectors": shape((data.batch, latents, 4, *blocks, 2), np.int16),
+            "motion_bits": shape((data.batch, latents), np.float32),
+            "q_index": shape((data.batch,), np.int32),
+        }
+
+    return Data(batches, shapes)
+
+
+def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str]) -> Data:
+    """Clips, or cached latents of such clips where `data.latents` names a cache.
+
+    Latents are float32 (b, t, h, w, c), normalised.
+
+    Args:
+        experiment: Experiment.
+        vae_fingerprint: Function that gives the fingerprint of the experiment's VAE; a cache made
+            by another VAE is refused with UsageError when it is opened.
+    """
+    data, vae = experiment.data, experiment.vae
+    folder = data.latents
+    if folder is None:
+        return clips(experiment)
+    unread = functools.cache(lambda: left_out(experiment))
+
+    def batches(frames: int) -> grain.IterDataset:
+        if read_info(folder).vae != vae_fingerprint():
+            raise UsageError(
+                f"{folder}: these latents were made by another VAE than that of the experiment"
+            )
+        return latent_dataset(
+            folder,
+            frames=frames,
+            size=data.size,
+            left_out=unread(),
+            batch=data.batch // jax.process_count(),
+            seed=data.seed,
+            num_workers=data.workers,
+            shard=(jax.process_index(), jax.process_count()),
+        )
+
+    def shapes(frames: int) -> Tree:
+        h, w = (side // vae.stride for side in data.size)
+        t = 1 + (frames - 1) // vae.temporal_stride
+        return jax.ShapeDtypeStruct((data.batch, t, h, w, vae.latent_channels), np.float32)
+
+    return Data(batches, shapes)
+
+
+def check_crop(experiment: Experiment) -> None:
+    """UsageError unless the sides of crops are multiples of what one hyperlatent stands for."""
+    unit = experiment.vae.stride * LATENT_MULTIPLE
+    if any(side < unit or side % unit for side in experiment.data.size):
+        raise UsageError(f"data.size: must be multiples of {unit}, got {experiment.data.size}")

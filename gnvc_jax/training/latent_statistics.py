@@ -1,0 +1,79 @@
+"""Statistics of a VAE's latents: how they are normalised for the codec and whitened for a refiner.
+
+A dictionary of float32 arrays, measured once at the start of a run and kept in its checkpoints:
+
+    mean, std (c,)   normalised latents are (latents - mean) / std
+    white (2, c)     factors that whiten the first normalised latent of a clip and the later ones
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from gnvc_jax.codec.fit import whitening
+from gnvc_jax.porting.checkpoint import has_component, read_architecture
+from gnvc_jax.training import inputs
+from gnvc_jax.training.checkpoints import load_statistics
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.networks import pixels
+from gnvc_jax.training.weights import Statistics, load_vae, origins
+from gnvc_jax.vae import VAE, encode_clip
+
+
+def identity_statistics(channels: int) -> Statistics:
+    """Statistics that change nothing."""
+    return {
+        "mean": np.zeros(channels, np.float32),
+        "std": np.ones(channels, np.float32),
+        "white": np.ones((2, channels), np.float32),
+    }
+
+
+def shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
+    """The statistics as shapes."""
+    return jax.eval_shape(lambda: identity_statistics(experiment.vae.latent_channels))
+
+
+def measure(experiment: Experiment) -> Statistics:
+    """Statistics for a new run.
+
+    They are those of the run that it starts from, if that has them. A ported VAE brings them: its
+    DiT knows latents as they are. Latents of a linear VAE are not normalised for the codec: the
+    transform keeps distances, so that equal errors in any two channels are equal errors of pixels.
+    Everything else is measured on `data.statistics_batches` batches of clips.
+    """
+    known = origins(experiment.init)
+    found = identity_statistics(experiment.vae.latent_channels)
+    if known.runs:
+        kept = load_statistics(known.runs[-1])
+        if found.keys() <= kept.keys():
+            return kept
+    if known.vae is not None and has_component(known.vae, "vae"):
+        ported = read_architecture(known.vae, "vae")
+        found |= {"mean": ported.latents_mean, "std": ported.latents_std}
+    else:
+        found |= measure_latents(experiment)
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+
+
+def of_run(run: str | Path, experiment: Experiment) -> Statistics:
+    """Statistics that a run keeps; those of a linear VAE that it does not keep change nothing."""
+    known = identity_statistics(experiment.vae.latent_channels) if experiment.vae.linear else {}
+    return known | load_statistics(run)
+
+
+def measure_latents(experiment: Experiment) -> Statistics:
+    """Statistics of the latents of some batches of clips."""
+    vae, params = VAE(experiment.vae), load_vae(experiment)
+    encode = jax.jit(lambda params, batch: encode_clip(vae, params, pixels(batch)))
+    batches = iter(inputs.clips(experiment).batches(experiment.data.frames))
+    count = experiment.data.statistics_batches
+    latents = [np.asarray(encode(params, next(batches))) for _ in range(count)]
+    latents, axes = np.concatenate(latents), (0, 1, 2, 3)
+    found = {}
+    if not experiment.vae.linear:
+        found = {"mean": latents.mean(axes), "std": latents.std(axes)}
+    scaled = latents / found.get("std", 1.0)
+    first, later = scaled[:, :1].var(axes), scaled[:, 1:].var(axes)
+    return found | {"white": np.stack([whitening(first), whitening(later)])}

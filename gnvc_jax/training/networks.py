@@ -1,0 +1,84 @@
+"""The networks of an experiment and their random parameters.
+
+Parameters of a model are a tree by part, {"vae": ..., "codec": ..., "refiner": ...}; networks are
+Flax modules, which hold sizes and how to compute, and no arrays.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.refiner import Refiner
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.vae import VAE
+
+Array = jax.Array
+Tree = Any
+
+
+class Networks(NamedTuple):
+    """The networks of a model; None for what it does not have."""
+
+    vae: VAE
+    codec: LatentCodec | None
+    refiner: Refiner | None
+
+
+def make_networks(experiment: Experiment) -> Networks:
+    """The networks of an experiment, which compute as `experiment.compute` says."""
+    compute, vae, refiner = experiment.compute, experiment.compute.vae, None
+    if experiment.refiner is not None:
+        refiner = Refiner(
+            experiment.refiner,
+            compute.jax_dtype,
+            compute.attention,
+            compute.remat,
+            compute.precision,
+        )
+    return Networks(
+        VAE(experiment.vae, vae.remat == "full", vae.jax_dtype, vae.precision),
+        None if experiment.codec is None else LatentCodec(experiment.codec),
+        refiner,
+    )
+
+
+def init_networks(networks: Networks, key: Array) -> Tree:
+    """Random parameters of all networks, by part."""
+    key_vae, key_codec, key_refiner = jax.random.split(key, 3)
+    parts = {"vae": init_vae(networks.vae, key_vae)}
+    if networks.codec is not None:
+        parts["codec"] = init_codec(networks.codec, key_codec)
+    if networks.refiner is not None:
+        parts["refiner"] = init_refiner(networks.refiner, key_refiner)
+    return parts
+
+
+def init_vae(vae: VAE, key: Array) -> Tree:
+    """Random parameters of a VAE."""
+    side = 2 * vae.config.stride
+    video = jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3))
+    return vae.init(key, video)["params"]
+
+
+def init_codec(codec: LatentCodec, key: Array) -> Tree:
+    """Random parameters of a latent codec."""
+    key_params, key_noise = jax.random.split(key)
+    latents = jnp.zeros((1, 2, 8, 8, codec.config.latent_channels))
+    return codec.init(key_params, latents, jnp.zeros((1,), jnp.int32), key_noise)["params"]
+
+
+def init_refiner(refiner: Refiner, key: Array) -> Tree:
+    """Random parameters of a refiner."""
+    config = refiner.config
+    latents = jnp.zeros((1, 1, 2, 2, config.dit.channels))
+    features = jnp.zeros((1, 1, 2, 2, config.features))
+    text = jnp.zeros((1, 1, config.dit.text_width)) if config.dit.text_length else None
+    tau, q_index = jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+    return refiner.init(key, latents, tau, latents, features, q_index, text)["params"]
+
+
+def pixels(frames: Array) -> Array:
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return frames.astype(jnp.float32) / 127.5 - 1.0

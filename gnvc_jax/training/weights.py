@@ -1,0 +1,260 @@
+"""Where the weights of a run come from: one place, described by `InitConfig`.
+
+Each parameter of a model comes from the last of these that has it:
+
+1. random initialisation, only where it trains;
+2. the ported VAE `init.vae`, or a run of the stage `vae`;
+3. the ported DiT `init.dit`;
+4. the averaged weights of the run `init.run`, after those of the runs that it started from itself.
+
+A run keeps in its checkpoints only what it trained, hence the chain of runs. What a run does not
+name is as for the run before it, so that `init.run` alone is enough to go on from a run. Only what
+is asked for is read: `load` takes shapes, with the types and shardings to read them in.
+"""
+
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.experimental import multihost_utils
+
+from gnvc_jax.errors import UsageError
+from gnvc_jax.parallel import shardings
+from gnvc_jax.porting.checkpoint import (
+    PROMPT,
+    has_component,
+    load_prompt,
+    load_weights,
+    read_architecture,
+)
+from gnvc_jax.training import lora
+from gnvc_jax.training.checkpoints import config_of, load_params
+from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
+from gnvc_jax.training.networks import init_vae
+from gnvc_jax.training.partition import join
+from gnvc_jax.vae import VAE, encode_clip
+
+Array = jax.Array
+Tree = Any
+Statistics = dict[str, np.ndarray]
+
+# Kernels of the layers that compute in `compute.dtype` and `compute.vae.dtype`: where they do not
+# train, they are kept in these types. Those of time and of the head stay float32, as their layers.
+DIT_KERNELS = r"refiner/(features|dit/(?!time_|head/).+)/kernel"
+DECODER_KERNELS = r"vae/(decoder/.+|post_quant)/kernel"
+
+
+class Origins(NamedTuple):
+    """Folders and runs that starting weights come from.
+
+    Attributes:
+        vae, dit, prompt: See `InitConfig`.
+        runs: Run folders, oldest first.
+    """
+
+    vae: str | None
+    dit: str | None
+    prompt: str | None
+    runs: tuple[str, ...]
+
+
+def origins(init: InitConfig) -> Origins:
+    """Follows a run to those that it started from.
+
+    Raises:
+        FileNotFoundError: a run is not there.
+        UsageError: a run leads back to itself.
+    """
+    found, runs = init, []
+    while init.run is not None:
+        if init.run in runs:
+            raise UsageError(f"{runs[-1]}: its init.run leads back to {init.run}")
+        runs.append(init.run)
+        init = InitConfig(**config_of(init.run).get("init") or {})
+        found = InitConfig(
+            found.vae or init.vae, found.dit or init.dit, found.prompt or init.prompt
+        )
+    return Origins(found.vae, found.dit, found.prompt, tuple(reversed(runs)))
+
+
+def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = None) -> Tree:
+    """What the origins of an experiment have of some parameters.
+
+    Args:
+        experiment: Experiment; `init`, `lora` and the sizes of its networks count.
+        wanted: Shapes of some parameters by part, each with the type and, if it has one, the
+            sharding to read it in. Each process reads its own part of an array with a sharding;
+            others become NumPy arrays.
+        statistics: Statistics of the VAE's latents, for what is made of them.
+
+    Returns:
+        Tree of those of the wanted parameters that were found.
+
+    Raises:
+        UsageError: shapes or architectures differ, or a run lacks a parameter of a part that it has
+            others of.
+        FileNotFoundError: a folder or run is not there.
+    """
+    known = origins(experiment.init)
+    like = wanted
+    ranks = [config_of(run).get("lora", 0) for run in known.runs]
+    if any(ranks):  # changes are added to exact kernels
+        like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
+    found = load_ported(experiment, known, like)
+    if statistics is not None and "grey" in like.get("refiner", {}):
+        found = join(found, {"refiner": {"grey": grey_latents(experiment, statistics)}})
+    trained_before: set[str] = set()
+    kernels = {name: part for name, part in like.items() if name != "lora"}
+    for run, rank, next_rank in zip(known.runs, ranks, [*ranks[1:], experiment.lora]):
+        shapes = like if run == known.runs[-1] else kernels
+        found, parts = add_run(found, run, shapes, rank, rank == next_rank)
+        trained_before |= parts
+
+    def finished(x: Array | np.ndarray, like: jax.ShapeDtypeStruct) -> Array | np.ndarray:
+        x = x.astype(like.dtype)
+        return x if like.sharding is None else jax.device_put(x, like.sharding)
+
+    flat, wanted = flatten_dict(found, sep="/"), flatten_dict(wanted, sep="/")
+    # A random parameter among trained ones would be a mistake in the sizes that nobody sees.
+    for path in sorted(wanted):
+        if path not in flat and path.partition("/")[0] in trained_before:
+            raise UsageError(f"{experiment.init.run}: has no parameter {path}")
+    return unflatten_dict(
+        {path: finished(flat[path], x) for path, x in wanted.items() if path in flat}, sep="/"
+    )
+
+
+def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
+    """What the folders `init.vae` and `init.dit` have of some parameters."""
+    found = {}
+    if known.vae is not None and "vae" in like:
+        if has_component(known.vae, "vae"):
+            check_architecture(known.vae, "vae", experiment.vae)
+            found["vae"] = load_weights(known.vae, "vae", wanted=like["vae"])[1]
+        else:
+            found |= load_params(known.vae, {"vae": like["vae"]}, partial=True)
+    refiner = like.get("refiner", {})
+    if known.dit is not None and "dit" in refiner:
+        check_architecture(known.dit, "dit", experiment.refiner.dit)
+        found["refiner"] = {"dit": load_weights(known.dit, "dit", wanted=refiner["dit"])[1]}
+    return found
+
+
+def check_architecture(folder: str, component: str, expected: object) -> None:
+    """UsageError unless a ported component has the expected sizes."""
+    config = read_architecture(folder, component).config
+    if config != expected:
+        raise UsageError(f"{folder}: holds {config}, but the experiment has {expected}")
+
+
+def add_run(found: Tree, run: str, like: Tree, rank: int, goes_on: bool) -> tuple[Tree, set[str]]:
+    """Replaces what is found so far by what a run has of it.
+
+    Args:
+        found: Parameters found so far.
+        run: Run folder.
+        like: Shapes of the wanted parameters.
+        rank: Rank of the run's low-rank changes.
+        goes_on: Whether what starts from this run trains changes of the same rank. It then goes on
+            with these, and the kernels stay as they were before them; else they are merged here.
+
+    Returns:
+        The parameters, and the names of the parts that came from the run.
+    """
+    if not rank or goes_on:
+        loaded = load_params(run, like, partial=True)
+        return join(found, loaded), set(loaded)
+    changes = lora.shapes({"refiner": like.get("refiner", {})}, rank)
+    loaded = load_params(run, like | {"lora": on_mesh(changes)}, partial=True)
+    return lora.merge_part(join(found, loaded)), set(loaded) - {"lora"}
+
+
+def grey_latents(experiment: Experiment, statistics: Statistics) -> np.ndarray:
+    """Whitened latents (2, c) of a grey clip: of the first latent, and of one that follows."""
+    params, vae = load_vae(experiment), VAE(experiment.vae)
+    side, frames = 8 * experiment.vae.stride, 1 + 3 * experiment.vae.temporal_stride
+    latents = encode_clip(vae, params, jnp.zeros((1, frames, side, side, 3)))
+    latents = (np.asarray(latents) - statistics["mean"]) / statistics["std"]
+    return latents[0, [0, -1], 4, 4] * statistics["white"]
+
+
+def load_vae(experiment: Experiment) -> Tree:
+    """All parameters of the VAE, float32 on the host.
+
+    Errors as `load`, and UsageError if they are nowhere.
+    """
+    vae = VAE(experiment.vae)
+    shapes = {"vae": jax.eval_shape(lambda key: init_vae(vae, key), jax.random.key(0))}
+    found = load(experiment, shapes)
+    check_complete(found, shapes)
+    return found["vae"]
+
+
+def load_text(experiment: Experiment) -> np.ndarray | None:
+    """The text condition (1, rows, width), None for a model without one."""
+    if not has_text(experiment):
+        return None
+    config, known = experiment.refiner.dit, origins(experiment.init)
+    path = known.prompt
+    if path is None and known.dit and (kept := Path(known.dit) / PROMPT).is_file():
+        path = kept
+    if path is None:
+        return np.zeros((1, 1, config.text_width), np.float32)
+    return load_prompt(path, config)
+
+
+def has_text(experiment: Experiment) -> bool:
+    """Whether the model has a refiner that is conditioned on text."""
+    return experiment.refiner is not None and experiment.refiner.dit.text_length > 0
+
+
+def check_complete(found: Tree, wanted: Tree) -> None:
+    """UsageError for parameters that neither train nor were found."""
+    missing = sorted(flatten_dict(wanted, sep="/").keys() - flatten_dict(found, sep="/").keys())
+    if missing:
+        raise UsageError(
+            f"{len(missing)} parameters neither train nor come from a run or ported folder (see "
+            f"init.vae, init.dit, init.run); the first is {missing[0]}"
+        )
+
+
+def kept(shapes: Tree, compute: ComputeConfig) -> Tree:
+    """Shapes in the types of parameters that do not train: what their layers compute in."""
+    kernels = {DIT_KERNELS: compute.jax_dtype, DECODER_KERNELS: compute.vae.jax_dtype}
+
+    def one(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        found = [dtype for pattern, dtype in kernels.items() if re.fullmatch(pattern, path)]
+        return x.update(dtype=found[0]) if found else x
+
+    flat = flatten_dict(shapes, sep="/")
+    return unflatten_dict({path: one(path, x) for path, x in flat.items()}, sep="/")
+
+
+def on_mesh(shapes: Tree) -> Tree:
+    """Shapes of parameters with their shardings on the mesh in use; as they are without one.
+
+    What is read into these, each process reads its own part of.
+    """
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty:
+        return shapes
+    return jax.tree.map(lambda x, s: x.update(sharding=s), shapes, shardings(shapes, mesh))
+
+
+def placed_like(old: Tree, new: Tree) -> Tree:
+    """The arrays `new` on the devices, and in the shardings, of `old`."""
+    return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), old, new)
+
+
+def agreed(tree: Tree) -> Tree:
+    """Host arrays of the first process, on all processes of a run.
+
+    Each process reads its own part of the data, so what they measure differs.
+    """
+    if jax.process_count() == 1:
+        return tree
+    return jax.tree.map(np.asarray, multihost_utils.broadcast_one_to_all(tree))
