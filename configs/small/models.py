@@ -1,6 +1,7 @@
 """Sizes of the small model, shared by its training stages."""
 
 from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.refiner.config import DiTConfig, RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
 VAE = VAEConfig(latent_channels=96, linear=True, head=48)
@@ -18,4 +19,23 @@ CODEC = CodecConfig(
     inter_synthesis=3,
     motion="blocks",
     intra_offset=25,
+)
+REFINER = RefinerConfig(
+    dit=DiTConfig(
+        width=256,
+        ffn_width=1024,
+        heads=4,
+        layers=6,
+        frequencies=64,
+        channels=96,
+        text_length=0,
+        context_every=6,
+        context_channels=96,
+        window=8,  # tokens: the 128x128 pixels of a training crop
+    ),
+    features=96,
+    window=5,
+    overlap=1,
+    noise=0.0,
+    deviation=0.5,
 )

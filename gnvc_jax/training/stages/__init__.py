@@ -45,6 +45,7 @@ Tree = Any
 STAGES = {
     "vae": "gnvc_jax.training.stages.vae:vae_stage",
     "transform": "gnvc_jax.training.stages.transform:transform_stage",
+    "refine": "gnvc_jax.training.stages.refine:refine_stage",
     "codec": "gnvc_jax.training.stages.codec:codec_stage",
     "latent": "gnvc_jax.training.stages.latent:latent_stage",
     "pixel": "gnvc_jax.training.stages.pixel:pixel_stage",

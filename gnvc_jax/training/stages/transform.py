@@ -68,9 +68,9 @@ class MotionOutput(NamedTuple):
         features: What the codec knows besides, (b, k, h, w, f); conditions a refiner.
         bits: Differentiable rate of each latent, (b, k).
         written: Bits that a stream would hold, (b, k); no gradient.
-        error: Mean squared error of the decoded frames in 8-bit steps, (b, k); of each latent's
-            frames only the last one is cleaned by the head.
+        error: Mean squared error of the decoded frames in 8-bit steps, (b, k).
         predicted_error: The same of the frames that motion predicts, (b, k - 1).
+        frames: Decoded frames, (b, t, h, w, 3), not clipped.
     """
 
     latents: Array
@@ -80,6 +80,7 @@ class MotionOutput(NamedTuple):
     written: Array
     error: Array
     predicted_error: Array
+    frames: Array
 
 
 def transform_stage(experiment: Experiment) -> Stage:
@@ -176,7 +177,13 @@ def encode_group(vae: VAE, params: Tree, video: Array, first: bool) -> Array:
 
 
 def roll_out(
-    networks: Networks, params: Tree, video: Array, vectors: Array, levels: Array, keys: Array
+    networks: Networks,
+    params: Tree,
+    video: Array,
+    vectors: Array,
+    levels: Array,
+    keys: Array,
+    cleaned: int = 1,
 ) -> MotionOutput:
     """Codes clips in training form, each latent predicted from the last decoded frame.
 
@@ -187,6 +194,8 @@ def roll_out(
         vectors: Motion of the frames after the first, (b, k - 1, 4, h/16, w/16, 2).
         levels: Quality level of each latent, (b, k).
         keys: Random keys of the latents, (k,).
+        cleaned: Last frames of each latent that go through the head. One is enough for the codec,
+            since later latents depend on no other, and the head costs more than the codec.
     """
     vae, codec = {"params": params["vae"]}, {"params": params["codec"]}
 
@@ -203,6 +212,7 @@ def roll_out(
             coded.written_bits,
             error(decoded, frames),
             predicted_error,
+            decoded,
         )
 
     latent = encode_group(networks.vae, params["vae"], video[:, :1], True)
@@ -221,9 +231,7 @@ def roll_out(
         state, coded = networks.codec.apply(
             codec, latent, state, q_index, key, prediction, method="train"
         )
-        # Only the last frame goes through the head here: it is the only one that later latents
-        # depend on, and the head costs more than the codec.
-        given = coded.latent, prediction, predicted, coded.fresh, coded.detail, 1
+        given = coded.latent, prediction, predicted, coded.fresh, coded.detail, cleaned
         decoded = networks.vae.apply(vae, *given, method="compensate")
         done = result(latent, coded, decoded, frames, error(predicted, frames))
         return (decoded[:, -1], state), done
@@ -241,10 +249,14 @@ def roll_out(
     later = jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 1), later
     )  # (k - 1, b, ...) -> (b, k - 1, ...)
+    # Frames (b, k - 1, 4, h, w, 3) follow each other without a border.
+    frames = rearrange(later.frames, "b k f h w c -> b (k f) h w c")
+    frames = jnp.concatenate([first.frames, frames], axis=1)
     joined = [
-        b if a is None else jnp.concatenate([a[:, None], b], axis=1) for a, b in zip(first, later)
+        b if a is None else jnp.concatenate([a[:, None], b], axis=1)
+        for a, b in zip(first[:-1], later[:-1])
     ]
-    return MotionOutput(*joined)
+    return MotionOutput(*joined, frames)
 
 
 def fit_to_clips(

@@ -1,0 +1,205 @@
+"""Stage `refine`: the refiner of a codec with motion, one step, on frames.
+
+The codec is rolled out as in the stage `transform`, without gradients. The refiner sees a window of
+decoded latents and learns, by one step of its flow, what makes the frames look like the source.
+What it adds to latents is added to decoded frames by the VAE's inverse transform, as decoders do.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from gnvc_jax.errors import UsageError
+from gnvc_jax.metrics.backbones import load_weights
+from gnvc_jax.metrics.dists import dists, load_dists
+from gnvc_jax.metrics.lpips import lpips
+from gnvc_jax.training import inputs, latent_statistics, losses
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.networks import Networks, init_networks, make_networks, pixels
+from gnvc_jax.training.refinement import random_window, refiner_velocity
+from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
+from gnvc_jax.training.stages.transform import draw_levels, roll_out
+from gnvc_jax.training.weights import Statistics
+
+Array = jax.Array
+Tree = dict
+
+PAIR = 2  # latents whose frames are compared: two, so that differences cross their border
+
+
+@dataclasses.dataclass(frozen=True)
+class RefineLoss:
+    """squared * E + lpips * LPIPS + dists * DISTS + temporal * T of refined frames.
+
+    E is the mean squared error of pixels in [-1, 1], T that of the differences of successive
+    frames, which keeps refinement from flickering. LPIPS (AlexNet) sees the frames of two latents
+    of each clip, DISTS one of these frames.
+
+    Attributes:
+        squared: Weight of E.
+        lpips: Weight of LPIPS.
+        dists: Weight of DISTS.
+        temporal: Weight of T.
+        latent: Weight of the mean squared error of all whitened latents of the window, most of
+            which are not seen as frames in a step.
+        intra_offset: See `gnvc_jax.training.stages.transform.TransformLoss`, as the following.
+        pattern: Levels by which latents after the first are better, in clips that have a pattern.
+        pattern_prob: Share of clips that have one.
+    """
+
+    squared: float = 10.0
+    lpips: float = 1.0
+    dists: float = 1.0
+    temporal: float = 5.0
+    latent: float = 0.05
+    intra_offset: tuple[int, int] = (17, 33)
+    pattern: tuple[int, ...] = (-4, -2, -4, 4)
+    pattern_prob: float = 0.5
+
+
+class RefinedFrames(NamedTuple):
+    """Frames of a window of latents that losses compare.
+
+    Attributes:
+        refined, decoded, source: Frames (b, t, h, w, 3) of `PAIR` latents.
+        first: The same three for the first frame of the group, (b, 1, h, w, 3).
+        latents: Error of the whitened latents of the window, (b,).
+    """
+
+    refined: Array
+    decoded: Array
+    source: Array
+    first: tuple[Array, Array, Array]
+    latents: Array
+
+
+def refine_stage(experiment: Experiment) -> Stage:
+    """Starts from a run of the stage `transform`, whose codec and VAE stay as they are."""
+    inputs.check_crop(experiment)
+    if experiment.codec is None or experiment.codec.motion is None:
+        raise UsageError("codec.motion: the stage `refine` needs a codec with motion")
+    if experiment.refiner is None:
+        raise UsageError("refiner: the stage `refine` trains one; give its sizes")
+    least = 1 + (PAIR + 1) * experiment.vae.temporal_stride
+    if experiment.refiner.window <= PAIR or experiment.data.frames < least:
+        raise UsageError(
+            f"the stage `refine` needs refiner.window > {PAIR} and data.frames >= {least}, got "
+            f"{experiment.refiner.window} and {experiment.data.frames}"
+        )
+    networks, weights = make_networks(experiment), experiment.loss
+    perceptual = {"alex": load_weights("alex"), "dists": load_dists()}
+
+    def loss(
+        params: Tree, constants: Tree, batch: Tree, key: Array, step: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        key_frames, key_dists = jax.random.split(key)
+        frames = refined_frames(networks, weights, params, constants, batch, key_frames)
+        return refine_loss(weights, constants, frames, key_dists)
+
+    def constants(statistics: Statistics) -> Tree:
+        return refiner_constants(experiment, statistics) | perceptual
+
+    def constant_shapes() -> Tree:
+        return refiner_constant_shapes(experiment) | jax.eval_shape(lambda: perceptual)
+
+    return Stage(
+        experiment,
+        init=lambda key: init_networks(networks, key),
+        loss=loss,
+        data=inputs.clips(experiment, motion=True),
+        trainable=("refiner/",),
+        measure=lambda: latent_statistics.measure(experiment),
+        constants=constants,
+        constant_shapes=constant_shapes,
+    )
+
+
+def refined_frames(
+    networks: Networks,
+    weights: RefineLoss,
+    params: Tree,
+    constants: Tree,
+    batch: Tree,
+    key: Array,
+) -> RefinedFrames:
+    """Codes a batch, refines a window of its latents, and shows a part of that as frames."""
+    video, config, stop = pixels(batch["video"]), networks.refiner.config, jax.lax.stop_gradient
+    count = 1 + batch["vectors"].shape[1]
+    key_levels, key_window, key_noise, key_pair, key_code = jax.random.split(key, 5)
+    levels = draw_levels(key_levels, weights, batch["q_index"], count)
+    keys = jax.random.split(key_code, count)
+    coded = stop(roll_out(networks, params, video, batch["vectors"], levels, keys, cleaned=4))
+
+    window = random_window(key_window, constants["white"], count, config.window)
+    decoded, features = window.of(coded.decoded), window.cut(coded.features)
+    noise = config.noise * jax.random.normal(key_noise, decoded.shape)
+    velocity = refiner_velocity(networks.refiner, batch["q_index"], constants["text"])
+    refined = losses.refine_through_last_step(
+        velocity, (params["refiner"], decoded, features), decoded, noise, 1, config.start
+    )
+    change = window.unwhitened(refined - decoded)
+
+    def shown(latents: Array, frames: Array, first: bool) -> Array:
+        """Decoded frames with what the latents add to them."""
+        vae = {"params": params["vae"]}
+        return networks.vae.apply(vae, frames, latents, first, method="add_latents")
+
+    # Two latents after the first one of the group, and their 8 frames.
+    start = jax.random.randint(
+        key_pair, (), jnp.maximum(window.first, 1), window.first + window.size - PAIR + 1
+    )
+    pair = jax.lax.dynamic_slice_in_dim(change, start - window.first, PAIR, 1)
+    before, source = (
+        jax.lax.dynamic_slice_in_dim(x, 4 * start - 3, 4 * PAIR, 1) for x in (coded.frames, video)
+    )
+    # The first frame changes only where the window holds it.
+    intra = jnp.where(window.first == 0, 1.0, 0.0) * change[:, :1]
+    first = shown(intra, coded.frames[:, :1], True), coded.frames[:, :1], video[:, :1]
+    error = losses.squared_error(refined, window.of(coded.latents))
+    return RefinedFrames(shown(pair, before, False), before, source, first, error)
+
+
+def refine_loss(
+    weights: RefineLoss, constants: Tree, frames: RefinedFrames, key: Array
+) -> tuple[Array, dict[str, Array]]:
+    """Loss and metrics of refined frames; constants: "alex", "dists": weights of the networks."""
+    refined, decoded, source = (
+        jnp.clip(jnp.concatenate([a, b], axis=1), -1.0, 1.0)
+        for a, b in zip(frames.first, (frames.refined, frames.decoded, frames.source))
+    )
+
+    def flat(x: Array) -> Array:
+        return rearrange(x, "b t h w c -> (b t) h w c")
+
+    one = jax.random.randint(key, (1,), 0, refined.shape[1])
+    perceptual = lpips(constants["alex"], flat(refined), flat(source)).mean()
+    before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
+    structure = dists(
+        constants["dists"], (flat(refined[:, one]) + 1) / 2, (flat(source[:, one]) + 1) / 2
+    ).mean()
+    squared = losses.squared_error(refined, source)
+    moves = jnp.diff(frames.refined, axis=1) - jnp.diff(frames.source, axis=1)
+    temporal = jnp.mean(moves**2)
+    loss = (
+        weights.squared * squared.mean()
+        + weights.lpips * perceptual
+        + weights.dists * structure
+        + weights.temporal * temporal
+        + weights.latent * frames.latents.mean()
+    )
+
+    def psnr(error: Array) -> Array:
+        return jnp.mean(10.0 * jnp.log10(4.0 / error))
+
+    return loss, {
+        "lpips": perceptual,
+        "lpips_decoded": before,
+        "dists": structure,
+        "psnr": psnr(squared),
+        "psnr_decoded": psnr(losses.squared_error(decoded, source)),
+        "temporal": temporal,
+    }
