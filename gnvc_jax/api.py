@@ -1,17 +1,16 @@
-"""The parts of a model as objects, for notebooks and for code of one's own.
+"""VAE and refiner of a model as objects, for notebooks and for code of your own.
 
-    vae = gnvc_jax.load_vae("small")                    # or a folder of `gnvc port`, a model file
-    latents = vae.encode(video)                         # normalised, (b, n, h / 8, w / 8, c)
+    vae = gnvc_jax.load_vae("small")            # or a model file, a run, a folder of `gnvc port`
+    latents = vae.encode(video)                 # normalised, (b, n, h / 8, w / 8, c)
     frames = vae.decode(latents)
 
-    refiner = gnvc_jax.load_refiner("weights")          # a folder of `gnvc port`, or a model file
+    refiner = gnvc_jax.load_refiner("weights")  # a folder of `gnvc port`, a model file or a run
     refined = refiner.refine(decoded, features, q_index=32, steps=5)
-
-    codec = gnvc_jax.load_pretrained("small")           # the whole codec: video <-> bytes
 
 Each object holds a configuration and a tree of parameters, and calls pure functions with them:
 `gnvc_jax.vae.encode_clip` and `decode_clip`, the Flax module `gnvc_jax.refiner.Refiner` and
-`gnvc_jax.refiner.refine`. Take `params` and these to differentiate, to shard or to train.
+`gnvc_jax.refiner.refine`. To differentiate, shard or train, use these with `params`. The whole
+codec, from video to bytes and back, is `gnvc_jax.load_pretrained`.
 """
 
 import dataclasses
@@ -24,8 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key
 
 from gnvc_jax.errors import UsageError
+from gnvc_jax.frames import as_network_input
 from gnvc_jax.porting.checkpoint import (
     COMPONENTS,
     PROMPT,
@@ -34,41 +36,12 @@ from gnvc_jax.porting.checkpoint import (
     load_weights,
     read_architecture,
 )
-from gnvc_jax.pretrained import find_model
-from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, per_latent_factors, refine
-from gnvc_jax.vae import VAE, VAEConfig, decode_clip, encode_clip
+from gnvc_jax.pretrained import find_model, is_run
+from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
+from gnvc_jax.refiner.config import PATCH
+from gnvc_jax.vae import VAE, VAEConfig, decode_clip, encode_clip, grey_latents
 
-Array = jax.Array
 Tree = Any
-
-
-def to_video(video: np.ndarray | Array) -> Array:
-    """Checks a video and brings it to the form that networks take.
-
-    Args:
-        video: uint8 RGB, or float in [-1, 1]; (t, h, w, 3), or with a batch axis before.
-
-    Returns:
-        float32 in [-1, 1], (b, t, h, w, 3).
-
-    Raises:
-        UsageError: If the type, the shape or the range is another.
-    """
-    shape, dtype = np.shape(video), jnp.result_type(video)
-    if len(shape) not in (4, 5) or shape[-1] != 3 or 0 in shape:
-        raise UsageError(f"video is {shape}, expected (frames, height, width, 3) or a batch of it")
-    if dtype == jnp.uint8:
-        video = jnp.asarray(video, jnp.float32) / 127.5 - 1.0
-    elif jnp.issubdtype(dtype, jnp.floating):
-        video = jnp.asarray(video, jnp.float32)
-        # A tracer has no values to look at; inside `jit` the range is the caller's affair.
-        if not isinstance(video, jax.core.Tracer):
-            low, high = float(video.min()), float(video.max())
-            if not (low >= -1.0 and high <= 1.0):
-                raise UsageError(f"video has values in [{low:g}, {high:g}], expected [-1, 1]")
-    else:
-        raise UsageError(f"video is {dtype}, expected uint8, or float in [-1, 1]")
-    return video if len(shape) == 5 else video[None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,7 +51,8 @@ class PretrainedVAE:
     Attributes:
         config: Sizes.
         params: Parameters of `gnvc_jax.vae.VAE`, float32.
-        mean, std: Statistics of the latents, (c,).
+        mean: Mean of each channel of the latents, (c,).
+        std: Standard deviation of each channel, (c,).
     """
 
     config: VAEConfig
@@ -98,30 +72,38 @@ class PretrainedVAE:
 
         return jax.jit(encode), jax.jit(decode, static_argnames=("frames", "size"))
 
-    def encode(self, video: np.ndarray | Array) -> Array:
-        """Encodes clips of any length and size; the last frame, row and column are repeated.
+    def encode(self, video: ArrayLike) -> Float[Array, "b n h2 w2 c"]:
+        """Encodes clips of any length and size.
+
+        The last frame, row and column are repeated up to what the VAE can encode.
 
         Args:
-            video: See `to_video`.
+            video: uint8 RGB, or float in [-1, 1]; (t, h, w, 3) or (b, t, h, w, 3).
 
         Returns:
-            Normalised latents (b, 1 + ceil((t - 1) / 4), ceil(h / 8), ceil(w / 8), c) for a VAE
-            with the strides 4 and 8.
+            Normalised latents with n = 1 + ceil((t - 1) / 4), h2 = ceil(h / 8) and
+            w2 = ceil(w / 8), for a VAE with the strides of Wan2.1.
+
+        Raises:
+            UsageError: If the video has another shape, type or range.
         """
-        return self._functions[0](self.params, to_video(video))
+        return self._functions[0](self.params, as_network_input(video))
 
     def decode(
-        self, latents: Array, frames: int | None = None, size: tuple[int, int] | None = None
-    ) -> Array:
-        """Decodes normalised latents (b, n, h', w', c).
+        self,
+        latents: Float[ArrayLike, "b n h2 w2 c"],
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Float[Array, "b t h w 3"]:
+        """Decodes clips.
 
         Args:
-            latents: Latents.
+            latents: Normalised latents.
             frames: Number of frames to return, by default all that the latents stand for.
             size: Height and width to crop to, by default all.
 
         Returns:
-            Video (b, t, h, w, 3) float32 in [-1, 1].
+            Video in [-1, 1], float32.
 
         Raises:
             UsageError: If the latents have another number of axes or channels.
@@ -143,8 +125,9 @@ class PretrainedRefiner:
     Attributes:
         config: Sizes.
         params: Parameters of `gnvc_jax.refiner.Refiner`.
-        text: Text condition (1, rows, width), None for a refiner without.
-        white: Factors (2, c) that whiten first and later latents, None for latents that need none.
+        text: Text condition (1, rows, width), None for a refiner without one.
+        white: Factors (2, c) that whiten the first and the later latents, see
+            `gnvc_jax.refiner.per_latent_factors`; None if latents are refined as they are.
         dtype: Type of matrix products and attention.
     """
 
@@ -164,70 +147,95 @@ class PretrainedRefiner:
         return jax.jit(velocity)
 
     def velocity(
-        self, state: Array, tau: Array, decoded: Array, features: Array, q_index: Array
-    ) -> Array:
+        self,
+        state: Float[ArrayLike, "b t h w c"],
+        tau: Float[ArrayLike, " b"],
+        decoded: Float[ArrayLike, "b t h w c"],
+        features: Float[ArrayLike, "b t h w f"],
+        q_index: Int[ArrayLike, " b"],
+    ) -> Float[Array, "b t h w c"]:
         """Velocity of the flow, data minus noise; see `gnvc_jax.refiner.Refiner`.
 
         Args:
-            state: State of the flow, (b, t, h, w, c), whitened.
-            tau: Flow time (b,), 0 for noise, 1 for data.
-            decoded: Decoded latents, like the state.
-            features: Features of the codec, (b, t, h, w, f).
-            q_index: Quality levels (b,), int32.
+            state: State of the flow at time `tau`, whitened.
+            tau: Flow time, 0 for noise and 1 for data.
+            decoded: Decoded latents, whitened.
+            features: Features of the codec.
+            q_index: Quality levels, 0 (worst) to 63.
         """
         return self._velocity(self.params, state, tau, decoded, features, q_index)
 
     def refine(
         self,
-        decoded: Array,
-        features: Array | None = None,
+        decoded: Float[ArrayLike, "b t h w c"],
+        features: Float[ArrayLike, "b t h w f"] | None = None,
         q_index: int = 0,
         steps: int = 1,
         seed: int = 0,
-    ) -> Array:
+    ) -> Float[Array, "b t h w c"]:
         """Refines decoded latents of one group, in overlapping windows if it is long.
 
         Args:
-            decoded: Normalised latents as a codec decodes them, (b, t, h, w, c), h and w even.
-            features: Features of the codec, (b, t, h, w, f); None for zeros.
-            q_index: Quality level that the latents were coded at, 0..63.
-            steps: Steps of the flow; 0 returns the latents as they are.
+            decoded: Normalised latents as a codec decodes them, h and w even.
+            features: Features of the codec; None for zeros.
+            q_index: Quality level that the latents were coded at, 0 (worst) to 63.
+            steps: Steps of the flow; with 0, the latents are returned as they are.
             seed: Seed of the noise.
 
         Returns:
-            Normalised latents of the same shape.
+            Refined latents, normalised like those that were given.
+
+        Raises:
+            UsageError: If the latents or features have another number of axes or channels, or
+                sides that do not divide into patches.
         """
-        shape = np.shape(decoded)
+        shape, channels = np.shape(decoded), self.config.dit.channels
+        if len(shape) != 5 or shape[-1] != channels or any(side % PATCH for side in shape[2:4]):
+            raise UsageError(
+                f"latents are {shape}, expected (b, t, h, w, {channels}) with even h and w"
+            )
+        given = (*shape[:-1], self.config.features)
         if features is None:
-            features = jnp.zeros((*shape[:-1], self.config.features))
-        white = 1.0
-        if self.white is not None:
-            white = per_latent_factors(jnp.asarray(self.white), shape[1])
+            features = jnp.zeros(given)
+        elif np.shape(features) != given:
+            raise UsageError(f"features are {np.shape(features)}, expected {given}")
 
         def velocity(state: Array, tau: Array, decoded: Array, features: Array) -> Array:
             b = state.shape[0]
             conditions = jnp.full((b,), tau), decoded, features, jnp.full((b,), q_index)
             return self.velocity(state, *conditions)
 
-        inputs = jnp.asarray(decoded) * white, features, jax.random.key(seed), steps
-        return refine(velocity, self.config, *inputs) / white
+        inputs = jnp.asarray(decoded), jnp.asarray(features), jax.random.key(seed), steps
+        return refine(velocity, self.config, *inputs, self.white)
 
 
 def load_vae(path: str | Path) -> PretrainedVAE:
     """Loads a VAE.
 
+    A run whose VAE has not been measured yet (stage `vae`) has no statistics of its latents; they
+    are then left as the encoder gives them.
+
     Args:
-        path: Folder of `gnvc port`, a model file, or the name of a shipped model.
+        path: Name of a shipped model, model file, run folder, or folder of `gnvc port`.
 
     Raises:
         FileNotFoundError: If there is none of these.
-        PortError, ModelCorrupt: If the files are damaged.
+        PortError, ModelCorrupt, UsageError: If the files are damaged.
     """
     if has_component(path, "vae"):
         architecture, params = load_weights(path, "vae", np.float32)
         mean, std = architecture.latents_mean, architecture.latents_std
         return PretrainedVAE(architecture.config, params, np.float32(mean), np.float32(std))
-    _no_other_component(path, "vae")
+    _refuse_other_components(path, "vae")
+    if is_run(path):
+        from gnvc_jax.training import latent_statistics, weights
+        from gnvc_jax.training.checkpoints import model_of
+
+        experiment = model_of(path)
+        known = latent_statistics.identity_statistics(experiment.vae.latent_channels)
+        known |= latent_statistics.of_run(path, experiment)
+        params = weights.load_vae(experiment)
+        return PretrainedVAE(experiment.vae, params, known["mean"], known["std"])
     model = find_model(path)
     return PretrainedVAE(model.vae_config, _float32(model.vae), model.mean, model.std)
 
@@ -240,14 +248,15 @@ def load_refiner(
     dtype: jax.typing.DTypeLike = jnp.float32,
     seed: int = 0,
 ) -> PretrainedRefiner:
-    """Loads a refiner, from a model or from a ported DiT.
+    """Loads a refiner from a model, or makes one from a ported DiT.
 
-    A ported DiT knows nothing of a codec. What it lacks is initialised so that the DiT's velocity
-    is unchanged at first: the conditions on features and quality are zero, and so is the output
-    of the context blocks of a DiT without VACE's adapter.
+    A ported DiT knows nothing of a codec. What it lacks is initialised so that its velocity is
+    unchanged at first: the conditions on features and quality are zero, and so is the output of the
+    context blocks of a DiT without VACE's adapter. VACE's adapter also sees the latents of a grey
+    clip; they come from the VAE in the same folder, and are zero if there is none.
 
     Args:
-        path: Folder of `gnvc port` with a DiT, a model file, or the name of a shipped model.
+        path: Name of a shipped model, model file, run folder, or folder of `gnvc port` with a DiT.
         features: Channels of the codec's features, for a ported DiT.
         context_every: Blocks per new context block, for a ported DiT without an adapter.
         dtype: Type of matrix products and attention.
@@ -258,13 +267,43 @@ def load_refiner(
         UsageError: If the model has no refiner, or sizes do not fit.
         PortError, ModelCorrupt: If the files are damaged.
     """
-    if not has_component(path, "dit"):
-        _no_other_component(path, "dit")
+    if has_component(path, "dit"):
+        return _refiner_of_ported_dit(path, features, context_every, dtype, seed)
+    _refuse_other_components(path, "dit")
+    if is_run(path):
+        found = _refiner_of_run(path, dtype)
+    else:
         model = find_model(path)
-        if model.refiner_config is None:
-            raise UsageError(f"{path}: this model has no refiner")
-        given = _float32(model.refiner), model.text, model.white, dtype
-        return PretrainedRefiner(model.refiner_config, *given)
+        params = _float32(model.refiner)
+        given = params, model.text, model.white, dtype
+        found = model.refiner_config and PretrainedRefiner(model.refiner_config, *given)
+    if found is None:
+        raise UsageError(f"{path}: this model has no refiner")
+    return found
+
+
+def _refiner_of_run(path: str | Path, dtype: jax.typing.DTypeLike) -> PretrainedRefiner | None:
+    """Refiner of a run and those it started from, not rounded as in a model file; None if none."""
+    from gnvc_jax.training import latent_statistics, networks, weights
+    from gnvc_jax.training.checkpoints import model_of
+
+    experiment = model_of(path)
+    if experiment.refiner is None:
+        return None
+    refiner = Refiner(experiment.refiner)
+    shapes = jax.eval_shape(lambda key: networks.init_refiner(refiner, key), jax.random.key(0))
+    statistics = latent_statistics.of_run(path, experiment)
+    found = weights.load(experiment, {"refiner": shapes}, statistics)
+    weights.check_complete(found, {"refiner": shapes})
+    text = weights.load_text(experiment)
+    white = statistics["white"]
+    return PretrainedRefiner(experiment.refiner, found["refiner"], text, white, dtype)
+
+
+def _refiner_of_ported_dit(
+    path: str | Path, features: int, context_every: int, dtype: jax.typing.DTypeLike, seed: int
+) -> PretrainedRefiner:
+    """See `load_refiner`."""
     dit = read_architecture(path, "dit").config
     assert isinstance(dit, DiTConfig)
     if not dit.context_every:
@@ -272,17 +311,23 @@ def load_refiner(
         dit = dataclasses.replace(dit, **new)
     config = RefinerConfig(dit, features=features)
     known = {f"dit/{k}": x for k, x in flatten_dict(load_weights(path, "dit")[1], sep="/").items()}
+    if config.vace_layout and has_component(path, "vae"):
+        vae = load_vae(path)
+        grey = grey_latents(VAE(vae.config), vae.params)
+        known["grey"] = (grey - vae.mean) / vae.std
+    known |= _new_parameters(config, set(known), jax.random.key(seed))
     text = None
     if dit.text_length:
         kept = Path(path) / PROMPT
-        text = np.zeros((1, 1, dit.text_width), np.float32)
-        text = load_prompt(kept, dit) if kept.is_file() else text
-    known |= _new_parameters(config, set(known), jax.random.key(seed))
+        no_text = np.zeros((1, 1, dit.text_width), np.float32)
+        text = load_prompt(kept, dit) if kept.is_file() else no_text
     return PretrainedRefiner(config, unflatten_dict(known, sep="/"), text, None, dtype)
 
 
-def _new_parameters(config: RefinerConfig, known: set[str], key: Array) -> dict[str, Array]:
-    """Freshly initialised parameters of a refiner, by path, but for those known."""
+def _new_parameters(
+    config: RefinerConfig, known: set[str], key: Key[Array, ""]
+) -> dict[str, Array]:
+    """Random parameters of a refiner by path, without those that are known."""
     dit = config.dit
     latents, one = jnp.zeros((1, 1, 2, 2, dit.channels)), jnp.zeros((1,))
     features = jnp.zeros((1, 1, 2, 2, config.features))
@@ -292,18 +337,18 @@ def _new_parameters(config: RefinerConfig, known: set[str], key: Array) -> dict[
     def init(key: Array) -> dict[str, Array]:
         inputs = latents, one, latents, features, one.astype(jnp.int32), text
         params = flatten_dict(Refiner(config).init(key, *inputs)["params"], sep="/")
-        # What is not returned is not computed: a DiT need not exist twice.
+        # The compiler drops what is not returned, so a DiT never exists twice in memory.
         return {path: x for path, x in params.items() if path not in known}
 
     return init(key)
 
 
 def _float32(params: Tree) -> Tree:
-    """Parameters of a model file, whose kernels are half floats, in float32."""
+    """Parameters of a model file, whose kernels are stored in float16, in float32."""
     return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 
-def _no_other_component(path: str | Path, wanted: str) -> None:
-    """FileNotFoundError for a folder of `gnvc port` that lacks the wanted component."""
+def _refuse_other_components(path: str | Path, wanted: str) -> None:
+    """Raises FileNotFoundError for a folder of `gnvc port` that lacks the wanted component."""
     if others := [name for name in COMPONENTS if has_component(path, name)]:
         raise FileNotFoundError(f"{path}: holds {', '.join(others)}, but no ported {wanted}")

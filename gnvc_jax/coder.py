@@ -1,18 +1,25 @@
-"""Video <-> stream, group by group. Memory does not depend on the length of the video.
+"""Video to stream and back, group by group.
 
-A group of pictures (GOP) of 1 + 4k frames is decodable alone: VAE and codec start anew. Inside it
-everything streams: four frames give one latent, one latent gives one segment.
+`Coder` puts the parts together: the networks (`gnvc_jax.functions`), motion (`gnvc_jax.motion`) and
+entropy coding (`gnvc_jax.bitstream`). `encode_frames` takes frames from any iterable and writes
+chunks to any file; `decode_frames` and `decode_group` are generators of frames. For whole videos in
+memory, see `gnvc_jax.load_pretrained`.
+
+A group of pictures (GOP) of 1 + 4k frames can be decoded alone: VAE and codec start anew. Inside it
+everything streams: the first frame gives one latent, every further four frames give another. So
+memory depends on the size of frames and not on the length of the video.
 """
 
 import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import BinaryIO
+from types import TracebackType
+from typing import Any, BinaryIO, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, UInt8
 
 from gnvc_jax.bitstream import (
     EntropyCoder,
@@ -29,6 +36,7 @@ from gnvc_jax.bitstream.header import check_picture
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.codec.model import LATENT_MULTIPLE, DecodedLatent
 from gnvc_jax.errors import UsageError
+from gnvc_jax.frames import check_frame, pad_frames, to_float
 from gnvc_jax.functions import CodecFunctions
 from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
@@ -39,15 +47,14 @@ from gnvc_jax.motion.field import COARSE
 from gnvc_jax.parallel import axis_size
 
 MAX_QP = 63
-MAX_PIXELS = 1 << 25  # of a frame that is decoded unless told otherwise; 7680x4320 fits
+MAX_PIXELS = 1 << 25  # largest frame that is decoded by default; 7680x4320 fits
 DEFAULT_GOP = 97
-Progress = Callable[[int], None]
-Array = jax.Array
+Progress = Callable[[int], None]  # called with the number of frames that were finished
 
 
 @dataclasses.dataclass
 class Timing:
-    """Seconds spent by part."""
+    """Seconds spent in each part of coding."""
 
     vae: float = 0.0
     motion: float = 0.0
@@ -56,8 +63,29 @@ class Timing:
     refiner: float = 0.0
 
 
-def check_video(info: VideoInfo) -> None:
-    """UnsupportedFormat, naming the video, if a stream cannot hold its size or rate."""
+class DecodedGroup(NamedTuple):
+    """Latents of a group as the codec decodes them, before refinement.
+
+    Attributes:
+        latents: Normalised latents (1, t, h, w, c), padded as the codec needs them.
+        features: Features of the codec after each latent, (1, t, h, w, f).
+        q_index: Quality level, 0 (worst) to 63.
+        seed: Seed of the refiner's noise: the checksum of the group's symbols, which every decoder
+            of the stream has.
+    """
+
+    latents: Array
+    features: Array
+    q_index: int
+    seed: int
+
+
+def check_video_info(info: VideoInfo) -> None:
+    """Checks that a stream can hold the size and the frame rate of a video.
+
+    Raises:
+        UnsupportedFormat: If it cannot.
+    """
     try:
         check_picture(info.width, info.height, info.fps.as_integer_ratio())
     except LimitExceeded as error:
@@ -65,28 +93,47 @@ def check_video(info: VideoInfo) -> None:
 
 
 class _Clock:
+    """Context that adds the time spent in it to one part of a `Timing`."""
+
     def __init__(self, timing: Timing, part: str):
         self.timing, self.part = timing, part
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         self.start = time.perf_counter()
 
-    def __exit__(self, *_):
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         spent = time.perf_counter() - self.start
         setattr(self.timing, self.part, getattr(self.timing, self.part) + spent)
 
 
 class Coder:
-    """Encoder and decoder of one model; the compiled functions are kept between calls."""
+    """Encoder and decoder of one model.
+
+    Compiled functions are kept between calls, so one object serves many videos.
+
+    Attributes:
+        model: The model.
+        functions: Its jitted functions, with parameters on devices.
+        entropy: Entropy coder with the tables of the model.
+        timing: Seconds spent in each part since the coder was made; replace it to start anew.
+        motion: Whether the codec predicts from moved frames.
+        unit: Side in pixels of what one position of the hyperlatents stands for.
+        padding: Multiple to which the sides of frames are padded.
+    """
 
     def __init__(self, model: Model):
         self.model, self.functions = model, CodecFunctions(model)
         self.entropy = EntropyCoder(model.tables)
         self.timing = Timing()
         self.motion = model.codec_config.motion is not None
-        # Side in pixels of what one hyperlatent position stands for.
         self.unit = model.vae_config.stride * LATENT_MULTIPLE
-        # Motion compensates whole padded frames; without it, latents are padded instead.
+        # Motion compensates whole padded frames; without it, latents are padded instead, which
+        # costs the VAE less.
         self.padding = self.unit if self.motion else model.vae_config.stride
 
     def header(
@@ -97,9 +144,21 @@ class Coder:
         *,
         gop: int = DEFAULT_GOP,
         frame_count: int | None = None,
-        **extra,
+        **extra: Any,
     ) -> Header:
-        """Header of a new stream. UsageError if no group can have `gop` frames."""
+        """Header of a new stream.
+
+        Args:
+            width: Width of the frames in pixels.
+            height: Height of the frames in pixels.
+            fps: Frame rate as numerator and denominator.
+            gop: Frames per group, see `check_gop`.
+            frame_count: Number of frames, None if it is not known yet.
+            **extra: Other fields of `Header`, such as `colour`.
+
+        Raises:
+            UsageError: If no group can have `gop` frames.
+        """
         stride = self.model.vae_config.temporal_stride
         check_gop(gop, stride)
         cfg = self.model.codec_config
@@ -123,25 +182,40 @@ class Coder:
             **extra,
         )
 
+    # Encoding
+
     def encode_frames(
         self,
-        frames: Iterable[np.ndarray],
+        frames: Iterable[UInt8[np.ndarray, "h w 3"]],
         out: BinaryIO,
         header: Header,
         qp: int,
         progress: Progress = lambda n: None,
     ) -> int:
-        """Encode uint8 RGB frames (h, w, 3) at qp 0..63 (lower is better); returns the frames.
+        """Encodes frames as they come.
 
-        progress(n) is called whenever n more frames are done. UsageError for a frame of another
-        size, a qp out of range, a width that the mesh in use does not divide, or no frame at all.
+        Args:
+            frames: RGB frames of the size in the header.
+            out: File to write the stream to.
+            header: Header of the stream, see `header`.
+            qp: Quality level, 0 (best) to 63.
+            progress: Called with the number of new frames whenever some are finished.
+
+        Returns:
+            The number of frames.
+
+        Raises:
+            UsageError: If a frame has another size or type, `qp` is out of range, the mesh in use
+                cannot shard frames of this width, or there is no frame.
         """
         check_qp(qp)
         check_columns(header.width, header.latent_stride)
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
-        while gop := self._encode_group(itertools.islice(frames, header.gop_frames),
-                                        header, qp, number, first, progress):  # fmt: skip
-            payload, count = gop
+        while True:
+            group = itertools.islice(frames, header.gop_frames)
+            payload, count = self._encode_group(group, header, qp, number, first, progress)
+            if not count:
+                break
             writer.write_group(payload)
             number, first = number + 1, first + count
         if not first:
@@ -149,31 +223,63 @@ class Coder:
         writer.close()
         return first
 
-    def _encode_group(self, frames, header, qp, number, first, progress):
+    def _encode_group(
+        self,
+        frames: Iterator[np.ndarray],
+        header: Header,
+        qp: int,
+        number: int,
+        first: int,
+        progress: Progress,
+    ) -> tuple[bytes, int]:
+        """Encodes the frames of one group.
+
+        Args:
+            frames: Frames of this group.
+            header: Header of the stream.
+            qp: Quality level of the stream.
+            number: Number of the group.
+            first: Number of its first frame.
+            progress: See `encode_frames`.
+
+        Returns:
+            The payload of the group, and its number of frames: 0 if there are no frames left.
+        """
         stride = header.temporal_stride
+        # A model may code some latents of a group better than others, which are predicted from
+        # them.
         levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents)
         latents, fields, count = [], [], 0
-        cache = state = source = reference = predicted = prediction = None
+        # What passes from one latent to the next: the VAE's cache, the codec's state, the last
+        # frame of the source and as decoded, and the last symbols.
+        cache = state = source = reference = None
         previous = (None, None)
+        predicted = prediction = None
         while chunk := list(itertools.islice(frames, stride if latents else 1)):
             for frame in chunk:
-                check_frame(frame, header, first + count)
+                check_frame(frame, header.height, header.width, first + count)
             kind, given, q_index = int(bool(latents)), len(chunk), levels[len(latents)]
+            # The last chunk of a video may be short: its last frame is repeated, and the decoder
+            # drops what is too much.
             chunk += [chunk[-1]] * (stride - given if kind else 0)
-            chunk = pad_frames(np.stack(chunk), self.padding)
+            chunk = pad_frames(np.stack(chunk), self.padding)  # (t, h, w, 3)
             if kind and self.motion:
                 with _Clock(self.timing, "motion"):
+                    # Motion is searched between source frames, where it is true, but predicts from
+                    # the decoded frame, which is all that the decoder has.
                     fields.append(self._search(chunk, source, q_index, fields))
                     vectors = expand(fields[-1])
                     predicted, prediction = self.functions.predict(reference, vectors)
             with _Clock(self.timing, "vae"):
-                latent, cache = self.functions.encode_video(cache, to_float(chunk))
-                latent.block_until_ready()
+                latent, cache = self.functions.encode_video(cache, to_float(chunk)[None])
+                latent.block_until_ready()  # so that the clocks tell where time is spent
             with _Clock(self.timing, "codec"):
                 coded = self.functions.analyse(latent[:, 0], state, q_index, prediction)
                 z, y = (np.asarray(v, np.int8) for v in coded[:2])
                 index = self.functions.scale_index(kind, q_index, z, *previous)
+                # Symbols that are almost surely zero are not coded; the decoder takes them as zero.
                 y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
+                # From here on the encoder is a decoder: what it predicts from is what that sees.
                 decoded, state = self.functions.reconstruct(
                     LatentSymbols(z, y, index), state, q_index, prediction
                 )
@@ -184,7 +290,7 @@ class Coder:
             previous, count = (y, index), count + given
             progress(given)
         if not latents:
-            return None
+            return b"", 0
         with _Clock(self.timing, "entropy"):
             payload = encode_group(
                 latents,
@@ -200,8 +306,8 @@ class Coder:
 
     def _frames(
         self, decoded: DecodedLatent, prediction: Array | None, predicted: Array | None
-    ) -> Array:
-        """uint8 frames (1, t, h, w, 3) of a latent of a codec with motion; no prediction: intra."""
+    ) -> UInt8[Array, "1 t h w 3"]:
+        """Frames of a latent of a codec with motion; without a prediction, of an intra latent."""
         with _Clock(self.timing, "vae"):
             if prediction is None:
                 return self.functions.decode_latents(None, decoded.latent[:, None])[0]
@@ -210,28 +316,37 @@ class Coder:
     def _search(
         self, frames: np.ndarray, reference: np.ndarray, q_index: int, fields: list[MotionField]
     ) -> MotionField:
-        """Motion of uint8 frames relative to the source frame before them."""
+        """Searches the motion of frames (4, h, w, 3) relative to the source frame before them."""
         from gnvc_jax.motion.search import search, search_rate  # needs OpenCV; decoding does not
 
         return search(frames, reference, search_rate(q_index), fields[-1] if fields else None)
 
-    def check(self, header: Header, max_pixels: int = MAX_PIXELS) -> None:
-        """Before anything is decoded or allocated.
+    # Decoding
 
-        WrongModel or ModelCorrupt unless the stream was made with this model, LimitExceeded if a
-        frame has more than max_pixels: a few bytes can claim a picture that no memory holds;
-        UsageError for a width that the mesh in use does not divide.
+    def check(self, header: Header, max_pixels: int = MAX_PIXELS) -> None:
+        """Validates a header before anything is decoded or allocated.
+
+        Args:
+            header: Header of a stream.
+            max_pixels: Largest frame to accept. A few bytes can claim a frame that no memory holds.
+
+        Raises:
+            WrongModel: If the stream was made with another model.
+            ModelCorrupt: If the tables of the model are not those that the stream was made with.
+            LimitExceeded: If frames have more than `max_pixels` pixels.
+            UsageError: If the mesh in use cannot shard frames of this width.
         """
         check_columns(header.width, header.latent_stride)
         header.check_model(*self.model.fingerprints, self.model.tables.crc32())
         pixels = header.width * header.height
         if pixels > max_pixels:
             raise LimitExceeded(
-                f"frames of {header.width}x{header.height}, {pixels} pixels, allowed {max_pixels}"
+                f"frames of {header.width}x{header.height} have {pixels} pixels; at most "
+                f"{max_pixels} are allowed"
             )
 
     def symbols(self, header: Header, group: GroupPayload) -> list[QuantisedLatent]:
-        """The integers of a group; raises BitstreamError kinds."""
+        """Decodes the symbols of a group. Raises BitstreamError if they are damaged."""
         h, w = self._grid(header)
         cfg = self.model.codec_config
         z_shape, y_shape = (h, w, cfg.z_channels), (4 * h, 4 * w, cfg.y_channels)
@@ -239,7 +354,12 @@ class Coder:
             return decode_group(group, self.entropy, self.functions.scale_index, z_shape, y_shape)
 
     def fields(self, header: Header, group: GroupPayload) -> list[MotionField]:
-        """Motion of the predicted latents of a group; raises BitstreamError kinds."""
+        """Decodes the motion of the predicted latents of a group.
+
+        Raises:
+            WrongModel: If the group has motion, but the codec does not use any.
+            BitstreamError: If the motion segment is damaged.
+        """
         if not self.motion:
             if group.motion:
                 raise WrongModel("the stream has motion, the loaded model has none")
@@ -260,18 +380,25 @@ class Coder:
 
     def decode_group(
         self, header: Header, group: GroupPayload, steps: int | None = None
-    ) -> Iterator[np.ndarray]:
-        """Frames uint8 (h, w, 3) of one group, refined in `steps` steps (0: not at all).
+    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Decodes the frames of one group.
 
-        steps: by default one if the model has a refiner. Without refinement frames come as their
-        latents are read; with it, after all latents of the group.
+        Args:
+            header: Header of the stream.
+            group: Group, as `StreamReader` reads it.
+            steps: Refinement steps, 0 for none; None for one if the model has a refiner.
+
+        Yields:
+            Frames. Without refinement they come as their latents are decoded; with it, after all
+            latents of the group.
         """
         if steps is None:
             steps = int(self.model.refiner is not None)
         decoded = self._decoded(header, group)
         if steps:
             decoded = self._refined(group, list(decoded), steps)
-        # Latents of frames that were not padded end where the frames do.
+        # The codec works on padded latents. Without motion the encoder's VAE saw frames with less
+        # padding; its decoder is given latents of that size.
         h, w = (-(-side // self.padding) * self.padding for side in (header.height, header.width))
         h, w = (side // header.latent_stride for side in (h, w))
         cache, left = None, group.n_frames
@@ -283,12 +410,19 @@ class Coder:
             left -= len(frames)
             yield from frames
 
+    def latents(self, header: Header, group: GroupPayload) -> DecodedGroup:
+        """Decodes a group to latents and features of the codec, what a refiner works on."""
+        return _stack(group, list(self._decoded(header, group)))
+
     def _decoded(
         self, header: Header, group: GroupPayload
     ) -> Iterator[tuple[Array, Array, Array | None]]:
-        """Decoded latents (1, h, w, c) of a group, the codec's features after each, and frames.
+        """Decodes a group latent by latent.
 
-        Frames (1, t, h, w, 3) are there with motion only, which needs the last one of each latent.
+        Yields:
+            Latent (1, h, w, c), features of the codec after it (1, h, w, f), and uint8 frames
+            (1, t, h, w, 3). With motion the next latent is predicted from these frames; without it
+            they are None, and left to the caller.
         """
         state = predicted = prediction = frames = None
         symbols, fields = self.symbols(header, group), self.fields(header, group)
@@ -306,16 +440,15 @@ class Coder:
             yield decoded.latent, decoded.feature, frames
 
     def _refined(
-        self, group: GroupPayload, decoded: list, steps: int
+        self, group: GroupPayload, decoded: list[tuple[Array, Array, Array | None]], steps: int
     ) -> Iterator[tuple[Array, None, Array | None]]:
-        """The latents after refinement; the checksum of the group's symbols seeds the noise.
+        """Latents after refinement, in the form of `_decoded`.
 
-        With motion, frames hold detail that latents do not; they get what refinement adds.
+        With motion, frames hold detail that latents do not, so they are not decoded again: what
+        refinement adds to the latents is added to them.
         """
         with _Clock(self.timing, "refiner"):
-            latents, features = (jnp.stack(part, axis=1) for part in list(zip(*decoded))[:2])
-            seed, q_index = group.crc_symbols, group.q_indices[-1]
-            refined = self.functions.refine(latents, features, q_index, seed, steps)
+            refined = self.functions.refine(*_stack(group, decoded), steps)
             refined.block_until_ready()
         for t, (latent, _, frames) in enumerate(decoded):
             if frames is not None:
@@ -323,14 +456,27 @@ class Coder:
                     frames = self.functions.add_latent(frames, refined[:, t] - latent, t == 0)
             yield refined[:, t], None, frames
 
-    def decode_frames(self, reader: StreamReader, steps: int | None = None) -> Iterator[np.ndarray]:
-        """All frames of a stream, in order; steps: see `decode_group`."""
+    def decode_frames(
+        self, reader: StreamReader, steps: int | None = None
+    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Decodes all frames of a stream, in order.
+
+        Args:
+            reader: Stream.
+            steps: Refinement steps, see `decode_group`.
+
+        Yields:
+            Frames.
+
+        Raises:
+            BitstreamError: If the stream is damaged, or was made with another model.
+        """
         self.check(reader.header)
         for group in reader.groups():
             yield from self.decode_group(reader.header, group, steps)
 
-    def reconstruct(self, video: np.ndarray) -> np.ndarray:
-        """Through the VAE only, without codec: uint8 (t, h, w, 3) -> the same."""
+    def reconstruct(self, video: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
+        """Passes a video through the VAE alone: what a codec without any loss would give."""
         t, h, w, _ = video.shape
         stride = self.model.vae_config.temporal_stride
         out, encoder, decoder = [], None, None
@@ -338,56 +484,52 @@ class Coder:
             chunk = video[start : start + (stride if start else 1)]
             chunk = np.concatenate([chunk] + [chunk[-1:]] * (stride - len(chunk) if start else 0))
             chunk = pad_frames(chunk, self.model.vae_config.stride)
-            latent, encoder = self.functions.encode_video(encoder, to_float(chunk))
+            latent, encoder = self.functions.encode_video(encoder, to_float(chunk)[None])
             frames, decoder = self.functions.decode_latents(decoder, latent)
             out.append(np.asarray(frames[0, :, :h, :w]))
         return np.concatenate(out)[:t]
 
 
+def _stack(group: GroupPayload, decoded: list[tuple[Array, Array, Array | None]]) -> DecodedGroup:
+    """Latents and features of a group along a time axis."""
+    latents, features = (jnp.stack(part, axis=1) for part in list(zip(*decoded))[:2])
+    return DecodedGroup(latents, features, group.q_indices[-1], group.crc_symbols)
+
+
 def check_gop(gop: int, stride: int) -> None:
-    """UsageError unless gop is 1 + stride * k with k < 256; stride: frames per latent."""
+    """Checks the length of groups.
+
+    Args:
+        gop: Frames per group.
+        stride: Frames per latent.
+
+    Raises:
+        UsageError: If the length is not 1 + stride * k for any k < 256.
+    """
     most = 1 + 255 * stride
     if gop < 1 or (gop - 1) % stride or gop > most:
-        raise UsageError(f"gop {gop}: expected 1 + {stride}k frames, 1..{most}")
+        raise UsageError(f"gop must be 1 + {stride}k frames in [1, {most}], got {gop}")
 
 
 def check_qp(qp: int) -> None:
-    """UsageError unless qp is a quality level."""
+    """Raises UsageError unless `qp` is a quality level."""
     if not 0 <= qp <= MAX_QP:
-        raise UsageError(f"qp {qp}: expected 0..{MAX_QP}")
+        raise UsageError(f"qp must be in [0, {MAX_QP}], got {qp}")
 
 
 def check_columns(width: int, stride: int) -> None:
-    """UsageError unless the mesh axis `context` divides the columns of latents of frames.
+    """Checks that frames can be sharded over the mesh in use.
 
-    stride: pixels per latent, each way.
+    Args:
+        width: Width of the frames in pixels.
+        stride: Pixels per latent in each direction.
+
+    Raises:
+        UsageError: If the mesh axis `context` does not divide the columns of latents.
     """
     devices, columns = axis_size("context"), -(-width // stride)
     if columns % devices:
         raise UsageError(
-            f"{devices} devices cannot share frames {width} wide: that makes {columns} columns of "
-            "latents, which they do not divide"
+            f"frames {width} pixels wide have {columns} columns of latents, which cannot be split "
+            f"evenly over {devices} devices"
         )
-
-
-def check_frame(frame: np.ndarray, header: Header, number: int) -> None:
-    """UsageError unless a frame is uint8 (h, w, 3) of the header's size."""
-    size = (header.height, header.width, 3)
-    if frame.shape != size:
-        raise UsageError(f"frame {number} is {frame.shape}, expected {size}")
-    if frame.dtype != np.uint8:
-        raise UsageError(
-            f"frame {number} is {frame.dtype}, expected uint8 RGB in 0..255; frames in [0, 1] are "
-            "np.round(255 * frame).astype(np.uint8)"
-        )
-
-
-def pad_frames(frames: np.ndarray, multiple: int) -> np.ndarray:
-    """Repeats the last row and column of (t, h, w, 3) up to multiples of so many pixels."""
-    _, h, w, _ = frames.shape
-    return np.pad(frames, ((0, 0), (0, -h % multiple), (0, -w % multiple), (0, 0)), mode="edge")
-
-
-def to_float(frames: np.ndarray) -> np.ndarray:
-    """uint8 (t, h, w, 3) -> float32 (1, t, h, w, 3) in [-1, 1]."""
-    return frames[None].astype(np.float32) / np.float32(127.5) - np.float32(1.0)

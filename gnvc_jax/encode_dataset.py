@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from gnvc_jax.coder import DEFAULT_GOP, Coder, check_gop, check_qp, check_video
+from gnvc_jax.coder import DEFAULT_GOP, Coder, check_gop, check_qp, check_video_info
 from gnvc_jax.data.jobs import for_each_video
 from gnvc_jax.files import write_whole
 from gnvc_jax.media.reader import open_video
@@ -71,7 +71,7 @@ def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> di
     """Encodes one video, and returns its row of the manifest. Raises MediaError."""
     data = io.BytesIO()
     with open_video(str(video)) as frames:
-        check_video(frames.info)
+        check_video_info(frames.info)
         fps = frames.fps.numerator, frames.fps.denominator
         size = frames.width, frames.height
         header = coder.header(*size, fps, gop=gop, colour=frames.colour.code_points)

@@ -26,10 +26,11 @@ from gnvc_jax.codec import scales
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.codec.model import CodecState, DecodedLatent, LatentCodec, pad_latents
 from gnvc_jax.errors import UsageError
+from gnvc_jax.frames import to_float, to_uint8
 from gnvc_jax.model import Model, self_test, stored_dtype
 from gnvc_jax.motion.warp import predict
 from gnvc_jax.parallel import backend, constrain
-from gnvc_jax.refiner import Refiner, per_latent_factors, refine
+from gnvc_jax.refiner import Refiner, refine
 from gnvc_jax.vae import VAE, decode_chunk, encode_chunk
 
 Array = jax.Array
@@ -71,11 +72,6 @@ def shard_columns(tree: Tree) -> Tree:
     return jax.tree.map(lambda x: constrain(x, context=x.ndim - 2), tree)
 
 
-def to_uint8(frames: Array) -> Array:
-    """Frames in [-1, 1] to the nearest of 0..255; values outside are clipped."""
-    return jnp.floor((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5 + 0.5).astype(jnp.uint8)
-
-
 def codec_programs(model: Model) -> CodecPrograms:
     """Programs of a model, of which only configurations, statistics and text are used."""
     vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
@@ -93,7 +89,7 @@ def codec_programs(model: Model) -> CodecPrograms:
 
     @jax.jit
     def predict_frames(params: Tree, reference: Array, vectors: Array) -> tuple[Array, Array]:
-        frames = predict(reference.astype(jnp.float32) / 127.5 - 1.0, vectors)
+        frames = predict(to_float(reference), vectors)
         latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
         return frames, ((latents - mean) / std)[:, 0]
 
@@ -107,8 +103,7 @@ def codec_programs(model: Model) -> CodecPrograms:
 
     @functools.partial(jax.jit, static_argnames="first")
     def add_latent(params: Tree, frames: Array, latent: Array, first: bool) -> Array:
-        shown = frames.astype(jnp.float32) / 127.5 - 1.0
-        given = shown, latent[:, None] * std, first
+        given = to_float(frames), latent[:, None] * std, first
         return to_uint8(vae.apply({"params": params}, *given, method="add_latents"))
 
     @jax.jit
@@ -264,8 +259,7 @@ class CodecFunctions:
             return self.programs.velocity(self.refiner_params, state, tau, decoded, features, q)
 
         key, config, white = jax.random.key(seed), self.model.refiner_config, self.model.white
-        white = 1.0 if white is None else per_latent_factors(jnp.asarray(white), latents.shape[1])
-        return refine(velocity, config, latents * white, features, key, steps) / white
+        return refine(velocity, config, latents, features, key, steps, white)
 
     def scale_index(
         self,

@@ -67,7 +67,7 @@ def encode(
         force: Overwrite an existing output.
         no_progress: Hide the progress bar.
     """
-    from gnvc_jax.coder import check_video
+    from gnvc_jax.coder import check_video_info
     from gnvc_jax.media.reader import open_video
     from gnvc_jax.pretrained import load_pretrained
 
@@ -88,7 +88,7 @@ def encode(
         open_video(input, **options) as video,
         binary_output(output, force) as file,
     ):
-        check_video(video.info)
+        check_video_info(video.info)
         coder = load_pretrained(model)
         rate = (video.fps.numerator, video.fps.denominator)
         header = coder.header(

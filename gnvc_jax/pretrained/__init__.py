@@ -1,14 +1,19 @@
-"""The models that ship with the package, and the object that users code with."""
+"""Whole models: those that ship with the package, model files and training runs.
+
+`load_pretrained` gives a `Codec`, which turns videos in memory into streams and back;
+`find_model` gives the `gnvc_jax.model.Model` behind it.
+"""
 
 import io
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Array, Float, UInt8
 
 from gnvc_jax.bitstream import StreamReader
-from gnvc_jax.coder import DEFAULT_GOP, Coder
-from gnvc_jax.errors import UsageError
+from gnvc_jax.coder import DEFAULT_GOP, Coder, DecodedGroup
+from gnvc_jax.frames import check_video
 from gnvc_jax.model import Model, load_model
 
 FOLDER = Path(__file__).parent
@@ -19,48 +24,123 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether a path is the folder of a training run."""
+    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+
+
 def find_model(name: str | Path) -> Model:
-    """A shipped model by name, or a model file by path. FileNotFoundError, ModelCorrupt."""
-    shipped = FOLDER / f"{name}.safetensors"
-    if not shipped.is_file() and not Path(name).is_file():
+    """Finds a model.
+
+    Args:
+        name: Name of a shipped model, model file, or folder of a run that trains a codec.
+
+    Raises:
+        FileNotFoundError: If there is none of these.
+        ModelCorrupt: If the model file is damaged.
+        UsageError: If the run has no codec, or no checkpoint that can be read.
+    """
+    shipped, path = FOLDER / f"{name}.safetensors", Path(name)
+    if shipped.is_file():
+        return load_model(shipped)
+    if is_run(path):
+        from gnvc_jax.training.release import build_model  # coding itself needs no training
+
+        return build_model(path, path.name)
+    if not path.is_file():
+        known = ", ".join(names()) or "none ships with this installation"
         raise FileNotFoundError(
-            f"{name}: neither a model file nor one of: {', '.join(names()) or 'none shipped'}"
+            f"{name}: neither a shipped model ({known}) nor a model file nor a run folder"
         )
-    return load_model(shipped if shipped.is_file() else name)
+    return load_model(path)
 
 
 class Codec(Coder):
-    """A model with `encode` and `decode` for arrays in memory; `Coder` has the streaming forms."""
+    """A model that codes videos in memory.
+
+    The parameters are `codec.model.vae`, `codec.model.codec` and `codec.model.refiner`, and
+    `codec.functions.programs` are the pure functions that they go into. See
+    `gnvc_jax.coder.Coder` for videos that come frame by frame.
+    """
 
     def encode(
-        self, video: np.ndarray, *, qp: int = 24, fps: float | Fraction = 30, gop: int = DEFAULT_GOP
+        self,
+        video: UInt8[np.ndarray, "t h w 3"],
+        *,
+        qp: int = 24,
+        fps: float | Fraction = 30,
+        gop: int = DEFAULT_GOP,
     ) -> bytes:
-        """Video uint8 RGB (t, h, w, 3) -> stream. qp 0..63, lower is better.
+        """Encodes a video.
 
-        Raises UsageError for video of another type or shape.
+        Args:
+            video: RGB frames.
+            qp: Quality level, 0 (best) to 63 (smallest).
+            fps: Frames per second.
+            gop: Frames per group, 1 + 4k; each group can be decoded on its own.
+
+        Returns:
+            The stream, what `gnvc encode` writes to a file.
+
+        Raises:
+            UsageError: If the video has another shape or type, or an option is out of range.
+            LimitExceeded: If a stream cannot hold frames of this size or rate.
         """
-        if np.ndim(video) != 4 or np.shape(video)[-1] != 3:
-            raise UsageError(f"video is {np.shape(video)}, expected (frames, height, width, 3)")
-        rate = Fraction(fps).limit_denominator(1001)
-        header = self.header(
-            video.shape[2],
-            video.shape[1],
-            (rate.numerator, rate.denominator),
-            gop=gop,
-            frame_count=len(video),
-        )
+        video = np.asarray(video)
+        check_video(video)
+        count, height, width, _ = video.shape
+        rate = Fraction(fps).limit_denominator(1001).as_integer_ratio()
+        header = self.header(width, height, rate, gop=gop, frame_count=count)
         out = io.BytesIO()
         self.encode_frames(video, out, header, qp)
         return out.getvalue()
 
-    def decode(self, stream: bytes, steps: int | None = None) -> np.ndarray:
-        """Stream -> video uint8 RGB (t, h, w, 3). Raises the kinds of BitstreamError.
+    def decode(self, stream: bytes, steps: int | None = None) -> UInt8[np.ndarray, "t h w 3"]:
+        """Decodes a stream.
 
-        steps: of refinement, 0 for none; by default one if the model has a refiner.
+        Args:
+            stream: The stream.
+            steps: Refinement steps, 0 for none; None for one if the model has a refiner.
+
+        Returns:
+            RGB frames.
+
+        Raises:
+            BitstreamError: If the stream is damaged, or was made with another model.
+            UsageError: If steps are asked for of a model without a refiner.
         """
         return np.stack(list(self.decode_frames(StreamReader(stream), steps)))
 
+    def decode_latents(self, stream: bytes) -> list[DecodedGroup]:
+        """Decodes a stream to the latents of its groups, before refinement.
+
+        Raises:
+            BitstreamError: If the stream is damaged, or was made with another model.
+        """
+        reader = StreamReader(stream)
+        self.check(reader.header)
+        return [self.latents(reader.header, group) for group in reader.groups()]
+
+    def refine(self, group: DecodedGroup, steps: int = 1) -> Float[Array, "1 t h w c"]:
+        """Refines the latents of a group, as `decode` does.
+
+        Args:
+            group: Latents, one of those that `decode_latents` returns.
+            steps: Refinement steps.
+
+        Raises:
+            UsageError: If the model has no refiner.
+        """
+        return self.functions.refine(*group, steps)
+
 
 def load_pretrained(name: str | Path = "small") -> Codec:
-    """The codec of a shipped model ("small") or of a model file."""
+    """Loads a whole codec.
+
+    Args:
+        name: Name of a shipped model, model file, or folder of a run that trains a codec.
+
+    Raises:
+        FileNotFoundError, ModelCorrupt, UsageError: See `find_model`.
+    """
     return Codec(find_model(name))

@@ -172,6 +172,7 @@ def refine(
     features: Float[Array, "b t h w f"],
     key: Key[Array, ""],
     steps: int,
+    white: Float[ArrayLike, "2 c"] | None = None,
 ) -> Float[Array, "b t h w c"]:
     """Refines the latents of a group of any length.
 
@@ -183,16 +184,22 @@ def refine(
       velocity: called with state, tau (a scalar), decoded and features of one window; all windows
         have the same size, so one compilation serves them all.
       config: sizes of windows, and where refinement begins.
-      decoded: latents from the codec, whitened.
+      decoded: latents from the codec.
       features: of the codec.
       key: of the noise.
       steps: of Euler's method; with 0, the decoded latents are returned.
+      white: factors that whiten the first and the later latents, see `per_latent_factors`; None if
+        the latents are whitened already.
 
     Returns:
-      Refined latents, whitened.
+      Refined latents, in the scale of those that were given.
     """
     if steps == 0:
         return decoded
+    factors = 1.0
+    if white is not None:
+        factors = per_latent_factors(jnp.asarray(white), decoded.shape[1])
+    decoded = decoded * factors
     t = decoded.shape[1]
     size = min(t, config.window)
     starts = window_starts(t, config.window, config.overlap)
@@ -212,4 +219,4 @@ def refine(
 
     noise = config.noise * latent_noise(key, decoded.shape)
     state = flow.start_state(decoded, noise, config.start)
-    return flow.integrate(mean_velocity, state, flow.step_times(steps, config.start))
+    return flow.integrate(mean_velocity, state, flow.step_times(steps, config.start)) / factors

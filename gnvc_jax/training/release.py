@@ -23,8 +23,6 @@ from gnvc_jax.training.networks import init_networks, make_networks
 def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
     """Writes the model file of a run.
 
-    The model has the averaged weights of the newest checkpoint, low-rank changes merged.
-
     Args:
         run: Run folder.
         out: Model file to write.
@@ -38,6 +36,24 @@ def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
         UsageError: the run trains no codec, or a parameter is nowhere to be found.
         OSError: the file cannot be written.
     """
+    made = build_model(run, Path(out).stem if name is None else name)
+    model.save_model(out, made)
+    return made
+
+
+def build_model(run: str | Path, name: str) -> Model:
+    """Builds the model of a run in memory.
+
+    The model has the averaged weights of the newest checkpoint, low-rank changes merged.
+
+    Args:
+        run: Run folder.
+        name: Name of the model.
+
+    Raises:
+        FileNotFoundError: the run, or one that it started from, is not there.
+        UsageError: the run trains no codec, or a parameter is nowhere to be found.
+    """
     experiment = model_of(run)
     if experiment.codec is None:
         raise UsageError(f"{run}: a run of the stage `{experiment.stage}` has no codec to release")
@@ -47,8 +63,8 @@ def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
     statistics = latent_statistics.of_run(run, experiment)
     parts = weights.load(experiment, shapes, statistics)
     weights.check_complete(parts, shapes)
-    made = model.build(
-        Path(out).stem if name is None else name,
+    return model.build(
+        name,
         experiment.vae,
         experiment.codec,
         parts["vae"],
@@ -60,5 +76,3 @@ def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
         weights.load_text(experiment),
         statistics["white"] if experiment.refiner is not None else None,
     )
-    model.save_model(out, made)
-    return made

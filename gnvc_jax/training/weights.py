@@ -36,7 +36,7 @@ from gnvc_jax.training.checkpoints import config_of, load_params
 from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
 from gnvc_jax.training.networks import init_vae
 from gnvc_jax.training.partition import join
-from gnvc_jax.vae import VAE, encode_clip
+from gnvc_jax.vae import VAE, grey_latents
 
 Array = jax.Array
 Tree = Any
@@ -106,7 +106,7 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
         like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
     found = load_ported(experiment, known, like)
     if statistics is not None and "grey" in like.get("refiner", {}):
-        found = join(found, {"refiner": {"grey": grey_latents(experiment, statistics)}})
+        found = join(found, {"refiner": {"grey": whitened_grey_latents(experiment, statistics)}})
     trained_before: set[str] = set()
     kernels = {name: part for name, part in like.items() if name != "lora"}
     for run, rank, next_rank in zip(known.runs, ranks, [*ranks[1:], experiment.lora]):
@@ -173,13 +173,11 @@ def add_run(found: Tree, run: str, like: Tree, rank: int, goes_on: bool) -> tupl
     return lora.merge_part(join(found, loaded)), set(loaded) - {"lora"}
 
 
-def grey_latents(experiment: Experiment, statistics: Statistics) -> np.ndarray:
+def whitened_grey_latents(experiment: Experiment, statistics: Statistics) -> np.ndarray:
     """Whitened latents (2, c) of a grey clip: of the first latent, and of one that follows."""
-    params, vae = load_vae(experiment), VAE(experiment.vae)
-    side, frames = 8 * experiment.vae.stride, 1 + 3 * experiment.vae.temporal_stride
-    latents = encode_clip(vae, params, jnp.zeros((1, frames, side, side, 3)))
+    latents = grey_latents(VAE(experiment.vae), load_vae(experiment))
     latents = (np.asarray(latents) - statistics["mean"]) / statistics["std"]
-    return latents[0, [0, -1], 4, 4] * statistics["white"]
+    return latents * statistics["white"]
 
 
 def load_vae(experiment: Experiment) -> Tree:

@@ -8,6 +8,7 @@ from gnvc_jax.vae.drivers import (
     encode_chunk,
     encode_clip,
     encode_stream,
+    grey_latents,
     pad_video,
 )
 from gnvc_jax.vae.model import VAE
@@ -21,5 +22,6 @@ __all__ = [
     "encode_chunk",
     "encode_clip",
     "encode_stream",
+    "grey_latents",
     "pad_video",
 ]

@@ -105,6 +105,17 @@ def decode_clip(
     return jnp.clip(video[:, :frames, : size[0], : size[1]], -1.0, 1.0)
 
 
+def grey_latents(vae: VAE, params: Tree) -> Float[Array, "2 z"]:
+    """Latents of a grey clip, a first and a later one, not normalised.
+
+    They are taken from the middle of the frame and the end of the clip, where neither border is
+    felt. VACE marks with them what is to be generated.
+    """
+    side, frames = 8 * vae.config.stride, 1 + 3 * vae.config.temporal_stride
+    latents = encode_clip(vae, params, jnp.zeros((1, frames, side, side, 3)))
+    return latents[0, jnp.array([0, -1]), 4, 4]
+
+
 def encode_stream(
     vae: VAE, params: Tree, video: Float[ArrayLike, "b t h w 3"]
 ) -> Float[Array, "b n h2 w2 z"]:

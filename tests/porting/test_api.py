@@ -107,7 +107,9 @@ def test_what_a_folder_or_model_lacks_is_named(public, tiny_model, tmp_path):
     save_model(tmp_path / "plain.safetensors", tiny_model(0))
     with pytest.raises(UsageError, match="this model has no refiner"):
         gnvc_jax.load_refiner(tmp_path / "plain.safetensors")
-    with pytest.raises(FileNotFoundError, match="neither a model file nor one of: small"):
+    with pytest.raises(
+        FileNotFoundError, match=r"neither a shipped model \(small\) nor a model file nor a run"
+    ):
         gnvc_jax.load_vae(tmp_path / "nothing")
     with pytest.raises(UsageError, match=r"expected \(b, n, h, w, 4\)"):
         gnvc_jax.load_vae(tmp_path / "plain.safetensors").decode(np.zeros((1, 2, 8, 8, 5)))
