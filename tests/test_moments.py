@@ -5,7 +5,7 @@ import numpy as np
 from gnvc_jax.moments import Moments
 
 
-def test_moments_against_numpy():
+def test_moments_match_numpy():
     """The covariance of batches is that of all vectors, and so are its eigenvalues."""
     x = np.random.default_rng(1).normal(size=(50, 7)) @ np.diag(np.arange(1.0, 8.0)) + 3.0
     moments = Moments(7)

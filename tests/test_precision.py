@@ -111,7 +111,7 @@ def test_products_of_the_refiner_are_as_configured(tiny_model):
     assert HALF in {dtype for _, dtype in half}
 
 
-def test_a_decoder_in_half_precision_with_remat(monkeypatch):
+def test_decoder_runs_in_half_precision_with_remat(monkeypatch):
     """About the same frames; the same gradients; the encoder stays as it is."""
     config = VAEConfig(4, (1, 1), 1, 4, (True,))
     monkeypatch.setattr("gnvc_jax.convolution.backend", lambda: "tpu")

@@ -46,7 +46,7 @@ def write(toy, order=(0, 1, 2), **changes) -> bytes:
     return file.getvalue()
 
 
-def test_layout(toy):
+def test_file_layout_is_that_of_the_specification(toy):
     """The whole file, field by field, with struct and zlib only."""
     data = toy.data
     size = struct.unpack_from("<I", data, 12)[0]
@@ -82,7 +82,7 @@ def test_layout(toy):
     assert footer[12:] == struct.pack("<I", zlib.crc32(footer[:12])) + b"\x89GNVEND\n"
 
 
-def test_sequential_reading(toy, tmp_path):
+def test_sequential_reading_gives_all_groups(toy, tmp_path):
     path = tmp_path / "toy.gnvc"
     path.write_bytes(toy.data)
     assert toy.decode(toy.data) == toy.symbols
@@ -100,7 +100,7 @@ def test_reading_from_a_real_pipe(toy):
     thread.join()
 
 
-def test_random_access(toy):
+def test_random_access_gives_the_requested_group(toy):
     """Any order, also in the middle of reading forward."""
     reader = StreamReader(toy.data)
     forward = list(StreamReader(toy.data).groups())
@@ -114,7 +114,7 @@ def test_random_access(toy):
             reader.group(number)
 
 
-def test_unknown_frame_count(toy):
+def test_frame_count_may_be_unknown_when_writing_begins(toy):
     """A writer to a pipe does not know it; the index says it at the end."""
     file = io.BytesIO()
     file.seek = file.tell = None  # the writer never needs them
@@ -126,13 +126,13 @@ def test_unknown_frame_count(toy):
     assert struct.unpack_from("<Q", file.getvalue(), 40)[0] == 2**64 - 1
 
 
-def test_wrong_frame_count(toy):
+def test_wrong_frame_count_is_refused(toy):
     for count in (18, 20):
         with pytest.raises(MalformedChunk, match="frames"):
             list(StreamReader(toy.mend(toy.edit(toy.data, 40, struct.pack("<Q", count)))).groups())
 
 
-def test_no_groups_at_all(toy):
+def test_stream_without_groups_is_readable(toy):
     file = io.BytesIO()
     StreamWriter(file, toy.header(frame_count=None)).close()
     reader = StreamReader(file.getvalue())
@@ -156,7 +156,7 @@ def test_writer_refuses_what_does_not_fit(toy):
         writer.close()
 
 
-def test_chunk_limits(toy):
+def test_chunks_above_the_size_limit_are_refused(toy):
     at = toy.chunks(toy.data)[1][0]
     for source in (lambda d: d, Pipe):
         for length, error in ((2**28 + 1, LimitExceeded), (2**32 - 1, LimitExceeded),
@@ -171,14 +171,14 @@ def test_chunk_limits(toy):
                 tracemalloc.stop()
 
 
-def test_checksum(toy):
+def test_damaged_chunk_raises_checksum_mismatch(toy):
     at = toy.chunks(toy.data)[1][0]
     with pytest.raises(ChecksumMismatch, match=rf"GOPC.*group 1.*offset {at}"):
         list(StreamReader(toy.edit(toy.data, at + 20, b"\0\0\0\0")).groups())
 
 
 @pytest.mark.parametrize("kind, known", [(b"META", True), (b"xtra", True), (b"XTRA", False)])
-def test_unknown_chunks(toy, kind, known):
+def test_unknown_chunks_are_skipped_or_refused_by_their_first_letter(toy, kind, known):
     at, data = toy.chunks(toy.data)[1][0], kind + struct.pack("<I", 5) + b"hello"
     data = toy.data[:at] + data + struct.pack("<I", zlib.crc32(data)) + toy.data[at:]
     if known:
@@ -192,7 +192,7 @@ def test_unknown_chunks(toy, kind, known):
     "order, message",
     [((1, 0, 2), "group number 1"), ((0, 0, 1), "group number 0"), ((0, 2), "group number 2")],
 )
-def test_groups_out_of_order(toy, order, message):
+def test_groups_out_of_order_are_refused(toy, order, message):
     with pytest.raises(MalformedChunk, match=message):
         list(StreamReader(write(toy, order)).groups())
 
@@ -206,7 +206,7 @@ def test_group_against_header_and_neighbours(toy):
         list(StreamReader(toy.mend(toy.edit(toy.data, at + 1, b"\x0a"))).groups())
 
 
-def test_index_that_disagrees(toy):
+def test_index_that_disagrees_with_groups_is_refused(toy):
     at = toy.chunks(toy.data)[-1][0]
     for where, value, message in ((8, 18, "18 frames"), (16, 2, "index of 84 bytes for 2")):
         with pytest.raises(MalformedChunk, match=message):
@@ -229,7 +229,7 @@ def test_index_that_disagrees(toy):
         lambda toy: toy.mend(toy.edit(toy.data, toy.chunks(toy.data)[-1][0] + 36, b"\xff" * 4)),
     ],
 )
-def test_index_is_rebuilt(toy, damage):
+def test_damaged_index_is_rebuilt_with_a_warning(toy, damage):
     reader = StreamReader(damage(toy))
     with pytest.warns(IndexRebuilt):
         assert reader.index() == StreamReader(toy.data).index()
@@ -328,7 +328,7 @@ def test_tolerant_reading_of_a_stream_of_unknown_length(toy):
         assert lost_frames(lying[: toy.chunks(data)[3][0]], source) == [-9, -9, 0, 0]
 
 
-def test_truncated_at_every_length(toy):
+def test_file_truncated_at_any_length_gives_its_complete_groups(toy):
     """Whole groups come out, then Truncated; before the first chunk, a header's errors."""
     ends = [at + size for at, size in toy.chunks(toy.data)]
     for length in range(len(toy.data)):
@@ -354,7 +354,7 @@ def test_truncated_at_every_length(toy):
             assert count == sum(e <= length for e in ends[:-1])
 
 
-def test_every_byte_flipped_once(toy):
+def test_every_flipped_byte_is_detected(toy):
     """An error, or the very symbols (in the footer, or with a warning in the index)."""
     index = toy.chunks(toy.data)[-1][0]
     for at in range(len(toy.data)):
@@ -376,7 +376,7 @@ def test_exit_codes_are_distinct():
     assert sorted(codes) == [1, *range(10, 17), *range(20, 25)]
 
 
-def test_files_are_closed(toy, tmp_path):
+def test_reader_closes_files_it_opened(toy, tmp_path):
     path = tmp_path / "bad.gnvc"
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(NotThisFormat):

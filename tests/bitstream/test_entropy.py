@@ -70,7 +70,7 @@ def test_extreme_tables_and_symbols():
         assert fast.is_empty() and plain.is_empty()
 
 
-def test_both_read_the_same_nonsense(toy):
+def test_both_coders_decode_random_words_alike(toy):
     """Damaged words must not split the two readers: both give the same wrong symbols."""
     rng = np.random.default_rng(2)
     tables = toy.tables()
@@ -94,7 +94,7 @@ GOLDEN = (
 
 
 @pytest.mark.parametrize("backend", [module.ConstrictionCoder, PlainCoder])
-def test_golden_bytes(toy, backend):
+def test_bytes_match_golden_values(toy, backend):
     coder = EntropyCoder(toy.tables(), backend)
     z = np.array([[[-15, 0], [3, 15]]], np.int8)
     index = (np.arange(4 * 8 * 3).reshape(4, 8, 3) * 7 % 64).astype(np.uint8)
@@ -107,7 +107,7 @@ def test_golden_bytes(toy, backend):
 
 
 @pytest.mark.parametrize("low, high", [(8, 24), (8, 64), (40, 64)])
-def test_bytes_are_what_theory_says(toy, low, high):
+def test_size_is_close_to_the_information_content(toy, low, high):
     """Within 0.1 % of the information content, which in turn is that of scipy's normal."""
     import scipy.stats
 
@@ -125,7 +125,7 @@ def test_bytes_are_what_theory_says(toy, low, high):
     assert ideal - z_bits == pytest.approx(y_bits, rel=2e-3)
 
 
-def test_canonical_order(toy):
+def test_symbols_are_coded_in_canonical_order(toy):
     """z by channel, then y by index, raster inside an index: one coder call per table, in order."""
     tables = toy.tables()
     z, y, index = draw(np.random.default_rng(4), tables, (2, 2, 2))
@@ -142,7 +142,7 @@ def test_canonical_order(toy):
 
 
 @pytest.mark.parametrize("backend", [module.ConstrictionCoder, PlainCoder])
-def test_symbols_out_of_range(toy, backend):
+def test_symbols_out_of_range_are_refused(toy, backend):
     coder = EntropyCoder(toy.tables(), backend)
     z, y, index = draw(np.random.default_rng(6), coder.tables, (1, 2, 2))
     for name, value in (("z", -16), ("z", 16), ("y", -128)):
@@ -167,7 +167,7 @@ def test_latents_of_a_group_share_a_segment(toy):
     assert ideal <= 8 * len(segment) <= ideal + 64
 
 
-def test_a_symbol_where_nothing_is_coded(toy):
+def test_symbol_below_k_skip_is_refused(toy):
     z, y, index = draw(np.random.default_rng(9), toy.coder.tables, (1, 2, 2))
     changed = np.where(index < toy.coder.tables.k_skip, 1, y).astype(np.int8)
     assert (changed != y).any()
@@ -175,7 +175,7 @@ def test_a_symbol_where_nothing_is_coded(toy):
         encode(toy.coder, 1, 33, z, changed, index)
 
 
-def test_segments_that_cannot_be(toy):
+def test_impossible_segments_are_refused(toy):
     z, y, index = draw(np.random.default_rng(5), toy.coder.tables, (1, 2, 2))
     segment = encode(toy.coder, 1, 33, z, y, index)
     for bad, words in ((segment[:-1], "words of 4 bytes"), (segment + bytes(4), "zero word")):

@@ -65,7 +65,7 @@ def outcome(read):
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, insert, duplicate, lengths])
-def test_damaged_files(toy, damage):
+def test_random_damage_raises_bitstream_errors_only(toy, damage):
     rng = np.random.default_rng(sum(damage.__name__.encode()))
     chunks, intact = toy.chunks(toy.data), list(StreamReader(toy.data).groups())
     errors = survivors = 0

@@ -23,7 +23,7 @@ def decode(toy, group, network=None):
     return decode_group(group, toy.coder, network or toy.scale_index, toy.z_shape, toy.y_shape)
 
 
-def test_layout_of_the_payload(toy):
+def test_payload_layout_is_that_of_the_specification(toy):
     """Field by field, from the description of the format."""
     payload, latents = toy.payloads[1], toy.groups[1]
     assert payload[:3] == bytes([1, 9, 9])  # group, first frame, frames: below 128, a byte each
@@ -45,7 +45,7 @@ def test_version_1_is_still_read(toy):
             np.testing.assert_array_equal(got.y, want.y)
 
 
-def test_symbols_come_back(toy):
+def test_group_round_trip(toy):
     for payload, latents in zip(toy.payloads, toy.groups):
         for got, want in zip(decode(toy, parse_group(payload)), latents, strict=True):
             assert (got.kind, got.q_index) == (want.kind, want.q_index)
@@ -74,7 +74,7 @@ def edit(payload: bytes, at: int, value: bytes) -> bytes:
         (lambda p: edit(p, 15, b"\x7f"), "motion of 127 bytes"),
     ],
 )
-def test_contradictions(toy, damage, message):
+def test_contradicting_fields_are_refused(toy, damage, message):
     with pytest.raises(MalformedChunk, match=message):
         parse_group(damage(toy.payloads[0]))
 
@@ -98,19 +98,19 @@ def test_contradictions(toy, damage, message):
         (lambda p: p[:-1], "segments of"),
     ],
 )
-def test_contradictions_in_version_1(toy, damage, message):
+def test_contradicting_fields_of_version_1_are_refused(toy, damage, message):
     with pytest.raises(MalformedChunk, match=message):
         parse_group(damage(toy.version_1(0)), version=1)
 
 
-def test_segment_of_half_words(toy):
+def test_segment_of_partial_words_is_refused(toy):
     group = parse_group(toy.payloads[0])
     short = dataclasses.replace(group, segments=(group.segments[0][:-1],))
     with pytest.raises(EntropyError, match="words of 4 bytes"):
         decode(toy, short)
 
 
-def test_segment_longer_than_its_symbols_can_be(toy):
+def test_segment_longer_than_its_symbols_can_be_is_refused(toy):
     group = parse_group(toy.payloads[2])
     most = 4 * (np.prod(toy.z_shape) + np.prod(toy.y_shape)) + 64
     for length, error in ((most, (EntropyError, Desynchronised)), (most + 4, MalformedChunk)):
@@ -118,7 +118,7 @@ def test_segment_longer_than_its_symbols_can_be(toy):
             decode(toy, dataclasses.replace(group, segments=(b"\1" * int(length),)))
 
 
-def test_other_arithmetic_is_desynchronisation(toy):
+def test_different_arithmetic_raises_desynchronised(toy):
     """One index off by one, in any latent, is told apart from damaged symbols."""
 
     def other(where):
@@ -136,7 +136,7 @@ def test_other_arithmetic_is_desynchronisation(toy):
             decode(toy, parse_group(toy.payloads[0]), other(where))
 
 
-def test_wrong_symbols_under_right_indices(toy):
+def test_wrong_symbols_with_right_indices_raise_entropy_error(toy):
     group = parse_group(toy.payloads[2])
     with pytest.raises(EntropyError, match="symbols have CRC32"):
         decode(toy, dataclasses.replace(group, crc_symbols=group.crc_symbols ^ 1))
@@ -148,7 +148,7 @@ def test_wrong_symbols_under_right_indices(toy):
         decode(toy, dataclasses.replace(group, segments=zero))
 
 
-def test_symbols_that_cannot_be_written(toy):
+def test_symbols_that_would_not_decode_are_not_written(toy):
     """Symbols where nothing is coded cannot come back, so they are never written."""
     s = toy.groups[2][0]
     y = np.where(s.index < toy.coder.tables.k_skip, 1, s.y).astype(np.int8)
@@ -160,7 +160,7 @@ def test_symbols_that_cannot_be_written(toy):
         )  # fmt: skip
 
 
-def test_memory_is_known_before_it_is_taken(toy):
+def test_memory_limit_is_checked_before_allocation(toy):
     """A few bytes can claim the largest picture; the limit is met without allocating it."""
     group = parse_group(toy.payloads[0])
     tracemalloc.start()

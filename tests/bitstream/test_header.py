@@ -16,7 +16,7 @@ from gnvc_jax.bitstream.errors import (
 )
 
 
-def test_header_comes_back(toy):
+def test_header_round_trip(toy):
     reader = StreamReader(toy.data)
     assert reader.header == toy.header() and reader.start == 140
     plain = toy.header(frame_count=None, extra={})
@@ -24,7 +24,7 @@ def test_header_comes_back(toy):
     assert StreamReader(file).header == plain
 
 
-def test_not_this_format(toy):
+def test_other_files_raise_not_this_format(toy):
     for data in (b"", b"\x89GNV", b"RIFF" + bytes(200), toy.data[:131]):
         with pytest.raises(NotThisFormat):
             StreamReader(data)
@@ -33,7 +33,7 @@ def test_not_this_format(toy):
             StreamReader(damaged)
 
 
-def test_unsupported_version(toy):
+def test_unknown_version_or_flags_raise_unsupported_version(toy):
     for at, value in ((8, b"\3"), (8, b"\0"), (16, b"\1"), (19, b"\x80"), (117, b"\x3f"),
                       (118, b"\x7e"), (119, b"\2")):  # fmt: skip
         with pytest.raises(UnsupportedVersion):
@@ -42,7 +42,7 @@ def test_unsupported_version(toy):
         assert toy.decode(toy.mend(toy.edit(toy.data, at, value))) == toy.symbols
 
 
-def test_header_corrupt(toy):
+def test_flipped_bytes_raise_header_corrupt(toy):
     with pytest.raises(HeaderCorrupt):
         StreamReader(toy.edit(toy.data, 24, b"\x81"))
 
@@ -71,7 +71,7 @@ U16, U32 = "<H", "<I"
         (130, U16, [3], [5, 2**16 - 1]),
     ],
 )
-def test_limits_of_header_fields(toy, at, form, good, bad):
+def test_header_fields_out_of_range_raise_limit_exceeded(toy, at, form, good, bad):
     for value in good:
         StreamReader(toy.mend(toy.edit(toy.data, at, struct.pack(form, value))))
     for value in bad:
@@ -79,7 +79,7 @@ def test_limits_of_header_fields(toy, at, form, good, bad):
             StreamReader(toy.mend(toy.edit(toy.data, at, struct.pack(form, value))))
 
 
-def test_limits_that_join_fields(toy):
+def test_combined_limits_of_fields_are_checked(toy):
     for width, height, good in ((16384, 8192, True), (16384, 8208, False)):
         data = toy.mend(toy.edit(toy.data, 24, struct.pack("<II", width, height)))
         if good:
@@ -96,12 +96,12 @@ def test_limits_that_join_fields(toy):
             toy.header(**changes).pack()
 
 
-def test_largest_header(toy):
+def test_header_of_the_largest_size_is_readable(toy):
     header = toy.header(extra={1: bytes(range(256)) * 255, 65535: b""})
     assert StreamReader(header.pack()).header == header
 
 
-def test_models_are_told_apart(toy):
+def test_check_model_refuses_another_model(toy):
     header, crc = StreamReader(toy.data).header, toy.coder.tables.crc32()
     codec, vae = toy.fingerprints
     header.check_model(codec, vae, crc)

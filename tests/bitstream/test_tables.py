@@ -42,7 +42,7 @@ def test_end_symbols_hold_the_tails():
 
 
 @pytest.mark.parametrize("n", [2, 31, 255])
-def test_frequencies_of_any_probabilities(n):
+def test_frequencies_are_positive_and_sum_to_the_total(n):
     p = np.random.default_rng(n).dirichlet(np.full(n, 0.05), 40)
     freq = frequencies_from_probabilities(p)
     check(freq, n)
@@ -52,7 +52,7 @@ def test_frequencies_of_any_probabilities(n):
     np.testing.assert_array_equal(certain[0], [2**24 - n + 1] + [1] * (n - 1))
 
 
-def test_rows_by_quality_and_kind(toy):
+def test_z_rows_depend_on_kind_and_quality_group(toy):
     tables = toy.tables()
     for q_index, row in ((0, 0), (15, 0), (16, 1), (47, 2), (63, 3)):
         np.testing.assert_array_equal(tables.z_rows(1, q_index), tables.z[1, row])

@@ -54,14 +54,14 @@ def started(params, cells):
     )
 
 
-def test_basis_is_that_of_numpy(cells, started):
+def test_fitted_basis_is_the_eigenvectors_of_numpy(cells, started):
     _, vectors = np.linalg.eigh(np.cov(cells.T))
     best = vectors[:, ::-1][:, :8]
     np.testing.assert_allclose(np.abs(best.T @ started["basis"]), np.eye(8), atol=1e-3)
     np.testing.assert_array_equal(started["inverse"], started["basis"].T)
 
 
-def test_step_is_the_best_for_its_worth():
+def test_quantiser_step_minimises_rate_distortion_cost():
     """Rate and distortion of an entropy coded uniform quantiser of a Gaussian, by integration."""
     worth, sigma = 0.5, 40.0
 
@@ -84,7 +84,7 @@ def test_step_is_the_best_for_its_worth():
     assert np.argmin([cost(step) for step in steps]) == 2
 
 
-def test_tables_are_those_of_the_deviations(cells, started):
+def test_fitted_table_index_matches_the_standard_deviation(cells, started):
     """The integer network gives every coefficient the table of its deviation, at every level."""
     deviations = np.sqrt(np.linalg.eigvalsh(np.cov(cells.T))[::-1][:8])
     network = export(CONFIG, started["entropy"]["scales"])
@@ -100,13 +100,13 @@ def test_tables_are_those_of_the_deviations(cells, started):
         np.testing.assert_allclose(sigma_from_index(index[0, 0].astype(float)), want, rtol=0.05)
 
 
-def test_whitening_evens_channels_out():
+def test_whitening_equalises_channel_variances():
     white = whitening(np.array([4.0, 1.0, 1e-6]))
     assert white[1] / white[0] == pytest.approx(2.0, rel=0.2)
     assert white[2] < 10 * white[1]  # a channel that hardly varies is not blown up
 
 
-def test_a_fitted_model_codes_without_training(tmp_path):
+def test_fitted_model_codes_without_training(tmp_path):
     """More bytes and a better picture from level to level, and symbols in both kinds of latents."""
     rng = np.random.default_rng(2)
     canvas = rng.normal(size=(4, 40, 40, 3)).repeat(4, 1).repeat(4, 2)

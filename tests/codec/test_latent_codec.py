@@ -54,13 +54,13 @@ def params():
     return jax.tree_util.tree_map_with_path(draw, shapes(TINY))
 
 
-def test_full_size_is_about_sixteen_million():
+def test_full_size_has_about_sixteen_million_parameters():
     count = sum(x.size for x in jax.tree.leaves(shapes(CodecConfig())))
     assert 15e6 < count < 18e6
 
 
 @pytest.mark.parametrize("passes", [2, 4])
-def test_masks_visit_everything_once(passes):
+def test_spatial_masks_visit_every_element_once(passes):
     masks = spatial_masks(passes, 6, 4, 8)
     np.testing.assert_array_equal(masks.sum(axis=0), 1)
     # After the first pass every position knows a share 1 / passes of its channels.
@@ -93,7 +93,7 @@ def test_training_and_coding_forms_agree(params):
     assert len(np.unique(trained.symbols.index)) > 4
 
 
-def test_before_training_it_is_a_transform_coder():
+def test_untrained_codec_is_a_transform_coder():
     """Networks start at zero: y is the basis times the residual, and comes back by its inverse."""
     codec = LatentCodec(TINY)
     latents = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 4))
@@ -119,7 +119,7 @@ def test_before_training_it_is_a_transform_coder():
         assert np.mean(np.abs(decoded - coded.latent) < 1e-4) > 0.99
 
 
-def test_a_prediction_given_takes_the_place_of_the_last_latent(params):
+def test_given_prediction_replaces_the_last_latent(params):
     codec, key, q_index = LatentCodec(TINY), jax.random.key(1), jnp.asarray([40])
     latents = jax.random.normal(jax.random.key(0), (2, 1, 8, 8, 4))
 
@@ -137,7 +137,7 @@ def test_a_prediction_given_takes_the_place_of_the_last_latent(params):
 
 
 @pytest.mark.slow
-def test_every_parameter_learns(params):
+def test_every_parameter_has_a_gradient(params):
     codec = LatentCodec(TINY)
     latents = 5.0 * jax.random.normal(jax.random.key(0), (2, 3, 8, 8, 4))  # some z are not 0
 
@@ -155,7 +155,7 @@ def test_every_parameter_learns(params):
     assert not still
 
 
-def test_gaussian_bits_against_scipy():
+def test_gaussian_bits_match_scipy():
     x = np.linspace(-30, 30, 241)
     for sigma in (0.11, 0.5, 3.0, 16.0):
         exact = -np.log2(np.maximum(norm.cdf(x + 0.5, scale=sigma) - norm.cdf(x - 0.5, scale=sigma),
@@ -178,7 +178,7 @@ def test_hyperlatent_table_agrees_with_the_trained_density():
     np.testing.assert_allclose(2.0 ** -bits[0, 0].T, table[17, :, 1:-1], rtol=1e-3, atol=1e-6)
 
 
-def test_bounds_lead_back_inside():
+def test_gradients_of_bound_lead_back_inside():
     def grad(x, direction):
         return float(jax.grad(lambda v: direction * bound(v, 0.0, 1.0))(jnp.float32(x)))
 

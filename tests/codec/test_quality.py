@@ -7,7 +7,7 @@ import numpy as np
 from gnvc_jax.codec.quality import QualityGain, interpolate_levels
 
 
-def test_levels_lie_on_straight_lines_between_knots():
+def test_levels_are_linear_between_knots():
     table = np.random.default_rng(0).normal(size=(2, 9, 5))
     got = interpolate_levels(table)
     assert got.shape == (2, 64, 5)
@@ -16,7 +16,7 @@ def test_levels_lie_on_straight_lines_between_knots():
         np.testing.assert_allclose(got[i, :, j], want, rtol=1e-6)
 
 
-def test_a_new_gain_is_geometric_in_the_level():
+def test_initial_gain_is_geometric_in_the_level():
     x, q_index = jnp.ones((3, 2, 2, 4)), jnp.asarray([0, 21, 63])
     gain = QualityGain(slope=2.0)
     params = gain.init(jax.random.key(0), x, q_index)

@@ -49,7 +49,7 @@ def test_every_clip_is_a_piece_of_a_video(index):
     assert 30 < sum(n for (_, step, _), n in seen.items() if step == 2) < 90
 
 
-def test_a_reduced_clip_is_the_mean_of_2x2(index):
+def test_downscaled_clip_is_the_mean_of_2x2_pixels(index):
     clips = take(clip_dataset(index, **OPTIONS | {"downscale_prob": 1.0}), 5)
     columns = np.sort(clips[0, 0, 0, 0, :, 0].astype(int))
     assert (np.diff(columns) == 2).all()
@@ -87,7 +87,7 @@ def test_without_shuffling_videos_follow_each_other(index):
     assert numbers.tolist() == [0] * 12 + [1] * 30
 
 
-def test_a_small_video_is_continued_by_its_edge(index):
+def test_small_video_is_padded_by_its_edge(index):
     clips = take(clip_dataset(index, **OPTIONS | {"size": (44, 70)}), 8)
     for clip in clips.reshape(-1, 5, 44, 70, 3):
         height, width = [(40, 48), (36, 64)][clip[0, 0, 0, 2] // 50]
@@ -115,7 +115,7 @@ def test_resuming_gives_the_next_batch(index):
     np.testing.assert_array_equal(next(iterator), expected[3])
 
 
-def test_processes_share_the_work(index):
+def test_global_batch_is_the_same_for_any_number_of_processes(index):
     whole = np.concatenate(take(clip_dataset(index, **OPTIONS | {"batch": 4}), 6))
     parts = [take(clip_dataset(index, **OPTIONS, shard=(n, 2)), 6) for n in range(2)]
     together = np.stack(parts, 1).reshape(whole.shape)  # process 0 has the first rows of a batch

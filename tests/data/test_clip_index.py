@@ -18,7 +18,7 @@ from gnvc_jax.media.errors import DiskFull, MediaError, MissingInput, NoFrames
 from gnvc_jax.media.reader import read_clip
 
 
-def test_a_folder_is_searched(folder):
+def test_folder_is_searched_with_subfolders(folder):
     index = ClipIndex(folder)
     assert [video for video in index] == [
         Video(str(folder / "a.mkv"), 12, 48, 40, Fraction(25)),
@@ -51,14 +51,14 @@ def test_unreadable_files_are_reported_and_left_out(folder, tmp_path, caplog):
     assert not [name for name in os.listdir(tmp_path / "cache") if name.endswith(".tmp")]
 
 
-def test_nothing_to_train_on(tmp_path):
+def test_no_readable_video_is_an_error(tmp_path):
     with pytest.raises(MissingInput):
         ClipIndex(tmp_path / "missing")
     with pytest.raises(NoFrames, match="no readable video"):
         ClipIndex(tmp_path)
 
 
-def test_decoded_frames_are_kept(folder, tmp_path, monkeypatch):
+def test_decoded_frames_are_cached(folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     first = ClipIndex(folder, cache)
     assert len(list(cache.glob("*.npy"))) == 3
@@ -90,7 +90,7 @@ def test_a_changed_file_is_decoded_again(tmp_path, mapped_video):
     assert video.read(0, 6, (0, 0, 1, 1))[:, 0, 0, 2].tolist() == [50, 51, 52, 53, 54, 55]
 
 
-def test_a_cache_that_cannot_be_written(folder, tmp_path, monkeypatch):
+def test_unwritable_cache_is_an_error(folder, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(MediaError, match="file") as caught:
         ClipIndex(folder, tmp_path / "file")

@@ -68,7 +68,7 @@ def test_clips_of_videos_come_back_as_latents(videos, tmp_path):
     assert not list(cache.glob(".*"))
 
 
-def test_it_goes_on_where_it_stopped(videos, tmp_path):
+def test_interrupted_job_resumes_with_missing_videos(videos, tmp_path):
     cache, calls = tmp_path / "cache", []
 
     def failing(clip):
@@ -108,7 +108,7 @@ def test_processes_share_the_videos(videos, tmp_path):
     assert names[0] == names[1]
 
 
-def test_what_does_not_fit_or_is_damaged(videos, tmp_path):
+def test_caches_that_do_not_fit_or_are_damaged_are_refused(videos, tmp_path):
     cache = tmp_path / "cache"
     with pytest.raises(FileNotFoundError, match="no latents found"):
         read_info(cache)
@@ -138,7 +138,7 @@ def test_what_does_not_fit_or_is_damaged(videos, tmp_path):
         read_info(cache)
 
 
-def test_the_command(videos, tmp_path):
+def test_cache_latents_command_fills_a_cache(videos, tmp_path):
     command = [sys.executable, "-m", "gnvc_jax.cli", "cache-latents", "--data", str(videos)]
     command += ["--vae", "small", "--to", str(tmp_path / "cache"), "--frames", "5"]
     done = subprocess.run(command, capture_output=True, text=True)

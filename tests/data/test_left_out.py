@@ -49,7 +49,7 @@ def test_a_replacement_depends_on_seed_and_number_alone():
     assert left_out.read() == {n: f"{n}: ValueError: broken" for n in ("2", "5", "8")}
 
 
-def test_a_share_above_the_limit_is_an_error():
+def test_more_failures_than_the_limit_are_an_error():
     left_out = LeftOut(limit=0.2, total=10)
     draw = Numbers((1, 2, 3), left_out)
     for number in (1, 2, 1, 2):
@@ -117,7 +117,7 @@ def test_damage_that_is_found_at_the_start_counts_too(half, tmp_path):
         ClipIndex(half.parent, tmp_path / "cache", LeftOut(limit=0.3))
 
 
-def test_whatever_a_video_raises_is_its_own(half, tmp_path, monkeypatch, caplog):
+def test_any_exception_of_a_video_counts_as_left_out(half, tmp_path, monkeypatch, caplog):
     def odd(path, **_):
         if path.name == "2.mkv":
             raise ZeroDivisionError("time base")
@@ -131,7 +131,7 @@ def test_whatever_a_video_raises_is_its_own(half, tmp_path, monkeypatch, caplog)
     assert "2.mkv: ZeroDivisionError: time base" in caplog.text and "Traceback" in caplog.text
 
 
-def test_the_list_is_json(tmp_path, caplog):
+def test_list_of_left_out_files_is_json_lines(tmp_path, caplog):
     left_out = LeftOut(limit=1.0, file=tmp_path / "a.jsonl")
     left_out.start(2)
     with caplog.at_level("CRITICAL"):  # parallel test runs cannot pass such a name on

@@ -43,7 +43,7 @@ def coder():
     return Coder(load_model(FOLDER / "model.safetensors"))
 
 
-def test_the_golden_stream_holds_something(coder):
+def test_golden_stream_has_nontrivial_symbols(coder):
     with StreamReader(str(FOLDER / "stream.gnvc")) as reader:
         frames = list(coder.decode_frames(reader))
         symbols = [s for g in reader.groups() for s in coder.symbols(reader.header, g)]
@@ -57,7 +57,7 @@ def test_the_golden_stream_holds_something(coder):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32])
 @pytest.mark.parametrize("jitted", [True, False], ids=["jit", "eager"])
-def test_every_arithmetic_reads_it(coder, dtype, jitted):
+def test_every_arithmetic_reads_the_golden_stream(coder, dtype, jitted):
     def network(tables, q_index, *integers):
         integers = (jnp.asarray(v, jnp.int32) for v in integers)
         return np.asarray(coder.functions._scale_index(tables, q_index, *integers, dtype=dtype))
@@ -67,7 +67,7 @@ def test_every_arithmetic_reads_it(coder, dtype, jitted):
         assert digest(coder) == EXPECTED
 
 
-def test_plain_integers_read_it(coder):
+def test_numpy_and_plain_coder_read_the_golden_stream(coder):
     coder.entropy = EntropyCoder(coder.model.tables, PlainCoder)
     coder.functions._network = lambda tables, q_index, *v: scales.scale_index_numpy(
         coder.model.codec_config, tables, q_index, *v
@@ -75,7 +75,7 @@ def test_plain_integers_read_it(coder):
     assert digest(coder) == EXPECTED
 
 
-def test_a_process_with_one_device_reads_it():
+def test_process_with_one_device_reads_the_golden_stream():
     env = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     script = f"import sys; sys.path.insert(0, {str(FOLDER)!r}); import test_golden as t, jax; "
     script += "assert jax.device_count() == 1; "

@@ -53,7 +53,7 @@ def test_no_motion_expands_to_zeros():
 
 @pytest.mark.parametrize("backend", [None, PlainCoder])
 @pytest.mark.parametrize("size", [0.3, 6.0, 200.0])
-def test_fields_come_back(coder, backend, size):
+def test_motion_segment_round_trip(coder, backend, size):
     reading = coder if backend is None else EntropyCoder(coder.tables, backend)
     fields = [draw(seed, size) for seed in range(4)]
     data = encode_fields(fields, coder)
@@ -64,7 +64,7 @@ def test_fields_come_back(coder, backend, size):
     decoder.finish()
 
 
-def test_size_is_what_the_tables_say(coder):
+def test_motion_segment_is_as_long_as_the_tables_say(coder):
     fields = [draw(seed, 2.0) for seed in range(6)]
     table = coder.tables.motion / 2.0**24
     ideal = sum(bits(f, p, table) for f, p in zip(fields, [None, *fields]))

@@ -27,7 +27,7 @@ def inner(field):
     return field.coarse[1:-1, 1:-1] / 2
 
 
-def test_a_shift_is_what_exhaustive_search_finds(canvas):
+def test_search_finds_the_shift_of_exhaustive_search(canvas):
     reference, frames = (
         view(canvas, 60, 60),
         [view(canvas, 60 + t, 60 - 2 * t) for t in (1, 2, 3, 4)],
@@ -46,7 +46,7 @@ def test_a_shift_is_what_exhaustive_search_finds(canvas):
                                    atol=0.26)  # fmt: skip
 
 
-def test_motion_that_turns_back_gets_a_node(canvas):
+def test_motion_that_reverses_gets_middle_vectors(canvas):
     places = [(4, 0), (8, 0), (4, 0), (0, 0)]
     frames = np.stack([view(canvas, 60 + x, 60 + y) for x, y in places])
     field = search(frames, view(canvas, 60, 60), 30.0)
@@ -74,7 +74,7 @@ def test_nothing_moves_in_a_flat_or_still_picture(canvas):
         assert not expand(field).any() and not field.split.any()
 
 
-def test_the_same_field_on_every_run(canvas):
+def test_search_is_deterministic(canvas):
     frames = np.stack([view(canvas, 60 + 1.3 * t, 60) for t in (1, 2, 3, 4)])
     first, second = (search(frames, view(canvas, 60, 60), 30.0) for _ in range(2))
     for a, b in zip(first, second):

@@ -30,7 +30,7 @@ def test_whole_pels_shift_the_picture():
     np.testing.assert_allclose(got, image[rows][:, columns], atol=1e-6)
 
 
-def test_prediction_against_remap():
+def test_prediction_matches_opencv_remap():
     """OpenCV's bicubic has a = -3/4 and fractions of 1/32; on smooth pictures that is alike."""
     image = smooth(2, 64, 96)
     vectors = np.random.default_rng(3).integers(-40, 40, (1, 4, 4, 6, 2)).astype(np.int16)

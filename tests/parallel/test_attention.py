@@ -50,7 +50,7 @@ def compare(found, expected, tolerance=2e-5):
         (None, 2, MESH, 15),  # twice as many heads; the default goes round
     ],
 )
-def test_split_tokens(name, heads, mesh, length):
+def test_attention_of_sharded_tokens_matches_one_device(name, heads, mesh, length):
     *qkv, cotangent = inputs(16, 16, heads)
     plain = functools.partial(attention, implementation="xla", length=length)
     expected = with_gradients(plain, *qkv, cotangent)
@@ -87,7 +87,7 @@ def test_ring_accumulates_in_float32():
         compare(with_gradients(attend, *qkv, cotangent), exact, 2e-2)
 
 
-def test_sizes_that_do_not_fit():
+def test_sizes_that_the_mesh_does_not_divide_are_refused():
     q, k, v, _ = inputs(16, 16, 3)
     with jax.set_mesh(make_mesh(MESH)):
         with pytest.raises(ValueError, match="context=4 does not divide 15 tokens"):

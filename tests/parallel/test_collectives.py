@@ -41,18 +41,18 @@ def split_all(monkeypatch):
 
 
 @pytest.mark.slow
-def test_clips_cost_the_reduction_of_gradients():
+def test_data_axis_reduces_gradients():
     assert set(collectives("data")) == {"all-reduce"}
 
 
 @pytest.mark.slow
-def test_split_parameters_are_gathered():
+def test_fsdp_axis_gathers_parameters():
     """Each kernel of a layer at least once; XLA on CPU reduces where others scatter."""
     kernels = 4 + 4 + 2  # of both attentions and of the hidden layer
     assert collectives("fsdp")["all-gather"] >= LAYERS * kernels
 
 
-def test_exchange_of_tokens_for_heads():
+def test_context_axis_exchanges_tokens_for_heads():
     """Queries, keys, values and outputs, forward and backward."""
     found = collectives("context", "chunked")
     assert set(found) == {"all-reduce", "all-to-all"}
@@ -60,7 +60,7 @@ def test_exchange_of_tokens_for_heads():
 
 
 @pytest.mark.slow
-def test_ring():
+def test_ring_permutes_keys_and_values():
     """Forward, keys and values go to all others; backward, their gradients too, and home."""
     found = collectives("context", "ring")
     assert set(found) == {"all-reduce", "collective-permute"}
@@ -68,7 +68,7 @@ def test_ring():
 
 
 @pytest.mark.slow
-def test_split_heads_cost_reductions():
+def test_tensor_axis_reduces_activations():
     """One per pair of products forward and backward, and those of the norms over all heads."""
     found = collectives("tensor")
     assert set(found) == {"all-reduce"}

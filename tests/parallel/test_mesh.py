@@ -24,7 +24,7 @@ def test_mesh_takes_all_devices():
     assert dict(make_mesh(parse_mesh("data=1,fsdp=3")).shape)["fsdp"] == 3
 
 
-def test_a_mesh_in_words():
+def test_parse_mesh_reads_axes_and_sizes():
     assert parse_mesh("data=2,fsdp=4") == MeshConfig(2, 4, 1, 1)
     assert parse_mesh("tensor=2") == MeshConfig(-1, 1, 1, 2)
     for wrong in ("fsdp", "fsdp=x", "seq=2", "data=1,data=2"):
@@ -33,12 +33,12 @@ def test_a_mesh_in_words():
 
 
 @pytest.mark.parametrize("wrong", [MeshConfig(fsdp=16), MeshConfig(3, 3), MeshConfig(1, 0)])
-def test_meshes_that_cannot_be(wrong):
+def test_impossible_meshes_are_refused(wrong):
     with pytest.raises(ValueError, match="there are 8"):
         make_mesh(wrong)
 
 
-def test_parameters_by_their_path():
+def test_sharding_follows_the_end_of_the_path():
     mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
     block = "refiner/dit/groups/block_0"
     for path, shape, expected in (
@@ -58,7 +58,7 @@ def test_parameters_by_their_path():
         assert found.is_equivalent_to(jax.NamedSharding(mesh, expected), len(shape)), path
 
 
-def test_parameters_that_do_not_divide():
+def test_large_parameters_that_do_not_divide_are_errors():
     mesh = make_mesh(MeshConfig(data=1, fsdp=7))
     with pytest.raises(ValueError, match=r"fsdp=7 does not divide dimension 1 of parameter a/big"):
         spec("a/big", (1024, 2048), mesh)
@@ -68,7 +68,7 @@ def test_parameters_that_do_not_divide():
 
 
 @pytest.mark.slow
-def test_the_full_model_is_spread():
+def test_full_size_model_is_sharded():
     """Each of eight devices holds an eighth of weights, averages and moments, to a percent."""
     codec_config = CodecConfig()
     latents, one = jnp.zeros((1, 1, 2, 2, 16)), jnp.zeros(1)

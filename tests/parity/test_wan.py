@@ -76,7 +76,7 @@ def vae(tmp_path_factory):
 @pytest.mark.parametrize(
     ("frames", "h", "w"), [(1, 32, 48), (5, 32, 48), (17, 32, 48), (5, 27, 45), (1, 16, 40)]
 )
-def test_vae(vae, frames, h, w, same):
+def test_vae_matches_diffusers(vae, frames, h, w, same):
     model, ours, params = vae
     torch.manual_seed(frames)
     video = torch.rand(1, 3, frames, h, w) * 2 - 1
@@ -91,7 +91,7 @@ def test_vae(vae, frames, h, w, same):
     same("decoded", jnp.clip(frames_out, -1, 1), last(decoded))
 
 
-def test_vae_of_full_size(tmp_path, same):
+def test_full_size_vae_matches_diffusers(tmp_path, same):
     """Wide convolutions take another road on CPU (see `gnvc_jax.winograd`)."""
     model = randomise(diffusers.AutoencoderKLWan())
     architecture, params = ported(model, "vae", tmp_path)
@@ -110,7 +110,7 @@ def test_vae_of_full_size(tmp_path, same):
     same("decoded", jnp.clip(decode(params, last(latents)), -1, 1), last(decoded))
 
 
-def test_gradients_of_the_vae(vae, tmp_path, same):
+def test_gradients_of_the_vae_match_diffusers(vae, tmp_path, same):
     """Of a loss through encoder and decoder, with respect to every parameter and the video."""
     model, ours, params = vae
     torch.manual_seed(0)
@@ -147,7 +147,7 @@ def test_gradients_of_the_vae(vae, tmp_path, same):
 
 @pytest.mark.parametrize("size", ["tiny", "real"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["dit", "vace"])
-def test_dit(size, adapter, tmp_path, same):
+def test_dit_matches_diffusers(size, adapter, tmp_path, same):
     config = TINY if size == "tiny" else REAL
     if adapter:
         layers = list(range(0, config["num_layers"], 2))
@@ -173,7 +173,7 @@ def test_dit(size, adapter, tmp_path, same):
     same("velocity", DiT(architecture.config).apply({"params": params}, *ours), last(velocity))
 
 
-def test_original_files(vae, to_original, tmp_path):
+def test_files_in_the_original_names_give_the_same_parameters(vae, to_original, tmp_path):
     """Wan2.1_VAE.pth and a DiT in two files with an index, as Wan-AI publishes them."""
     model, _, expected = vae
     folder = tmp_path / "Wan2.1"

@@ -35,7 +35,7 @@ def gradients(function, q, k, v, cotangent):
 
 
 @pytest.mark.parametrize(("n", "m"), [(64, 64), (37, 50), (1, 5)])
-def test_chunks_of_queries_give_the_same_result(n, m, monkeypatch):
+def test_chunked_attention_matches_plain_attention(n, m, monkeypatch):
     q, k, v, cotangent = inputs(n, m, d=16)
     monkeypatch.setattr(module, "SCORES_IN_MEMORY", 10 * m * 2 * 2)  # chunks of ten queries
     np.testing.assert_allclose(chunked_attention(q, k, v), reference(q, k, v), atol=1e-5)
@@ -45,7 +45,7 @@ def test_chunks_of_queries_give_the_same_result(n, m, monkeypatch):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_chunks_bound_the_scores(monkeypatch):
+def test_chunked_attention_bounds_memory(monkeypatch):
     q, k, v, _ = inputs(512, 256, d=16)
     monkeypatch.setattr(module, "SCORES_IN_MEMORY", 1 << 14)
 
@@ -59,7 +59,7 @@ def test_chunks_bound_the_scores(monkeypatch):
 
 
 @pytest.mark.parametrize(("n", "m"), [(256, 256), (200, 130)])
-def test_the_tpu_kernel_in_interpretation(n, m, monkeypatch):
+def test_tpu_kernel_matches_plain_attention_in_interpret_mode(n, m, monkeypatch):
     monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
     q, k, v, _ = inputs(n, m, b=1)
     ours = splash_attention(q, k, v, interpret=True)
@@ -67,7 +67,7 @@ def test_the_tpu_kernel_in_interpretation(n, m, monkeypatch):
 
 
 @pytest.mark.slow
-def test_gradients_of_the_tpu_kernel(monkeypatch):
+def test_gradients_of_tpu_kernel_match_plain_attention(monkeypatch):
     monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
     q, k, v, cotangent = inputs(140, 130, heads=1, b=1)
     ours = gradients(functools.partial(splash_attention, interpret=True), q, k, v, cotangent)
@@ -76,7 +76,7 @@ def test_gradients_of_the_tpu_kernel(monkeypatch):
         np.testing.assert_allclose(a, b, atol=5e-5)
 
 
-def test_the_choice_by_backend():
+def test_kernel_is_chosen_by_backend_dtype_and_head_width():
     assert choose(jnp.bfloat16, 128, "gpu") == "cudnn"
     assert choose(jnp.float32, 128, "gpu") == choose(jnp.bfloat16, 256, "gpu") == "chunked"
     assert choose(jnp.bfloat16, 128, "tpu") == choose(jnp.float32, 256, "tpu") == "splash"

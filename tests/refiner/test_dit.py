@@ -53,18 +53,18 @@ def params():
     ("cfg", "count"),
     [(WAN_1_3B, 1_418_996_800), (WAN_14B, 14_288_491_584), (VACE_1_3B, 2_153_972_032)],
 )
-def test_published_sizes(cfg, count):
+def test_presets_have_the_published_parameter_counts(cfg, count):
     assert sum(int(np.prod(x.shape)) for x in jax.tree.leaves(abstract(cfg))) == count
 
 
-def test_published_costs():
+def test_flops_match_published_figures():
     grids = (1, 32, 32), (5, 32, 32), (21, 60, 104)
     tera = [[cfg.flops(*g) / 1e12 for g in grids] for cfg in (WAN_1_3B, VACE_1_3B)]
     np.testing.assert_allclose(tera, [[0.83, 3.78, 283], [1.26, 5.76, 427]], rtol=0.003)
     assert WAN_1_3B.tokens(21, 60, 104) == 32760
 
 
-def test_cost_against_the_compiler():
+def test_flops_match_the_compiler():
     """One layer, since XLA counts a scanned body once; it also counts what is no matrix product."""
     cfg = dataclasses.replace(PLAIN, layers=1, width=96, ffn_width=256, heads=2)
     inputs = arguments(cfg, b=1, t=3, h=16, w=16)
@@ -75,12 +75,12 @@ def test_cost_against_the_compiler():
     assert 0.9 < cfg.flops(3, 16, 16) / counted < 1.0
 
 
-def test_public_names_of_the_presets():
+def test_presets_have_the_published_groups_and_head_widths():
     assert VACE_14B.groups == 8 and VACE_1_3B.groups == 15
     assert WAN_14B.head_width == WAN_1_3B.head_width == 128
 
 
-def test_a_new_adapter_changes_nothing():
+def test_new_adapter_leaves_the_output_unchanged():
     latents, time, text, context = arguments(SMALL)
     variables = DiT(SMALL).init(jax.random.key(1), latents, time, text, context)["params"]
     variables["head"]["kernel"] = jax.random.normal(
@@ -99,7 +99,7 @@ def test_a_new_adapter_changes_nothing():
     np.testing.assert_allclose(with_adapter, without, atol=1e-5)
 
 
-def test_the_adapter_and_its_scale_matter(params):
+def test_adapter_and_context_scale_change_the_output(params):
     inputs = arguments(SMALL)
     outputs = [
         DiT(SMALL).apply({"params": params}, *inputs, scale)
@@ -157,7 +157,7 @@ def test_half_precision_keeps_the_float32_parts(params):
     np.testing.assert_array_equal(rows(jnp.bfloat16), rows(jnp.float32))
 
 
-def test_patches_come_back():
+def test_unpatchify_undoes_patchify():
     latents = jax.random.normal(jax.random.key(0), (2, 3, 4, 6, 5))
     tokens = dit.patchify(latents)
     assert tokens.shape == (2, 18, 20)

@@ -62,7 +62,7 @@ def test_euler_converges_on_a_field_that_is_known():
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.03)
 
 
-def test_step_times():
+def test_step_times_are_uniform_before_the_shift():
     close(flow.step_times(5), [0.7, 0.76, 0.82, 0.88, 0.94, 1.0])
     close(flow.wan_timestep(flow.step_times(5))[:-1], [300, 240, 180, 120, 60], 2e-4)
     # Published: five steps of diffusers' FlowMatchEuler with shift 5 go through these sigmas (it
@@ -78,7 +78,7 @@ def test_step_times():
 
 
 @pytest.mark.parametrize("tau", TAUS)
-def test_wans_convention(tau):
+def test_wan_convention_matches_the_papers(tau):
     sigma = 1 - tau
     state = (1 - sigma) * CLEAN + sigma * NOISE  # Wan's
     close(state, flow.mix(CLEAN, NOISE, tau))

@@ -87,7 +87,7 @@ def test_refinement_without_noise_is_deterministic():
     np.testing.assert_allclose(refined(config, 0), 0.31 * decoded, rtol=1e-5)
 
 
-def test_the_condition_of_vace():
+def test_vace_context_has_grey_decoded_and_mask_channels():
     decoded, grey = inputs()[2], jnp.arange(8.0).reshape(2, 4)
     condition = vace_context(decoded, grey)
     assert condition.shape == (2, 2, 4, 4, 72)
@@ -108,7 +108,7 @@ def test_windows_cover_a_group_and_overlap(count, size, overlap):
     assert len(starts) <= 1 + max(0, -(-(count - size) // (size - overlap)))
 
 
-def test_weights_of_windows():
+def test_window_weights_are_linear_ramps():
     np.testing.assert_allclose(window_weights(5, 2, True, True), np.ones(5))
     np.testing.assert_allclose(window_weights(5, 2, False, True), [1 / 3, 2 / 3, 1, 1, 1])
     np.testing.assert_allclose(window_weights(5, 2, True, False), [1, 1, 1, 2 / 3, 1 / 3])
@@ -135,7 +135,7 @@ def test_windows_leave_a_pointwise_flow_as_it_is(t, steps):
     )
 
 
-def test_overlapping_windows_mix():
+def test_overlapping_windows_are_averaged_without_a_jump():
     """Where two windows disagree, the result goes from one to the other without a jump."""
     config = dataclasses.replace(VACE, window=7, overlap=4)
     decoded = jnp.zeros((1, 10, 2, 2, 4))
@@ -149,7 +149,7 @@ def test_overlapping_windows_mix():
     np.testing.assert_allclose(refined, [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1], atol=1e-6)
 
 
-def test_noise_belongs_to_a_place():
+def test_noise_depends_on_the_position_in_the_group():
     key = jax.random.key(3)
     whole = latent_noise(key, (2, 6, 3, 3, 4))
     np.testing.assert_array_equal(latent_noise(key, (2, 2, 3, 3, 4), first=3), whole[:, 3:5])
@@ -157,7 +157,7 @@ def test_noise_belongs_to_a_place():
     assert float(jnp.abs(whole[:, 0] - whole[:, 1]).min()) > 0
 
 
-def test_configurations_that_cannot_be():
+def test_impossible_configurations_are_refused():
     for wrong in (
         {"overlap": 7},
         {"overlap": -1},

@@ -35,7 +35,7 @@ def transform(fitted, method, *args):
     return jax.jit(lambda *a: module.apply({"params": fitted}, *a, True, method=method))(*args)
 
 
-def test_nothing_linear_of_this_size_is_better(video, fitted):
+def test_no_linear_code_of_this_size_has_a_smaller_error(video, fitted):
     """Eckart and Young: the error is the sum of the singular values that were left out."""
     back = transform(fitted, "inverse", transform(fitted, "forward", video))
     for frames, part, got in ((1, video[:, ::2], None), (2, video[:, 1:], back[:, 1:])):
@@ -51,7 +51,7 @@ def test_nothing_linear_of_this_size_is_better(video, fitted):
             assert np.mean((got - part) ** 2) == pytest.approx(best, rel=1e-4)
 
 
-def test_later_latents_have_unit_power(video, fitted):
+def test_later_latents_have_unit_mean_square(video, fitted):
     latents = transform(fitted, "forward", video)[:, 1:]
     assert np.mean(np.square(latents)) == pytest.approx(1.0, rel=1e-3)
 
@@ -63,7 +63,7 @@ def test_a_still_scene_has_the_same_latents_in_both_kinds(video, fitted):
     assert alike > 0.95
 
 
-def test_an_untrained_vae_is_the_transform(video, fitted):
+def test_untrained_linear_vae_is_the_transform(video, fitted):
     vae = VAE(CONFIG)
     params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
     out = jax.jit(lambda p, v: vae.apply({"params": p}, v))(params, video)
@@ -71,7 +71,7 @@ def test_an_untrained_vae_is_the_transform(video, fitted):
     np.testing.assert_allclose(out, back, atol=1e-5)
 
 
-def test_the_transform_does_not_learn(video, fitted):
+def test_transform_gets_no_gradient(video, fitted):
     vae = VAE(CONFIG)
     params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
     loss = jax.jit(jax.grad(lambda p: jnp.mean((vae.apply({"params": p}, video) - video) ** 2)))

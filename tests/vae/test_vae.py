@@ -41,7 +41,7 @@ def clip(frames: int, h: int = 16, w: int = 24) -> jax.Array:
     return jax.random.uniform(jax.random.key(frames), (1, frames, h, w, 3), minval=-1, maxval=1)
 
 
-def test_full_size_has_the_parameters_of_wan():
+def test_full_size_has_as_many_parameters_as_wan():
     params = jax.eval_shape(VAE(VAEConfig()).init, jax.random.key(0), jnp.zeros((1, 5, 16, 16, 3)))
     params = params["params"]
 
