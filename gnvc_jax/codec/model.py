@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from einops import repeat
 from flax import linen as nn
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from gnvc_jax.codec.config import CodecConfig
@@ -369,13 +370,17 @@ class LatentCodec(nn.Module):
 
     @exact
     def __call__(
-        self, latents: Float[Array, "b t h w c"], q_index: Int[Array, " b"], key: Key[Array, ""]
+        self,
+        latents: Float[ArrayLike, "b t h w c"],
+        q_index: Int[ArrayLike, " b"],
+        key: Key[Array, ""],
     ) -> LatentCodecOutput:
         """The training form over a whole group, each latent predicted by the one before.
 
         Every field of the result that is not None gets an axis t after b. Gradients flow through
         time and straight through every rounding.
         """
+        latents, q_index = jnp.asarray(latents), jnp.asarray(q_index)
         keys = jax.random.split(key, latents.shape[1])
         state, first = self.train(latents[:, 0], None, q_index, keys[0])
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Shaped
 
 from gnvc_jax.motion.field import FINE, PEL
 
@@ -32,7 +32,7 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return np.clip(left, 0, blocks - 1), np.clip(left + 1, 0, blocks - 1), weight
 
 
-def dense(vectors: Int[ArrayLike, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2"]:
+def dense(vectors: Shaped[ArrayLike, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2"]:
     """Block vectors in 1/16 pel -> displacements of all pixels in pels, by linear interpolation."""
     h, w = vectors.shape[-3:-1]
     top, bottom, y = interpolation(FINE * h, h)
@@ -87,7 +87,7 @@ def warp(
 
 @jax.custom_vjp
 def predict(
-    reference: Float[ArrayLike, "b h w 3"], vectors: Int[ArrayLike, "b 4 h2 w2 2"]
+    reference: Float[ArrayLike, "b h w 3"], vectors: Shaped[ArrayLike, "b 4 h2 w2 2"]
 ) -> Float[Array, "b 4 h w 3"]:
     """Predicts four frames from the last decoded frame.
 

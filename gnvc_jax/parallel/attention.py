@@ -14,6 +14,7 @@ Queries (b, n, heads, d), keys and values (b, m, heads, d); scores are scaled by
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,8 +91,8 @@ def attention(
     )
 
 
-def pass_on(tree: Array | tuple[Array, ...], size: int) -> Array | tuple[Array, ...]:
-    """Passes arrays to the next device of the ring, and returns what the previous one had."""
+def pass_on(tree: Any, size: int) -> Any:
+    """Passes a tree of arrays to the next device of the ring; returns that of the previous one."""
     return lax.ppermute(tree, AXIS, [(i, (i + 1) % size) for i in range(size)])
 
 

@@ -9,7 +9,8 @@ Training draws states with `path_state` and regresses `path_velocity`; refinemen
 `start_state` and follows the network's velocity by `integrate` over `step_times`.
 
 Source: GNVC-VD (arXiv 2512.05016) equations 1 to 6; Wan2.1 for the other convention. States are
-normalised latents of any shape; times are scalars or broadcast against them.
+normalised latents of any shape; times are scalars or broadcast against them. The algebra works on
+NumPy and JAX arrays alike.
 """
 
 import itertools
@@ -35,7 +36,7 @@ def flow_time(timestep: ArrayLike) -> ArrayLike:
     return 1.0 - timestep / TIMESTEPS
 
 
-def velocity_from_wan(output: ArrayLike) -> Array:
+def velocity_from_wan(output: ArrayLike) -> ArrayLike:
     """Converts the output of a Wan network to the paper's velocity, and the reverse."""
     return -output
 
@@ -48,19 +49,19 @@ def shift_time(tau: ArrayLike, shift: float) -> ArrayLike:
     return tau / (tau + shift * (1.0 - tau))
 
 
-def mix(data: ArrayLike, noise: ArrayLike, tau: ArrayLike) -> Array:
+def mix(data: ArrayLike, noise: ArrayLike, tau: ArrayLike) -> ArrayLike:
     """State at tau between noise and data."""
     return tau * data + (1.0 - tau) * noise
 
 
-def start_state(decoded: ArrayLike, noise: ArrayLike, start: float = START) -> Array:
+def start_state(decoded: ArrayLike, noise: ArrayLike, start: float = START) -> ArrayLike:
     """Equation 2: decoded latents with noise down to flow time `start`."""
     return mix(decoded, noise, start)
 
 
 def path_state(
     clean: ArrayLike, decoded: ArrayLike, noise: ArrayLike, tau: ArrayLike, start: float = START
-) -> Array:
+) -> ArrayLike:
     """Equation 3: the straight path from `start_state` at tau = start to clean latents at tau = 1.
 
     Its weight of noise is 1 - tau, so it is an ordinary flow state of partly repaired latents.
@@ -71,7 +72,7 @@ def path_state(
 
 def path_velocity(
     clean: ArrayLike, decoded: ArrayLike, noise: ArrayLike, start: float = START
-) -> Array:
+) -> ArrayLike:
     """Equation 4: the derivative of `path_state`, the same at every tau.
 
     The first term is what a pretrained flow model predicts, the second what refinement adds.
@@ -83,7 +84,7 @@ def path_velocity(
 
 def linear_velocity(
     state: ArrayLike, decoded: ArrayLike, tau: ArrayLike, error_std: float, start: float = START
-) -> Array:
+) -> ArrayLike:
     """The best linear guess at `path_velocity` from the state and the decoded latents alone.
 
     Coding errors (decoded minus clean) count as noise, independent of the flow's. At tau = start
@@ -106,12 +107,12 @@ def linear_velocity(
     return decoded - rest * share / (left**2 + done**2 * variance)
 
 
-def clean_estimate(state: ArrayLike, velocity: ArrayLike, tau: ArrayLike) -> Array:
+def clean_estimate(state: ArrayLike, velocity: ArrayLike, tau: ArrayLike) -> ArrayLike:
     """The data that the velocity leads to in one step: state + (1 - tau) velocity."""
     return state + (1.0 - tau) * velocity
 
 
-def noise_estimate(state: ArrayLike, velocity: ArrayLike, tau: ArrayLike) -> Array:
+def noise_estimate(state: ArrayLike, velocity: ArrayLike, tau: ArrayLike) -> ArrayLike:
     """The noise that an ordinary flow state came from: state - tau velocity."""
     return state - tau * velocity
 

@@ -111,7 +111,9 @@ def vace_context(
     return jnp.concatenate([inactive, decoded, mask], axis=-1)
 
 
-def per_latent_factors(factors: Float[Array, "2 c"], count: int) -> Float[Array, "{count} 1 1 c"]:
+def per_latent_factors(
+    factors: Float[ArrayLike, "2 c"], count: int
+) -> Float[Array, "{count} 1 1 c"]:
     """Factors of a first and a later latent, for each of `count` latents of a group.
 
     The refiner works on latents that are whitened by such factors. Channels of a linear VAE differ
@@ -168,8 +170,8 @@ def window_weights(size: int, overlap: int, first: bool, last: bool) -> Float[Ar
 def refine(
     velocity: Callable[[Array, Array, Array, Array], Array],
     config: RefinerConfig,
-    decoded: Float[Array, "b t h w c"],
-    features: Float[Array, "b t h w f"],
+    decoded: Float[ArrayLike, "b t h w c"],
+    features: Float[ArrayLike, "b t h w f"],
     key: Key[Array, ""],
     steps: int,
     white: Float[ArrayLike, "2 c"] | None = None,
@@ -194,6 +196,7 @@ def refine(
     Returns:
       Refined latents, in the scale of those that were given.
     """
+    decoded, features = jnp.asarray(decoded), jnp.asarray(features)
     if steps == 0:
         return decoded
     factors = 1.0

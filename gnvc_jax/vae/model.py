@@ -213,13 +213,18 @@ class VAE(nn.Module):
         return jnp.concatenate([video[:, :start], part], axis=1)
 
     @jax.default_matmul_precision(EXACT)
-    def add_latents(self, frames: Array, latents: Array, first: bool) -> Array:
+    def add_latents(
+        self,
+        frames: Float[ArrayLike, "b t h w 3"],
+        latents: Float[ArrayLike, "b n h2 w2 z"],
+        first: bool,
+    ) -> Float[Array, "b t h w 3"]:
         """Adds to frames of a linear VAE what latents add to the latents they come from.
 
         Args:
-            frames: (b, t, h, w, 3).
-            latents: Change of their latents, (b, n, h / 8, w / 8, z).
-            first: Whether the first frame starts a group.
+          frames: decoded.
+          latents: change of their latents.
+          first: whether the first frame starts a group.
         """
         # The inverse transform is affine; the difference leaves out its offset.
         nothing = self.klt.inverse(jnp.zeros_like(latents), first)
