@@ -156,6 +156,7 @@ class InitConfig:
     """Where a run takes its starting weights from; see `gnvc_jax.training.weights`.
 
     What is None is as for the run `run`, if that is given.
+    A run and a model cannot both be given.
 
     Attributes:
         vae: Folder made by `gnvc port`, or run folder of the stage `vae`.
@@ -163,12 +164,23 @@ class InitConfig:
         prompt: File of the text condition, see `gnvc_jax.porting.checkpoint.load_prompt`; by
             default that of the folder `dit`, or zeros.
         run: Run folder whose averaged weights to start from.
+        model: Model file, or name of a shipped model, whose weights to start from.
     """
 
     vae: str | None = None
     dit: str | None = None
     prompt: str | None = None
     run: str | None = None
+    model: str | None = None
+
+    def __post_init__(self):
+        if self.run is not None and self.model is not None:
+            raise UsageError("init.run and init.model: start from one of them")
+
+    @property
+    def has_codec(self) -> bool:
+        """Whether the run starts from trained weights of a codec."""
+        return self.run is not None or self.model is not None
 
 
 @dataclasses.dataclass(frozen=True)

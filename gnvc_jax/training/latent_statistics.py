@@ -13,6 +13,7 @@ import numpy as np
 
 from gnvc_jax.codec.fit import whitening
 from gnvc_jax.porting.checkpoint import has_component, read_architecture
+from gnvc_jax.pretrained import find_model
 from gnvc_jax.training import inputs
 from gnvc_jax.training.checkpoints import load_statistics
 from gnvc_jax.training.config import Experiment
@@ -38,10 +39,10 @@ def shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
 def measure(experiment: Experiment) -> Statistics:
     """Statistics for a new run.
 
-    They are those of the run that it starts from, if that has them. A ported VAE brings them: its
-    DiT knows latents as they are. Latents of a linear VAE are not normalised for the codec: the
-    transform keeps distances, so that equal errors in any two channels are equal errors of pixels.
-    Everything else is measured on `data.statistics_batches` batches of clips.
+    They are those of the run or model that it starts from, if that has them. A ported VAE brings
+    them: its DiT knows latents as they are. Latents of a linear VAE are not normalised for the
+    codec: the transform keeps distances, so that equal errors in any two channels are equal errors
+    of pixels. Everything else is measured on `data.statistics_batches` batches of clips.
     """
     known = origins(experiment.init)
     found = identity_statistics(experiment.vae.latent_channels)
@@ -49,7 +50,14 @@ def measure(experiment: Experiment) -> Statistics:
         kept = load_statistics(known.runs[-1])
         if found.keys() <= kept.keys():
             return kept
-    if known.vae is not None and has_component(known.vae, "vae"):
+    if known.model is not None:
+        model = find_model(known.model)
+        if model.white is None:
+            found |= measure_latents(experiment)
+        else:
+            found["white"] = model.white
+        found |= {"mean": model.mean, "std": model.std}
+    elif known.vae is not None and has_component(known.vae, "vae"):
         ported = read_architecture(known.vae, "vae")
         found |= {"mean": ported.latents_mean, "std": ported.latents_std}
     else:

@@ -5,7 +5,8 @@ Each parameter of a model comes from the last of these that has it:
 1. random initialisation, only where it trains;
 2. the ported VAE `init.vae`, or a run of the stage `vae`;
 3. the ported DiT `init.dit`;
-4. the averaged weights of the run `init.run`, after those of the runs that it started from itself.
+4. the model file `init.model`;
+5. the averaged weights of the run `init.run`, after those of the runs that it started from itself.
 
 A run keeps in its checkpoints only what it trained, hence the chain of runs. What a run does not
 name is as for the run before it, so that `init.run` alone is enough to go on from a run. Only what
@@ -31,6 +32,7 @@ from gnvc_jax.porting.checkpoint import (
     load_weights,
     read_architecture,
 )
+from gnvc_jax.pretrained import find_model
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params
 from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
@@ -52,13 +54,14 @@ class Origins(NamedTuple):
     """Folders and runs that starting weights come from.
 
     Attributes:
-        vae, dit, prompt: See `InitConfig`.
+        vae, dit, prompt, model: See `InitConfig`.
         runs: Run folders, oldest first.
     """
 
     vae: str | None
     dit: str | None
     prompt: str | None
+    model: str | None
     runs: tuple[str, ...]
 
 
@@ -78,7 +81,7 @@ def origins(init: InitConfig) -> Origins:
         found = InitConfig(
             found.vae or init.vae, found.dit or init.dit, found.prompt or init.prompt
         )
-    return Origins(found.vae, found.dit, found.prompt, tuple(reversed(runs)))
+    return Origins(found.vae, found.dit, found.prompt, init.model, tuple(reversed(runs)))
 
 
 def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = None) -> Tree:
@@ -105,6 +108,8 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
     if any(ranks):  # changes are added to exact kernels
         like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
     found = load_ported(experiment, known, like)
+    if known.model is not None:
+        found = join(found, load_model_weights(experiment, known.model, like))
     if statistics is not None and "grey" in like.get("refiner", {}):
         found = join(found, {"refiner": {"grey": whitened_grey_latents(experiment, statistics)}})
     trained_before: set[str] = set()
@@ -142,6 +147,25 @@ def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
         check_architecture(known.dit, "dit", experiment.refiner.dit)
         found["refiner"] = {"dit": load_weights(known.dit, "dit", wanted=refiner["dit"])[1]}
     return found
+
+
+def load_model_weights(experiment: Experiment, name: str, like: Tree) -> Tree:
+    """What the model file `init.model` has of some parameters.
+
+    A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
+    the same codec.
+    """
+    model = find_model(name)
+    for part in ("vae", "codec"):
+        found, expected = getattr(model, f"{part}_config"), getattr(experiment, part)
+        if part in like and found != expected:
+            raise UsageError(f"{name}: holds {found}, but the experiment has {expected}")
+    parts = {"vae": model.vae, "codec": model.codec}
+    if model.refiner is not None and model.refiner_config == experiment.refiner:
+        parts["refiner"] = model.refiner
+    wanted = flatten_dict(like, sep="/").keys()
+    flat = flatten_dict(parts, sep="/")
+    return unflatten_dict({path: x for path, x in flat.items() if path in wanted}, sep="/")
 
 
 def check_architecture(folder: str, component: str, expected: object) -> None:
@@ -200,6 +224,12 @@ def load_text(experiment: Experiment) -> np.ndarray | None:
     path = known.prompt
     if path is None and known.dit and (kept := Path(known.dit) / PROMPT).is_file():
         path = kept
+    if (
+        path is None
+        and known.model is not None
+        and (text := find_model(known.model).text) is not None
+    ):
+        return text
     if path is None:
         return np.zeros((1, 1, config.text_width), np.float32)
     return load_prompt(path, config)
@@ -215,8 +245,8 @@ def check_complete(found: Tree, wanted: Tree) -> None:
     missing = sorted(flatten_dict(wanted, sep="/").keys() - flatten_dict(found, sep="/").keys())
     if missing:
         raise UsageError(
-            f"{len(missing)} parameters neither train nor come from a run or ported folder (see "
-            f"init.vae, init.dit, init.run); the first is {missing[0]}"
+            f"{len(missing)} parameters neither train nor come from a run, model or ported folder "
+            f"(see init.vae, init.dit, init.model, init.run); the first is {missing[0]}"
         )
 
 

@@ -11,9 +11,10 @@ import gnvc_jax
 from gnvc_jax import model as models
 from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
-from gnvc_jax.training import loop, stages
+from gnvc_jax.training import latent_statistics, loop, stages, weights
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig, RunConfig
+from gnvc_jax.training.release import release
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
 from gnvc_jax.training.stages.latent import LatentLoss
@@ -107,3 +108,45 @@ def test_run_that_lacks_a_part_is_named(runs):
         gnvc_jax.load_refiner(folder / "codec")
     with pytest.raises(UsageError, match="vae: a run of the stage `vae` has no codec"):
         gnvc_jax.load_pretrained(folder / "vae")
+
+
+def test_training_goes_on_from_a_model_file(runs, tmp_path):
+    """Codec and refiner of the file, rounded as it rounds them, also for runs that start later."""
+    folder, _ = runs
+    released = release(folder / "latent", tmp_path / "model.safetensors")
+    start = Experiment(
+        "latent",
+        VAE,
+        released.codec_config,
+        released.refiner_config,
+        init=InitConfig(model=str(tmp_path / "model.safetensors")),
+        train=("codec/", "refiner/"),
+        loss=LatentLoss(),
+        data=DataConfig(frames=5, size=(64, 64), batch=2),
+        run=RunConfig(out=str(tmp_path / "run")),
+    )
+    statistics = latent_statistics.measure(start)
+    jax.tree.map(np.testing.assert_array_equal, statistics, STATISTICS)
+    save(dataclasses.replace(start, train=("refiner/",)), statistics)  # the codec stays the file's
+    later = dataclasses.replace(
+        start, init=InitConfig(run=start.run.out), run=RunConfig(out=str(tmp_path / "later"))
+    )
+    for experiment in (start, later):
+        like = stages.model_shapes(make_stage(experiment))
+        found = weights.load(experiment, like, statistics)
+        for part in ("vae", "codec"):
+            jax.tree.map(np.testing.assert_array_equal, found[part], getattr(released, part))
+    kernel = found["refiner"]["dit"]["head"]["kernel"]
+    assert (kernel != released.refiner["dit"]["head"]["kernel"]).any()
+
+
+def test_model_of_other_sizes_and_two_starts_are_refused(runs, tmp_path):
+    folder, _ = runs
+    path = str(tmp_path / "model.safetensors")
+    released = release(folder / "codec", path)
+    other = dataclasses.replace(released.codec_config, width=24)
+    experiment = Experiment("codec", VAE, other, init=InitConfig(model=path), loss=CodecLoss())
+    with pytest.raises(UsageError, match=r"model\.safetensors: holds CodecConfig.*width=24"):
+        weights.load(experiment, stages.model_shapes(make_stage(experiment)))
+    with pytest.raises(UsageError, match=r"init\.run and init\.model"):
+        InitConfig(run="a", model="b")

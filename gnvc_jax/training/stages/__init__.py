@@ -134,7 +134,7 @@ def start(stage: Stage, params: Tree, statistics: Statistics) -> Tree:
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
     params = partition.join(params, weights.load(stage.experiment, wanted, statistics))
-    if stage.fit is not None and stage.experiment.init.run is None:
+    if stage.fit is not None and not stage.experiment.init.has_codec:
         params = stage.fit(params, statistics)
     return params
 

@@ -98,8 +98,10 @@ def check_refiner_stage(experiment: Experiment, needs_refiner: bool = True) -> N
     stage = experiment.stage
     if experiment.codec is None:
         raise UsageError(f"codec: the stage `{stage}` needs one, name its sizes")
-    if experiment.init.run is None:
-        raise UsageError(f"init.run: the stage `{stage}` starts from a run with a codec")
+    if not experiment.init.has_codec:
+        raise UsageError(
+            f"init.run, init.model: the stage `{stage}` starts from a run or model with a codec"
+        )
     if not experiment.train:
         raise UsageError(f"train: say what the stage `{stage}` trains")
     if needs_refiner and experiment.refiner is None:
