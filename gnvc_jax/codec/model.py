@@ -237,33 +237,6 @@ class ResidualTransform(nn.Module):
         detail = 1.0 - fresh * (1.0 - kept)
         return DecodedLatent(prediction + base + fresh * self.out(x), x, fresh, detail)
 
-    def follow(
-        self,
-        y: Float[Array, "b hy wy cy"],
-        decoded: DecodedLatent,
-        moved: Float[Array, "b h w c"],
-        q_index: Int[Array, " b"],
-    ) -> tuple[Array, DecodedLatent]:
-        """Lets gradients pass to the prediction, along the linear part of the codec only.
-
-        An error of the prediction stays where it is copied, and is mended at the price of symbols
-        where the latent is coded. Through the networks as well, gradients grow with every latent of
-        a long group and soon drown all others.
-
-        Args:
-          y: of this latent.
-          decoded: made with a constant prediction.
-          moved: prediction minus its constant: zero, with the gradient of the prediction.
-          q_index: quality levels.
-
-        Returns:
-          y for the rate, and the latent; both equal to what was given.
-        """
-        moved_y = jnp.dot(space_to_depth(moved), self.basis, precision="highest")
-        mended = depth_to_space(jnp.dot(moved_y, self.inverse, precision="highest"))
-        latent = decoded.latent + moved - decoded.fresh * mended
-        return y - self.y_gain(moved_y, q_index), decoded._replace(latent=latent)
-
 
 class LatentCodec(nn.Module):
     """Intra and predicted transform.
@@ -348,11 +321,6 @@ class LatentCodec(nn.Module):
         prediction: Float[Array, "b h w c"] | None = None,
     ) -> tuple[CodecState, LatentCodecOutput]:
         """Encodes and decodes a latent with differentiable rates; key draws their noise."""
-        moved = None
-        if state is not None and prediction is not None and self.config.motion is not None:
-            # Zero, and all that gradients see of the past; what follows is a constant to them.
-            moved = prediction - jax.lax.stop_gradient(prediction)
-            prediction = jax.lax.stop_gradient(prediction)
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, prediction, context, temporal, previous = given
         y = part.analyse(latent, prediction, context, q_index)
@@ -360,8 +328,6 @@ class LatentCodec(nn.Module):
         # What a stream has: symbols that it skips are zero.
         sent = symbols.y * part.entropy.carries_symbol(symbols.index)
         decoded = part.synthesise(y_hat, sent, prediction, context, q_index)
-        if moved is not None:
-            y, decoded = part.follow(y, decoded, moved, q_index)
         rates = part.entropy.bits(y, mu, symbols, q_index, key)
         written = part.entropy.written_bits(symbols, q_index)
         # The next latent's scale indices see these symbols; gradients through them are noise.

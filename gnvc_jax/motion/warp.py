@@ -85,16 +85,10 @@ def warp(
     return out
 
 
-@jax.custom_vjp
 def predict(
     reference: Float[ArrayLike, "b h w 3"], vectors: Shaped[ArrayLike, "b 4 h2 w2 2"]
 ) -> Float[Array, "b 4 h w 3"]:
     """Predicts four frames from the last decoded frame.
-
-    Its gradient with respect to `reference` is approximate: the adjoint of a warp scatters, which
-    costs many times the warp itself, so the gradient is warped back along the negated vectors
-    instead. Away from the borders that is exact for a translation, because the interpolation kernel
-    is symmetric, and close to exact where vectors change slowly.
 
     Args:
       reference: h and w are multiples of 16.
@@ -103,29 +97,10 @@ def predict(
     return warp(reference, dense(vectors))
 
 
-def _predict_forward(reference: ArrayLike, vectors: ArrayLike) -> tuple[Array, ArrayLike]:
-    return predict(reference, vectors), vectors
-
-
-def _predict_backward(vectors: ArrayLike, gradient: ArrayLike) -> tuple[Array, np.ndarray]:
-    b, n, h, w, c = gradient.shape
-    # Each of the four gradients is an image of its own with one field: (b * 4, 1, h, w, 2).
-    back = -dense(vectors).reshape(b * n, 1, h, w, 2)
-    pulled = warp(gradient.reshape(b * n, h, w, c), back).reshape(gradient.shape)
-    return pulled.sum(1), np.zeros(vectors.shape, jax.dtypes.float0)
-
-
-predict.defvjp(_predict_forward, _predict_backward)
-
-
 def to_eight_bits(frames: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Rounds frames in [-1, 1] to the 256 values that a decoder outputs.
-
-    The gradient passes straight through the rounding and stops where values are clipped.
-    """
-    frames = jnp.clip(frames, -1.0, 1.0)
-    rounded = jnp.round((frames + 1.0) * 127.5) / 127.5 - 1.0
-    return frames + jax.lax.stop_gradient(rounded - frames)
+    """Rounds frames in [-1, 1] to the 256 values that a decoder outputs. Has no gradient."""
+    steps = jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5)
+    return jax.lax.stop_gradient(steps / 127.5 - 1.0)
 
 
 __all__ = ["dense", "predict", "to_eight_bits", "warp"]

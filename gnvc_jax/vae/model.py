@@ -207,9 +207,7 @@ class VAE(nn.Module):
         video = self.klt.inverse(latent[:, None], False) + of_pixels(detail) * rest
         start = 0 if cleaned is None else video.shape[1] - cleaned
         part = video[:, start:]
-        # The head does not pass gradients on to the past, see `ResidualTransform.follow`.
-        fixed = jax.lax.stop_gradient(part)
-        part = part + of_pixels(fresh) * (self.clean(fixed) - fixed)
+        part = part + of_pixels(fresh) * (self.clean(part) - part)
         return jnp.concatenate([video[:, :start], part], axis=1)
 
     @jax.default_matmul_precision(EXACT)

@@ -222,29 +222,3 @@ def test_cells_without_symbols_copy_the_prediction():
     np.testing.assert_array_equal(decoded.fresh[0, ..., 0], expected)
     assert (np.asarray(decoded.detail)[0, ~expected] == 1).all()
     assert (np.asarray(decoded.detail)[0, expected] < 1).all()
-
-
-def test_gradients_to_the_past_are_those_of_the_linear_codec():
-    """With networks at zero: copied cells pass them on, coded ones what the basis leaves."""
-    config = dataclasses.replace(TINY, motion="blocks")
-    codec, q_index, key = LatentCodec(config), jnp.asarray([40]), jax.random.key(5)
-    latents = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
-    drawn = codec.init(jax.random.key(1), latents, q_index, key)["params"]
-    state, _ = codec.apply({"params": drawn}, latents[:, 0], None, q_index, key, method="train")
-    prediction = latents[:, 1].at[:, 2:4, 4:6].add(20.0)  # to be coded; the rest is right
-
-    def decoded(prediction):
-        arguments = latents[:, 1], state, q_index, key, prediction
-        return codec.apply({"params": drawn}, *arguments, method="train")[1]
-
-    weights = jax.random.normal(key, prediction.shape)
-    got = jax.grad(lambda x: jnp.vdot(weights, decoded(x).latent))(prediction)
-    basis = np.asarray(drawn["inter"]["basis"])
-    cells = rearrange(np.asarray(weights), "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
-    left = rearrange(cells - cells @ basis @ basis.T, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2,
-                     c=4)  # fmt: skip
-    fresh = np.asarray(decoded(prediction).fresh)
-    assert 0 < fresh.mean() < 1
-    np.testing.assert_allclose(got, fresh * left + (1 - fresh) * weights, atol=1e-4)
-    rate = jax.grad(lambda x: decoded(x).y_bits.sum())(prediction)
-    assert np.abs(rate[0, 2:4, 4:6]).max() > 0

@@ -223,8 +223,9 @@ def roll_out(
     def step(carry, xs):
         last, state = carry
         frames, vectors, q_index, key = xs
-        # The picture that a decoder has. Gradients flow through it into the past: what is spent on
-        # a frame also serves all frames that are predicted from it.
+        # The picture that a decoder has. It passes no gradients on to the past: cells without
+        # symbols copy it, so the straight-through gradient of one zero would count once for every
+        # latent that copies, and the codec would learn to spend far too many bits.
         predicted = predict(to_eight_bits(last), vectors)
         prediction = encode_group(networks.vae, params["vae"], predicted, False)
         latent = encode_group(networks.vae, params["vae"], frames, False)
