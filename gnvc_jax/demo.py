@@ -10,6 +10,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import numpy as np
 
+from gnvc_jax.evaluation.anchors import AnchorError, Match, match_rate
 from gnvc_jax.evaluation.quality import QualityMeter
 from gnvc_jax.files import is_same_file
 from gnvc_jax.media.errors import UnwritableOutput
@@ -19,6 +20,12 @@ from gnvc_jax.pretrained import load_pretrained
 
 OUTPUTS = ("source.mkv", "decoded.mkv", "refined.mkv", "decoded.mp4", "side_by_side.mp4")
 SIDE, FPS = 256, Fraction(25)
+COLUMNS = {  # of the table, by field of a record
+    "psnr_rgb": "PSNR",
+    "ms_ssim_rgb": "MS-SSIM",
+    "lpips_alex": "LPIPS",
+    "dists": "DISTS",
+}
 
 
 def camera_move(frames: int) -> np.ndarray:
@@ -47,13 +54,14 @@ def read_all(path: Path | str, frames: int | None = None) -> tuple[np.ndarray, F
 
 
 def write_all(path: Path, video: np.ndarray, fps: Fraction) -> None:
+    """Writes frames (t, h, w, 3) uint8 to a file, whatever was there before."""
     with open_writer(str(path), video.shape[2], video.shape[1], fps, force=True) as out:
         for frame in video:
             out.write(frame)
 
 
 def gnvc(*args: object) -> float:
-    """Run `gnvc` in a process of its own; seconds. SystemExit with its code if it fails."""
+    """Runs `gnvc` in a process of its own; seconds. SystemExit with its code if it fails."""
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "gnvc_jax.cli", *map(str, args)], check=False)
     if done.returncode:
@@ -61,10 +69,40 @@ def gnvc(*args: object) -> float:
     return time.perf_counter() - start
 
 
-def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
-    """Encode, decode, compare; writes stream, videos and a contact sheet to `out`.
+def x265_like(source: np.ndarray, fps: Fraction, size: int) -> Match | None:
+    """The clip coded by x265 (veryslow, low delay) in about as many bytes.
 
-    A model with a refiner decodes twice, without and with it.
+    Args:
+        source: Frames, (t, h, w, 3) uint8.
+        fps: Frames per second.
+        size: Bytes to come close to.
+
+    Returns:
+        The coded clip; None, with a message on stderr, where ffmpeg cannot do it.
+    """
+    try:
+        return match_rate("x265", source, fps, size)
+    except (AnchorError, OSError) as error:
+        print(f"gnvc demo: without x265 beside it ({error})", file=sys.stderr)
+        return None
+
+
+def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
+    """Encodes, decodes, compares; writes stream, videos and a contact sheet to a folder.
+
+    A model with a refiner decodes twice, without and with it. x265 stands beside at the same size,
+    where ffmpeg has it.
+
+    Args:
+        clip: Video, None for a camera move over a photograph.
+        qp: Quality level.
+        frames: Frames of the clip to code, from its first one.
+        model: Name of a shipped model, model file or run folder.
+        out: Folder for everything that is written.
+
+    Raises:
+        UnwritableOutput: the clip is one of the files that would be written.
+        SystemExit: a command failed, with its code.
     """
     for name in OUTPUTS:
         if clip is not None and is_same_file(clip, out / name):
@@ -75,15 +113,21 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     stream = out / "clip.gnvc"
     common = "--model", model, "--force"
     seconds = {"encode": gnvc("encode", out / "source.mkv", stream, "--qp", qp, *common)}
+    size, (t, h, w, _) = stream.stat().st_size, source.shape
     steps = {"decoded": 0}
     if load_pretrained(model).model.refiner is not None:
         steps["refined"] = 1
-    videos = {"source": source}
+    videos, sizes = {"source": source}, {}
     for name, count in steps.items():
         path = out / f"{name}.mkv"
         seconds[f"decode ({name})"] = gnvc("decode", stream, path, "--steps", count, *common)
         videos[name], _ = read_all(path)
+        sizes[f"{name} (--steps {count})"] = size
     write_all(out / "decoded.mp4", videos[name], fps)
+    if (match := x265_like(source, fps, size)) is not None:
+        videos["x265"] = match.result.frames
+        sizes["x265 veryslow" + " (its smallest)" * match.at_floor] = match.result.size
+
     gap = np.full((*source.shape[:2], 8, 3), 255, np.uint8)
     columns = [part for video in videos.values() for part in (gap, video)][1:]
     write_all(out / "side_by_side.mp4", np.concatenate(columns, axis=2), fps)
@@ -91,14 +135,16 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     rows = [np.concatenate(list(video[picks]), axis=1) for video in videos.values()]
     imageio.imwrite(out / "contact_sheet.png", np.concatenate(rows, axis=0))
 
-    size, (t, h, w, _) = stream.stat().st_size, source.shape
-    print(f"\n{t} frames of {w}x{h}, qp {qp}: {size} bytes, {8 * size / (t * h * w):.4f} bpp")
-    meter = QualityMeter(("psnr", "ms_ssim", "lpips_alex"))
-    for name in steps:
-        quality = meter(source, videos[name]).quality
-        values = "  ".join(f"{k} {v:.4f}" for k, v in quality.items() if v is not None)
-        print(f"{name} (--steps {steps[name]}): {values}")
-    print("  ".join(f"{k} {t / s:.2f} frames/s" for k, s in seconds.items()))
+    print(f"\n{t} frames of {w}x{h}, qp {qp}: {size} bytes, {8 * size / (t * h * w):.4f} bpp\n")
+    header = "".join(f"{title:>9}" for title in ("bytes", *COLUMNS.values()))
+    print(" " * 32 + header)
+    meter = QualityMeter(("psnr", "ms_ssim", "lpips_alex", "dists"))
+    for (title, count), video in zip(sizes.items(), list(videos.values())[1:]):
+        quality = meter(source, video).quality
+        values = [quality[field] for field in COLUMNS]
+        cells = "".join(f"{'-' if v is None else format(v, 'z.4f'):>9}" for v in values)
+        print(f"{title:32}{count:9}{cells}")
+    print("\n" + "  ".join(f"{k} {t / s:.2f} frames/s" for k, s in seconds.items()))
     print(f"(whole processes, start and compilation included)\nSee {out}/contact_sheet.png and")
     order = ", ".join(videos)
     print(f"{out}/side_by_side.mp4 ({order}), {out}/decoded.mp4 and {stream}")

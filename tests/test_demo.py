@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from gnvc_jax import demo
+from gnvc_jax.evaluation.anchors import AnchorError, AnchorResult, Match
 from gnvc_jax.media.errors import UnwritableOutput
 from gnvc_jax.pretrained import load_pretrained
 
 
-@pytest.mark.parametrize("refined", [False, True])
-def test_what_is_shown(refined, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("refined", "x265"), [(False, False), (True, False), (True, True)])
+def test_what_is_shown(refined, x265, tmp_path, monkeypatch, capsys):
     calls = []
 
     def gnvc(command, *args):
@@ -25,6 +26,12 @@ def test_what_is_shown(refined, tmp_path, monkeypatch, capsys):
             shutil.copy(tmp_path / "out" / "source.mkv", target)
         return 1.0
 
+    def match_rate(codec, frames, fps, size):
+        if not x265:
+            raise AnchorError("ffmpeg: unknown encoder libx265")
+        return Match(AnchorResult(b"anchor", frames // 2, 40.0, "", "", 1.0, 1.0), size, True)
+
+    monkeypatch.setattr(demo, "match_rate", match_rate)
     monkeypatch.setattr(demo, "gnvc", gnvc)
     if refined:
         model = types.SimpleNamespace(refiner={})
@@ -35,13 +42,18 @@ def test_what_is_shown(refined, tmp_path, monkeypatch, capsys):
 
     steps = [args[args.index("--steps") + 1] for command, args in calls if command == "decode"]
     assert steps == ([0, 1] if refined else [0])
-    rows = 3 if refined else 2
+    rows = 2 + refined + x265
     assert iio.imread(tmp_path / "out" / "contact_sheet.png").shape == (rows * 48, 4 * 64, 3)
     frames, _ = demo.read_all(tmp_path / "out" / "side_by_side.mp4")
     assert frames.shape == (5, 48, rows * 64 + 8 * (rows - 1), 3)
-    text = capsys.readouterr().out
-    assert "5 frames of 64x48, qp 24: 6 bytes" in text and "psnr_rgb 100" in text
-    assert ("refined (--steps 1)" in text) == refined
+    text, messages = capsys.readouterr()
+    assert "5 frames of 64x48, qp 24: 6 bytes" in text
+    table = {line[:32].strip(): line[32:].split() for line in text.splitlines()}
+    assert table[""] == []
+    assert table["decoded (--steps 0)"] == ["6", "100.0000", "-", "0.0000", "0.0000"]
+    assert ("refined (--steps 1)" in table) == refined
+    assert ("x265 veryslow (its smallest)" in text) == x265
+    assert ("without x265 beside it (ffmpeg: unknown encoder" in messages) != x265
 
 
 @pytest.mark.parametrize("name", demo.OUTPUTS)
