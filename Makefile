@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-nightly test-parity lint format docs bench clean
+.PHONY: help demo small test test-nightly test-parity lint format docs bench clean
 
 help:
 	@echo "make demo [CLIP=video.mp4]  encode a clip, decode it, print rate and quality"
+	@echo "make small DATA=CLIPS       train the small model; continues where it was stopped"
 	@echo "make test                   run the fast tests"
 	@echo "make test-parity            compare with torch and diffusers (installs both)"
 	@echo "make test-nightly           run all tests, the slow ones included"
@@ -18,6 +19,15 @@ help:
 
 demo: $(VENV)/.installed
 	$(BIN)/gnvc demo $(if $(CLIP),--clip "$(CLIP)")
+
+# Three stages, each from the run of the one before; see docs/training.md.
+SMALL := codec rollout refiner
+small: $(VENV)/.installed
+	@test -n "$(DATA)" || { echo "name the folder of clips: make small DATA=CLIPS"; exit 2; }
+	set -e; for stage in $(SMALL); do \
+		$(BIN)/gnvc train --config small/$$stage --data.path "$(DATA)" --data.decode_cache runs/small/decoded; \
+	done
+	$(BIN)/gnvc release runs/small/$(lastword $(SMALL)) runs/small.safetensors --name small
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
