@@ -170,7 +170,7 @@ class PretrainedRefiner:
         decoded: Float[ArrayLike, "b t h w c"],
         features: Float[ArrayLike, "b t h w f"] | None = None,
         q_index: int = 0,
-        steps: int = 1,
+        steps: int | None = None,
         seed: int = 0,
     ) -> Float[Array, "b t h w c"]:
         """Refines decoded latents of one group, in overlapping windows if it is long.
@@ -179,7 +179,8 @@ class PretrainedRefiner:
             decoded: Normalised latents as a codec decodes them, h and w even.
             features: Features of the codec; None for zeros.
             q_index: Quality level that the latents were coded at, 0 (worst) to 63.
-            steps: Steps of the flow; with 0, the latents are returned as they are.
+            steps: Steps of the flow, None for what the refiner was trained for; with 0, the latents
+                are returned as they are.
             seed: Seed of the noise.
 
         Returns:
@@ -205,6 +206,7 @@ class PretrainedRefiner:
             conditions = jnp.full((b,), tau), decoded, features, jnp.full((b,), q_index)
             return self.velocity(state, *conditions)
 
+        steps = self.config.steps if steps is None else steps
         inputs = jnp.asarray(decoded), jnp.asarray(features), jax.random.key(seed), steps
         return refine(velocity, self.config, *inputs, self.white)
 

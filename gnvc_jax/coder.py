@@ -136,6 +136,12 @@ class Coder:
         # costs the VAE less.
         self.padding = self.unit if self.motion else model.vae_config.stride
 
+    @property
+    def steps(self) -> int:
+        """Refinement steps that the model was trained for; 0 without a refiner."""
+        config = self.model.refiner_config
+        return 0 if config is None else config.steps
+
     def header(
         self,
         width: int,
@@ -386,14 +392,14 @@ class Coder:
         Args:
             header: Header of the stream.
             group: Group, as `StreamReader` reads it.
-            steps: Refinement steps, 0 for none; None for one if the model has a refiner.
+            steps: Refinement steps, 0 for none; None for what the model was trained for.
 
         Yields:
             Frames. Without refinement they come as their latents are decoded; with it, after all
             latents of the group.
         """
         if steps is None:
-            steps = int(self.model.refiner is not None)
+            steps = self.steps
         decoded = self._decoded(header, group)
         if steps:
             decoded = self._refined(group, list(decoded), steps)

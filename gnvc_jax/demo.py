@@ -115,8 +115,8 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     seconds = {"encode": gnvc("encode", out / "source.mkv", stream, "--qp", qp, *common)}
     size, (t, h, w, _) = stream.stat().st_size, source.shape
     steps = {"decoded": 0}
-    if load_pretrained(model).model.refiner is not None:
-        steps["refined"] = 1
+    if trained := load_pretrained(model).steps:
+        steps["refined"] = trained
     videos, sizes = {"source": source}, {}
     for name, count in steps.items():
         path = out / f"{name}.mkv"

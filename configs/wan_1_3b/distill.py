@@ -13,6 +13,7 @@ from gnvc_jax.training.config import RunConfig
 experiment = dataclasses.replace(
     pixel.experiment,
     stage="distill",
+    refiner=dataclasses.replace(pixel.experiment.refiner, steps=1),
     init=dataclasses.replace(pixel.experiment.init, run="runs/wan_1_3b/pixel"),
     loss=dataclasses.replace(pixel.experiment.loss, single=0.75, distill=1.0),
     optim=dataclasses.replace(pixel.experiment.optim, lr=2e-5, steps=20_000),

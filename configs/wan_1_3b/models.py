@@ -6,7 +6,7 @@ from gnvc_jax.vae.config import VAEConfig
 
 VAE = VAEConfig()
 CODEC = CodecConfig()
-REFINER = RefinerConfig(dit=VACE_1_3B, features=CODEC.width)
+REFINER = RefinerConfig(dit=VACE_1_3B, features=CODEC.width, steps=5)
 
 # Made by: gnvc port --from Wan2.1-VACE-1.3B --to weights/vace-1.3b
 WEIGHTS = "weights/vace-1.3b"

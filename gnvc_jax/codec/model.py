@@ -93,6 +93,8 @@ class LatentCodecOutput(NamedTuple):
 
     Attributes:
       latent, feature, fresh, detail: see `DecodedLatent`.
+      skipped: (b, h, w, c), what the latent would have in addition if no cell were a copy; None for
+        codecs without motion. It serves gradients: copies have none.
       symbols: quantised, none skipped.
       y_bits, z_bits: differentiable rates (b,) with additive noise in place of rounding.
       written_bits: (b,), cost of the symbols that a stream would hold; no gradient.
@@ -102,6 +104,7 @@ class LatentCodecOutput(NamedTuple):
     feature: Array
     fresh: Array | None
     detail: Array | None
+    skipped: Array | None
     symbols: LatentSymbols
     y_bits: Array
     z_bits: Array
@@ -219,8 +222,13 @@ class ResidualTransform(nn.Module):
         prediction: Float[Array, "b h w c"] | float,
         context: Float[Array, "b h w width"] | None,
         q_index: Int[Array, " b"],
-    ) -> DecodedLatent:
-        """The latent that y_hat and the symbols in a stream stand for."""
+    ) -> tuple[DecodedLatent, Array | None]:
+        """The latent that y_hat and the symbols in a stream stand for.
+
+        Returns:
+          The latent, and what it would have in addition if no cell were a copy (b, h, w, c), None
+          for codecs without motion, which have no copies.
+        """
         y = self.y_inverse(y_hat, q_index)
         base = depth_to_space(jnp.dot(y, self.inverse, precision="highest"))
         x = [depth_to_space(self.up(y)), self.white(base)]
@@ -228,14 +236,17 @@ class ResidualTransform(nn.Module):
         x = self.decoder_gain(self.synthesis(x), q_index)
         if self.config.motion is None or not self.inter:
             latent, feature = prediction + base + self.out(x), x if self.inter else self.feature(x)
-            fresh = None if self.config.motion is None else jnp.ones_like(latent[..., :1])
-            return DecodedLatent(latent, feature, fresh, None if fresh is None else 1.0 - fresh)
-        fresh = active_cells(symbols)
-        # Straight through: a coefficient that rounds to zero must feel the error that it leaves.
-        base = base + jax.lax.stop_gradient(fresh * base - base)
+            if self.config.motion is None:
+                return DecodedLatent(latent, feature, None, None), None
+            fresh = jnp.ones_like(latent[..., :1])
+            return DecodedLatent(latent, feature, fresh, 1.0 - fresh), jnp.zeros_like(latent)
+        fresh, change = active_cells(symbols), base + self.out(x)
         kept = nn.sigmoid(self.detail(x) + DETAIL_START)
         detail = 1.0 - fresh * (1.0 - kept)
-        return DecodedLatent(prediction + base + fresh * self.out(x), x, fresh, detail)
+        return (
+            DecodedLatent(prediction + fresh * change, x, fresh, detail),
+            (1.0 - fresh) * change,
+        )
 
 
 class LatentCodec(nn.Module):
@@ -308,7 +319,7 @@ class LatentCodec(nn.Module):
         given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
         part, prediction, context, temporal, _ = given
         y_hat = part.entropy.decode(symbols.y, symbols.z, temporal)
-        decoded = part.synthesise(y_hat, symbols.y, prediction, context, q_index)
+        decoded, _ = part.synthesise(y_hat, symbols.y, prediction, context, q_index)
         return decoded, self._after(state, decoded, symbols)
 
     @exact
@@ -327,12 +338,12 @@ class LatentCodec(nn.Module):
         y_hat, mu, symbols = part.entropy.encode(y, q_index, temporal, previous, skip=False)
         # What a stream has: symbols that it skips are zero.
         sent = symbols.y * part.entropy.carries_symbol(symbols.index)
-        decoded = part.synthesise(y_hat, sent, prediction, context, q_index)
+        decoded, skipped = part.synthesise(y_hat, sent, prediction, context, q_index)
         rates = part.entropy.bits(y, mu, symbols, q_index, key)
         written = part.entropy.written_bits(symbols, q_index)
         # The next latent's scale indices see these symbols; gradients through them are noise.
         state = self._after(state, decoded, jax.lax.stop_gradient(symbols))
-        return state, LatentCodecOutput(*decoded, symbols, *rates, written)
+        return state, LatentCodecOutput(*decoded, skipped, symbols, *rates, written)
 
     @exact
     def __call__(

@@ -135,7 +135,7 @@ def decode(
         input: Stream to read, or - for stdin.
         output: Video to write: .mp4, .mkv (lossless), .y4m, a folder of PNG images, or - for y4m
             on stdout.
-        steps: Number of refinement steps, 0 for none; if not given, 1 for models with a refiner.
+        steps: Number of refinement steps, 0 for none; if not given, what the model was trained for.
         tolerant: Replace the frames of damaged groups by the last good frame, and exit with
             code 3.
         max_pixels: Refuse streams whose frames have more pixels; 33554432 (8K) if not given.
@@ -154,6 +154,9 @@ def decode(
     check_range("--steps", steps, 0, MAX_STEPS)
     with frames_over(devices), StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(model)
+        if steps not in (None, 0, coder.steps) and coder.steps:
+            trained = f"{coder.steps} step{'s' * (coder.steps > 1)}"
+            print(f"gnvc: --steps {steps}: {model} was trained for {trained}", file=sys.stderr)
         coder.check(header, MAX_PIXELS if max_pixels is None else max_pixels)
         fps = Fraction(*header.fps)
         colour = Colour.from_code_points(*header.colour)

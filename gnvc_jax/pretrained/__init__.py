@@ -100,7 +100,7 @@ class Codec(Coder):
 
         Args:
             stream: The stream.
-            steps: Refinement steps, 0 for none; None for one if the model has a refiner.
+            steps: Refinement steps, 0 for none; None for what the model was trained for.
 
         Returns:
             RGB frames.
@@ -121,17 +121,17 @@ class Codec(Coder):
         self.check(reader.header)
         return [self.latents(reader.header, group) for group in reader.groups()]
 
-    def refine(self, group: DecodedGroup, steps: int = 1) -> Float[Array, "1 t h w c"]:
+    def refine(self, group: DecodedGroup, steps: int | None = None) -> Float[Array, "1 t h w c"]:
         """Refines the latents of a group, as `decode` does.
 
         Args:
             group: Latents, one of those that `decode_latents` returns.
-            steps: Refinement steps.
+            steps: Refinement steps, None for what the model was trained for.
 
         Raises:
             UsageError: If the model has no refiner.
         """
-        return self.functions.refine(*group, steps)
+        return self.functions.refine(*group, self.steps if steps is None else steps)
 
 
 def load_pretrained(name: str | Path = "small") -> Codec:

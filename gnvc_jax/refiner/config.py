@@ -121,6 +121,7 @@ class RefinerConfig:
       deviation: 0 where the DiT gives the velocity itself, as Wan's does. Otherwise the standard
         deviation of coding errors, for which the DiT corrects `flow.linear_velocity`; small models
         need this.
+      steps: of the flow that decoding takes: what the refiner was trained for.
 
     Raises:
       UsageError: for sizes that do not fit.
@@ -133,6 +134,7 @@ class RefinerConfig:
     start: float = START
     noise: float = 1.0
     deviation: float = 0.0
+    steps: int = 1
 
     def __post_init__(self) -> None:
         known = self.dit.channels, self.vace_channels
@@ -141,6 +143,8 @@ class RefinerConfig:
                 f"the refiner needs context blocks with {known[0]} or {known[1]} channels, got "
                 f"{self.dit.context_channels} channels every {self.dit.context_every} blocks"
             )
+        if self.steps < 1:
+            raise UsageError(f"steps must be positive, got {self.steps}")
         if not 0 <= self.overlap < self.window:
             raise UsageError(
                 f"overlap must be in [0, window), got {self.overlap} for windows of {self.window}"

@@ -222,3 +222,34 @@ def test_cells_without_symbols_copy_the_prediction():
     np.testing.assert_array_equal(decoded.fresh[0, ..., 0], expected)
     assert (np.asarray(decoded.detail)[0, ~expected] == 1).all()
     assert (np.asarray(decoded.detail)[0, expected] < 1).all()
+
+
+def test_copies_learn_as_if_they_were_coded():
+    """With networks at zero: latents with `skipped` have the gradient of the basis everywhere."""
+    config = dataclasses.replace(TINY, motion="blocks")
+    codec, q_index, key = LatentCodec(config), jnp.asarray([40]), jax.random.key(5)
+    latents = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
+    drawn = codec.init(jax.random.key(1), latents, q_index, key)["params"]
+    state, _ = codec.apply({"params": drawn}, latents[:, 0], None, q_index, key, method="train")
+    prediction = latents[:, 1].at[:, 2:4, 4:6].add(20.0)  # to be coded; the rest is right
+
+    def decoded(latent):
+        arguments = latent, state, q_index, key, prediction
+        return codec.apply({"params": drawn}, *arguments, method="train")[1]
+
+    output = decoded(latents[:, 1])
+    fresh = np.asarray(output.fresh)
+    assert 0 < fresh.mean() < 1
+    np.testing.assert_array_equal((1 - fresh) * (output.latent - prediction), 0)
+    np.testing.assert_array_equal(fresh * output.skipped, 0)
+
+    weights = jax.random.normal(key, prediction.shape)
+    got = jax.grad(lambda x: jnp.vdot(weights, decoded(x).latent + decoded(x).skipped))(
+        latents[:, 1]
+    )
+    cells = rearrange(np.asarray(weights), "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
+    basis = np.asarray(drawn["inter"]["basis"])
+    expected = rearrange(cells @ basis @ basis.T, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2, c=4)
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    copied = jax.grad(lambda x: jnp.vdot(weights * (1 - fresh), decoded(x).latent))(latents[:, 1])
+    np.testing.assert_array_equal(copied, 0)

@@ -332,7 +332,7 @@ def test_a_later_stage_goes_on_with_what_trained(base, tmp_path):
         stage="pixel",
         train=("codec/",),
         lora=0,
-        loss=PixelLoss(lpips_net="alex"),
+        loss=PixelLoss(lpips_net="alex", steps=1),
         init=InitConfig(run=latent.run.out),
         run=RunConfig(out=str(tmp_path / "later")),
     )
@@ -457,6 +457,7 @@ def test_gradients_reach_what_trains(base, stage):
         stage=stage,
         train=("codec/", "refiner/"),
         loss=losses[stage],
+        refiner=dataclasses.replace(base.refiner, steps=2 if stage == "pixel" else 1),
     )
     if stage == "distill":  # it needs a refiner that was trained
         latent = dataclasses.replace(base, train=("codec/", "refiner/"))
@@ -471,10 +472,14 @@ def test_gradients_reach_what_trains(base, stage):
 
 def test_stages_say_what_they_lack(base, tmp_path):
     for change, message in (
-        ({"init": InitConfig()}, r"init\.run: the stage `latent` starts from"),
+        ({"init": InitConfig()}, r"init\.run, init\.model: the stage `latent` starts from"),
         ({"train": ()}, "train: say what"),
         ({"refiner": None}, "refiner: the stage `latent` trains one"),
         ({"train": ("dit/",)}, "'dit/' fits no parameter"),
+        (
+            {"stage": "pixel", "loss": PixelLoss(lpips_net="alex")},
+            r"refiner\.steps: the stage `pixel` trains for 5, not 1",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             started(dataclasses.replace(base, **change))

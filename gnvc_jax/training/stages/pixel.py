@@ -101,6 +101,13 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
     inputs.check_crop(experiment)
     if experiment.data.latents is not None:
         raise UsageError(f"data.latents: the stage `{experiment.stage}` needs frames")
+    if experiment.refiner is not None:
+        trained = 1 if teacher else experiment.loss.steps
+        if experiment.refiner.steps != trained:
+            raise UsageError(
+                f"refiner.steps: the stage `{experiment.stage}` trains for {trained}, not "
+                f"{experiment.refiner.steps}"
+            )
     weights, config, networks = experiment.loss, experiment.refiner, make_networks(experiment)
     perceptual_weights = load_weights(weights.lpips_net, weights.lpips_weights)
 

@@ -16,6 +16,7 @@ from einops import rearrange
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import init_from_statistics
 from gnvc_jax.codec.model import space_to_depth
+from gnvc_jax.codec.quantise import straight_through
 from gnvc_jax.errors import UsageError
 from gnvc_jax.moments import Moments
 from gnvc_jax.motion.warp import predict, to_eight_bits
@@ -68,7 +69,8 @@ class MotionOutput(NamedTuple):
         features: What the codec knows besides, (b, k, h, w, f); conditions a refiner.
         bits: Differentiable rate of each latent, (b, k).
         written: Bits that a stream would hold, (b, k); no gradient.
-        error: Mean squared error of the decoded frames in 8-bit steps, (b, k).
+        error: Mean squared error of the decoded frames in 8-bit steps, (b, k). Its gradient is that
+            of frames without copies (see `roll_out`).
         predicted_error: The same of the frames that motion predicts, (b, k - 1).
         frames: Decoded frames, (b, t, h, w, 3), not clipped.
     """
@@ -202,7 +204,7 @@ def roll_out(
     def error(a: Array, b: Array) -> Array:
         return losses.squared_error(a, b) * LEVELS_PER_UNIT**2
 
-    def result(latent, coded, decoded, frames, predicted_error) -> MotionOutput:
+    def result(latent, coded, decoded, compared, frames, predicted_error) -> MotionOutput:
         bits = coded.y_bits + coded.z_bits
         return MotionOutput(
             latent,
@@ -210,7 +212,7 @@ def roll_out(
             coded.feature,
             bits,
             coded.written_bits,
-            error(decoded, frames),
+            straight_through(error(decoded, frames), error(compared, frames)),
             predicted_error,
             decoded,
         )
@@ -218,7 +220,7 @@ def roll_out(
     latent = encode_group(networks.vae, params["vae"], video[:, :1], True)
     state, coded = networks.codec.apply(codec, latent, None, levels[:, 0], keys[0], method="train")
     decoded = networks.vae.apply(vae, coded.latent[:, None], method="decode")
-    first = result(latent, coded, decoded, video[:, :1], None)
+    first = result(latent, coded, decoded, decoded, video[:, :1], None)
 
     def step(carry, xs):
         last, state = carry
@@ -234,7 +236,12 @@ def roll_out(
         )
         given = coded.latent, prediction, predicted, coded.fresh, coded.detail, cleaned
         decoded = networks.vae.apply(vae, *given, method="compensate")
-        done = result(latent, coded, decoded, frames, error(predicted, frames))
+        # A copy has no gradient. The codec learns from what its cells would be if they were coded.
+        # (To give copies that gradient with their own error would reward symbols that mend nothing,
+        # since the mean of a copied cell is not used: files grew until training diverged.)
+        skipped = coded.skipped[:, None]
+        compared = networks.vae.apply(vae, decoded, skipped, False, method="add_latents")
+        done = result(latent, coded, decoded, compared, frames, error(predicted, frames))
         return (decoded[:, -1], state), done
 
     steps = (
