@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 # What a resumed run may change: where and how it computes, writes and reads, not what.
 FREE_KEYS = (
     "run.",
+    "evaluate.",
     "mesh.",
     "compute.",
     "optim.steps",

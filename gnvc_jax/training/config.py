@@ -152,6 +152,32 @@ class RunConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """Coding of held-out clips while a codec trains.
+
+    Attributes:
+        every: Steps between evaluations, 0 for none.
+        data: Held-out clips: folder of videos, list of videos (.txt), or a single video.
+        frames: Number of frames to code of each clip, from its first on.
+        clips: Number of clips to code, the first ones of `data`.
+        best_by: Quality metric by which the best model so far is chosen.
+    """
+
+    every: int = 0
+    data: str | None = None
+    frames: int = 33
+    clips: int = 4
+    best_by: Literal["psnr", "lpips"] = "psnr"
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("frames", "clips"), (1, math.inf))
+        check_range("evaluate", self, every=(0, math.inf), **counts)
+        check_choices("evaluate", self)
+        if self.every and self.data is None:
+            raise UsageError("evaluate.data: name the held-out clips for evaluate.every")
+
+
+@dataclasses.dataclass(frozen=True)
 class InitConfig:
     """Where a run takes its starting weights from; see `gnvc_jax.training.weights`.
 
@@ -256,6 +282,7 @@ class Experiment:
         optim: Optimizer.
         mesh: Devices along each axis of the mesh.
         run: Where the run writes and how often.
+        evaluate: Evaluation on held-out clips.
     """
 
     stage: str
@@ -271,11 +298,16 @@ class Experiment:
     optim: OptimConfig = OptimConfig()
     mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
     run: RunConfig = RunConfig()
+    evaluate: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
         if self.init.run and Path(self.init.run).resolve() == Path(self.run.out).resolve():
             raise UsageError(
                 f"init.run: {self.init.run} is run.out too; a run cannot start from itself"
+            )
+        if self.evaluate.every and self.codec is None:
+            raise UsageError(
+                f"evaluate.every: the stage `{self.stage}` has no codec to evaluate, use 0"
             )
         stride = self.vae.temporal_stride
         for frames in self.data.lengths:
@@ -322,7 +354,7 @@ def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
         experiment = dataclasses.replace(experiment, mesh=parse_mesh(known.mesh))
     return tyro.cli(
         type(experiment),
-        prog="train.py --config FILE",
+        prog="gnvc train --config FILE",
         default=experiment,
         args=list(args),
         use_underscores=True,

@@ -61,6 +61,8 @@ def test_overrides_change_what_they_name_and_nothing_else():
         (["--optim.lr", "nan"], "optim.lr: must be in [0, inf], got nan"),
         (["--data.batch", "0"], "data.batch: must be in [1, inf], got 0"),
         (["--data.frames", "12"], "data.frames: must be 1 + 4k, got 12"),
+        (["--evaluate.every", "9"], "evaluate.data: name the held-out clips for evaluate.every"),
+        (["--evaluate.every", "9", "--evaluate.data", "x"], "has no codec to evaluate, use 0"),
         (["--compute.remat", "foo"], "('none', 'full', 'attention', 'matmuls')"),
         (["--compute.vae.dtype", "half"], "('float32', 'bfloat16')"),
         (["--compute.attention", "flash"], "invalid choice 'flash'"),
