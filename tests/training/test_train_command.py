@@ -1,31 +1,30 @@
-"""train.py: one line for what the user can repair, a traceback for a fault of the program."""
+"""`gnvc train`: one line for what the user can repair, a traceback for a fault of the program."""
 
-import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from gnvc_jax import cli
 from gnvc_jax.errors import TrainingDiverged, UsageError
 
 ROOT = Path(__file__).parents[2]
+CONFIG = str(Path(__file__).with_name("toy_stage.py"))
 
 
 @pytest.fixture
-def run(monkeypatch):
-    """Calls `main` of train.py with the toy stage and these arguments."""
-    spec = importlib.util.spec_from_file_location("train_command", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+def run(monkeypatch, capsys):
+    """Calls `gnvc train` with the toy stage and these arguments; gives its code and errors."""
 
     def call(*args, instead=None):
-        config = Path(__file__).with_name("toy_stage.py")
-        monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(config), *map(str, args)])
         if instead:
-            monkeypatch.setattr(module, "train", instead)
-        module.main()
+            monkeypatch.setattr("gnvc_jax.training.loop.train", instead)
+        code = cli.main(["train", "--config", CONFIG, *map(str, args)])
+        return code, capsys.readouterr().err
 
+    monkeypatch.setattr("gnvc_jax.runtime.use_compilation_cache", lambda: None)
     return call
 
 
@@ -37,12 +36,15 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    "error", [UsageError("batch 3"), TrainingDiverged("step 9"), OSError(28, "No space", "a.json")]
+    "error, told",
+    [
+        (UsageError("batch 3"), (2, "gnvc: train: batch 3\n")),
+        (TrainingDiverged("step 9"), (1, "gnvc: step 9\n")),
+        (OSError(28, "No space", "a.json"), (74, "gnvc: a.json: No space\n")),
+    ],
 )
-def test_what_the_user_can_repair_is_one_line(run, tmp_path, error):
-    with pytest.raises(SystemExit) as stop:
-        run("--run.out", tmp_path, instead=raising(error))
-    assert stop.value.code == f"train.py: {error}"
+def test_what_the_user_can_repair_is_one_line(run, tmp_path, error, told):
+    assert run("--run.out", tmp_path, instead=raising(error)) == told
 
 
 @pytest.mark.parametrize("error", [ValueError("in a kernel"), TypeError("in jax")])
@@ -56,9 +58,9 @@ def test_a_run_folder_at_or_below_a_file(run, tmp_path):
     file = tmp_path / "file"
     file.write_text("kept")
     for out in (file, file / "run", file / "a" / "run"):
-        with pytest.raises(SystemExit) as stop:
-            run("--run.out", out)
-        assert stop.value.code.startswith(f"train.py: run.out: no folder {out} can be made")
+        code, told = run("--run.out", out)
+        assert code == 2
+        assert told.startswith(f"gnvc: train: run.out: no folder {out} can be made")
     assert file.read_text() == "kept"
 
 
@@ -68,11 +70,26 @@ def test_a_damaged_configuration_is_named(run, tmp_path, damage):
     config = tmp_path / "config.json"
     whole = config.read_text()
     config.write_text(damage)
-    with pytest.raises(SystemExit) as stop:
-        run("--run.out", tmp_path)
-    assert str(config) in stop.value.code and "damaged" in stop.value.code
+    code, told = run("--run.out", tmp_path)
+    assert code == 2 and str(config) in told and "damaged" in told
     assert config.read_text() == damage  # nothing is overwritten
     config.write_text(whole)
     run("--run.out", tmp_path)
     copies = [json.loads(p.read_text()) for p in tmp_path.glob("checkpoints/*/config/metadata")]
     assert copies and all(copy == json.loads(whole) for copy in copies)
+
+
+@pytest.mark.parametrize(
+    "args, code, told",
+    [
+        ([], 2, "--config"),
+        (["--config", CONFIG, "--optim.lx", "1"], 2, "--optim.lr"),
+        (["--config", "absent.py"], 66, "absent.py"),
+        (["--config", CONFIG, "--help"], 0, "--optim.lr"),
+    ],
+)
+def test_train_py_is_the_command(args, code, told):
+    command = [sys.executable, str(ROOT / "train.py"), *args]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == code and told in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
