@@ -28,8 +28,9 @@ from gnvc_jax.planner.training import abstract_arguments
 from gnvc_jax.refiner import DiT, DiTConfig
 from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
 from gnvc_jax.training.inputs import Data
-from gnvc_jax.training.loop import State, init_state, jit_step
 from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.state import State, init_state
+from gnvc_jax.training.step import jit_step
 
 DIT = DiTConfig(768, 3072, 8, 2, 64, 16, text_length=0)
 AXES = {

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnvc_jax.training import config, loop
+from gnvc_jax.training import config
 from gnvc_jax.training.partition import split
 from gnvc_jax.training.stages import make_stage, model_shapes, objective
+from gnvc_jax.training.state import init_state
+from gnvc_jax.training.step import make_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FILES = sorted(p for p in CONFIGS.glob("*/*.py") if p.stem != "models")
@@ -71,8 +73,8 @@ def test_one_step_at_full_width():
     latents = rng.normal(size=(2, 2, 8, 8, dit.channels)).astype(np.float32)
 
     optim = dataclasses.replace(experiment.optim, warmup=1)
-    step = jax.jit(loop.make_step(optim, objective(stage)))
-    state = loop.init_state(optim, jax.tree.map(jnp.asarray, params), jax.random.key(0))
+    step = jax.jit(make_step(optim, objective(stage)))
+    state = init_state(optim, jax.tree.map(jnp.asarray, params), jax.random.key(0))
     for _ in range(2):  # the first has a learning rate of zero
         state, values = step(state, frozen, latents)
     assert np.isfinite(values["loss"]) and values["skipped"] == 0

@@ -20,8 +20,9 @@ from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.planner.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.loop import abstract_state, jit_step
 from gnvc_jax.training.stages import Stage, frozen_shapes, make_stage
+from gnvc_jax.training.state import abstract_state
+from gnvc_jax.training.step import jit_step
 from gnvc_jax.training.throughput import operations
 
 Tree = Any

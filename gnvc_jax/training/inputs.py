@@ -1,4 +1,7 @@
-"""What stages train on: batches of clips, or of their latents, and what these look like."""
+"""What stages train on: batches of clips, or of their latents, and what these look like.
+
+A stage has `Data`; a run takes its batches from `Clips`, in order and with clips that grow.
+"""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +18,7 @@ from gnvc_jax.data.index import ClipIndex
 from gnvc_jax.data.latents import latent_dataset, read_info
 from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.errors import UsageError
-from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.config import DataConfig, Experiment
 
 Tree = Any
 
@@ -31,6 +34,39 @@ class Data(NamedTuple):
 
     batches: Callable[[int], grain.IterDataset]
     shapes: Callable[[int], Tree]
+
+
+class Clips:
+    """The batches of a run, in order; a new iterator wherever clips change their length.
+
+    The new iterator goes on with the number of the next clip: draws are numbered through the whole
+    run. One that began again at 0 would draw the same clips in every phase.
+
+    Attributes:
+        frames: Frames per clip of the batch that was taken last.
+    """
+
+    def __init__(self, data: Data, config: DataConfig, step: int, position: dict | None):
+        """Starts after `step` steps; position: what `get_state` gave there, None for a new run."""
+        self.data, self.config = data, config
+        self.start(config.frames_at(step), position and position["batches"])
+
+    def start(self, frames: int, batches: dict | None) -> None:
+        """Starts an iterator where the one before stood, as its state `batches` says."""
+        self.frames, self.batches = frames, iter(self.data.batches(frames))
+        if batches is not None:
+            self.batches.set_state(batches)
+
+    def take(self, step: int) -> Tree:
+        """The batch of the step after `step` others."""
+        frames = self.config.frames_at(step)
+        if frames != self.frames:
+            self.start(frames, self.batches.get_state())
+        return next(self.batches)
+
+    def get_state(self) -> dict:
+        """Position to start from later; JSON-ready."""
+        return {"batches": self.batches.get_state()}
 
 
 def left_out(experiment: Experiment) -> LeftOut:

@@ -12,12 +12,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import jax
+
 from gnvc_jax.files import write_whole
+from gnvc_jax.training.config import Experiment
+
+
+def say(text: str) -> None:
+    """Prints a line once, not by every process."""
+    if jax.process_index() == 0:
+        print(text, flush=True)
 
 
 class Writer(Protocol):
-    def write(self, step: int, values: Mapping[str, float]) -> None: ...
-    def close(self) -> None: ...
+    """Where metrics go."""
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes the values as of a step."""
+        ...
+
+    def close(self) -> None:
+        """Ends writing."""
+        ...
 
 
 class Console:
@@ -89,3 +105,19 @@ class Many:
     def close(self) -> None:
         for writer in self.writers:
             writer.close()
+
+
+def make_writer(experiment: Experiment, step: int) -> Writer:
+    """The writers that the experiment asks for, none on other processes than the first.
+
+    Args:
+        experiment: Experiment.
+        step: Step that the run starts after.
+    """
+    out = Path(experiment.run.out)
+    if jax.process_index() != 0:
+        return Many([])
+    writers = [Console(experiment.optim.steps), JsonLines(out / "metrics.jsonl", step)]
+    if experiment.run.tensorboard:
+        writers.append(TensorBoard(out / "tensorboard", step))
+    return Many(writers)

@@ -94,3 +94,10 @@ class Clock:
     def get_state(self) -> dict[str, float]:
         """What the clock of a resumed run is made of; JSON-ready."""
         return {"started": self.started, "trained_s": self.trained_s()}
+
+
+def device_memory() -> dict[str, float]:
+    """Largest use of a device of this process so far, in GiB; empty where it is not known."""
+    found = [d.memory_stats() or {} for d in jax.local_devices()]
+    peaks = [stats["peak_bytes_in_use"] / 2**30 for stats in found if "peak_bytes_in_use" in stats]
+    return {"device_gib": max(peaks)} if peaks else {}

@@ -12,8 +12,8 @@ from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.parallel import MeshConfig, backend, constrain, make_mesh, parse_mesh, shardings
 from gnvc_jax.parallel.rules import spec
 from gnvc_jax.refiner import VACE_1_3B, Refiner, RefinerConfig
-from gnvc_jax.training import loop
 from gnvc_jax.training.config import OptimConfig
+from gnvc_jax.training.state import init_state
 from gnvc_jax.vae import VAE, VAEConfig
 
 
@@ -82,7 +82,7 @@ def test_full_size_model_is_sharded():
             "codec": LatentCodec(codec_config).init(key, clip, q_index, key)["params"],
             "refiner": refiner.init(key, *inputs, jnp.zeros((1, 1, 4096)))["params"],
         }
-        return loop.init_state(OptimConfig(), params, key)
+        return init_state(OptimConfig(), params, key)
 
     state = jax.eval_shape(init, jax.random.key(0))
     placed = shardings(state, make_mesh(MeshConfig(data=1, fsdp=8)))

@@ -17,11 +17,13 @@ from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.planner import chips, coding, flops, hlo, program, training
 from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
 from gnvc_jax.refiner.attention import exchanged_heads
-from gnvc_jax.training import inputs, loop
+from gnvc_jax.training import inputs
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.latent import LatentLoss
 from gnvc_jax.training.stages.vae import VAELoss
+from gnvc_jax.training.state import init_state
+from gnvc_jax.training.step import jit_step
 
 WIDTH = 64
 
@@ -85,12 +87,12 @@ def test_planned_memory_equals_that_of_the_training_step(experiment):
     shapes = training.abstract_arguments(stage, mesh, frames=1)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (shapes[0].params, *shapes[1:]))
     params, frozen, batch = zeros
-    state = loop.init_state(experiment.optim, params, jax.random.key(0))
+    state = init_state(experiment.optim, params, jax.random.key(0))
     arguments = jax.device_put((state, frozen, batch), jax.tree.map(lambda x: x.sharding, shapes))
     here = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(arguments))
     assert found["argument_bytes"] == here
     with jax.set_mesh(mesh):
-        step = loop.jit_step(stage, mesh, *arguments[:2])
+        step = jit_step(stage, mesh, *arguments[:2])
         stats = step.lower(*arguments).compile().memory_analysis()
     assert found["temp_bytes"] == stats.temp_size_in_bytes > 128 * WIDTH * 4  # one activation
     assert found["peak_bytes"] >= here + stats.temp_size_in_bytes

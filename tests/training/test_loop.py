@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import signal
 from contextlib import closing
 
 import jax
@@ -14,8 +15,12 @@ import pytest
 import toy_stage
 
 from gnvc_jax.parallel import MeshConfig, rules
-from gnvc_jax.training import loop
+from gnvc_jax.training import hooks, loop
+from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import OptimConfig, RunConfig
+from gnvc_jax.training.inputs import Clips
+from gnvc_jax.training.state import init_state, learning_rate
+from gnvc_jax.training.step import gradient, make_step
 
 
 def toy(out, *, steps=4, **run):
@@ -43,8 +48,8 @@ def quadratic(params, frozen, batch, key, step):
 def run_steps(config, batches):
     params = {"kernel": jnp.full((2, 3), 0.5), "bias": jnp.full(3, -0.25)}
     params |= {"modulation": jnp.full((2, 3), 0.75), "first_basis": jnp.full((2, 3), -0.5)}
-    state = loop.init_state(config, params, jax.random.key(0))
-    step = jax.jit(loop.make_step(config, quadratic))
+    state = init_state(config, params, jax.random.key(0))
+    step = jax.jit(make_step(config, quadratic))
     history = [(state, {})]
     for batch in batches:
         history.append(step(history[-1][0], {}, jnp.float32(batch)))
@@ -53,7 +58,7 @@ def run_steps(config, batches):
 
 def test_learning_rate_is_a_warm_up_and_a_cosine():
     config = OptimConfig(lr=2.0, warmup=10, steps=110, final_lr_ratio=0.25)
-    schedule = loop.learning_rate(config)
+    schedule = learning_rate(config)
     for step in (0, 3, 10, 35, 60, 110, 500):
         if step < 10:
             expected = 2.0 * step / 10
@@ -69,7 +74,7 @@ def test_step_is_optax_adamw_with_decay_on_kernels_only():
     reference = optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.adamw(
-            loop.learning_rate(config),
+            learning_rate(config),
             *config.betas,
             weight_decay=0.3,
             mask={"kernel": True, "bias": False, "modulation": False, "first_basis": False},
@@ -97,8 +102,8 @@ def test_accumulated_parts_are_one_batch():
     results = []
     for parts in (1, 2, 6):
         config = OptimConfig(lr=0.1, warmup=0, steps=5, accumulate=parts)
-        state = loop.init_state(config, params, jax.random.key(0))
-        results.append(jax.jit(loop.make_step(config, loss))(state, frozen, batch))
+        state = init_state(config, params, jax.random.key(0))
+        results.append(jax.jit(make_step(config, loss))(state, frozen, batch))
     for state, values in results[1:]:
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
@@ -111,7 +116,7 @@ def test_parts_have_noise_of_their_own():
     def loss(params, frozen, batch, key, step):
         return params * jax.random.normal(key), {}
 
-    _, slope = loop.gradient(loss, 2)(jnp.ones(()), {}, jnp.zeros(4), jax.random.key(0), 0)
+    _, slope = gradient(loss, 2)(jnp.ones(()), {}, jnp.zeros(4), jax.random.key(0), 0)
     keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(2)]
     assert slope == pytest.approx(np.mean([jax.random.normal(k) for k in keys]), rel=1e-5)
 
@@ -132,7 +137,7 @@ def test_clips_grow_at_the_steps_that_are_named(tmp_path):
     base = toy(tmp_path)
     data = dataclasses.replace(base.data, frames=5, clip_length_schedule=((3, 9), (4, 13)))
     stage = with_batches(toy_stage.toy_stage(dataclasses.replace(base, data=data)), marked)
-    clips = loop.Clips(stage, 0, None)
+    clips = Clips(stage.data, data, 0, None)
     taken = [clips.take(step) for step in range(6)]
     assert [int(b["x"][0, 0]) for b in taken] == [5, 5, 5, 9, 13, 13]
     # What is drawn does not depend on the length: no draw comes twice and none is left out.
@@ -142,10 +147,10 @@ def test_clips_grow_at_the_steps_that_are_named(tmp_path):
 
     # Resumed at any step, the rest is the same.
     for stop in range(6):
-        clips = loop.Clips(stage, 0, None)
+        clips = Clips(stage.data, data, 0, None)
         for step in range(stop):
             clips.take(step)
-        resumed = loop.Clips(stage, stop, json.loads(json.dumps(clips.get_state())))
+        resumed = Clips(stage.data, data, stop, json.loads(json.dumps(clips.get_state())))
         for step in range(stop, 6):
             jax.tree.map(np.testing.assert_array_equal, resumed.take(step), taken[step])
 
@@ -201,7 +206,7 @@ def test_a_skipped_step_leaves_the_means_of_the_others(tmp_path):
 
 
 def test_run_without_finite_gradients_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr(hooks, "MAX_SKIPPED_IN_A_ROW", 3)
     stage = toy_stage.toy_stage(toy(tmp_path, steps=9))
     stage = dataclasses.replace(stage, constants=lambda _: {"scale": jnp.float32("nan")})
     with pytest.raises(FloatingPointError, match=r"step 3: the last 3 gradients not finite"):
@@ -246,7 +251,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
                     nonlocal served
                     served += 1
                     if served == 2:
-                        loop.signal.raise_signal(loop.signal.SIGTERM)
+                        signal.raise_signal(signal.SIGTERM)
                     return next(inner)
 
             return Iterator()
@@ -270,7 +275,7 @@ def test_resuming_on_another_mesh(tmp_path, monkeypatch):
     whole = train(toy(tmp_path / "whole"))
     experiment = toy(tmp_path / "parts", checkpoint_every=2)
     train(experiment)
-    with closing(loop.Checkpoints(experiment)) as checkpoints:
+    with closing(Checkpoints(experiment)) as checkpoints:
         checkpoints.manager.delete(4)
     moved = train(dataclasses.replace(experiment, mesh=MeshConfig(data=2, fsdp=2)))
     for tree in (moved.params, moved.ema, moved.opt_state[1].mu, moved.opt_state[1].nu):

@@ -19,7 +19,7 @@ from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.checkpoint import write_component
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, flow
-from gnvc_jax.training import loop, lora, networks, partition, stages
+from gnvc_jax.training import lora, networks, partition, stages
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import ComputeConfig, DataConfig, Experiment, InitConfig, RunConfig
 from gnvc_jax.training.networks import make_networks, pixels
@@ -30,6 +30,7 @@ from gnvc_jax.training.stages.codec import CodecLoss
 from gnvc_jax.training.stages.latent import LatentLoss
 from gnvc_jax.training.stages.pixel import PixelLoss
 from gnvc_jax.training.stages.vae import VAELoss
+from gnvc_jax.training.state import init_state
 from gnvc_jax.vae import VAE as VAEModule
 from gnvc_jax.vae import VAEConfig, encode_clip
 
@@ -88,7 +89,7 @@ def save_start(experiment, change=lambda params: params):
     """A checkpoint with random parameters, as a run of no steps would leave."""
     params = change(drawn(make_stage(experiment)))
     checkpoints = Checkpoints(experiment)
-    state = loop.init_state(experiment.optim, params, jax.random.key(0))
+    state = init_state(experiment.optim, params, jax.random.key(0))
     checkpoints.save(1, state, {}, STATISTICS)
     checkpoints.close()
     return params
@@ -419,7 +420,7 @@ def test_whitening_evens_out_what_a_linear_vae_gives(base, tmp_path):
     stage = make_stage(vae)
     params = stages.start(stage, jax.jit(stage.init)(jax.random.key(0)), {})
     checkpoints = Checkpoints(vae)
-    checkpoints.save(1, loop.init_state(vae.optim, params, jax.random.key(0)), {})
+    checkpoints.save(1, init_state(vae.optim, params, jax.random.key(0)), {})
     checkpoints.close()
     codec = dataclasses.replace(
         vae, stage="codec", init=InitConfig(vae=vae.run.out), loss=CodecLoss()

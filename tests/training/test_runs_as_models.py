@@ -11,7 +11,7 @@ import gnvc_jax
 from gnvc_jax import model as models
 from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
-from gnvc_jax.training import latent_statistics, loop, stages, weights
+from gnvc_jax.training import latent_statistics, stages, weights
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig, RunConfig
 from gnvc_jax.training.release import release
@@ -19,6 +19,7 @@ from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
 from gnvc_jax.training.stages.latent import LatentLoss
 from gnvc_jax.training.stages.vae import VAELoss
+from gnvc_jax.training.state import init_state
 from gnvc_jax.vae import VAEConfig
 
 VAE = VAEConfig(4, (1, 1, 1), 1, 4, (True, True), patch=2, linear=True)
@@ -36,7 +37,7 @@ def save(experiment: Experiment, statistics: dict) -> dict:
     shapes = jax.eval_shape(lambda key: stages.init_trained(stage, key), jax.random.key(0))
     params = jax.tree.map(lambda x: jnp.asarray(rng.normal(0, 0.1, x.shape), x.dtype), shapes)
     checkpoints = Checkpoints(experiment)
-    state = loop.init_state(experiment.optim, params, jax.random.key(0))
+    state = init_state(experiment.optim, params, jax.random.key(0))
     checkpoints.save(1, state, {}, statistics)
     checkpoints.close()
     return params

@@ -1,0 +1,233 @@
+"""What happens around the steps of a run: metrics, checkpoints, profiles, and what a user adds.
+
+A hook is called before and after each step. It is given the run in progress, from which it may read
+everything, and writes numbers to the run's log with `TrainingRun.write`. One's own are passed to
+`gnvc_jax.training.loop.train`:
+
+    class Norm(Hook):
+        def after_step(self, run):
+            if run.step % 100 == 0:
+                run.write({"norm": float(optax.tree.norm(run.state.params))})
+
+    train(stage, hooks=(Norm(),))
+"""
+
+import collections
+import contextlib
+import dataclasses
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from gnvc_jax.errors import TrainingDiverged
+from gnvc_jax.training import inputs
+from gnvc_jax.training.checkpoints import Checkpoints
+from gnvc_jax.training.config import Experiment, RunConfig
+from gnvc_jax.training.inputs import Clips
+from gnvc_jax.training.metrics import Writer
+from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.state import State
+from gnvc_jax.training.throughput import Clock, WorkPerStep, device_memory
+from gnvc_jax.training.weights import Statistics
+
+Array = jax.Array
+Tree = Any
+
+# A run whose gradients stay non-finite this long will not recover.
+MAX_SKIPPED_IN_A_ROW = 100
+
+# What the amounts of `WorkPerStep` become when divided by the time they took.
+RATES = {"frames": "frames_per_s", "tokens": "tokens_per_s", "peak_s": "mfu"}
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """A run in progress.
+
+    Attributes:
+        stage: What is trained.
+        state: Train state. The next step takes over its arrays: copy what is to outlive it.
+        statistics: What the stage measured when the run began.
+        clips: Batches of the run.
+        clock: Time that went into steps.
+        writer: Log of the run.
+        step: Number of steps done.
+        frames: Frames per clip in the step that is about to be done, or was done last.
+        waited: Seconds that this step waited for its batch.
+        metrics: Metrics of the last step, which the device may still be working on.
+        stopped: Whether the run was asked to stop before its last step.
+    """
+
+    stage: Stage
+    state: State
+    statistics: Statistics
+    clips: Clips
+    clock: Clock
+    writer: Writer
+    step: int
+    frames: int = 0
+    waited: float = 0.0
+    metrics: dict[str, Array] = dataclasses.field(default_factory=dict)
+    stopped: bool = False
+
+    @property
+    def experiment(self) -> Experiment:
+        """What is run."""
+        return self.stage.experiment
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.experiment.optim.steps
+
+    @property
+    def ending(self) -> bool:
+        """Whether no step follows."""
+        return self.finished or self.stopped
+
+    def write(self, values: Mapping[str, float]) -> None:
+        """Writes numbers to the log, as of the last step."""
+        self.writer.write(self.step, values)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keeps the time of a `with` block out of all rates, which are those of steps alone."""
+        jax.block_until_ready(self.state)  # the step in flight counts
+        self.clock.stop()
+        yield
+        self.clock.run()
+
+
+class Hook:
+    """What to do around each step; a subclass overrides what it needs.
+
+    Every process of a run calls its hooks. What communicates between processes must be done by all
+    of them; what writes files, by the first one alone.
+    """
+
+    def before_step(self, run: TrainingRun) -> None:
+        """Called before step number `run.step + 1`."""
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Called after step number `run.step`, for the last time where `run.ending` is true."""
+
+    def close(self) -> None:
+        """Called once at the end of the run, also after an error."""
+
+
+class Profiler(Hook):
+    """Traces the steps `run.profile`; on the first process only."""
+
+    def __init__(self, config: RunConfig):
+        self.first, self.last = config.profile or (0, -1)
+        self.folder, self.running = Path(config.out) / "profile", False
+
+    def before_step(self, run: TrainingRun) -> None:
+        """Starts or ends the trace."""
+        wanted = self.first <= run.step + 1 <= self.last and jax.process_index() == 0
+        if wanted and not self.running:
+            jax.profiler.start_trace(str(self.folder))
+            self.running = True
+        elif not wanted:
+            self.close()
+
+    def close(self) -> None:
+        """Writes what was traced, which the device may still be working on."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+
+
+class Meter(Hook):
+    """Collects the metrics of each step and writes their means every `run.log_every` steps.
+
+    A mean is over the steps where the metric is finite, so that a skipped step spoils none. Beside
+    them: step_s (seconds of one), frames_per_s, tokens_per_s (of the refiner), mfu (where the peak
+    of the devices is known), data_wait (share of the time spent waiting for batches), goodput (see
+    `Clock`), device_gib (see `device_memory`), left_out (videos that this process could not read,
+    wholly or in part, if any).
+    """
+
+    def __init__(self, stage: Stage, clock: Clock):
+        self.experiment, self.work, self.clock = stage.experiment, WorkPerStep(stage), clock
+        self.left_out = inputs.left_out(stage.experiment)
+        self.pending: tuple[int, int, dict[str, Array]] | None = None
+        self.skipped = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Begins to collect anew."""
+        self.values, self.done = [], collections.Counter()
+        self.waited, self.since = 0.0, self.clock.trained_s()
+
+    def before_step(self, run: TrainingRun) -> None:
+        """Counts the work of a step when clips have a new length, while the clock stands still."""
+        self.work.of(run.frames)
+        self.waited += run.waited
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Adds the step before this one, while the device works on this one."""
+        before, self.pending = self.pending, (run.step, run.frames, run.metrics)
+        for one in (before, self.pending if run.ending else None):
+            if one is not None:
+                self.add(run.writer, *one)
+
+    def add(self, writer: Writer, step: int, frames: int, values: dict[str, Array]) -> None:
+        """Adds the metrics of one step, and writes the means if it is time.
+
+        Raises:
+            TrainingDiverged: all of the last updates had to be skipped.
+        """
+        self.values.append(jax.device_get(values))
+        self.done.update(self.work.of(frames))
+        self.skipped = self.skipped + 1 if self.values[-1]["skipped"] else 0
+        if self.skipped == MAX_SKIPPED_IN_A_ROW:
+            raise TrainingDiverged(f"step {step}: the last {self.skipped} gradients not finite")
+        if step % self.experiment.run.log_every and step != self.experiment.optim.steps:
+            return
+        seconds = self.clock.trained_s() - self.since
+        keys = sorted(values, key=lambda k: k != "loss")
+        means = {k: mean_of_finite([v[k] for v in self.values]) for k in keys}
+        rates = {
+            "step_s": seconds / len(self.values),
+            **{RATES[name]: amount / seconds for name, amount in self.done.items()},
+            "data_wait": self.waited / seconds,
+            "goodput": self.clock.goodput(),
+        }
+        count = len(self.left_out.read())
+        data = {"left_out": count} if count else {}
+        writer.write(step, means | rates | device_memory() | data)
+        self.restart()
+
+
+class SaveCheckpoints(Hook):
+    """Saves a checkpoint when it is time, and at the end."""
+
+    def __init__(self, checkpoints: Checkpoints, config: RunConfig):
+        self.checkpoints, self.config = checkpoints, config
+        self.saved_at = time.monotonic()
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time for a checkpoint."""
+        if self.config.checkpoint_every is not None:
+            return step % self.config.checkpoint_every == 0
+        return time.monotonic() - self.saved_at >= self.config.checkpoint_every_s
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Copies the state to the host; it is written in the background."""
+        if run.ending or self.is_due(run.step):
+            with run.paused():
+                position = run.clips.get_state() | {"clock": run.clock.get_state()}
+                self.checkpoints.save(run.step, run.state, position, run.statistics)
+            self.saved_at = time.monotonic()
+
+
+def mean_of_finite(values: Sequence[float]) -> float:
+    """Mean of those values that are finite; NaN if none is."""
+    finite = [x for x in values if np.isfinite(x)]
+    return float(np.mean(finite)) if finite else math.nan

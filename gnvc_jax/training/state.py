@@ -1,0 +1,77 @@
+"""The train state: weights, their average, optimizer moments, and the key of all randomness."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gnvc_jax.parallel import shardings
+from gnvc_jax.training import stages
+from gnvc_jax.training.batched_optimizer import is_kernel
+from gnvc_jax.training.config import OptimConfig
+from gnvc_jax.training.stages import Stage
+
+Tree = Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Everything that a step changes or that makes it reproducible; arrays only.
+
+    step: int32, updates done or skipped; ema: averaged params; key: of the whole run.
+    """
+
+    step: jax.Array
+    params: Tree
+    ema: Tree
+    opt_state: Tree
+    key: jax.Array
+
+
+def learning_rate(config: OptimConfig) -> optax.Schedule:
+    """Linear from 0 to `lr` in `warmup` steps, cosine to `final_lr_ratio * lr` at `steps`."""
+    end = max(config.steps, config.warmup + 1)  # a run may be shorter than its warm-up
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.lr, config.warmup, end, config.lr * config.final_lr_ratio
+    )
+
+
+def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformation:
+    """Clipping and AdamW, without the learning rate, which the step applies.
+
+    decayed: a tree of bools like the parameters or their stacks: which of them decay.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.scale_by_adam(*config.betas),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
+    )
+
+
+def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
+    """The state before the first step."""
+    kernels = jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
+    return State(
+        step=jnp.int32(0),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),  # a second buffer: the state is donated
+        opt_state=optimizer(config, kernels).init(params),
+        key=key,
+    )
+
+
+def abstract_state(stage: Stage, mesh: Mesh) -> State:
+    """The train state as shapes, types and shardings: averages and moments lie as parameters do.
+
+    Raises UsageError for parameters that the mesh does not divide.
+    """
+
+    def make(key):
+        return init_state(stage.experiment.optim, stages.init_trained(stage, key), key)
+
+    state = jax.eval_shape(make, jax.random.key(0))
+    return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings(state, mesh))

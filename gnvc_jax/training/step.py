@@ -1,0 +1,106 @@
+"""The train step: gradient, AdamW and the average of the weights, as one pure function."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from einops import rearrange
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from gnvc_jax.parallel.rules import BATCH
+from gnvc_jax.training import stages
+from gnvc_jax.training.batched_optimizer import StackedParameters
+from gnvc_jax.training.config import OptimConfig
+from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.state import State, learning_rate, optimizer
+
+Tree = Any
+
+
+def gradient(loss: Callable, parts: int) -> Callable:
+    """`jax.value_and_grad` of a stage's loss, as the mean over `parts` equal parts of the batch.
+
+    Parts are interleaved, so that each is spread over all devices as the batch is.
+    """
+    whole = jax.value_and_grad(loss, has_aux=True)
+    if parts == 1:
+        return whole
+
+    def divided(x: jax.Array) -> jax.Array:
+        return rearrange(x, "(b parts) ... -> parts b ...", parts=parts)
+
+    def mean(params: Tree, frozen: Tree, batch: Tree, key: jax.Array, step: jax.Array):
+        def add(total, xs):
+            part, i = xs
+            done = whole(params, frozen, part, jax.random.fold_in(key, i), step)
+            return jax.tree.map(lambda a, b: a + b / parts, total, done), None
+
+        batch = jax.tree.map(divided, batch)
+        first = jax.tree.map(lambda x: x[0], batch)
+        like = jax.eval_shape(whole, params, frozen, first, key, step)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+        return jax.lax.scan(add, zeros, (batch, jnp.arange(parts)))[0]
+
+    return mean
+
+
+def make_step(
+    config: OptimConfig, loss: Callable
+) -> Callable[[State, Tree, Tree], tuple[State, dict[str, jax.Array]]]:
+    """The pure function (state, frozen, batch) -> (state, metrics).
+
+    loss: function (params, frozen, batch, key, step), see `gnvc_jax.training.stages.objective`.
+    An update whose gradient norm is not finite is left out: weights, moments and average stay, only
+    the step counts on, and the metric `skipped` is 1.
+    """
+    schedule = learning_rate(config)
+
+    def step(state: State, frozen: Tree, batch: Tree) -> tuple[State, dict[str, jax.Array]]:
+        key = jax.random.fold_in(state.key, state.step)
+        (value, parts), grads = gradient(loss, config.accumulate)(
+            state.params, frozen, batch, key, state.step
+        )
+        stacks = StackedParameters(state.params)
+        grads, *old = stacks.pack((grads, state.params, state.ema, state.opt_state))
+        params, ema, opt_state = old
+        grad_norm = optax.tree.norm(grads)
+        lr = schedule(state.step)
+        update = optimizer(config, stacks.kernels).update
+        updates, opt_state = update(grads, opt_state, params)
+        params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+        decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
+        ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
+
+        finite = jnp.isfinite(grad_norm)
+        new = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), [params, ema, opt_state], old
+        )
+        params, ema, opt_state = (stacks.unpack(x) for x in new)
+        values = {
+            "loss": value,
+            **parts,
+            "grad_norm": grad_norm,
+            "lr": lr,
+            "skipped": jnp.where(finite, 0.0, 1.0),
+        }
+        return State(state.step + 1, params, ema, opt_state, state.key), values
+
+    return step
+
+
+def jit_step(stage: Stage, mesh: Mesh, state: State, frozen: Tree) -> Callable:
+    """The train step for arrays placed by the rules, to run or to compile; the state is donated.
+
+    state, frozen: as shapes with shardings, or arrays.
+    """
+    whole, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(BATCH))
+    state, frozen = jax.tree.map(lambda x: x.sharding, (state, frozen))
+    return jax.jit(
+        make_step(stage.experiment.optim, stages.objective(stage)),
+        in_shardings=(state, frozen, batch),
+        out_shardings=(state, whole),
+        donate_argnums=0,
+    )
