@@ -42,7 +42,13 @@ Tree = Any
 MAX_SKIPPED_IN_A_ROW = 100
 
 # What the amounts of `WorkPerStep` become when divided by the time they took.
-RATES = {"frames": "frames_per_s", "tokens": "tokens_per_s", "peak_s": "mfu"}
+RATES = {
+    "clips": "samples_per_s",
+    "frames": "frames_per_s",
+    "tokens": "tokens_per_s",
+    "gflop": "gflop_per_s",
+    "peak_s": "mfu",
+}
 
 
 @dataclasses.dataclass
@@ -147,10 +153,9 @@ class Meter(Hook):
     """Collects the metrics of each step and writes their means every `run.log_every` steps.
 
     A mean is over the steps where the metric is finite, so that a skipped step spoils none. Beside
-    them: step_s (seconds of one), frames_per_s, tokens_per_s (of the refiner), mfu (where the peak
-    of the devices is known), data_wait (share of the time spent waiting for batches), goodput (see
-    `Clock`), device_gib (see `device_memory`), left_out (videos that this process could not read,
-    wholly or in part, if any).
+    them: step_s (seconds of one), the RATES of what `WorkPerStep` gives, data_wait (share of the
+    time spent waiting for batches), goodput (see `Clock`), device_gib (see `device_memory`),
+    left_out (videos that this process could not read, wholly or in part, if any).
     """
 
     def __init__(self, stage: Stage, clock: Clock):

@@ -15,12 +15,19 @@ from gnvc_jax.training.stages import Stage
 def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = False) -> float:
     """Operations of a step over all devices, forward and backward; see `gnvc_jax.planner.flops`.
 
-    frames: per clip; remat: whether what the backward pass computes again counts twice (False: the
-    number that MFU refers to).
+    Args:
+        stage: What is trained.
+        device: One of the devices: layers take the form that suits its platform.
+        frames: Frames per clip.
+        remat: Whether what the backward pass computes again counts twice. False gives the number
+            that MFU refers to.
     """
-    compute = dataclasses.replace(stage.experiment.compute, attention="xla")
-    compute = compute if remat else compute.without_remat()
-    stage = stages.make_stage(dataclasses.replace(stage.experiment, compute=compute))
+    experiment = stage.experiment
+    compute = experiment.compute if remat else experiment.compute.without_remat()
+    if experiment.refiner is not None:  # kernels cannot be counted
+        compute = dataclasses.replace(compute, attention="xla")
+    if compute != experiment.compute:
+        stage = stages.make_stage(dataclasses.replace(experiment, compute=compute))
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.ShapeDtypeStruct((), "int32")
     params = jax.eval_shape(lambda key: stages.init_trained(stage, key), key)
@@ -43,19 +50,23 @@ class WorkPerStep:
         self.stage, self.known = stage, {}
 
     def of(self, frames: int) -> dict[str, float]:
-        """Amounts for clips of so many frames: "frames" and, with a refiner, "tokens" of all clips.
+        """Amounts for clips of so many frames, over all devices; the first call traces the step.
 
-        "peak_s": seconds its operations would take all devices at the published peak, where that is
-        known; over the seconds it took, this is the MFU (PaLM, Chowdhery et al. 2022, appendix B).
+        Returns:
+            "clips", "frames" and, with a refiner, "tokens"; "gflop": operations in 10^9, nothing
+            counted twice that is computed again; "peak_s": seconds that these would take at the
+            published peak of the devices, where that is known. Over the seconds it took, the
+            latter is the MFU (PaLM, Chowdhery et al. 2022, appendix B).
         """
         if frames not in self.known:
             experiment, devices = self.stage.experiment, jax.devices()
             batch = experiment.data.batch
-            found = {"frames": float(batch * frames)}
+            found = {"clips": float(batch), "frames": float(batch * frames)}
             if tokens := experiment.tokens(frames):
                 found["tokens"] = float(batch * tokens)
+            needed = operations(self.stage, devices[0], frames)
+            found["gflop"] = needed / 1e9
             if peak := PEAK_FLOPS.get(devices[0].device_kind):
-                needed = operations(self.stage, devices[0], frames)
                 found["peak_s"] = needed / (peak * jax.sharding.get_mesh().size)
             self.known[frames] = found
         return self.known[frames]

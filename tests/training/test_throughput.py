@@ -34,9 +34,10 @@ def test_share_of_the_peak(monkeypatch):
         found = throughput.WorkPerStep(stage).of(5)
     # Forward, and the gradient of the matrix, by four devices.
     operations = 2 * 2 * (4 * 5) * 192 * 16
-    assert found == {"frames": 20, "peak_s": pytest.approx(operations / 4e6)}
+    amounts = {"clips": 4, "frames": 20, "gflop": pytest.approx(operations / 1e9)}
+    assert found == amounts | {"peak_s": pytest.approx(operations / 4e6)}
     monkeypatch.delitem(throughput.PEAK_FLOPS, "cpu")
-    assert throughput.WorkPerStep(stage).of(5) == {"frames": 20}
+    assert throughput.WorkPerStep(stage).of(5) == amounts
 
 
 def test_tokens_of_a_clip():
@@ -77,7 +78,10 @@ def test_a_run_writes_its_rates(tmp_path):
     loop.train(toy_stage.toy_stage(experiment))
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
         values = json.loads(line)
+        assert values["samples_per_s"] * values["step_s"] == pytest.approx(8)
         assert values["frames_per_s"] * values["step_s"] == pytest.approx(8 * 5)
+        # x (8, 4) times w (4, 2), and the gradient of w: the data need none.
+        assert values["gflop_per_s"] * values["step_s"] == pytest.approx(2 * 2 * 8 * 4 * 2 / 1e9)
         assert 0 < values["goodput"] < 1 and 0 <= values["data_wait"] < 1
         assert "mfu" not in values and "tokens_per_s" not in values
     longer = dataclasses.replace(experiment, optim=dataclasses.replace(base.optim, steps=8))
