@@ -119,6 +119,7 @@ def windowed_attention(
         x = x[:, :, :, :, down[:, None] + np.arange(min(window, rows))]  # (b, x, i, t, y, j, n, d)
         return rearrange(x, "b x i t y j n d -> (b x y) (i t j) n d")
 
+    # Every (clip, block) is a batch entry: one call of an ordinary kernel, no mask.
     out = attention(q, windows(k), windows(v), implementation)
     sizes = {"x": len(across), "y": len(down), "i": block, "j": block}
     out = rearrange(out, "(b x y) (i t j) n d -> b (x i) t (y j) n d", t=t, **sizes)
@@ -163,6 +164,7 @@ def chunked_attention(
         return attend(q, k, v)
     chunks = -(-n // size)
     size = -(-n // chunks)  # of equal chunks, to pad as little as possible
+    # (b, n, heads, d) -> (chunks, b, size, heads, d): a sequential map, one chunk in memory.
     q = jnp.pad(q, ((0, 0), (0, chunks * size - n), (0, 0), (0, 0)))
     q = rearrange(q, "b (c s) h d -> c b s h d", c=chunks)
     y = jax.lax.map(jax.checkpoint(lambda part: attend(part, k, v)), q)
@@ -205,6 +207,7 @@ def splash_attention(
         block_q_dq=rows,
         block_kv_dq=columns,
     )
+    # The kernel is made for one device and mapped over the batch below.
     kernel = kernels.make_splash_mha_single_device(
         mask,
         block_sizes=sizes,

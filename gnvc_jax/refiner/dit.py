@@ -203,14 +203,18 @@ class DiTBlock(nn.Module):
         cfg = self.config
         init = nn.initializers.normal(cfg.width**-0.5)
         time = time + self.param("modulation", init, (6, cfg.width), jnp.float32)
+        # Adaptive layer norm (DiT, Peebles and Xie 2023): each is (b, 1, d) and broadcasts over
+        # tokens.
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(time, 6, axis=1)
 
+        # Norm and modulation in float32, the products inside attention in `dtype`.
         y = (layer_norm()(x) * (1 + scale1) + shift1).astype(self.dtype)
         attend = DiTAttention(cfg, self.dtype, self.attention, self.grid, name="self_attention")
         y = attend(y, y, table)
         x = x + gate1 * y
 
         if cfg.text_length:
+            # Time does not modulate cross-attention; its norm has a scale and a shift of its own.
             y = layer_norm()(x) * self.param("cross_scale", nn.initializers.ones, (cfg.width,))
             y = y + self.param("cross_bias", nn.initializers.zeros, (cfg.width,))
             cross = DiTAttention(cfg, self.dtype, self.attention, name="cross_attention")
@@ -265,10 +269,12 @@ class DiTGroup(nn.Module):
             context = block(cfg, self.dtype, self.attention, self.grid, name="context")(
                 context, time, text, table
             )
+            # Zero at the start, so that a new adapter changes nothing (ControlNet).
             hint = dense(cfg.width, self.dtype, "context_out", nn.initializers.zeros)(context)
         for i in range(cfg.group_size):
             one = block(cfg, self.dtype, self.attention, self.grid, name=f"block_{i}")
             x = one(x, time, text, table)
+            # VACE injects the hint after the first block of a group, not before it.
             x = x + scale * hint if i == 0 else x
         return (x, context), None
 
@@ -317,9 +323,11 @@ class DiT(nn.Module):
         check_sizes(cfg, latents, text, context)
         _, t, h, w, _ = latents.shape
         n = cfg.tokens(t, h, w)
+        # (b, t, h, w, c) -> (b, n, 4c) -> (b, n, d), the residual stream in float32.
         x = shard_tokens(patchify(latents))
         x = dense(cfg.width, self.dtype, "patch_embedding")(x).astype(jnp.float32)
 
+        # (b,) -> (b, frequencies) -> (b, d). `time_extra` carries the quality level, see `Refiner`.
         time = sinusoid(jnp.asarray(time), cfg.frequencies)
         time = exact_dense(cfg.width, "time_in", SMALL)(time)
         time = exact_dense(cfg.width, "time_out", SMALL)(nn.silu(time)) + time_extra
@@ -328,6 +336,7 @@ class DiT(nn.Module):
         rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
 
         if cfg.text_length:
+            # Zero rows up to text_length, as Wan pads prompts; they are attended to.
             text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
             text = nn.gelu(dense(cfg.width, self.dtype, "text_in", SMALL)(text), approximate=True)
             text = constrain(dense(cfg.width, self.dtype, "text_out", SMALL)(text), batch=0)
@@ -336,9 +345,12 @@ class DiT(nn.Module):
         if cfg.context_every:
             tokens = dense(cfg.width, self.dtype, "context_embedding")(patchify(context))
             first = dense(cfg.width, self.dtype, "context_in", nn.initializers.zeros)
+            # The context branch starts from the tokens of the latents, as in VACE.
             tokens = first(shard_tokens(tokens + context_extra)) + x
 
+        # None lets every token attend to all others, as in Wan.
         grid = (t, h // PATCH, w // PATCH) if cfg.window else None
+        # One compiled body for all groups, instead of an unrolled network of 30 blocks.
         groups = nn.scan(
             DiTGroup,
             variable_axes={"params": 0},  # parameters of all groups are stacked
@@ -352,9 +364,11 @@ class DiT(nn.Module):
 
         init = nn.initializers.normal(cfg.width**-0.5)
         modulation = self.param("head_modulation", init, (2, cfg.width), jnp.float32)
+        # The head has no gate, hence two rows. It starts at zero: so does the velocity.
         shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
         x = layer_norm()(x) * (1 + scale) + shift
         x = exact_dense(PATCH**2 * cfg.channels, "head", nn.initializers.zeros)(x)
+        # Padding from `shard_tokens` is dropped.
         return unpatchify(x[:, :n], t, h, w)
 
 

@@ -139,5 +139,6 @@ def integrate(velocity: Callable[[Array, Array], Array], state: Array, times: Ar
     The loop is Python's: a jitted `velocity(state, tau)` compiles once for any number of steps.
     """
     for tau, after in itertools.pairwise(times):
+        # x(tau') = x(tau) + (tau' - tau) v(x(tau), tau)
         state = state + (after - tau) * velocity(state, tau)
     return state

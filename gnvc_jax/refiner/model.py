@@ -73,6 +73,7 @@ class Refiner(nn.Module):
             condition = vace_context(decoded, grey)
         dit = DiT(cfg, self.dtype, self.attention, self.remat, name="dit")
         embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
+        # The quality level enters where time does, so that it scales and shifts every block.
         knots = self.param("quality", zeros, (KNOTS, cfg.width), jnp.float32)
         # The TPU kernel of attention takes bfloat16 with the default precision only.
         half = jnp.dtype(self.dtype) == jnp.bfloat16
@@ -199,6 +200,7 @@ def refine(
     decoded, features = jnp.asarray(decoded), jnp.asarray(features)
     if steps == 0:
         return decoded
+    # From here on everything is whitened: noise, windows and velocities.
     factors = 1.0
     if white is not None:
         factors = per_latent_factors(jnp.asarray(white), decoded.shape[1])
@@ -213,6 +215,7 @@ def refine(
         total = total.at[s : s + size].add(weight)
 
     def mean_velocity(state: Array, tau: Array) -> Array:
+        # Weighted sum of the velocities of all windows that hold a latent, over the sum of weights.
         moves = jnp.zeros_like(state)
         for s, weight in zip(starts, weights):
             part = slice(s, s + size)
@@ -221,5 +224,6 @@ def refine(
         return moves / total
 
     noise = config.noise * latent_noise(key, decoded.shape)
+    # Equations 2 and 6: start at t_N from decoded latents with noise, follow the velocity to 1.
     state = flow.start_state(decoded, noise, config.start)
     return flow.integrate(mean_velocity, state, flow.step_times(steps, config.start)) / factors
