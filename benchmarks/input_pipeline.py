@@ -16,7 +16,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from codec_speed import scene
+from coding import scene
 from helpers import options
 
 from gnvc_jax.data.clips import ClipIndex, clip_dataset

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from codec_speed import scene
+from coding import scene
 from helpers import options
 from pytorch_msssim import ms_ssim
 from skimage.metrics import peak_signal_noise_ratio

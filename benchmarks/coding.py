@@ -1,12 +1,13 @@
 """Speed and memory of the whole codec on this machine, beside x265 on the same frames.
 
-    python benchmarks/codec_speed.py [--model small] [--qp 32] [--out FILE]
+    python benchmarks/coding.py [--model small] [--qp 32] [--out FILE]
 
-Each figure comes from a process of its own. Speed: frames per second over one group after a first
-group that is not counted; compilation is what the first group took longer. Parts are shares of the
-time. x265 runs with preset veryslow at the nearest rate, its process included, as in
-eval.py. Memory: the largest resident size of a process that codes clips of 34 and 340 frames, with
-groups of 17; source frames are made one by one, decoded ones are dropped.
+Speed: median frames per second over one group after a first group that is not counted, each run in
+a process of its own; compilation is what the first group took longer. Decoding is measured without
+refinement and, for a model with a refiner, with it. Parts are shares of the time. x265 runs with
+preset veryslow at the nearest rate, its process included, as in eval.py. Memory: the largest
+resident size of a process that codes and decodes clips of 34 and 340 frames of the larger size;
+source frames are made one by one, decoded ones are dropped.
 """
 
 import argparse
@@ -45,7 +46,10 @@ def scene(width: int, height: int, frames: int) -> Iterator[np.ndarray]:
 
 
 def child(model: str, qp: int, width: int, height: int, groups: int) -> dict:
-    """Codes `groups` groups of GOP frames both ways; seconds of each, parts of the last, memory."""
+    """Codes `groups` groups of GOP frames both ways; seconds of each, parts of the last, memory.
+
+    The ways are "encode", "decode" and, for a model with a refiner, "refine".
+    """
     from gnvc_jax.bitstream import StreamReader
     from gnvc_jax.pretrained import load_pretrained
 
@@ -74,15 +78,18 @@ def child(model: str, qp: int, width: int, height: int, groups: int) -> dict:
     header = codec.header(width, height, (25, 1), gop=GOP)
     # The encoder asks for a frame when everything before it is done.
     codec.encode_frames(marked(scene(width, height, groups * GOP)), stream, header, qp)
-    encode = result()
-    # The decoder gives the last frame of a group when all of the group is done.
-    lap()
-    for t, _ in enumerate(codec.decode_frames(StreamReader(stream.getvalue())), 1):
-        if t % GOP == 0 and t < groups * GOP:
-            lap()
-    decode = result()
+    ways = {"encode": result()}
+    for way, steps in (("decode", 0), ("refine", codec.steps)):
+        if way == "refine" and not steps:
+            continue
+        # The decoder gives the last frame of a group when all of the group is done.
+        lap()
+        for t, _ in enumerate(codec.decode_frames(StreamReader(stream.getvalue()), steps), 1):
+            if t % GOP == 0 and t < groups * GOP:
+                lap()
+        ways[way] = result()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    return {"encode": encode, "decode": decode, "bytes": stream.tell(), "peak_mib": peak}
+    return {"ways": ways, "bytes": stream.tell(), "peak_mib": peak}
 
 
 def run_child(args: argparse.Namespace, size: tuple[int, int], groups: int) -> dict:
@@ -100,10 +107,11 @@ def speed(args: argparse.Namespace, size: tuple[int, int]) -> list[dict]:
     frames = np.stack(list(scene(*size, GOP)))
     peer = match_rate("x265", frames, Fraction(25), bytes_of_group).result
     rows = []
-    for way, peer_seconds in (("encode", peer.encode_seconds), ("decode", peer.decode_seconds)):
-        seconds = float(np.median([run[way]["seconds"][-1] for run in runs]))
-        first = float(np.median([run[way]["seconds"][0] for run in runs]))
-        parts = runs[-1][way]["parts"]
+    for way in runs[0]["ways"]:
+        peer_seconds = peer.encode_seconds if way == "encode" else peer.decode_seconds
+        seconds = float(np.median([run["ways"][way]["seconds"][-1] for run in runs]))
+        first = float(np.median([run["ways"][way]["seconds"][0] for run in runs]))
+        parts = runs[-1]["ways"][way]["parts"]
         total = sum(parts.values())
         rows.append(
             {
@@ -133,9 +141,7 @@ def main() -> None:
     parser.add_argument("--model", default="small")
     parser.add_argument("--qp", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--out", type=Path, default=Path(__file__).parent / "results/codec_speed.json"
-    )
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/coding.json")
     parser.add_argument("--child", type=int, nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -145,9 +151,10 @@ def main() -> None:
     rows = [row for size in SIZES for row in speed(args, size)]
     memory = []
     for frames in MEMORY_FRAMES:
-        peak = run_child(args, SIZES[0], frames // GOP)["peak_mib"]
+        peak = run_child(args, SIZES[-1], frames // GOP)["peak_mib"]
         memory.append({"frames": frames, "peak_mib": peak})
-        print(f"peak memory, {frames} frames of 256x256: {peak:.0f} MiB", flush=True)
+        size = "x".join(map(str, SIZES[-1]))
+        print(f"peak memory, {frames} frames of {size}: {peak:.0f} MiB", flush=True)
     facts = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "python": platform.python_version(),
