@@ -112,8 +112,9 @@ def build(
     if codec_config.motion:
         motion = frequencies_from_probabilities(motion_coding.probabilities())
         tables = dataclasses.replace(tables, motion=motion)
+    # Row by row in memory, whatever was transposed on the way: safetensors writes bytes as is.
     vae, codec, refiner = jax.tree_util.tree_map_with_path(
-        lambda path, x: np.asarray(x, stored_dtype(path)), (vae, codec, refiner)
+        lambda path, x: np.asarray(x, stored_dtype(path), order="C"), (vae, codec, refiner)
     )
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
     crc = self_test(codec_config, networks, scales.scale_index_numpy)

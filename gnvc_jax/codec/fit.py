@@ -12,10 +12,12 @@ clips (see the training stage `transform`).
 from collections.abc import Mapping
 from typing import Literal
 
+import jax
 import numpy as np
 from jaxtyping import Float
+from scipy.special import ndtr
 
-from gnvc_jax.codec.config import SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
+from gnvc_jax.codec.config import SCALE_MAX, SCALE_MIN, SCALES, SYMBOL_BOUND, CodecConfig
 from gnvc_jax.codec.quality import POSITIONS
 from gnvc_jax.codec.scales import BIAS_UNIT, MULT_UNIT, scale_layers
 from gnvc_jax.moments import Moments
@@ -30,6 +32,57 @@ def quantiser_step(worth: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     step^2 = 6 / (worth ln 2).
     """
     return np.sqrt(6.0 / (worth * np.log(2.0)))
+
+
+def worth_of_step(step: float) -> float:
+    """Undoes `quantiser_step`."""
+    return 6.0 / (step**2 * np.log(2.0))
+
+
+def table_bias(
+    config: CodecConfig, deviation: Float[np.ndarray, "*levels y"]
+) -> Float[np.ndarray, "*levels y"]:
+    """Biases of the scale network's last layer for symbols of these standard deviations.
+
+    With the kernel of that layer at zero, its biases alone choose the probability table.
+    """
+    last = scale_layers(config)[-1]
+    unit = 2.0**last.shift / MULT_UNIT / BIAS_UNIT  # of a bias that moves the index by one
+    # Tables are spaced evenly in the logarithm of their deviation.
+    place = np.log(np.maximum(deviation, 1e-12) / SCALE_MIN) / np.log(SCALE_MAX / SCALE_MIN)
+    index = np.clip((SCALES - 1) * place, 0, SCALES - 1)
+    return (index * unit).astype(np.float32)
+
+
+def deviation_of_symbols(mean_square: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+    """Standard deviation of a Gaussian, in steps, whose rounded values have this mean square.
+
+    About sqrt(mean_square - 1/12) where it is large; rounding hides values below a half. Limited to
+    the deviations that have a table.
+    """
+    sigmas = np.geomspace(SCALE_MIN, SCALE_MAX, 16 * SCALES)
+    edges = np.arange(int(8 * SCALE_MAX)) + 0.5
+    # E[q^2] = sum over k >= 1 of (k^2 - (k - 1)^2) P(|q| >= k)
+    tails = 2.0 * ndtr(-edges / sigmas[:, None])
+    squares = tails @ (2.0 * edges)
+    return np.interp(mean_square, squares, sigmas)
+
+
+def quiet_hyperprior(entropy: Mapping) -> dict:
+    """An entropy model whose hyperlatents are zero and cost next to nothing.
+
+    A random hyperprior would spend bits on noise. Training finds it again: the layers behind are as
+    they were.
+
+    Args:
+      entropy: parameters of a `gnvc_jax.codec.entropy.EntropyModel`; not changed.
+    """
+    last = jax.tree.map(np.zeros_like, entropy["hyper_down_1"])
+    # Four layers of slope softplus(h) make F a logistic function of slope 18: P(0) = 0.9998.
+    steep = np.log(np.expm1(18.0**0.25))
+    density = {name: np.zeros_like(x) for name, x in entropy["density"].items()}
+    density["h"] = density["h"] + np.float32(steep)
+    return {**entropy, "hyper_down_1": last, "density": density}
 
 
 def whitening(variances: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
@@ -67,23 +120,19 @@ def init_from_statistics(
     kept = min(y, len(vectors))
     basis = np.zeros((len(vectors), y))
     basis[:, :kept] = vectors[:, :kept]
+    deviation = np.sqrt(np.pad(variances[:kept], (0, y - kept)))
     steps = quantiser_step(worth_low * (worth_high / worth_low) ** POSITIONS)  # (knots,)
-    deviation = np.sqrt(np.maximum(np.pad(variances[:kept], (0, y - kept)), 1e-12))
-    # (knots, y): where sigma = deviation / step lies on the logarithmic scale of tables, 0 to 1.
-    tables = np.log(deviation / steps[:, None] / SCALE_MIN) / np.log(SCALE_MAX / SCALE_MIN)
+    # (knots, y): the largest symbol must reach six standard deviations; tails are heavy.
+    steps = np.maximum(steps[:, None], 6.0 * deviation / SYMBOL_BOUND)
 
     part["basis"] = basis.astype(np.float32)
     part["inverse"] = basis.T.astype(np.float32)
     part["whitening"] = whitening(latent_variances)
-    log_steps = np.repeat(np.log(steps)[:, None], y, 1).astype(np.float32)
+    log_steps = np.log(steps).astype(np.float32)
     part["y_gain"], part["y_inverse"] = {"log_gain": -log_steps}, {"log_gain": log_steps}
 
-    # With kernels at zero, the biases of the last layer alone give the table index.
-    last = scale_layers(config)[-1]
-    unit = 2.0**last.shift / MULT_UNIT / BIAS_UNIT  # of a bias that moves the index by one
-    index = np.clip((SCALES - 1) * tables, 0, SCALES - 1)
     scales = dict(part["entropy"]["scales"])
-    scales["P3_bias"] = (index * unit).astype(np.float32)
+    scales["P3_bias"] = table_bias(config, deviation / steps)
     scales["P3_kernel"] = np.zeros_like(scales["P3_kernel"])
     part["entropy"] = {**part["entropy"], "scales": scales}
     return part

@@ -1,10 +1,11 @@
 """Commands on weights: port and export those of others."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from gnvc_jax.commands.options import Source, names
+from gnvc_jax.commands.options import Source, check_range, names
 from gnvc_jax.errors import UsageError
 
 
@@ -44,6 +45,53 @@ def port(
             f"{part.parameters} parameters, {part.bytes / 2**30:.2f} GiB, "
             f"from {part.source.path} ({part.source.scheme} names)"
         )
+    return 0
+
+
+def calibrate(
+    *,
+    vae: str,
+    data: str,
+    out: str,
+    clips: int = 100,
+    frames: int = 17,
+    size: str = "256x256",
+    no_progress: bool = False,
+) -> int:
+    """Fit a latent codec to a VAE by statistics of its latents, without training.
+
+    Example: gnvc calibrate --vae weights/vace --data clips --out calibrated.safetensors
+
+    The result codes at once (`gnvc encode --model calibrated.safetensors`), and training can go on
+    from it (`gnvc train --init.model calibrated.safetensors`).
+
+    Args:
+        vae: Folder made by `gnvc port`, run folder of the stage `vae`, name of a shipped model, or
+            path of a model file.
+        data: Folder of videos, list of videos (.txt), or a single video.
+        out: Model file to write.
+        clips: Number of random clips to measure.
+        frames: Frames per clip, 1 + 4k.
+        size: Size of the clips in pixels, WIDTHxHEIGHT.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax.calibrate import calibrate as run
+    from gnvc_jax.commands.coding import parse_size
+    from gnvc_jax.model import save_model
+
+    check_range("--clips", clips, 1)
+    width, height = parse_size(size)
+    model = run(
+        data,
+        vae,
+        clips=clips,
+        frames=frames,
+        size=(height, width),
+        name=Path(out).stem,
+        progress=not no_progress,
+    )
+    save_model(out, model)
+    print(out)
     return 0
 
 

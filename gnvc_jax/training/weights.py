@@ -5,7 +5,7 @@ Each parameter of a model comes from the last of these that has it:
 1. random initialisation, only where it trains;
 2. the ported VAE `init.vae`, or a run of the stage `vae`;
 3. the ported DiT `init.dit`;
-4. the model file `init.model`;
+4. the model file `init.model`, but for its VAE if `init.vae` is given;
 5. the averaged weights of the run `init.run`, after those of the runs that it started from itself.
 
 A run keeps in its checkpoints only what it trained, hence the chain of runs. What a run does not
@@ -153,9 +153,11 @@ def load_model_weights(experiment: Experiment, name: str, like: Tree) -> Tree:
     """What the model file `init.model` has of some parameters.
 
     A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
-    the same codec.
+    the same codec. The VAE is not, if `init.vae` names one: model files round theirs.
     """
     model = find_model(name)
+    if origins(experiment.init).vae is not None:
+        like = {part: shapes for part, shapes in like.items() if part != "vae"}
     for part in ("vae", "codec"):
         found, expected = getattr(model, f"{part}_config"), getattr(experiment, part)
         if part in like and found != expected:

@@ -8,7 +8,13 @@ import pytest
 from scipy.integrate import quad
 
 from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.codec.fit import init_from_statistics, quantiser_step, whitening
+from gnvc_jax.codec.fit import (
+    deviation_of_symbols,
+    init_from_statistics,
+    quantiser_step,
+    whitening,
+    worth_of_step,
+)
 from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.codec.quality import POSITIONS, interpolate_levels
 from gnvc_jax.codec.scales import export, scale_index_numpy, sigma_from_index
@@ -98,6 +104,16 @@ def test_fitted_table_index_matches_the_standard_deviation(cells, started):
         step = np.exp(interpolate_levels(np.log(steps)[:, None])[q_index, 0])
         want = np.clip(deviations / step, 0.11, 16.0)
         np.testing.assert_allclose(sigma_from_index(index[0, 0].astype(float)), want, rtol=0.05)
+
+
+def test_worth_of_a_step_undoes_the_step_of_a_worth():
+    assert worth_of_step(quantiser_step(np.array(3.7))) == pytest.approx(3.7)
+
+
+@pytest.mark.parametrize("sigma", [0.2, 0.5, 1.0, 4.0, 12.0])
+def test_deviation_of_symbols_is_that_of_the_gaussian_that_was_rounded(sigma):
+    symbols = np.round(np.random.default_rng(0).normal(0.0, sigma, 400_000))
+    assert deviation_of_symbols(np.mean(symbols**2)) == pytest.approx(sigma, rel=0.03)
 
 
 def test_whitening_equalises_channel_variances():
