@@ -50,7 +50,7 @@ def test_file_point_codes_in_two_processes(clip, log):
     assert decode[0] == "decode"
     assert decode[3:] == ["--model", "small"]
     model = find_model("small")
-    parameters = sum(x.size for x in jax.tree.leaves((model.vae, model.codec)))
+    parameters = sum(x.size for x in jax.tree.leaves((model.vae, model.codec, model.refiner)))
     assert coded.details == {"parameters": parameters}
     assert coded.bitstream == FilePoint("small", 24, 5, 5).code(clip).bitstream
     again = [line.split()[1:] for line in log.read_text().splitlines()[2:]]

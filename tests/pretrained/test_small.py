@@ -16,7 +16,7 @@ def codec():
 
 def test_what_ships_is_small_and_has_a_card():
     assert names() == ["small"]
-    assert (FOLDER / "small.safetensors").stat().st_size < 16e6
+    assert (FOLDER / "small.safetensors").stat().st_size <= 24e6
     assert (FOLDER / "small.md").read_text().startswith("# small")
 
 
