@@ -33,8 +33,9 @@ from gnvc_jax.bitstream import (
 )
 from gnvc_jax.bitstream.errors import LimitExceeded, WrongModel
 from gnvc_jax.bitstream.header import check_picture
+from gnvc_jax.codec.config import LATENT_MULTIPLE
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import LATENT_MULTIPLE, DecodedLatent
+from gnvc_jax.codec.model import DecodedLatent
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import check_frame, pad_frames, to_float
 from gnvc_jax.functions import CodecFunctions

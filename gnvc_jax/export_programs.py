@@ -29,8 +29,9 @@ from jax import export
 from safetensors.numpy import save_file
 
 from gnvc_jax.codec import scales
+from gnvc_jax.codec.config import LATENT_MULTIPLE
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import LATENT_MULTIPLE, CodecState, DecodedLatent, pad_latents
+from gnvc_jax.codec.model import CodecState, DecodedLatent, pad_latents
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output
 from gnvc_jax.functions import codec_programs

@@ -16,6 +16,7 @@ SCALES = 64  # zero-mean Gaussian tables
 SCALE_MIN, SCALE_MAX = 0.11, 16.0  # standard deviations of the first and the last table
 SYMBOL_BOUND = 127  # residual symbols are -127..127
 Z_BOUND = 15  # hyperlatent symbols are -15..15
+LATENT_MULTIPLE = 8  # y halves the grid of latents, z quarters it again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,8 @@ class CodecConfig:
       level_pattern: the same for the latents after it, repeated.
 
     Raises:
-      UsageError: for sizes that the integer network or the spatial passes cannot have.
+      UsageError: for sizes that the integer network or the spatial passes cannot have, and for an
+        unknown kind of motion.
     """
 
     latent_channels: int = 16
@@ -65,6 +67,8 @@ class CodecConfig:
                 f"scale_width + 2 * y_channels is {inputs}; with at most 512 inputs the integer "
                 "scale network is exact in float32"
             )
+        if self.motion not in (None, "blocks"):
+            raise UsageError(f"motion must be blocks or None, got {self.motion!r}")
         object.__setattr__(self, "level_pattern", tuple(self.level_pattern))  # from JSON, a list
         if self.y_channels % 4:
             raise UsageError(f"y_channels must be a multiple of 4, got {self.y_channels}")

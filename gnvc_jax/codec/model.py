@@ -32,7 +32,7 @@ from flax import linen as nn
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
-from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.codec.config import LATENT_MULTIPLE, CodecConfig
 from gnvc_jax.codec.entropy import EntropyModel, LatentSymbols
 from gnvc_jax.codec.layers import (
     DepthwiseBlocks,
@@ -46,7 +46,6 @@ from gnvc_jax.codec.quantise import round_ste
 
 ZEROS = nn.initializers.zeros
 
-LATENT_MULTIPLE = 8  # y halves the latent grid, z quarters it again
 DETAIL_START = 2.0  # log-odds of keeping the detail of a prediction, before training
 GAIN_SLOPE = 2.0  # the best step shrinks by a factor of about e^2 over the quality range
 # The codec computes in full float32 on every backend: by default JAX multiplies float32 in bfloat16

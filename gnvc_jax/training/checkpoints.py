@@ -174,7 +174,7 @@ def config_of(run: str | Path) -> dict:
 def model_of(run: str | Path) -> Experiment:
     """The model of a run, as an experiment that starts from it.
 
-    It has the sizes of the networks and `init.run`; loss, data and optimizer are defaults.
+    It has the sizes of the networks, `train` and `init.run`; loss, data and optimizer are defaults.
     FileNotFoundError if there is no such run.
     """
     facts = config_of(run)
@@ -187,6 +187,7 @@ def model_of(run: str | Path) -> Experiment:
         None if codec is None else CodecConfig(**codec),
         refiner,
         init=InitConfig(run=str(run)),
+        train=tuple(facts.get("train") or ()),
         run=RunConfig(out=str(Path(run) / "after")),  # of no use, but not the run itself
     )
 

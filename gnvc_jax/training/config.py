@@ -11,12 +11,25 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import jax.numpy as jnp
 import tyro
 
-from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.codec.config import LATENT_MULTIPLE, CodecConfig
 from gnvc_jax.data.left_out import MAX_SHARE
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, parse_mesh
-from gnvc_jax.refiner.config import RefinerConfig
+from gnvc_jax.refiner.config import PATCH, RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
+
+# What the stages of the package need of an experiment; stages of one's own check it themselves.
+# "motion" is a codec with motion ("codec" alone is one without), "start" a run or model with a
+# codec, "train" the choice of what trains, "frames" videos rather than cached latents.
+STAGE_NEEDS: dict[str, tuple[str, ...]] = {
+    "vae": ("frames",),
+    "transform": ("codec", "motion", "frames"),
+    "refine": ("codec", "motion", "refiner", "start", "frames"),
+    "codec": ("codec",),
+    "latent": ("codec", "refiner", "start", "train"),
+    "pixel": ("codec", "start", "train", "frames"),
+    "distill": ("codec", "refiner", "start", "train", "frames"),
+}
 
 
 def check_range(group: str, config: object, **ranges: tuple[float, float]) -> None:
@@ -267,6 +280,9 @@ class ComputeConfig(Policy):
 class Experiment:
     """One training run.
 
+    Settings are checked against each other here, so that neither a config file nor the command line
+    can combine what does not fit; stages check what only they know.
+
     Attributes:
         stage: Name of a stage (see `gnvc_jax.training.stages`), or "module:function" of one's own.
         vae: Sizes of the VAE.
@@ -283,6 +299,9 @@ class Experiment:
         mesh: Devices along each axis of the mesh.
         run: Where the run writes and how often.
         evaluate: Evaluation on held-out clips.
+
+    Raises:
+        UsageError: settings do not fit each other, or the stage lacks one.
     """
 
     stage: str
@@ -305,19 +324,81 @@ class Experiment:
             raise UsageError(
                 f"init.run: {self.init.run} is run.out too; a run cannot start from itself"
             )
-        if self.evaluate.every and self.codec is None:
+        self._check_networks()
+        self._check_data()
+        self._check_stage()
+
+    def _check_networks(self) -> None:
+        """Each network has the sizes that the others expect of it."""
+        vae, codec, refiner = self.vae, self.codec, self.refiner
+        channels = "vae.latent_channels", vae.latent_channels
+        equal = []
+        if codec is not None:
+            equal += [("codec.latent_channels", codec.latent_channels, *channels)]
+        if refiner is not None:
+            equal += [("refiner.dit.channels", refiner.dit.channels, *channels)]
+        if codec is not None and refiner is not None:
+            equal += [("refiner.features", refiner.features, "codec.width", codec.width)]
+        for name, value, other, expected in equal:
+            if value != expected:
+                raise UsageError(f"{name}: must equal {other}, {expected}, got {value}")
+        if codec is None or codec.motion is None:
+            return
+        if not vae.linear:
+            raise UsageError("codec.motion: only a linear VAE gives frames to compensate from")
+        if (strides := (vae.temporal_stride, vae.stride)) != (4, 8):
             raise UsageError(
-                f"evaluate.every: the stage `{self.stage}` has no codec to evaluate, use 0"
+                f"codec.motion: made for strides 4 and 8 of the VAE, got {strides[0]} and "
+                f"{strides[1]}"
             )
+
+    def _check_data(self) -> None:
+        """Clips consist of whole latents, and batches of whole micro-batches."""
         stride = self.vae.temporal_stride
         for frames in self.data.lengths:
             if (frames - 1) % stride:
                 raise UsageError(f"data.frames: must be 1 + {stride}k, got {frames}")
-        if self.codec is not None and self.codec.motion and not self.vae.linear:
-            raise UsageError("codec.motion: only a linear VAE gives frames to compensate from")
-        if self.codec is not None and self.codec.motion and (stride, self.vae.stride) != (4, 8):
+        # A codec needs whole hyperlatents, a DiT whole tokens.
+        multiple = PATCH if self.refiner is not None else 1
+        multiple = self.vae.stride * (LATENT_MULTIPLE if self.codec is not None else multiple)
+        if any(side < 1 or side % multiple for side in self.data.size):
             raise UsageError(
-                f"codec.motion: made for strides 4 and 8, not {stride} and {self.vae.stride}"
+                f"data.size: must be multiples of {multiple}, got {self.data.size[0]} x "
+                f"{self.data.size[1]}"
+            )
+        if self.data.batch % self.optim.accumulate:
+            raise UsageError(
+                f"data.batch: must be a multiple of optim.accumulate, {self.optim.accumulate}, "
+                f"got {self.data.batch}"
+            )
+
+    def _check_stage(self) -> None:
+        """The experiment has what its stage needs."""
+        needs = STAGE_NEEDS.get(self.stage, ())
+        if "codec" in needs:
+            if self.codec is None:
+                raise UsageError(f"codec: the stage `{self.stage}` needs one, got None")
+            if (self.codec.motion is not None) != ("motion" in needs):
+                expected = "blocks" if "motion" in needs else "None"
+                raise UsageError(
+                    f"codec.motion: must be {expected} in the stage `{self.stage}`, got "
+                    f"{self.codec.motion}"
+                )
+        if "refiner" in needs and self.refiner is None:
+            raise UsageError(f"refiner: the stage `{self.stage}` needs one, got None")
+        if "start" in needs and not self.init.has_codec:
+            raise UsageError(
+                f"init: the stage `{self.stage}` starts from a codec, give init.run or init.model"
+            )
+        if "train" in needs and not self.train:
+            raise UsageError(f"train: must name what the stage `{self.stage}` trains")
+        if self.evaluate.every and self.codec is None:
+            raise UsageError(
+                f"evaluate.every: the stage `{self.stage}` has no codec to evaluate, use 0"
+            )
+        if "frames" in needs and self.data.latents is not None:
+            raise UsageError(
+                f"data.latents: the stage `{self.stage}` needs frames, got {self.data.latents}"
             )
 
     def tokens(self, frames: int) -> int:

@@ -12,7 +12,6 @@ import grain
 import jax
 import numpy as np
 
-from gnvc_jax.codec.model import LATENT_MULTIPLE
 from gnvc_jax.data.clips import clip_dataset
 from gnvc_jax.data.index import ClipIndex
 from gnvc_jax.data.latents import latent_dataset, read_info
@@ -154,10 +153,3 @@ def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str])
         return jax.ShapeDtypeStruct((data.batch, t, h, w, vae.latent_channels), np.float32)
 
     return Data(batches, shapes)
-
-
-def check_crop(experiment: Experiment) -> None:
-    """UsageError unless the sides of crops are multiples of what one hyperlatent stands for."""
-    unit = experiment.vae.stride * LATENT_MULTIPLE
-    if any(side < unit or side % unit for side in experiment.data.size):
-        raise UsageError(f"data.size: must be multiples of {unit}, got {experiment.data.size}")

@@ -10,6 +10,7 @@ from gnvc_jax.training.batched_optimizer import StackedParameters, is_kernel
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import init_trained, make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
+from gnvc_jax.vae import VAEConfig
 
 
 def params():
@@ -32,7 +33,8 @@ def test_there_and_back():
 
 def test_kernels_are_told_from_what_has_their_shape(tiny_codec):
     """Of a real codec: kernels of layers, of the integer networks, and of low-rank changes."""
-    stage = make_stage(Experiment(stage="codec", codec=tiny_codec, loss=CodecLoss()))
+    vae = VAEConfig(base=4, latent_channels=tiny_codec.latent_channels)
+    stage = make_stage(Experiment(stage="codec", vae=vae, codec=tiny_codec, loss=CodecLoss()))
     found = jax.tree_util.tree_leaves_with_path(
         jax.eval_shape(lambda key: init_trained(stage, key), jax.random.key(0))
     )

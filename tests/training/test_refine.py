@@ -9,13 +9,11 @@ import pytest
 
 import gnvc_jax
 from gnvc_jax.demo import camera_move
-from gnvc_jax.errors import UsageError
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.dists import load_dists
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
 from gnvc_jax.training.networks import init_networks, make_networks
-from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.refine import RefinedFrames, RefineLoss, refine_loss, refined_frames
 
 DIT = DiTConfig(24, 24, 2, 1, 8, 96, text_length=0, context_every=1, context_channels=96)
@@ -84,9 +82,3 @@ def test_loss_of_perfect_frames_is_zero_and_that_of_others_is_not():
     nothing = RefineLoss(0.0, 0.0, 0.0, 0.0, 0.0)
     for term in ("squared", "lpips", "dists", "temporal", "latent"):
         assert loss(dataclasses.replace(nothing, **{term: 1.0}), 0.05, 1.0) > 1e-3, term
-
-
-def test_windows_too_short_for_a_pair_of_latents_are_refused(experiment):
-    short = dataclasses.replace(experiment, data=dataclasses.replace(experiment.data, frames=9))
-    with pytest.raises(UsageError, match=r"data\.frames >= 13, got 3 and 9"):
-        make_stage(short)

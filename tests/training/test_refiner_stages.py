@@ -472,21 +472,11 @@ def test_gradients_reach_what_trains(base, stage):
 
 
 def test_stages_say_what_they_lack(base, tmp_path):
-    for change, message in (
-        ({"init": InitConfig()}, r"init\.run, init\.model: the stage `latent` starts from"),
-        ({"train": ()}, "train: say what"),
-        ({"refiner": None}, "refiner: the stage `latent` trains one"),
-        ({"train": ("dit/",)}, "'dit/' fits no parameter"),
-        (
-            {"stage": "pixel", "loss": PixelLoss(lpips_net="alex")},
-            r"refiner\.steps: the stage `pixel` trains for 5, not 1",
-        ),
-    ):
-        with pytest.raises(ValueError, match=message):
-            started(dataclasses.replace(base, **change))
+    with pytest.raises(ValueError, match="'dit/' fits no parameter"):
+        started(dataclasses.replace(base, train=("dit/",)))
     with pytest.raises(FileNotFoundError, match="nowhere: no training run"):
         started(dataclasses.replace(base, init=InitConfig(run="nowhere")))
-    other = dataclasses.replace(base.codec, width=12)
+    other = dataclasses.replace(base.codec, entropy_width=12)
     with pytest.raises(ValueError, match="shape"):
         started(dataclasses.replace(base, codec=other))
 

@@ -43,7 +43,7 @@ def test_share_of_the_peak(monkeypatch):
 def test_tokens_of_a_clip():
     """Wan: 4 frames and 16 x 16 pixels are a token, and the first frame has tokens of its own."""
     refiner = RefinerConfig(DiTConfig(16, 16, 2, 2, 8, context_every=1), 16)
-    experiment = Experiment("latent", refiner=refiner, data=DataConfig(size=(64, 96)))
+    experiment = Experiment(f"{__name__}:product", refiner=refiner, data=DataConfig(size=(64, 96)))
     assert experiment.tokens(13) == 4 * 4 * 6
     assert dataclasses.replace(experiment, refiner=None).tokens(13) == 0
 

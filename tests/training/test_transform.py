@@ -1,7 +1,5 @@
 """The stage `transform`: what it logs against files, its samples, its levels."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -86,17 +84,3 @@ def test_samples_have_the_vectors_of_their_frames():
     found = sample["vectors"][:, :, 1:-1, 1:-1] / 16
     want = np.arange(1, 5)[:, None, None, None] * np.array([2.0, 1.0])
     assert np.abs(found - want).mean() < 0.5
-
-
-def test_what_the_stage_needs_is_said_at_the_start(stage):
-    experiment = stage.experiment
-    still = dataclasses.replace(experiment.codec, motion=None)
-    for change, message in (
-        ({"codec": still}, "codec.motion: the stage `transform`"),
-        ({"data": DataConfig(size=(96, 128))}, r"data.size: must be multiples of 64, got \(96"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            make_stage(dataclasses.replace(experiment, **change))
-    wan = dataclasses.replace(experiment.vae, linear=False, head=0)
-    with pytest.raises(ValueError, match="only a linear VAE gives frames"):
-        dataclasses.replace(experiment, vae=wan)

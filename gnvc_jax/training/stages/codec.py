@@ -50,9 +50,6 @@ def check_lambda(low: float, high: float) -> None:
 
 def codec_stage(experiment: Experiment) -> Stage:
     """Rate-distortion training with a quality level drawn for every clip."""
-    inputs.check_crop(experiment)
-    if experiment.codec is None:
-        raise UsageError(f"codec: the stage `{experiment.stage}` trains one, name its sizes")
     networks, weights = make_networks(experiment)._replace(refiner=None), experiment.loss
 
     def loss(

@@ -5,8 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 
-from gnvc_jax.errors import UsageError
-from gnvc_jax.training import inputs, latent_statistics, losses, weights
+from gnvc_jax.training import latent_statistics, losses, weights
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
@@ -49,8 +48,6 @@ class LatentLoss:
 
 def latent_stage(experiment: Experiment) -> Stage:
     """Starts from a codec that was trained alone; `experiment.train` says what trains."""
-    inputs.check_crop(experiment)
-    check_refiner_stage(experiment)
     loss_weights, config = experiment.loss, experiment.refiner
     networks = make_networks(experiment)
 
@@ -91,21 +88,6 @@ def latent_stage(experiment: Experiment) -> Stage:
         constants=lambda statistics: refiner_constants(experiment, statistics),
         constant_shapes=lambda: refiner_constant_shapes(experiment),
     )
-
-
-def check_refiner_stage(experiment: Experiment, needs_refiner: bool = True) -> None:
-    """UsageError unless an experiment names what stages with a refiner need."""
-    stage = experiment.stage
-    if experiment.codec is None:
-        raise UsageError(f"codec: the stage `{stage}` needs one, name its sizes")
-    if not experiment.init.has_codec:
-        raise UsageError(
-            f"init.run, init.model: the stage `{stage}` starts from a run or model with a codec"
-        )
-    if not experiment.train:
-        raise UsageError(f"train: say what the stage `{stage}` trains")
-    if needs_refiner and experiment.refiner is None:
-        raise UsageError(f"refiner: the stage `{stage}` trains one, name its sizes")
 
 
 def refiner_constants(experiment: Experiment, statistics: Statistics) -> Tree:

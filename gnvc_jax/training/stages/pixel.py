@@ -19,11 +19,7 @@ from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.codec import check_lambda, rate_distortion
-from gnvc_jax.training.stages.latent import (
-    check_refiner_stage,
-    refiner_constant_shapes,
-    refiner_constants,
-)
+from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
 from gnvc_jax.training.stages.vae import lpips_network
 from gnvc_jax.training.weights import Statistics
 
@@ -78,7 +74,6 @@ class PixelLoss:
 
 def pixel_stage(experiment: Experiment) -> Stage:
     """Starts from a run of the stage `latent`, or of `codec` for a model without a refiner."""
-    check_refiner_stage(experiment, needs_refiner=False)
     if experiment.loss.distill:
         raise UsageError("loss.distill: must be 0 in the stage `pixel`, which has no teacher")
     return frame_stage(experiment)
@@ -90,7 +85,6 @@ def distill_stage(experiment: Experiment) -> Stage:
     The starting weights, the teacher, differ from the student in what trains. The rest of the
     refiner is there once, for both.
     """
-    check_refiner_stage(experiment)
     if not experiment.loss.distill:
         raise UsageError("loss.distill: must be positive in the stage `distill`")
     return frame_stage(experiment, teacher=("refiner/",))
@@ -98,9 +92,6 @@ def distill_stage(experiment: Experiment) -> Stage:
 
 def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
     """A stage on decoded frames, with or without a teacher; see `Stage.teacher`."""
-    inputs.check_crop(experiment)
-    if experiment.data.latents is not None:
-        raise UsageError(f"data.latents: the stage `{experiment.stage}` needs frames")
     if experiment.refiner is not None:
         trained = 1 if teacher else experiment.loss.steps
         if experiment.refiner.steps != trained:

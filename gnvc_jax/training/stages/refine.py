@@ -79,11 +79,6 @@ class RefinedFrames(NamedTuple):
 
 def refine_stage(experiment: Experiment) -> Stage:
     """Starts from a run of the stage `transform`, whose codec and VAE stay as they are."""
-    inputs.check_crop(experiment)
-    if experiment.codec is None or experiment.codec.motion is None:
-        raise UsageError("codec.motion: the stage `refine` needs a codec with motion")
-    if experiment.refiner is None:
-        raise UsageError("refiner: the stage `refine` trains one; give its sizes")
     least = 1 + (PAIR + 1) * experiment.vae.temporal_stride
     if experiment.refiner.window <= PAIR or experiment.data.frames < least:
         raise UsageError(

@@ -17,7 +17,6 @@ from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import init_from_statistics
 from gnvc_jax.codec.model import space_to_depth
 from gnvc_jax.codec.quantise import straight_through
-from gnvc_jax.errors import UsageError
 from gnvc_jax.moments import Moments
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend
@@ -87,9 +86,6 @@ class MotionOutput(NamedTuple):
 
 def transform_stage(experiment: Experiment) -> Stage:
     """Trains everything: the codec and the VAE's head; the VAE's basis gets no gradient."""
-    inputs.check_crop(experiment)
-    if experiment.codec is None or experiment.codec.motion is None:
-        raise UsageError("codec.motion: the stage `transform` trains a codec with motion")
     networks, weights = make_networks(experiment)._replace(refiner=None), experiment.loss
     data, channels = inputs.clips(experiment, motion=True), experiment.codec.latent_channels
 
