@@ -13,22 +13,37 @@ if TYPE_CHECKING:
     from gnvc_jax.training.config import Experiment
 
 Settings = Suppress[Sequence[str]]
+Hardware = Literal["laptop", "gpu", "pod"]  # rows of `gnvc_jax.training.hardware.HARDWARE`
 
 
-def load_experiment(config: str, settings: Sequence[str]) -> "Experiment":
-    """Loads an experiment and applies settings such as ("--optim.lr", "1e-3").
+def load_experiment(
+    config: str, settings: Sequence[str], hardware: Hardware | None = None, devices: int = 1
+) -> "Experiment":
+    """Loads an experiment, fits it to hardware, and applies settings.
 
-    Raises FileNotFoundError for an unknown config and UsageError for wrong values; exits with a
-    message for settings that do not exist, and with help for --help.
+    Args:
+        config: Name of a shipped config, or path of a config file.
+        settings: Settings such as ("--optim.lr", "1e-3").
+        hardware: Kind of hardware to fit the experiment to; None leaves it as it is.
+        devices: Number of devices that there are; of no use without `hardware`.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        UsageError: a value is wrong.
+        SystemExit: after a message for settings that do not exist, and after help for --help.
     """
     from gnvc_jax import shipped_configs
     from gnvc_jax.training import config as configs
+    from gnvc_jax.training.hardware import HARDWARE, fit
 
     shipped_configs.make_importable()
-    return configs.override(configs.load(shipped_configs.find_config(config)), settings)
+    experiment = configs.load(shipped_configs.find_config(config))
+    if hardware is not None:
+        experiment = fit(experiment, HARDWARE[hardware], devices)
+    return configs.override(experiment, settings)
 
 
-def train(*, config: str, settings: Settings = ()) -> int:
+def train(*, config: str, hardware: Hardware | None = None, settings: Settings = ()) -> int:
     """Train one stage of the codec.
 
     Example: gnvc train --config small/codec --data.path clips --optim.lr 1e-3
@@ -39,14 +54,19 @@ def train(*, config: str, settings: Settings = ()) -> int:
 
     Args:
         config: Name of a shipped config, or path of a config file.
+        hardware: Kind of hardware to choose mesh, micro-batches, dtype and rematerialisation for;
+            by default they are those of the config. Settings of the experiment override it.
         settings: Settings of the experiment.
     """
+    import jax
+
     from gnvc_jax.runtime import join_processes
     from gnvc_jax.training import loop
     from gnvc_jax.training.stages import make_stage
 
-    experiment = load_experiment(config, settings)
     join_processes()
+    devices = jax.device_count() if hardware else 1
+    experiment = load_experiment(config, settings, hardware, devices)
     loop.train(make_stage(experiment))
     return 0
 
@@ -75,6 +95,7 @@ def plan(
     *,
     config: str,
     topology: tuple[str, ...],
+    hardware: Hardware | None = None,
     per_device: int | None = None,
     clips: int = 1_000_000,
     coding: Literal["encode", "decode"] | None = None,
@@ -93,6 +114,8 @@ def plan(
     Args:
         config: Name of a shipped config, or path of a config file.
         topology: One or more topologies, CHIP:AxB[xC].
+        hardware: Kind of hardware to choose mesh, micro-batches, dtype and rematerialisation for,
+            as for `gnvc train`.
         per_device: Clips per device along the mesh axes data and fsdp, overriding data.batch.
         clips: Clips per epoch.
         coding: Plan encoding or decoding instead of training: groups of data.frames frames of
@@ -106,6 +129,7 @@ def plan(
     from gnvc_jax.files import write_json
     from gnvc_jax.planner import coding as coding_planner
     from gnvc_jax.planner import training as training_planner
+    from gnvc_jax.planner.chips import device_count
 
     check_range("--steps", steps, 0, MAX_STEPS)
     if not topology:
@@ -116,16 +140,15 @@ def plan(
             "all devices"
         )
     jax.config.update("jax_platforms", "cpu")  # compiling for TPUs needs none
-    experiment = load_experiment(config, settings)
-    if coding:
-        report = coding_planner.coding_report
-        plans = (coding_planner.plan_coding(experiment, one, coding, steps) for one in topology)
-    else:
-        report = training_planner.report
-        plans = training_planner.sweep(experiment, topology, per_device, clips)
     done = []
-    for found in plans:
-        print(report(found), flush=True)
+    for one in topology:
+        experiment = load_experiment(config, settings, hardware, device_count(one))
+        if coding:
+            found = coding_planner.plan_coding(experiment, one, coding, steps)
+            print(coding_planner.coding_report(found), flush=True)
+        else:
+            found = training_planner.plan(experiment, one, clips, per_device)
+            print(training_planner.report(found), flush=True)
         done.append(found)
         if out:  # after each, since a large one takes minutes
             write_json(Path(out), done)

@@ -80,6 +80,12 @@ def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
     return CHIPS[name], sizes
 
 
+def device_count(text: str) -> int:
+    """Returns the number of devices of a topology. Raises UsageError as `parse_topology`."""
+    chip, sizes = parse_topology(text)
+    return math.prod(sizes) * chip.devices
+
+
 def topology_devices(text: str) -> list[jax.Device]:
     """Returns devices of a topology, which programs can be compiled for, but not run on.
 
@@ -96,9 +102,10 @@ def topology_devices(text: str) -> list[jax.Device]:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:
         raise UsageError(f"topology {text!r}: {str(error).splitlines()[0]}") from None
-    expected = math.prod(sizes) * chip.devices
-    if len(found.devices) != expected:
-        raise UsageError(f"topology {text!r}: {len(found.devices)} devices, expected {expected}")
+    if len(found.devices) != device_count(text):
+        raise UsageError(
+            f"topology {text!r}: {len(found.devices)} devices, expected {device_count(text)}"
+        )
     return found.devices
 
 

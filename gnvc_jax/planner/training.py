@@ -1,13 +1,13 @@
 """Cost of a train step on a pod: the step itself, compiled for devices that are not attached.
 
-`plan` compiles for one topology and `sweep` for several; `report` and `table` describe plans in
-words. A plan is a JSON-ready dictionary.
+`plan` compiles for one topology; `report` describes a plan in words, `table` puts several side by
+side. A plan is a JSON-ready dictionary.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
-from gnvc_jax.planner.chips import Chip, parse_topology, topology_devices
+from gnvc_jax.planner.chips import Chip, device_count, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import Stage, frozen_shapes, make_stage
@@ -28,18 +28,28 @@ from gnvc_jax.training.throughput import operations
 Tree = Any
 
 
-def plan(experiment: Experiment, topology: str, clips: int = 1_000_000) -> dict:
+def plan(
+    experiment: Experiment, topology: str, clips: int = 1_000_000, per_device: int | None = None
+) -> dict:
     """Predicts the cost of an experiment's train step on a topology.
 
     Args:
         experiment: Experiment; of its clip lengths, the longest is planned.
         topology: Topology such as "v5p:4x4x4".
         clips: Clips per epoch.
+        per_device: Clips per device along the axes data and fsdp, overriding `data.batch`, so that
+            the batch grows with the pod (weak scaling). If None, the batch stays the same (strong
+            scaling).
 
     Raises:
         UsageError: sizes that do not divide, an unknown topology, or no libtpu.
     """
     chip, _ = parse_topology(topology)
+    if per_device is not None:
+        mesh = experiment.mesh
+        batch = per_device * device_count(topology) // (mesh.context * mesh.tensor)
+        data = dataclasses.replace(experiment.data, batch=batch)
+        experiment = dataclasses.replace(experiment, data=data)
     devices = topology_devices(topology)
     return {"topology": topology} | plan_for(experiment, devices, chip, clips)
 
@@ -85,37 +95,6 @@ def plan_for(
         | memory(compiled, found["hbm_bytes"])
         | cost(found, compiled.as_text() or "", stage, chip, frames, clips)
     )
-
-
-def sweep(
-    experiment: Experiment,
-    topologies: Sequence[str],
-    per_device: int | None = None,
-    clips: int = 1_000_000,
-) -> Iterator[dict]:
-    """Yields a plan for each topology in turn.
-
-    Args:
-        experiment: Experiment.
-        topologies: Topologies such as "v5p:4x4x4".
-        per_device: Clips per device along the axes data and fsdp, overriding `data.batch`, so that
-            the batch grows with the pod (weak scaling). If None, the batch stays the same (strong
-            scaling).
-        clips: Clips per epoch.
-
-    Raises:
-        UsageError: as `plan`.
-    """
-    for topology in topologies:
-        here = experiment
-        if per_device is not None:
-            chip, sizes = parse_topology(topology)
-            mesh = experiment.mesh
-            batch = per_device * math.prod(sizes) * chip.devices // (mesh.context * mesh.tensor)
-            here = dataclasses.replace(
-                experiment, data=dataclasses.replace(experiment.data, batch=batch)
-            )
-        yield plan(here, topology, clips)
 
 
 def report(found: dict) -> str:
