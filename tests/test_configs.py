@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gnvc_jax.parallel import MeshConfig, make_mesh
+from gnvc_jax.planner.program import bytes_per_device
+from gnvc_jax.planner.training import abstract_arguments
 from gnvc_jax.training import config
 from gnvc_jax.training.partition import split
 from gnvc_jax.training.stages import make_stage, model_shapes, objective
@@ -15,6 +18,7 @@ from gnvc_jax.training.state import init_state
 from gnvc_jax.training.step import make_step
 
 CONFIGS = Path(__file__).parents[1] / "configs"
+STAGES_OF_SMALL = ("codec", "rollout", "refiner")
 FILES = sorted(p for p in CONFIGS.glob("*/*.py") if p.stem != "models")
 
 
@@ -31,7 +35,7 @@ def count(tree) -> int:
 def test_it_loads(path):
     experiment = config.load(path)
     make_stage(experiment)
-    assert path.stem.startswith(experiment.stage) or path.parent.name == "small"
+    assert path.stem.startswith(experiment.stage) or path.parent.name.startswith("small")
 
 
 @pytest.mark.slow
@@ -54,6 +58,24 @@ def test_what_trains_at_full_size():
     assert count(trained["codec"]) == count(parts["codec"])
     assert count(fixed["refiner"]["dit"]) == 1_418_996_800
     assert "codec" not in fixed
+
+
+def test_larger_small_model_is_the_small_one_but_for_its_sizes():
+    """Width 192 and a DiT of about 60 M parameters; each stage starts from the one before."""
+    small, large = (
+        {stage: config.load(CONFIGS / name / f"{stage}.py") for stage in STAGES_OF_SMALL}
+        for name in ("small", "small_gpu")
+    )
+    for stage in STAGES_OF_SMALL:
+        assert large[stage].loss == small[stage].loss and large[stage].vae == small[stage].vae
+        assert large[stage].codec.width == 192 and large[stage].data.size == (256, 256)
+        assert large[stage].data.frames == small[stage].data.frames
+    starts = [large[stage].init.run for stage in STAGES_OF_SMALL]
+    assert starts == [None, "runs/small_gpu/codec", "runs/small_gpu/rollout"]
+    stage = make_stage(large["refiner"])
+    assert 55e6 < count(model_shapes(stage)["refiner"]["dit"]) < 65e6
+    arguments = abstract_arguments(stage, make_mesh(MeshConfig(data=1)), 33)
+    assert bytes_per_device(arguments[:2]) < 2**30  # what is left of 80 GB is for activations
 
 
 @pytest.mark.slow

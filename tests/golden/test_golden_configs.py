@@ -28,7 +28,7 @@ EXPERIMENTS = {
     if path.stem != "models"
 }
 # Experiments with all parts of their models.
-SHARDED = ("small/refiner", "wan_1_3b/latent")
+SHARDED = ("small/refiner", "small_gpu/refiner", "wan_1_3b/latent")
 MESH = {"data": 2, "fsdp": 4, "context": 1, "tensor": 2}
 
 
