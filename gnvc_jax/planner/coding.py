@@ -5,7 +5,7 @@ sharded over all devices, as `gnvc encode --devices` does it.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import jax
@@ -18,7 +18,7 @@ from gnvc_jax.bitstream.tables import Tables
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.coder import check_columns
 from gnvc_jax.errors import UsageError
-from gnvc_jax.functions import CodecPrograms, codec_programs
+from gnvc_jax.functions import codec_programs
 from gnvc_jax.model import Model, stored_dtype
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.parallel.rules import activation_spec
@@ -28,9 +28,17 @@ from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofli
 from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.refiner.model import window_starts
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.stages import make_stage, model_shapes
+from gnvc_jax.training.networks import init_networks, make_networks
 
 Tree = Any
+
+# Programs that run for each latent after the first, by command and whether the codec has motion.
+PROGRAMS = {
+    ("encode", False): ("encode_video", "analyse", "reconstruct"),
+    ("encode", True): ("encode_video", "predict", "analyse", "reconstruct", "compensate"),
+    ("decode", False): ("reconstruct", "decode_latents"),
+    ("decode", True): ("predict", "reconstruct", "compensate"),
+}
 
 
 def plan_coding(experiment: Experiment, topology: str, command: str, steps: int = 1) -> dict:
@@ -56,8 +64,9 @@ def coding_for(
     """Does what `plan_coding` does for given devices, with the peak figures of `chip`.
 
     "programs" of the result are those between the first and the last latent of a group, each with
-    the number of times that it runs per group. Not included are the entropy coder on the host, the
-    transfers of symbols from and to it, and the programs for the first latent, which do less.
+    the number of times that it runs per group. Not included are the entropy coder and the search
+    for motion on the host, the transfers from and to it, and the programs for the first latent,
+    which do less.
     """
     data, refiner = experiment.data, experiment.refiner
     steps = steps if command == "decode" and refiner is not None else 0
@@ -73,15 +82,16 @@ def coding_for(
         "hbm_bytes": chip.memory // chip.devices,
         "programs": {},
     }
-    names = ["encode_video", "analyse", "reconstruct"]
-    if command == "decode":
-        names = ["reconstruct", "decode_latents"]
-    times = dict.fromkeys(names, latents)
+    if experiment.codec is None:
+        raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
+    motion = experiment.codec.motion is not None
+    times = dict.fromkeys(PROGRAMS[command, motion], latents)
     if steps and refiner is not None:
         times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
-    params = model_shapes(make_stage(experiment))
-    if "codec" not in params:
-        raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
+        if motion:
+            times["add_latent"] = latents
+    networks = make_networks(experiment)
+    params = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
     if refiner is not None:
         params["refiner"] = jax.tree_util.tree_map_with_path(
             lambda path, x: jax.ShapeDtypeStruct(x.shape, stored_dtype(path)), params["refiner"]
@@ -89,9 +99,9 @@ def coding_for(
     loaded = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))  # a model, whole
     with jax.set_mesh(mesh):
         check_columns(data.size[1], experiment.vae.stride)
-        used, arguments = coding_programs(experiment, params, latents)
+        programs = coding_programs(experiment, params, latents)
         for name, count in times.items():
-            function, inputs = getattr(used, name), arguments[name]
+            function, inputs = programs[name]
             if name == "velocity" and refiner is not None:  # attention kernels cannot be counted
                 heads = exchanged_heads(refiner.dit.heads, len(devices))
                 t, h, w = inputs[1].shape[1:4]
@@ -111,18 +121,19 @@ def coding_for(
 
 def coding_programs(
     experiment: Experiment, params: Tree, latents: int
-) -> tuple[CodecPrograms, dict[str, tuple[Tree, ...]]]:
-    """Programs of a model and their arguments, as shapes with shardings on the current mesh.
+) -> dict[str, tuple[Callable, tuple[Tree, ...]]]:
+    """Programs of a model by name, see `gnvc_jax.functions.CodecPrograms`, and their arguments.
+
+    Arguments are shapes with shardings on the current mesh.
 
     Args:
-        experiment: Experiment.
+        experiment: Experiment with a codec.
         params: Shapes of the parameters by part.
         latents: Latents per group.
     """
     mesh = jax.sharding.get_mesh()
     vae, codec, refiner = experiment.vae, experiment.codec, experiment.refiner
-    if codec is None:
-        raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
+    assert codec is not None
     zeros, text = np.zeros(vae.latent_channels, np.float32), None
     if refiner is not None and refiner.dit.text_length:
         text = np.zeros((1, refiner.dit.text_length, refiner.dit.text_width), np.float32)
@@ -158,18 +169,30 @@ def coding_programs(
         used.reconstruct, params["codec"], integers, None, q_index, None
     )
     state, prediction = columns(state), columns(decoded.latent) if codec.motion else None
-    arguments = {
-        "encode_video": (params["vae"], columns(encoder), frames),
-        "analyse": (params["codec"], one, state, q_index, prediction),
-        "reconstruct": (params["codec"], integers, state, q_index, prediction),
-        "decode_latents": (params["vae"], columns(decoder), columns(latent)),
+    programs: dict[str, tuple[Callable, tuple[Tree, ...]]] = {
+        "encode_video": (used.encode_video, (params["vae"], columns(encoder), frames)),
+        "analyse": (used.analyse, (params["codec"], one, state, q_index, prediction)),
+        "reconstruct": (used.reconstruct, (params["codec"], integers, state, q_index, prediction)),
+        "decode_latents": (used.decode_latents, (params["vae"], columns(decoder), columns(latent))),
     }
-    if refiner is not None:
+    if codec.motion:
+        shown = columns(array(1, 4, height, width, 3, dtype=jnp.uint8))
+        reference = columns(array(1, height, width, 3, dtype=jnp.uint8))
+        vectors = whole(array(1, 4, height // 16, width // 16, 2, dtype=jnp.int16))
+        inter, _ = jax.eval_shape(
+            used.reconstruct, params["codec"], integers, state, q_index, prediction
+        )
+        inputs = params["vae"], columns(inter), prediction, columns(array(*shown.shape))
+        programs["predict"] = used.predict, (params["vae"], reference, vectors)
+        programs["compensate"] = used.compensate, inputs
+        add_later = jax.jit(lambda vae, frames, latent: used.add_latent(vae, frames, latent, False))
+        programs["add_latent"] = add_later, (params["vae"], shown, columns(inter.latent))
+    if used.velocity is not None and refiner is not None:
         size = min(latents, refiner.window)
         group, features = (columns(array(1, size, *x.shape[1:])) for x in decoded[:2])
         inputs = group, whole(array(1)), group, features, q_index
-        arguments["velocity"] = params["refiner"], *inputs
-    return used, arguments
+        programs["velocity"] = used.velocity, (params["refiner"], *inputs)
+    return programs
 
 
 def planned(

@@ -19,8 +19,10 @@ from gnvc_jax.refiner import VACE_1_3B, DiT, DiTConfig
 from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.training import inputs
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
-from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.stages import Stage, make_stage
 from gnvc_jax.training.stages.latent import LatentLoss
+from gnvc_jax.training.stages.refine import RefineLoss
+from gnvc_jax.training.stages.transform import TransformLoss
 from gnvc_jax.training.stages.vae import VAELoss
 from gnvc_jax.training.state import init_state
 from gnvc_jax.training.step import jit_step
@@ -136,10 +138,84 @@ def test_plan_of_decoding(tiny_codec, tiny_model):
     )
     assert found["fits"] and "velocity" in coding.coding_report(found | {"topology": ""})
     with pytest.raises(ValueError, match="`vae` has no codec"):
-        vae = dataclasses.replace(experiment, stage="vae", loss=VAELoss())
+        vae = dataclasses.replace(experiment, stage="vae", codec=None, loss=VAELoss())
         coding.coding_for(vae, devices, chip, "decode")
     with pytest.raises(ValueError, match="over 3 devices"):
         coding.coding_for(experiment, jax.devices()[:3], chip, "encode")
+
+
+@pytest.fixture
+def with_motion(tiny_model):
+    """An experiment of the stage `transform` with a tiny model."""
+    model = tiny_model(motion=True)
+    return Experiment(
+        "transform",
+        vae=model.vae_config,
+        codec=model.codec_config,
+        loss=TransformLoss(),
+        data=DataConfig(frames=5, size=(64, 64), batch=2),
+    )
+
+
+def test_plan_of_coding_with_motion(with_motion, tiny_model):
+    """Encoder and decoder predict from the frame before; only the encoder analyses."""
+    refiner = tiny_model(refiner=True).refiner_config
+    experiment = dataclasses.replace(with_motion, refiner=refiner)
+    devices, chip = jax.devices()[:2], chips.CHIPS["v5p"]
+    shared = {"predict", "reconstruct", "compensate"}
+    found = coding.coding_for(experiment, devices, chip, "encode")
+    assert set(found["programs"]) == shared | {"encode_video", "analyse"} and found["fits"]
+    found = coding.coding_for(experiment, devices, chip, "decode", steps=2)["programs"]
+    assert set(found) == shared | {"velocity", "add_latent"}
+    assert found["add_latent"]["times"] == found["predict"]["times"] == 2
+    # The latent of the predicted frames is one product of their blocks with the basis; so is the
+    # inverse, which compensation takes of the latent and of the prediction, beside the head.
+    product = 2 * 8 * 8 * (4 * 8 * 8 * 3) * 4
+    assert found["predict"]["flops"] == product
+    assert found["compensate"]["flops"] > 2 * product
+    assert any(c["kind"] == "all-gather" for c in found["predict"]["collectives"])
+
+
+def test_plan_of_training_with_motion(with_motion, monkeypatch):
+    """Clips come with their motion, and all of it is divided among devices.
+
+    The step is traced and lowered; the compiler, which takes a minute for it, gives up.
+    """
+
+    def give_up(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no time")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
+    spread = dataclasses.replace(with_motion, mesh=MeshConfig(data=2))
+    found = training.plan_for(spread, jax.devices()[:2], chips.CHIPS["v5p"])
+    arguments = training.abstract_arguments(make_stage(spread), make_mesh(spread.mesh), 5)
+    clip = 5 * 64 * 64 * 3 + 4 * 4 * 4 * 2 * 2 + 4 + 4  # frames, vectors, bits, quality level
+    assert program.bytes_per_device(arguments[2]) == clip
+    assert found["argument_bytes"] == sum(map(program.bytes_per_device, arguments))
+    assert found["parameters"]["frozen"] == 2 * 4  # the statistics of the latents
+    # Forward and backward, the basis of the VAE alone on source, prediction and decoded frames.
+    product = 2 * 8 * 8 * (4 * 8 * 8 * 3) * 4
+    assert found["flops"]["model"] > 2 * 3 * product
+    assert any("per device: 2/video" in line for line in found["largest"])
+
+
+def test_what_is_planned_of_refining_frames(with_motion, tiny_model):
+    """Only the refiner trains; codec, VAE and the networks of the loss are there besides."""
+    refiner = dataclasses.replace(tiny_model(refiner=True).refiner_config, window=3)
+    experiment = dataclasses.replace(
+        with_motion,
+        stage="refine",
+        refiner=refiner,
+        loss=RefineLoss(),
+        init=InitConfig(run="a codec"),
+        data=DataConfig(frames=13, size=(64, 64), batch=1),
+    )
+    mesh = make_mesh(MeshConfig(data=1))
+    state, frozen, batch = training.abstract_arguments(make_stage(experiment), mesh, 13)
+    assert set(state.params) == {"refiner"}
+    assert set(frozen["fixed"]) == {"vae", "codec"}
+    assert {"alex", "dists", "white"} <= set(frozen["constants"])
+    assert batch["vectors"].shape == (1, 3, 4, 4, 4, 2)
 
 
 def test_a_batch_that_does_not_divide_is_refused(experiment):
