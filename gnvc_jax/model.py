@@ -1,7 +1,8 @@
-"""VAE, latent codec and refiner together: what a model is, and its file.
+"""VAE, latent codec and refiner together: what a model is.
 
-A model file is one safetensors file: float weights of VAE, codec and refiner (if it has one),
-statistics of the latents, the exported integer scale networks and the integer probability tables.
+`build` makes a model of trained parameters: it exports the integer scale networks and makes the
+integer probability tables. `gnvc_jax.model_file` writes and reads its file.
+
 A fingerprint is the SHA-256 of tensors and sizes in sorted order, independent of any framework. The
 refiner has none: a stream decodes to the same integers with any refiner, or without.
 """
@@ -11,26 +12,20 @@ import functools
 import hashlib
 import json
 import zlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from gnvc_jax.bitstream import Tables, frequencies_from_probabilities, gaussian_frequencies
-from gnvc_jax.bitstream.errors import ModelCorrupt
 from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
-from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.motion import coding as motion_coding
-from gnvc_jax.refiner import DiTConfig, RefinerConfig
+from gnvc_jax.refiner import RefinerConfig
 from gnvc_jax.vae import VAEConfig
 
-Array = jax.Array
-Tree = dict
+Tree = dict[str, Any]  # parameters by name, nested
 KINDS = ("intra", "inter")
 REFINER = ("refiner/", "text", "white")  # names of arrays that belong to the refiner
 
@@ -39,12 +34,20 @@ REFINER = ("refiner/", "text", "white")  # names of arrays that belong to the re
 class Model:
     """Everything that coding needs.
 
-    vae, codec: float parameters; mean, std: (c,) of the VAE's latents; scale_networks: exported
-    integers by kind of latent (0 intra, 1 predicted); tables: probability tables; self_test_crc:
-    CRC32 of the index maps of fixed pseudo-random integers, where the model was made; refiner,
-    text: its parameters and text condition (1, rows, width), None without; white: factors (2, c)
-    that whiten first and later latents for the refiner, None for latents that need none; stored:
-    see `configs`.
+    Attributes:
+        name: Name of the model, for people.
+        vae_config, codec_config: Sizes of VAE and codec.
+        vae, codec: Their float parameters.
+        mean, std: Statistics (c,) of the VAE's latents.
+        scale_networks: Exported integers by kind of latent (0 intra, 1 predicted).
+        tables: Probability tables.
+        self_test_crc: Result of `self_test` where the model was made.
+        refiner_config: Sizes of the refiner, None without one.
+        refiner: Its parameters.
+        text: Its text condition (1, rows, width), None without.
+        white: Factors (2, c) that whiten first and later latents for the refiner, None for latents
+            that need none.
+        stored: See `configs`.
     """
 
     name: str
@@ -96,15 +99,21 @@ def build(
     text: np.ndarray | None = None,
     white: np.ndarray | None = None,
 ) -> Model:
-    """A model from trained parameters: exports the scale networks and makes the tables.
+    """Makes a model of trained parameters: exports the scale networks and makes the tables.
 
     Kernels and bases are rounded to float16, which halves them; encoder and decoder read the same
     rounded ones. What the integer path needs is exported from the exact parameters.
+
+    Args:
+        name: Name of the model.
+        vae_config, codec_config, refiner_config: Sizes of the networks.
+        vae, codec, refiner: Their parameters.
+        mean, std: Statistics (c,) of the VAE's latents.
+        text, white: See `Model`.
     """
     z = np.stack([density.probabilities(codec[k]["entropy"]["density"]) for k in KINDS])
-    networks = tuple(
-        scales.export(codec_config, codec[kind]["entropy"]["scales"]) for kind in KINDS
-    )
+    intra, inter = (scales.export(codec_config, codec[kind]["entropy"]["scales"]) for kind in KINDS)
+    networks = intra, inter
     sigmas = np.asarray(scales.sigma_from_index(np.arange(SCALES, dtype=np.float64)), np.float64)
     tables = Tables(
         gaussian_frequencies(sigmas), frequencies_from_probabilities(z), codec_config.k_skip
@@ -137,7 +146,7 @@ def build(
 
 
 def to_arrays(model: Model) -> dict[str, np.ndarray]:
-    """All arrays of a model under flat names."""
+    """Returns all arrays of a model under flat names, such as "vae/klt/first_basis"."""
     flat = {"latents/mean": model.mean, "latents/std": model.std}
     flat |= {"tables/y": model.tables.y, "tables/z": model.tables.z}
     if len(model.tables.motion):
@@ -154,105 +163,47 @@ def to_arrays(model: Model) -> dict[str, np.ndarray]:
 
 
 def vae_fingerprint(config: VAEConfig, params: Tree) -> str:
-    """Hexadecimal digest of a VAE that is not (yet) part of a model."""
+    """Returns the fingerprint of a VAE that is not (yet) part of a model, in hexadecimal digits."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     arrays = {"/".join(p.key for p in path): np.asarray(x) for path, x in leaves}
     return _digest(arrays, _json(config))[:16].hex()
 
 
-def _json(config) -> dict:
+def _json(config: Any) -> dict:
     """A configuration as it comes back from JSON, which has lists in place of tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _digest(arrays: dict[str, np.ndarray], config: dict) -> bytes:
     sha = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    _update(sha, arrays)
+    update_digest(sha, arrays)
     return sha.digest()
 
 
-def _update(sha, arrays: dict[str, np.ndarray]) -> None:
+def update_digest(sha: Any, arrays: Mapping[str, np.ndarray]) -> None:
+    """Continues a digest of hashlib over arrays, with their names, types and shapes."""
     for name, value in sorted(arrays.items()):
         sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
         sha.update(np.ascontiguousarray(value).tobytes())
 
 
-def save_model(path: str | Path, model: Model) -> None:
-    """Write the model file; its folder is created if needed. Raises OSError."""
-    path = Path(path)
-    facts = {
-        "format": "gnvc-model/1",
-        "name": model.name,
-        **model.configs,
-        "refiner": model.refiner_config and dataclasses.asdict(model.refiner_config),
-        "self_test": model.self_test_crc,
-        "fingerprints": [f.hex() for f in model.fingerprints],
-    }
-    arrays = to_arrays(model)
-    facts["checksum"] = checksum(facts, arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_output(path) as temporary:
-        save_file(arrays, temporary, metadata={"gnvc": json.dumps(facts)})
-
-
-def load_model(path: str | Path) -> Model:
-    """Read a model file. FileNotFoundError, or ModelCorrupt if it is not a whole, intact model."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such model file")
-    if kind := not_weights(Path(path)):
-        raise ModelCorrupt(f"{path}: not a model file but {kind}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            facts = json.loads(file.metadata()["gnvc"])
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-        nested = unflatten_dict(arrays, sep="/")
-        config = CodecConfig(**facts["codec"])
-        refiner = facts.get("refiner")
-        if refiner is not None:
-            refiner = RefinerConfig(**refiner | {"dit": DiTConfig(**refiner["dit"])})
-        model = Model(
-            facts["name"],
-            VAEConfig.from_json(facts["vae"]),
-            config,
-            nested["vae"],
-            nested["codec"],
-            nested["latents"]["mean"],
-            nested["latents"]["std"],
-            tuple(nested["scales"][kind] for kind in KINDS),
-            Tables(k_skip=config.k_skip, **nested["tables"]),
-            facts["self_test"],
-            refiner,
-            nested.get("refiner"),
-            nested.get("text"),
-            nested.get("white"),
-            {name: facts[name] for name in ("vae", "codec")},
-        )
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error
-    if [f.hex() for f in model.fingerprints] != facts["fingerprints"]:
-        raise ModelCorrupt(f"{path}: contents do not match the fingerprint")
-    if facts.pop("checksum", None) not in (None, checksum(facts, arrays)):
-        raise ModelCorrupt(f"{path}: contents do not match the checksum")
-    return model
-
-
-def checksum(facts: dict, arrays: dict[str, np.ndarray]) -> str:
-    """Hexadecimal SHA-256 of what the fingerprints of codec and VAE leave out.
-
-    That is the description itself (facts: without the checksum) and the arrays of the refiner.
-    Files from before it was added have none.
-    """
-    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    _update(sha, {k: v for k, v in arrays.items() if k.startswith(REFINER)})
-    return sha.hexdigest()
-
-
 def self_test(config: CodecConfig, networks: tuple[Tree, Tree], scale_index: Callable) -> int:
-    """CRC32 of the index maps that `scale_index` gives for fixed integers (a 32-bit LCG)."""
+    """Runs the scale networks on fixed pseudo-random integers.
+
+    Args:
+        config: Sizes of the codec.
+        networks: Exported scale networks, see `Model`.
+        scale_index: Function (config, network, q_index, z, previous y, previous indices) -> table
+            indices, in the arithmetic to test.
+
+    Returns:
+        CRC32 of the index maps.
+    """
     cz, cy = config.z_channels, config.y_channels
     state, crc = np.uint64(1), 0
 
-    def draw(shape, low, high):
+    def draw(shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+        """Integers from low to high by a linear congruential generator of 32 bits."""
         nonlocal state
         out = np.empty(int(np.prod(shape)), np.int64)
         for i in range(out.size):
@@ -273,7 +224,7 @@ HALF = ("kernel", "basis", "inverse", "first_basis", "later_basis")
 
 
 def stored_dtype(path: tuple) -> type:
-    """Precision of a parameter in model files; a refiner's stay so on devices.
+    """Returns the type of a parameter in model files; a refiner's stay so on devices.
 
     Kernels and bases are what matters for size; layers cast them to what they compute in.
     """

@@ -22,7 +22,7 @@ from gnvc_jax import cli
 from gnvc_jax.bitstream import StreamReader, StreamWriter
 from gnvc_jax.commands import coding
 from gnvc_jax.commands.options import EXIT_PARTIAL
-from gnvc_jax.model import save_model
+from gnvc_jax.model_file import save_model
 
 
 @pytest.fixture(scope="module")

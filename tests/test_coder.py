@@ -18,6 +18,7 @@ from gnvc_jax.bitstream import EntropyCoder, PlainCoder, StreamReader
 from gnvc_jax.bitstream.errors import DeviceNotExact, EntropyError, ModelCorrupt, WrongModel
 from gnvc_jax.codec import scales
 from gnvc_jax.coder import Coder
+from gnvc_jax.model_file import load_model, save_model
 from gnvc_jax.parallel import MeshConfig, make_mesh
 
 
@@ -96,8 +97,8 @@ def test_another_model_is_refused(coder, stream, tiny_model):
 
 def test_model_file_keeps_everything(tmp_path, coder, stream):
     path = tmp_path / "m.safetensors"
-    models.save_model(path, coder.model)
-    loaded = models.load_model(path)
+    save_model(path, coder.model)
+    loaded = load_model(path)
     assert loaded.fingerprints == coder.model.fingerprints
     assert loaded.vae_config == coder.model.vae_config
     assert loaded.codec_config == coder.model.codec_config
@@ -107,15 +108,15 @@ def test_model_file_keeps_everything(tmp_path, coder, stream):
     data[-100] ^= 1
     path.write_bytes(data)
     with pytest.raises(ModelCorrupt, match="fingerprint"):
-        models.load_model(path)
+        load_model(path)
     path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
     with pytest.raises(ModelCorrupt, match="Git LFS pointer"):
-        models.load_model(path)
+        load_model(path)
     path.write_bytes(b"not a model")
     with pytest.raises(ModelCorrupt, match="not a model file"):
-        models.load_model(path)
+        load_model(path)
     with pytest.raises(FileNotFoundError, match="no such model file"):
-        models.load_model(tmp_path / "absent")
+        load_model(tmp_path / "absent")
 
 
 def edit_facts(path, **changes):
@@ -131,7 +132,7 @@ def test_every_part_of_a_model_file_is_checked(tmp_path, tiny_model):
     path = tmp_path / "m.safetensors"
     model = tiny_model(refiner=True)
     model = dataclasses.replace(model, text=np.ones((1, 2, 3), np.float32))
-    models.save_model(path, model)
+    save_model(path, model)
     whole = path.read_bytes()
     with open(path, "rb") as file:
         places = json.loads(file.read(int.from_bytes(file.read(8), "little")))
@@ -144,23 +145,23 @@ def test_every_part_of_a_model_file_is_checked(tmp_path, tiny_model):
         damaged[start + at] ^= 1
         path.write_bytes(damaged)
         with pytest.raises(ModelCorrupt):
-            models.load_model(path)
+            load_model(path)
     path.write_bytes(whole)
     edit_facts(path, name="other")
     with pytest.raises(ModelCorrupt, match="checksum"):
-        models.load_model(path)
+        load_model(path)
     path.write_bytes(whole)
     edit_facts(path, checksum=None)  # as in files of earlier versions
-    assert models.load_model(path).self_test_crc == model.self_test_crc
+    assert load_model(path).self_test_crc == model.self_test_crc
 
 
 def test_the_stored_self_test_decides(tmp_path, coder):
     """A device, and NumPy on it, that gets other values than the maker's is refused."""
     path = tmp_path / "m.safetensors"
-    models.save_model(path, coder.model)
+    save_model(path, coder.model)
     edit_facts(path, checksum=None, self_test=coder.model.self_test_crc ^ 1)
     with pytest.raises(DeviceNotExact, match="self-test fails"):
-        Coder(models.load_model(path))
+        Coder(load_model(path))
 
 
 def test_a_field_added_later_leaves_old_models_readable(tmp_path, coder, stream):
@@ -170,12 +171,12 @@ def test_a_field_added_later_leaves_old_models_readable(tmp_path, coder, stream)
     del stored["codec"]["level_pattern"], stored["vae"]["head"]
     old = dataclasses.replace(coder.model, stored=stored)
     assert old.fingerprints != coder.model.fingerprints
-    models.save_model(path, old)
-    again = models.load_model(path)
+    save_model(path, old)
+    again = load_model(path)
     assert again.fingerprints == old.fingerprints
     assert again.codec_config == coder.model.codec_config
-    models.save_model(path, again)
-    assert models.load_model(path).fingerprints == old.fingerprints
+    save_model(path, again)
+    assert load_model(path).fingerprints == old.fingerprints
 
 
 def test_a_device_that_is_not_exact_is_refused(coder, monkeypatch):
@@ -206,14 +207,14 @@ def test_wrong_use_is_said(coder, video, change, reason):
 @pytest.mark.slow
 def test_symbols_from_one_device(coder, stream, tmp_path):
     """A process with one device, not eight, parses the same symbols."""
-    models.save_model(tmp_path / "m.safetensors", coder.model)
+    save_model(tmp_path / "m.safetensors", coder.model)
     (tmp_path / "s.gnvc").write_bytes(stream)
     script = f"""
 import sys, numpy as np
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.coder import Coder
 from gnvc_jax.parallel import MeshConfig, make_mesh
-from gnvc_jax.model import load_model
+from gnvc_jax.model_file import load_model
 coder = Coder(load_model({str(tmp_path / "m.safetensors")!r}))
 reader = StreamReader({str(tmp_path / "s.gnvc")!r})
 ys = [s.y.ravel() for g in reader.groups() for s in coder.symbols(reader.header, g)]
@@ -266,13 +267,13 @@ def test_a_model_without_a_refiner_says_so(coder, stream):
 
 def test_a_refiner_survives_its_file(refining, tmp_path):
     path = tmp_path / "m.safetensors"
-    models.save_model(path, refining.model)
-    again = models.load_model(path)
+    save_model(path, refining.model)
+    again = load_model(path)
     assert again.refiner_config == refining.model.refiner_config
     import jax
 
     jax.tree.map(np.testing.assert_array_equal, again.refiner, refining.model.refiner)
-    plain = models.load_model(path)
+    plain = load_model(path)
     assert plain.fingerprints == refining.model.fingerprints
 
 

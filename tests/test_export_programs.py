@@ -14,7 +14,7 @@ from gnvc_jax import cli
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.coder import Coder
 from gnvc_jax.export_programs import export_model
-from gnvc_jax.model import save_model
+from gnvc_jax.model_file import save_model
 
 EXAMPLE = Path(__file__).parents[1] / "examples/decode_exported.py"
 

@@ -77,7 +77,7 @@ def calibrate(
     """
     from gnvc_jax.calibrate import calibrate as run
     from gnvc_jax.commands.coding import parse_size
-    from gnvc_jax.model import save_model
+    from gnvc_jax.model_file import save_model
 
     check_range("--clips", clips, 1)
     width, height = parse_size(size)

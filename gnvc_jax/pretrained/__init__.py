@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, UInt8
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.coder import DEFAULT_GOP, Coder, DecodedGroup
 from gnvc_jax.frames import check_video
-from gnvc_jax.model import Model, load_model
+from gnvc_jax.model import Model
+from gnvc_jax.model_file import load_model
 
 FOLDER = Path(__file__).parent
 

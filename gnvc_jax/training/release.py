@@ -15,6 +15,7 @@ import jax
 from gnvc_jax import model
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model
+from gnvc_jax.model_file import save_model
 from gnvc_jax.training import latent_statistics, weights
 from gnvc_jax.training.checkpoints import model_of
 from gnvc_jax.training.networks import init_networks, make_networks
@@ -37,7 +38,7 @@ def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
         OSError: the file cannot be written.
     """
     made = build_model(run, Path(out).stem if name is None else name)
-    model.save_model(out, made)
+    save_model(out, made)
     return made
 
 

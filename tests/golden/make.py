@@ -12,7 +12,7 @@ import numpy as np
 from gnvc_jax.bitstream import EntropyCoder, PlainCoder
 from gnvc_jax.codec import scales
 from gnvc_jax.coder import Coder
-from gnvc_jax.model import save_model
+from gnvc_jax.model_file import save_model
 
 FOLDER = Path(__file__).parent
 

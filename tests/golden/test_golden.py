@@ -17,7 +17,7 @@ import pytest
 from gnvc_jax.bitstream import EntropyCoder, PlainCoder, StreamReader
 from gnvc_jax.codec import scales
 from gnvc_jax.coder import Coder
-from gnvc_jax.model import load_model
+from gnvc_jax.model_file import load_model
 
 FOLDER = Path(__file__).parent
 EXPECTED = (FOLDER / "symbols.sha256").read_text().strip()

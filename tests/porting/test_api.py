@@ -9,7 +9,7 @@ from einops import rearrange
 import gnvc_jax
 from gnvc_jax.errors import UsageError
 from gnvc_jax.functions import CodecFunctions
-from gnvc_jax.model import save_model
+from gnvc_jax.model_file import save_model
 from gnvc_jax.porting.port import port
 
 

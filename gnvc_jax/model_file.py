@@ -1,0 +1,111 @@
+"""The file of a model: `save_model` and `load_model`.
+
+A model file is one safetensors file: float weights of VAE, codec and refiner (if it has one),
+statistics of the latents, the exported integer scale networks and the integer probability tables.
+Its metadata describe the model in JSON: sizes, fingerprints, and a checksum of what these leave
+out. Nothing in it is trusted: `load_model` gives a model that is whole, or `ModelCorrupt`.
+"""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gnvc_jax.bitstream import Tables
+from gnvc_jax.bitstream.errors import ModelCorrupt
+from gnvc_jax.codec.config import CodecConfig
+from gnvc_jax.files import atomic_output, not_weights
+from gnvc_jax.model import KINDS, REFINER, Model, to_arrays, update_digest
+from gnvc_jax.refiner import DiTConfig, RefinerConfig
+from gnvc_jax.vae import VAEConfig
+
+
+def save_model(path: str | Path, model: Model) -> None:
+    """Writes a model file.
+
+    Args:
+        path: File to write; its folder is created if needed.
+        model: The model.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    path = Path(path)
+    facts = {
+        "format": "gnvc-model/1",
+        "name": model.name,
+        **model.configs,
+        "refiner": model.refiner_config and dataclasses.asdict(model.refiner_config),
+        "self_test": model.self_test_crc,
+        "fingerprints": [f.hex() for f in model.fingerprints],
+    }
+    arrays = to_arrays(model)
+    facts["checksum"] = checksum(facts, arrays)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_output(path) as temporary:
+        save_file(arrays, temporary, metadata={"gnvc": json.dumps(facts)})
+
+
+def load_model(path: str | Path) -> Model:
+    """Reads a model file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ModelCorrupt: It is not a whole, intact model.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such model file")
+    if kind := not_weights(Path(path)):
+        raise ModelCorrupt(f"{path}: not a model file but {kind}")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            facts = json.loads(file.metadata()["gnvc"])
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+        nested = unflatten_dict(arrays, sep="/")
+        config = CodecConfig(**facts["codec"])
+        refiner = facts.get("refiner")
+        if refiner is not None:
+            refiner = RefinerConfig(**refiner | {"dit": DiTConfig(**refiner["dit"])})
+        model = Model(
+            facts["name"],
+            VAEConfig.from_json(facts["vae"]),
+            config,
+            nested["vae"],
+            nested["codec"],
+            nested["latents"]["mean"],
+            nested["latents"]["std"],
+            (nested["scales"][KINDS[0]], nested["scales"][KINDS[1]]),
+            Tables(k_skip=config.k_skip, **nested["tables"]),
+            facts["self_test"],
+            refiner,
+            nested.get("refiner"),
+            nested.get("text"),
+            nested.get("white"),
+            {name: facts[name] for name in ("vae", "codec")},
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error
+    if [f.hex() for f in model.fingerprints] != facts["fingerprints"]:
+        raise ModelCorrupt(f"{path}: contents do not match the fingerprint")
+    if facts.pop("checksum", None) not in (None, checksum(facts, arrays)):
+        raise ModelCorrupt(f"{path}: contents do not match the checksum")
+    return model
+
+
+def checksum(facts: dict, arrays: dict[str, np.ndarray]) -> str:
+    """Returns the SHA-256 of what the fingerprints of codec and VAE leave out, in hexadecimal.
+
+    Files from before it was added have none.
+
+    Args:
+        facts: Description of the model, without the checksum.
+        arrays: Arrays of the model, of which those of the refiner count.
+    """
+    sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    update_digest(sha, {k: v for k, v in arrays.items() if k.startswith(REFINER)})
+    return sha.hexdigest()
