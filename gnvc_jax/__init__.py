@@ -3,7 +3,11 @@
 `load_pretrained` gives a whole codec, `load_vae` and `load_refiner` its parts; see docs/api.md.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gnvc_jax.api import load_refiner, load_vae
+    from gnvc_jax.pretrained import load_pretrained
 
 __version__ = "0.1.0"
 __all__ = ["load_pretrained", "load_refiner", "load_vae"]

@@ -17,15 +17,15 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import as_network_input
 from gnvc_jax.porting.checkpoint import (
@@ -72,7 +72,7 @@ class PretrainedVAE:
 
         return jax.jit(encode), jax.jit(decode, static_argnames=("frames", "size"))
 
-    def encode(self, video: ArrayLike) -> Float[Array, "b n h2 w2 c"]:
+    def encode(self, video: AnyArray) -> Float[Array, "b n h2 w2 c"]:
         """Encodes clips of any length and size.
 
         The last frame, row and column are repeated up to what the VAE can encode.
@@ -91,7 +91,7 @@ class PretrainedVAE:
 
     def decode(
         self,
-        latents: Float[ArrayLike, "b n h2 w2 c"],
+        latents: Float[AnyArray, "b n h2 w2 c"],
         frames: int | None = None,
         size: tuple[int, int] | None = None,
     ) -> Float[Array, "b t h w 3"]:
@@ -142,17 +142,17 @@ class PretrainedRefiner:
         refiner = Refiner(self.config, jnp.dtype(self.dtype))
 
         def velocity(params: Tree, *inputs: Array) -> Array:
-            return refiner.apply({"params": params}, *inputs, self.text)
+            return cast(Array, refiner.apply({"params": params}, *inputs, self.text))
 
         return jax.jit(velocity)
 
     def velocity(
         self,
-        state: Float[ArrayLike, "b t h w c"],
-        tau: Float[ArrayLike, " b"],
-        decoded: Float[ArrayLike, "b t h w c"],
-        features: Float[ArrayLike, "b t h w f"],
-        q_index: Int[ArrayLike, " b"],
+        state: Float[AnyArray, "b t h w c"],
+        tau: Float[AnyArray, " b"],
+        decoded: Float[AnyArray, "b t h w c"],
+        features: Float[AnyArray, "b t h w f"],
+        q_index: Int[AnyArray, " b"],
     ) -> Float[Array, "b t h w c"]:
         """Velocity of the flow, data minus noise; see `gnvc_jax.refiner.Refiner`.
 
@@ -167,8 +167,8 @@ class PretrainedRefiner:
 
     def refine(
         self,
-        decoded: Float[ArrayLike, "b t h w c"],
-        features: Float[ArrayLike, "b t h w f"] | None = None,
+        decoded: Float[AnyArray, "b t h w c"],
+        features: Float[AnyArray, "b t h w f"] | None = None,
         q_index: int = 0,
         steps: int | None = None,
         seed: int = 0,
@@ -226,8 +226,10 @@ def load_vae(path: str | Path) -> PretrainedVAE:
     """
     if has_component(path, "vae"):
         architecture, params = load_weights(path, "vae", np.float32)
+        assert isinstance(architecture.config, VAEConfig)
         mean, std = architecture.latents_mean, architecture.latents_std
-        return PretrainedVAE(architecture.config, params, np.float32(mean), np.float32(std))
+        statistics = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        return PretrainedVAE(architecture.config, params, *statistics)
     _refuse_other_components(path, "vae")
     if is_run(path):
         from gnvc_jax.training import latent_statistics, weights
@@ -326,9 +328,7 @@ def _refiner_of_ported_dit(
     return PretrainedRefiner(config, unflatten_dict(known, sep="/"), text, None, dtype)
 
 
-def _new_parameters(
-    config: RefinerConfig, known: set[str], key: Key[Array, ""]
-) -> dict[str, Array]:
+def _new_parameters(config: RefinerConfig, known: set[str], key: Key[Array, ""]) -> dict[str, Any]:
     """Random parameters of a refiner by path, without those that are known."""
     dit = config.dit
     latents, one = jnp.zeros((1, 1, 2, 2, dit.channels)), jnp.zeros((1,))
@@ -336,7 +336,7 @@ def _new_parameters(
     text = jnp.zeros((1, 1, dit.text_width)) if dit.text_length else None
 
     @jax.jit
-    def init(key: Array) -> dict[str, Array]:
+    def init(key: Array) -> dict[str, Any]:
         inputs = latents, one, latents, features, one.astype(jnp.int32), text
         params = flatten_dict(Refiner(config).init(key, *inputs)["params"], sep="/")
         # The compiler drops what is not returned, so a DiT never exists twice in memory.

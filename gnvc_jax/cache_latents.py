@@ -2,8 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.data.latents import CacheInfo, write_latents
@@ -15,16 +17,27 @@ from gnvc_jax.training.checkpoints import config_of, load_params
 from gnvc_jax.training.networks import init_vae
 from gnvc_jax.vae import VAE, VAEConfig, encode_stream
 
-Tree = dict
+Array = jax.Array
+Tree = dict[str, Any]
 
 
 def cache_latents(
     source: str | Path, folder: str | Path, vae: str, frames: int, progress: bool = True
 ) -> dict[str, str]:
-    """Cache the latents of all videos at `source`; the videos that failed, with the reason.
+    """Writes the latents of videos to a folder. Processes of one JAX runtime share the videos.
 
-    vae: see `find_vae`. Processes of one JAX runtime share the videos. Errors as `write_latents`
-    and `find_vae`.
+    Args:
+        source: Videos, as `gnvc_jax.media.search.find_videos` finds them.
+        folder: Folder to write to.
+        vae: See `find_vae`.
+        frames: Frames per clip, 1 + 4k.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Videos that failed, each with the reason.
+
+    Raises:
+        GnvcError, OSError: As `find_vae` and `gnvc_jax.data.latents.write_latents`.
     """
     encode, info = frozen_encoder(vae, frames)
     shard = jax.process_index(), jax.process_count()
@@ -32,15 +45,27 @@ def cache_latents(
 
 
 def frozen_encoder(vae: str, frames: int) -> tuple[Callable[[np.ndarray], np.ndarray], CacheInfo]:
-    """uint8 (t, h, w, 3) -> normalised latents (t', h', w', c), and what they are."""
+    """Loads a VAE as an encoder of clips.
+
+    Args:
+        vae: See `find_vae`.
+        frames: Frames per clip.
+
+    Returns:
+        Function from a clip, uint8 (t, h, w, 3), to its normalised latents (n, h2, w2, c), and the
+        description of a cache of such latents.
+
+    Raises:
+        UsageError: The VAE cannot encode so many frames; and as `find_vae`.
+    """
     config, params, mean, std = find_vae(vae)
     if frames < 1 or (frames - 1) % config.temporal_stride:
         raise UsageError(f"frames {frames}: expected 1 + {config.temporal_stride}k")
     module, placed = VAE(config), jax.device_put(params)
 
     @jax.jit
-    def run(params, clip):
-        latents = encode_stream(module, params, clip[None].astype(np.float32) / 127.5 - 1.0)
+    def run(params: Tree, clip: Array) -> Array:
+        latents = encode_stream(module, params, clip[None].astype(jnp.float32) / 127.5 - 1.0)
         return (latents[0] - mean) / std
 
     info = CacheInfo(
@@ -55,15 +80,25 @@ def frozen_encoder(vae: str, frames: int) -> tuple[Callable[[np.ndarray], np.nda
 
 
 def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
-    """Sizes and float32 parameters of a VAE; mean and deviation (c,) of its latents.
+    """Loads a VAE whose latents have known statistics.
 
-    vae: folder of `gnvc port`, a run of the stage `vae` with a linear encoder, name of a shipped
-    model, or a model file. Errors as `load_weights`, `load_params` and `find_model`; UsageError for
-    another run: the statistics of a learned encoder are measured by the stage that trains on it.
+    Args:
+        vae: Folder of `gnvc port`, run of the stage `vae` with a linear encoder, name of a shipped
+            model, or model file.
+
+    Returns:
+        Sizes and float32 parameters of the VAE; mean and standard deviation (c,) of its latents.
+
+    Raises:
+        FileNotFoundError: There is none of these.
+        PortError, ModelCorrupt: The files are damaged.
+        UsageError: The run is of another stage, or its encoder is learned: the statistics of such
+            an encoder are measured by the stage that trains on it.
     """
     if has_component(vae, "vae"):
         found, params = load_weights(vae, "vae", np.float32)
         config, mean, std = found.config, found.latents_mean, found.latents_std
+        assert isinstance(config, VAEConfig)
     elif (Path(vae) / "config.json").is_file():
         facts = config_of(vae)
         if facts["stage"] != "vae":

@@ -14,6 +14,7 @@ is worse than one from the source, which is all that covariances know.
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from gnvc_jax.cache_latents import find_vae, frozen_encoder
-from gnvc_jax.codec.config import KNOTS, QUALITIES, CodecConfig
+from gnvc_jax.codec.config import KNOTS, LATENT_MULTIPLE, QUALITIES, CodecConfig
 from gnvc_jax.codec.fit import (
     deviation_of_symbols,
     init_from_statistics,
@@ -31,7 +32,7 @@ from gnvc_jax.codec.fit import (
     worth_of_step,
 )
 from gnvc_jax.codec.layers import space_to_depth
-from gnvc_jax.codec.model import LATENT_MULTIPLE, LatentCodec
+from gnvc_jax.codec.model import LatentCodec, LatentCodecOutput
 from gnvc_jax.codec.quality import SPACING
 from gnvc_jax.data.clips import clip_dataset
 from gnvc_jax.data.index import ClipIndex
@@ -125,7 +126,8 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
         config: Sizes, without motion.
         clips: Normalised latents of clips, h and w even.
     """
-    kinds, channels = ("intra", "inter"), config.latent_channels
+    kinds: tuple[Literal["intra", "inter"], ...] = ("intra", "inter")
+    channels = config.latent_channels
     plain = {kind: Moments(channels) for kind in kinds}
     cells = {kind: Moments(4 * channels) for kind in kinds}
     for latents in clips:
@@ -150,7 +152,7 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
 def init_codec(config: CodecConfig, key: jax.Array) -> Tree:
     """Random parameters of a `LatentCodec`."""
     latents = jnp.zeros((1, 2, LATENT_MULTIPLE, LATENT_MULTIPLE, config.latent_channels))
-    return LatentCodec(config).init(key, latents, jnp.zeros(1, int), key)["params"]
+    return dict(LatentCodec(config).init(key, latents, jnp.zeros(1, int), key)["params"])
 
 
 def tables_from_symbols(
@@ -172,6 +174,7 @@ def tables_from_symbols(
     def mean_squares(params: Tree, latents: jax.Array, q_index: jax.Array) -> jax.Array:
         levels = jnp.full(len(latents), q_index)
         output = codec.apply({"params": params}, latents, levels, jax.random.key(0))
+        output = cast(LatentCodecOutput, output)
         squares = jnp.mean(output.symbols.y**2, axis=(2, 3))  # (b, t, cy)
         return jnp.stack([squares[:, 0].mean(0), squares[:, 1:].mean((0, 1))])
 

@@ -270,7 +270,7 @@ class Coder:
             # drops what is too much.
             chunk += [chunk[-1]] * (stride - given if kind else 0)
             chunk = pad_frames(np.stack(chunk), self.padding)  # (t, h, w, 3)
-            if kind and self.motion:
+            if source is not None and reference is not None:  # with motion, after the first latent
                 with _Clock(self.timing, "motion"):
                     # Motion is searched between source frames, where it is true, but predicts from
                     # the decoded frame, which is all that the decoder has.
@@ -288,7 +288,7 @@ class Coder:
                 y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
                 # From here on the encoder is a decoder: what it predicts from is what that sees.
                 decoded, state = self.functions.reconstruct(
-                    LatentSymbols(z, y, index), state, q_index, prediction
+                    _symbols(z, y, index), state, q_index, prediction
                 )
             if self.motion:
                 shown = self._frames(decoded, prediction, predicted)
@@ -316,7 +316,7 @@ class Coder:
     ) -> UInt8[Array, "1 t h w 3"]:
         """Frames of a latent of a codec with motion; without a prediction, of an intra latent."""
         with _Clock(self.timing, "vae"):
-            if prediction is None:
+            if prediction is None or predicted is None:
                 return self.functions.decode_latents(None, decoded.latent[:, None])[0]
             return self.functions.compensate(decoded, prediction, predicted)
 
@@ -434,12 +434,12 @@ class Coder:
         state = predicted = prediction = frames = None
         symbols, fields = self.symbols(header, group), self.fields(header, group)
         for i, s in enumerate(symbols):
-            if i and self.motion:
+            if frames is not None:  # with motion, after the first latent
                 with _Clock(self.timing, "motion"):
                     vectors = expand(fields[i - 1])
                     predicted, prediction = self.functions.predict(frames[0, -1], vectors)
             with _Clock(self.timing, "codec"):
-                integers = LatentSymbols(s.z, s.y, s.index)
+                integers = _symbols(s.z, s.y, s.index)
                 decoded, state = self.functions.reconstruct(integers, state, s.q_index, prediction)
                 decoded.latent.block_until_ready()
             if self.motion:
@@ -522,6 +522,12 @@ def check_qp(qp: int) -> None:
     """Raises UsageError unless `qp` is a quality level."""
     if not 0 <= qp <= MAX_QP:
         raise UsageError(f"qp must be in [0, {MAX_QP}], got {qp}")
+
+
+def _symbols(z: np.ndarray, y: np.ndarray, index: np.ndarray) -> LatentSymbols:
+    """Symbols for `CodecFunctions.reconstruct`, whose jitted function takes NumPy's arrays too."""
+    arrays: tuple[Any, ...] = z, y, index
+    return LatentSymbols(*arrays)
 
 
 def check_columns(width: int, stride: int) -> None:

@@ -16,18 +16,18 @@ in deep learning, that is, not flipped.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from einops import rearrange, repeat
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
 from gnvc_jax import winograd
+from gnvc_jax.arrays import AnyArray, ArrayT
 from gnvc_jax.parallel import backend
 
 # From this many input and output channels on, Winograd's algorithm is worth its compilation on CPU.
@@ -51,8 +51,8 @@ def strategy() -> Strategy:
 
 
 def conv2d(
-    x: Float[ArrayLike, "b t h w c"],
-    kernel: Float[ArrayLike, "kh kw c o"],
+    x: Float[AnyArray, "b t h w c"],
+    kernel: Float[AnyArray, "kh kw c o"],
     *,
     stride: int = 1,
     padding: Padding = SAME,
@@ -69,7 +69,7 @@ def conv2d(
 
 
 def conv3d(
-    x: Float[ArrayLike, "b t h w c"], kernel: Float[ArrayLike, "kt kh kw c o"], zeros: int = 0
+    x: Float[AnyArray, "b t h w c"], kernel: Float[AnyArray, "kt kh kw c o"], zeros: int = 0
 ) -> Float[Array, "b t2 h w o"]:
     """Convolves in time and space, 'valid' in time and 'same' in space.
 
@@ -86,15 +86,15 @@ def conv3d(
 
 
 def conv2d_of_doubled(
-    x: Float[ArrayLike, "b t h w c"], kernel: Float[ArrayLike, "3 3 c o"]
+    x: Float[AnyArray, "b t h w c"], kernel: Float[AnyArray, "3 3 c o"]
 ) -> Float[Array, "b t 2*h 2*w o"]:
     """3x3 convolution after nearest-neighbour doubling of rows and columns."""
     return strategy().conv2d_of_doubled(jnp.asarray(x), jnp.asarray(kernel))
 
 
 def conv_in_time(
-    x: Float[ArrayLike, "b t h w c"],
-    kernel: Float[ArrayLike, "kt 1 1 c o"],
+    x: Float[AnyArray, "b t h w c"],
+    kernel: Float[AnyArray, "kt 1 1 c o"],
     *,
     zeros: int = 0,
     stride: int = 1,
@@ -113,23 +113,26 @@ def conv_in_time(
     x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
     taps = len(kernel)
     span = (x.shape[1] - taps) // stride * stride + 1  # frames from the first to the last output
-    return sum(x[:, k : k + span : stride] @ kernel[k, 0, 0] for k in range(taps))
+    outputs = (x[:, k : k + span : stride] @ kernel[k, 0, 0] for k in range(taps))
+    return functools.reduce(operator.add, outputs)
 
 
 def depthwise3x3(
-    x: Shaped[Array | np.ndarray, "*b h w c"], kernel: Shaped[Array | np.ndarray, "3 3 c"]
-) -> Shaped[Array | np.ndarray, "*b h w c"]:
+    x: Shaped[ArrayT, "*b h w c"], kernel: Shaped[ArrayT, "3 3 c"]
+) -> Shaped[ArrayT, "*b h w c"]:
     """Depthwise 3x3 convolution with zero padding, as nine shifted multiply-adds.
 
     Exact for integers whose sums stay below 2**24, in any order of summation, in float32 and in
     integer types. A library convolution (Winograd, FFT) does not promise that. Works on JAX and on
     NumPy arrays.
     """
-    xp = x.__array_namespace__()
+    xp: Any = x.__array_namespace__()
     *batch, h, w, _ = x.shape
-    x = xp.pad(x, [(0, 0)] * len(batch) + [(1, 1), (1, 1), (0, 0)])
+    padded = xp.pad(x, [(0, 0)] * len(batch) + [(1, 1), (1, 1), (0, 0)])
     taps = [(i, j) for i in range(3) for j in range(3)]
-    return sum(x[..., i : i + h, j : j + w, :] * kernel[i, j] for i, j in taps)
+    return functools.reduce(
+        operator.add, (padded[..., i : i + h, j : j + w, :] * kernel[i, j] for i, j in taps)
+    )
 
 
 # --- Direct: one XLA convolution per call -----------------------------------------------------
@@ -182,7 +185,8 @@ def _cpu_conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array
         return _direct_conv2d(x, kernel, stride, padding)
     if padding == SAME and _suits_winograd(x, kernel):
         return winograd.conv3d(x, kernel[None], 0)
-    y = _conv2d_fast_gradient(rearrange(x, "b t h w c -> (b t) h w c"), kernel, padding)
+    frames = rearrange(x, "b t h w c -> (b t) h w c")
+    y = cast(Array, _conv2d_fast_gradient(frames, kernel, padding))
     return rearrange(y, "(b t) h w c -> b t h w c", b=len(x))
 
 
@@ -194,13 +198,13 @@ def _cpu_conv3d(x: Array, kernel: Array, zeros: int) -> Array:
     kernel, kt, zeros = kernel[silent:], kt - silent, zeros - silent
     if _suits_winograd(x, kernel):
         return winograd.conv3d(x, kernel, zeros)
-    y = 0
+    outputs = []
     for k in range(kt):
         missing = max(0, zeros - k)  # leading outputs for which this tap sees zeros
         seen = x[:, max(0, k - zeros) : k - zeros + t]
         tap = _cpu_conv2d(seen, kernel[k], 1, ((kh // 2, kh // 2), (kw // 2, kw // 2)))
-        y = y + jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
-    return y
+        outputs.append(jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0))))
+    return functools.reduce(operator.add, outputs)
 
 
 def _cpu_conv2d_of_doubled(x: Array, kernel: Array) -> Array:

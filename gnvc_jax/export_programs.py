@@ -120,7 +120,7 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
                 for k in ("previous_y", "previous_index")
             ),
         )
-        last = inputs.get("previous_latent", inputs.get("prediction"))
+        last = inputs["prediction" if motion else "previous_latent"]
         return CodecState(last, inputs.get("memory"), previous), inputs.get("prediction")
 
     def reconstruct(kind: str) -> Program:
@@ -187,7 +187,8 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
 
     def compensate() -> Program:
         def function(weights: dict, inputs: dict) -> dict:
-            decoded = DecodedLatent(inputs["latent"], None, inputs["fresh"], inputs["detail"])
+            no_feature: Any = None  # compensation needs none
+            decoded = DecodedLatent(inputs["latent"], no_feature, inputs["fresh"], inputs["detail"])
             given = decoded, inputs["prediction"], inputs["predicted"]
             return {"frames": used.compensate(params(weights), *given)}
 

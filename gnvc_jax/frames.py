@@ -6,9 +6,9 @@ axis. All functions but the checks work on NumPy arrays and, also inside `jit`, 
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, UInt8
 
 from gnvc_jax.errors import UsageError
@@ -86,7 +86,7 @@ def as_network_input(video: Any) -> Float[Array, "b t h w 3"]:
         video = to_float(jnp.asarray(video))
     elif jnp.issubdtype(dtype, jnp.floating):
         video = jnp.asarray(video, jnp.float32)
-        if not isinstance(video, jax.core.Tracer):
+        if not isinstance(video, Tracer):
             low, high = float(video.min()), float(video.max())
             if not (low >= -1.0 and high <= 1.0):  # NaN fails every comparison
                 raise UsageError(f"video has values in [{low:g}, {high:g}], expected [-1, 1]")

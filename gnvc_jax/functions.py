@@ -13,7 +13,7 @@ codec go in and come out.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -99,12 +99,12 @@ def codec_programs(model: Model) -> CodecPrograms:
     ) -> Array:
         latents = (x * std + mean for x in (decoded.latent, prediction))
         given = *latents, predicted, decoded.fresh, decoded.detail
-        return to_uint8(vae.apply({"params": params}, *given, method="compensate"))
+        return to_uint8(cast(Array, vae.apply({"params": params}, *given, method="compensate")))
 
     @functools.partial(jax.jit, static_argnames="first")
     def add_latent(params: Tree, frames: Array, latent: Array, first: bool) -> Array:
         given = to_float(frames), latent[:, None] * std, first
-        return to_uint8(vae.apply({"params": params}, *given, method="add_latents"))
+        return to_uint8(cast(Array, vae.apply({"params": params}, *given, method="add_latents")))
 
     @jax.jit
     def analyse(
@@ -131,18 +131,20 @@ def codec_programs(model: Model) -> CodecPrograms:
         inputs = symbols, state, q_index, prediction
         return shard_columns(codec.apply({"params": params}, *inputs, method="decode"))
 
-    velocity = None
+    velocity: Callable | None = None
     if model.refiner_config is not None:
         # Half precision where it is faster: the refiner shapes pictures, never symbols.
         dtype = jnp.float32 if backend() == "cpu" else jnp.bfloat16
         refiner = Refiner(model.refiner_config, dtype)
 
         @jax.jit
-        def velocity(
+        def refiner_velocity(
             params: Tree, state: Array, tau: Array, decoded: Array, features: Array, q_index: Array
         ) -> Array:
             inputs = decoded, features, q_index, model.text
-            return refiner.apply({"params": params}, state, tau, *inputs)
+            return cast(Array, refiner.apply({"params": params}, state, tau, *inputs))
+
+        velocity = refiner_velocity
 
     return CodecPrograms(
         encode_video,
@@ -251,14 +253,17 @@ class CodecFunctions:
         Raises:
             UsageError: If the model has no refiner.
         """
-        if self.model.refiner is None and steps:
+        if not steps:
+            return latents
+        config, program = self.model.refiner_config, self.programs.velocity
+        if config is None or program is None:
             raise UsageError(f"model {self.model.name!r} has no refiner; use 0 steps")
 
         def velocity(state: Array, tau: Array, decoded: Array, features: Array) -> Array:
             tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
-            return self.programs.velocity(self.refiner_params, state, tau, decoded, features, q)
+            return program(self.refiner_params, state, tau, decoded, features, q)
 
-        key, config, white = jax.random.key(seed), self.model.refiner_config, self.model.white
+        key, white = jax.random.key(seed), self.model.white
         return refine(velocity, config, latents, features, key, steps, white)
 
     def scale_index(
@@ -270,7 +275,7 @@ class CodecFunctions:
         prev_index: np.ndarray | None,
     ) -> np.ndarray:
         """Table indices (h, w, cy) uint8 of one latent; see `gnvc_jax.bitstream.ScaleIndex`."""
-        if prev_y is None:
+        if prev_y is None or prev_index is None:
             h, w, _ = z.shape
             prev_y = prev_index = np.zeros((4 * h, 4 * w, self.model.codec_config.y_channels))
         return self._network(
@@ -287,8 +292,8 @@ class CodecFunctions:
 
         def jitted(dtype: jnp.dtype) -> ScaleNetwork:
             def network(tables: Tree, q_index: int, *integers: np.ndarray) -> np.ndarray:
-                integers = (np.asarray(v, np.int32) for v in integers)
-                return np.asarray(self._scale_index(tables, q_index, *integers, dtype=dtype))
+                inputs = (np.asarray(v, np.int32) for v in integers)
+                return np.asarray(self._scale_index(tables, q_index, *inputs, dtype=dtype))
 
             return network
 

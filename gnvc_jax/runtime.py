@@ -32,11 +32,10 @@ def join_processes() -> None:
     that of this one. A process that is alone goes on by itself. Raises UsageError if some of the
     variables are missing, RuntimeError if the others do not come.
     """
-    given = [os.environ.get(name) for name in BY_HAND]
-    if any(given):
-        if not all(given):
+    address, count, number = (os.environ.get(name) for name in BY_HAND)
+    if address or count or number:
+        if not (address and count and number):
             raise UsageError(f"set all of {', '.join(BY_HAND)}, or none")
-        address, count, number = given
         if int(count) > 1:
             jax.distributed.initialize(
                 address, int(count), int(number), initialization_timeout=GANG_SECONDS

@@ -120,7 +120,8 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
         keep the results.
         """
         inputs, point = at
-        weights = sum(point[i] * kernel[:, i] for i in range(TAPS))  # (kt, 3, c, o)
+        rows = (point[i] * kernel[:, i] for i in range(TAPS))
+        weights = functools.reduce(operator.add, rows)  # (kt, 3, c, o)
         weights = _mix(FROM_KERNEL, [weights[:, j] for j in range(TAPS)])
         return _mix(TO_OUTPUT, list(map(product, inputs, weights)))
 

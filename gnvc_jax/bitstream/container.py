@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal, overload
 
 from gnvc_jax.bitstream.errors import (
     BitstreamError,
@@ -128,7 +128,7 @@ class StreamReader:
         if isinstance(source, bytes):
             source = io.BytesIO(source)
         self.owned = isinstance(source, str | Path)
-        self.file = open(source, "rb") if self.owned else source
+        self.file: BinaryIO = open(source, "rb") if isinstance(source, str | Path) else source
         try:
             self.header, self.start = read_header(self._read)
         except BitstreamError:
@@ -146,6 +146,12 @@ class StreamReader:
         """Closes the file if it was opened here."""
         if self.owned:
             self.file.close()
+
+    @overload
+    def groups(self, tolerant: Literal[False] = False) -> Iterator[GroupPayload]: ...
+
+    @overload
+    def groups(self, tolerant: bool) -> Iterator[GroupPayload | BitstreamError]: ...
 
     def groups(self, tolerant: bool = False) -> Iterator[GroupPayload | BitstreamError]:
         """Yields the groups in order, each checked.
@@ -197,7 +203,7 @@ class StreamReader:
                     self._check_total(frames, frames)
                     return
                 after = None if lost is None else self._after(at, number, error)
-                if after is None:
+                if lost is None or after is None:
                     raise
                 lost.append(error)
                 at, number, frames = after, number + 1, None
@@ -253,8 +259,9 @@ class StreamReader:
         entries = self._stored_index if self.file.seekable() else []
         if isinstance(entries, list) and number < len(entries):
             return at + entries[number].size if entries[number].offset == at else None
-        whole = isinstance(error, ChecksumMismatch) and error.kind == b"GOPC"
-        return at + error.size if whole else None
+        if isinstance(error, ChecksumMismatch) and error.kind == b"GOPC":
+            return at + error.size
+        return None
 
     def _parse_index(self, payload: bytes) -> tuple[int, int, list[IndexEntry]]:
         if len(payload) < INDEX_HEAD.size:

@@ -20,8 +20,9 @@ from gnvc_jax.bitstream import plain
 from gnvc_jax.bitstream.errors import EntropyError
 from gnvc_jax.bitstream.tables import SYMBOL_BOUND, TOTAL, Z_BOUND, Tables
 
+constriction: Any
 try:
-    import constriction
+    import constriction  # pyright: ignore[reportAssignmentType]
 except ImportError:  # there is no wheel for this platform
     constriction = None
 

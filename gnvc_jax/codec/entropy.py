@@ -129,7 +129,8 @@ class EntropyModel(nn.Module):
             z = up(z)
         z = self.hyper_out(z)
         x = self.fusion(z if temporal is None else jnp.concatenate([z, temporal], axis=-1))
-        masks = spatial_masks(self.passes, *z.shape[1:3], self.config.y_channels)
+        _, h, w, _ = z.shape
+        masks = spatial_masks(self.passes, h, w, self.config.y_channels)
         prior, mu, y_hat, means, symbols = self.prior(x), self.first_mean(x), 0.0, 0.0, 0.0
         for k, mask in enumerate(masks):
             if k:
@@ -138,7 +139,7 @@ class EntropyModel(nn.Module):
                 mu = self.later_mean(self.spatial(x))
             q = residual(mu)
             y_hat, means, symbols = y_hat + mask * (mu + q), means + mask * mu, symbols + mask * q
-        return y_hat, means, symbols
+        return y_hat, means, symbols  # pyright: ignore[reportReturnType] - there is a first pass
 
     def decode(
         self,

@@ -10,11 +10,11 @@ Reference: DCVC-RT and DCVC-UF (microsoft/DCVC, MIT), whose depthwise-convolutio
 """
 
 import jax
-import numpy as np
 from einops import rearrange, reduce
 from flax import linen as nn
 from jaxtyping import Array, Float, Shaped
 
+from gnvc_jax.arrays import ArrayT
 from gnvc_jax.convolution import depthwise3x3
 
 xavier = nn.initializers.xavier_normal()
@@ -33,15 +33,15 @@ _depthwise3x3 = jax.jit(depthwise3x3)  # for the same reason
 
 
 def space_to_depth(
-    x: Shaped[Array | np.ndarray, "*b h w c"],
-) -> Shaped[Array | np.ndarray, "*b h//2 w//2 4*c"]:
+    x: Shaped[ArrayT, "*b h w c"],
+) -> Shaped[ArrayT, "*b h//2 w//2 4*c"]:
     """Moves each 2x2 cell into channels: the four pixels row by row, channels innermost."""
     return rearrange(x, "... (h i) (w j) c -> ... h w (i j c)", i=2, j=2)
 
 
 def depth_to_space(
-    x: Shaped[Array | np.ndarray, "*b h w c"],
-) -> Shaped[Array | np.ndarray, "*b 2*h 2*w c//4"]:
+    x: Shaped[ArrayT, "*b h w c"],
+) -> Shaped[ArrayT, "*b 2*h 2*w c//4"]:
     """Undoes `space_to_depth`."""
     return rearrange(x, "... h w (i j c) -> ... (h i) (w j) c", i=2, j=2)
 

@@ -29,9 +29,9 @@ import jax
 import jax.numpy as jnp
 from einops import repeat
 from flax import linen as nn
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.codec.config import LATENT_MULTIPLE, CodecConfig
 from gnvc_jax.codec.entropy import EntropyModel, LatentSymbols
 from gnvc_jax.codec.layers import (
@@ -287,7 +287,9 @@ class LatentCodec(nn.Module):
         memory = None
         if self.config.motion is None:
             feature = decoded.feature
-            memory = feature if state is None else self.inter.remember(state.memory, feature)
+            memory = feature
+            if state is not None and state.memory is not None:
+                memory = self.inter.remember(state.memory, feature)
         return CodecState(decoded.latent, memory, symbols)
 
     @exact
@@ -300,8 +302,8 @@ class LatentCodec(nn.Module):
     ) -> LatentSymbols:
         """Symbols of a latent as a stream holds them: skipped elements are zero."""
         given = self._given(state, latent.shape[:3], q_index, prediction)
-        part, prediction, context, temporal, previous = given
-        y = part.analyse(latent, prediction, context, q_index)
+        part, expected, context, temporal, previous = given
+        y = part.analyse(latent, expected, context, q_index)
         return part.entropy.encode(y, q_index, temporal, previous)[2]
 
     @exact
@@ -316,9 +318,9 @@ class LatentCodec(nn.Module):
         symbols = jax.tree.map(jnp.asarray, symbols)  # from the bitstream, NumPy's
         b, h, w, _ = symbols.y.shape
         given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
-        part, prediction, context, temporal, _ = given
+        part, expected, context, temporal, _ = given
         y_hat = part.entropy.decode(symbols.y, symbols.z, temporal)
-        decoded, _ = part.synthesise(y_hat, symbols.y, prediction, context, q_index)
+        decoded, _ = part.synthesise(y_hat, symbols.y, expected, context, q_index)
         return decoded, self._after(state, decoded, symbols)
 
     @exact
@@ -332,12 +334,12 @@ class LatentCodec(nn.Module):
     ) -> tuple[CodecState, LatentCodecOutput]:
         """Encodes and decodes a latent with differentiable rates; key draws their noise."""
         given = self._given(state, latent.shape[:3], q_index, prediction)
-        part, prediction, context, temporal, previous = given
-        y = part.analyse(latent, prediction, context, q_index)
+        part, expected, context, temporal, previous = given
+        y = part.analyse(latent, expected, context, q_index)
         y_hat, mu, symbols = part.entropy.encode(y, q_index, temporal, previous, skip=False)
         # What a stream has: symbols that it skips are zero.
         sent = symbols.y * part.entropy.carries_symbol(symbols.index)
-        decoded, skipped = part.synthesise(y_hat, sent, prediction, context, q_index)
+        decoded, skipped = part.synthesise(y_hat, sent, expected, context, q_index)
         rates = part.entropy.bits(y, mu, symbols, q_index, key)
         written = part.entropy.written_bits(symbols, q_index)
         # The next latent's scale indices see these symbols; gradients through them are noise.
@@ -347,8 +349,8 @@ class LatentCodec(nn.Module):
     @exact
     def __call__(
         self,
-        latents: Float[ArrayLike, "b t h w c"],
-        q_index: Int[ArrayLike, " b"],
+        latents: Float[AnyArray, "b t h w c"],
+        q_index: Int[AnyArray, " b"],
         key: Key[Array, ""],
     ) -> LatentCodecOutput:
         """The training form over a whole group, each latent predicted by the one before.

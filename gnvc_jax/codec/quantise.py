@@ -8,12 +8,13 @@ arXiv 1308.3432); `bound` clips without trapping a value that has left its range
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
+
+from gnvc_jax.arrays import AnyArray
 
 
 def straight_through(
-    exact: Shaped[ArrayLike, "*shape"], soft: Float[ArrayLike, "*shape"]
+    exact: Shaped[AnyArray, "*shape"], soft: Float[AnyArray, "*shape"]
 ) -> Float[Array, "*shape"]:
     """The value of `exact`, to the bit, with the gradient of `soft`."""
     # soft - soft is exactly zero where soft is finite, so the sum is exactly `exact`.
@@ -21,14 +22,14 @@ def straight_through(
     return lax.stop_gradient(exact.astype(soft.dtype)) + (soft - lax.stop_gradient(soft))
 
 
-def round_ste(x: Float[ArrayLike, "*shape"]) -> Float[Array, "*shape"]:
+def round_ste(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """round(x), half to even, with gradient 1."""
     return straight_through(jnp.round(x), x)
 
 
 @jax.custom_vjp
 def bound(
-    x: Float[ArrayLike, "*shape"], low: Shaped[ArrayLike, ""], high: Shaped[ArrayLike, ""]
+    x: Float[AnyArray, "*shape"], low: Shaped[AnyArray, ""], high: Shaped[AnyArray, ""]
 ) -> Float[Array, "*shape"]:
     """clip(x, low, high) whose gradient passes inside, and outside where it leads back inside.
 
@@ -38,7 +39,7 @@ def bound(
     return jnp.clip(x, low, high)
 
 
-def _bound_forward(x: ArrayLike, low: ArrayLike, high: ArrayLike) -> tuple[Array, tuple]:
+def _bound_forward(x: AnyArray, low: AnyArray, high: AnyArray) -> tuple[Array, tuple]:
     return jnp.clip(x, low, high), (x, low, high)
 
 

@@ -32,15 +32,15 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float, Int, Shaped, UInt8
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.codec.config import KNOTS, SCALE_MAX, SCALE_MIN, SCALES, CodecConfig
 from gnvc_jax.codec.layers import depth_to_space
 from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.codec.quantise import bound, round_ste, straight_through
 from gnvc_jax.convolution import depthwise3x3
 
-AnyArray = Array | np.ndarray
 # Kernel, bias and multiplier of each layer by its name.
-Weights = Mapping[str, tuple[AnyArray, AnyArray, AnyArray]]
+Weights = Mapping[str, tuple[Any, Any, Any]]
 
 ACC_LIMIT = 2**24 - 1  # largest integer up to which float32 is exact
 BIAS_UNIT = 4096.0  # integer bias per unit of the trained bias
@@ -112,7 +112,7 @@ def scale_layers(config: CodecConfig) -> tuple[ScaleLayer, ...]:
     )
 
 
-def sigma_from_index(index: Shaped[AnyArray, "*shape"]) -> Shaped[AnyArray, "*shape"]:
+def sigma_from_index(index: Shaped[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
     """Standard deviation of table `index` (may be fractional): 0.11 * (16 / 0.11) ** (k / 63)."""
     return SCALE_MIN * jnp.exp(index * (np.log(SCALE_MAX / SCALE_MIN) / INDEX_LIMIT))
 
@@ -121,7 +121,7 @@ def scale_inputs(
     z: Shaped[AnyArray, "*b h w cz"],
     prev_y: Shaped[AnyArray, "*b h2 w2 cy"],
     prev_index: Shaped[AnyArray, "*b h2 w2 cy"],
-) -> tuple[AnyArray, AnyArray, AnyArray]:
+) -> tuple[Any, Any, Any]:
     """Maps what the network sees to integers in 0..255.
 
     Args:
@@ -147,11 +147,11 @@ def run_layers(
     prev_y: Shaped[AnyArray, "*b 4*h 4*w cy"],
     prev_index: Shaped[AnyArray, "*b 4*h 4*w cy"],
     *,
-    matmul: Callable[[AnyArray, AnyArray], AnyArray],
-    requantise: Callable[[AnyArray, AnyArray, AnyArray, int, int], AnyArray],
+    matmul: Callable[..., Any],
+    requantise: Callable[..., Any],
     xp: ModuleType,
-) -> Shaped[AnyArray, "*b 4*h 4*w cy"]:
-    """Table indices of every element of y.
+) -> Any:
+    """Table indices (*b, 4 * h, 4 * w, cy) of every element of y, in the kind of array of `xp`.
 
     Args:
       config: sizes.
@@ -180,9 +180,10 @@ def requantise_straight_through(
     acc: Array, bias: Array, mult: Array, shift: int, limit: int
 ) -> Array:
     """`requantise` of integers in float32, with the gradient of the same formula unrounded."""
-    integers = (lax.stop_gradient(v).astype(jnp.int32) for v in (acc, bias, mult))
+    whole = [lax.stop_gradient(v).astype(jnp.int32) for v in (acc, bias, mult)]
     soft = bound((acc + bias) * mult * 2.0**-shift, 0.0, float(limit))
-    return straight_through(requantise(*integers, shift, limit), soft)
+    rounded = requantise(whole[0], whole[1], whole[2], shift, limit)
+    return straight_through(rounded, soft)
 
 
 class ScaleNetwork(nn.Module):

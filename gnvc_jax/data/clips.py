@@ -24,6 +24,8 @@ __all__ = ["ClipIndex", "RandomClip", "clip_dataset"]
 
 log = logging.getLogger(__name__)
 
+Sample = dict[str, np.ndarray | np.int32]  # see `with_motion`
+
 MARGIN = 16  # pixels around a crop that its motion search sees
 RATE_JITTER = 0.3  # standard deviation of the logarithm of the search's rate, for variety
 MAX_TRIES = 1000  # then reading has failed, whatever share of failures is accepted
@@ -88,6 +90,7 @@ class RandomClip(RandomRead):
     downscale_prob: float
     left_out: LeftOut
     motion: bool = False
+    _ends: np.ndarray = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         object.__setattr__(self, "_ends", np.cumsum([video.frames for video in self.videos]))
@@ -105,9 +108,7 @@ class RandomClip(RandomRead):
         """Path of the video."""
         return self.video(element).path
 
-    def random_map(
-        self, element: int, rng: np.random.Generator
-    ) -> np.ndarray | dict[str, np.ndarray]:
+    def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray | Sample:
         """A clip; with motion, the dictionary of `with_motion`."""
         clip = super().random_map(element, rng)
         return with_motion(clip, MARGIN, rng) if self.motion else clip
@@ -133,7 +134,7 @@ class RandomClip(RandomRead):
         return np.ascontiguousarray(np.pad(clip, ((0, 0), *pad, (0, 0)), mode="edge"))
 
 
-def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Sample:
     """A training sample for codecs with motion.
 
     Args:
@@ -164,7 +165,7 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> dict
     return {
         "video": np.ascontiguousarray(clip[:, *inside]),
         "vectors": np.stack([expand(field)[:, *blocks] for field in fields]),
-        "motion_bits": np.float32([share * estimate_bits(field) for field in fields]),
+        "motion_bits": np.asarray([share * estimate_bits(field) for field in fields], np.float32),
         "q_index": np.int32(q_index),
     }
 
@@ -223,7 +224,7 @@ def clip_dataset(
             len(index),
             frames,
         )
-    draw = RandomClip(videos, frames, tuple(size), downscale_prob, index.left_out, motion)
+    draw = RandomClip(videos, frames, size, downscale_prob, index.left_out, motion)
     return endless_batches(
         draw.count,
         draw,

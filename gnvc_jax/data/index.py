@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -112,7 +112,7 @@ class ClipIndex:
             raise NoFrames(path, "no readable video among the training data")
         self.videos: tuple[Video, ...] = tuple(videos)
 
-    def _in_parallel(self, title: str, function: Callable, items: list[Path | Video]) -> list:
+    def _in_parallel(self, title: str, function: Callable, items: Sequence[Path | Video]) -> list:
         """Applies a function to all items, in order, and leaves out those that cannot be read."""
 
         def attempt(item: Path | Video) -> Video | Exception:
@@ -176,6 +176,7 @@ def _probe(file: Path, known: dict[str, list]) -> Video:
         record = None  # probe says what is wrong
     if record is None:
         info = probe(file)
+        assert info.frames is not None  # `probe` counts them
         return Video(str(file), info.frames, info.width, info.height, info.fps)
     frames, width, height, fps = record
     return Video(str(file), frames, width, height, Fraction(fps))
@@ -220,7 +221,7 @@ def _write_array(video: Video, target: Path) -> None:
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open_video(video.path) as frames, open(target, "wb") as out:
         np.lib.format.write_array_header_1_0(out, header)
-        count = sum(bool(out.write(np.ascontiguousarray(frame))) for frame in frames)
+        count = sum(bool(out.write(np.ascontiguousarray(frame).data)) for frame in frames)
     if count != video.frames:
         raise TruncatedVideo(
             video.path, f"probing counted {video.frames} frames, decoding gave {count}"

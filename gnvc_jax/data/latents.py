@@ -143,7 +143,10 @@ def read_info(folder: str | Path) -> CacheInfo:
         raise FileNotFoundError(f"{folder}: no latents found; create them with gnvc cache-latents")
     try:
         facts = json.loads(path.read_text())
-        return CacheInfo(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+        fields: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
+        }
+        return CacheInfo(**fields)
     except (AttributeError, TypeError, ValueError) as error:
         raise UsageError(f"{path}: not the description of a cache ({error})") from error
 
@@ -165,6 +168,7 @@ class RandomLatents(RandomRead):
     latents: int
     size: tuple[int, int]
     left_out: LeftOut
+    _source: Any = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         source = grain.sources.ArrayRecordDataSource(list(self.paths))
@@ -238,7 +242,7 @@ def latent_dataset(
         raise UsageError(
             f"{folder}: expected clips of at least {frames} frames, found {info.frames}"
         )
-    size = tuple(side // info.stride for side in size)
+    size = size[0] // info.stride, size[1] // info.stride
     left_out = LeftOut() if left_out is None else left_out
     left_out.start(len(paths))
     records = {path: _count_records(path, left_out) for path in paths}

@@ -60,15 +60,15 @@ def search(
     h, w, _ = reference.shape
     field = no_motion(h // COARSE, w // COARSE)
     reference = cv2.cvtColor(reference, cv2.COLOR_RGB2GRAY)
-    frames = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    last, second = optical_flow(frames[3], reference), optical_flow(frames[1], reference)
+    grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    last, second = optical_flow(grey[3], reference), optical_flow(grey[1], reference)
     start = half_pels(last, COARSE)
     known = () if previous is None else (previous.coarse,)
-    coarse = search_coarse(frames[3], reference, start, rate, known)
+    coarse = search_coarse(grey[3], reference, start, rate, known)
     field = field._replace(coarse=coarse)
-    field = split_blocks(field, frames[3], reference, half_pels(last, FINE), rate)
-    field = add_middle(field, frames, reference, half_pels(second, COARSE), rate)
-    return add_shifts(field, frames, reference, rate)
+    field = split_blocks(field, grey[3], reference, half_pels(last, FINE), rate)
+    field = add_middle(field, grey, reference, half_pels(second, COARSE), rate)
+    return add_shifts(field, grey, reference, rate)
 
 
 def optical_flow(frame: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -78,7 +78,8 @@ def optical_flow(frame: np.ndarray, reference: np.ndarray) -> np.ndarray:
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)
     try:
-        flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+        preset = cv2.DISOPTICAL_FLOW_PRESET_FAST
+        flow = cv2.DISOpticalFlow_create(preset)  # pyright: ignore[reportAttributeAccessIssue]
         return flow.calc(frame, reference, None)
     finally:
         cv2.setNumThreads(threads)

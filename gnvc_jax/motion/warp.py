@@ -5,12 +5,15 @@ four predicted frames. It interpolates the vectors (`dense`) and samples the fra
 `to_eight_bits` makes frames in training what they are in use.
 """
 
+import functools
+import operator
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Shaped
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.motion.field import FINE, PEL
 
 
@@ -32,7 +35,7 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
     return np.clip(left, 0, blocks - 1), np.clip(left + 1, 0, blocks - 1), weight
 
 
-def dense(vectors: Shaped[ArrayLike, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2"]:
+def dense(vectors: Shaped[AnyArray, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2"]:
     """Block vectors in 1/16 pel -> displacements of all pixels in pels, by linear interpolation."""
     h, w = vectors.shape[-3:-1]
     top, bottom, y = interpolation(FINE * h, h)
@@ -57,7 +60,7 @@ def catmull_rom(t: Array) -> tuple[Array, ...]:
 
 
 def warp(
-    image: Float[ArrayLike, "b h w c"], displacement: Float[ArrayLike, "b n h w 2"]
+    image: Float[AnyArray, "b h w c"], displacement: Float[AnyArray, "b n h w 2"]
 ) -> Float[Array, "b n h w c"]:
     """Samples an image at pixel + displacement, by bicubic (Catmull-Rom) interpolation.
 
@@ -73,7 +76,7 @@ def warp(
     left, top = left.astype(jnp.int32), top.astype(jnp.int32)
     columns = [jnp.clip(left + i, 0, w - 1) for i in (-1, 0, 1, 2)]
     # A gather over flattened pixels, 16 times: row by row of the 4x4 neighbourhood.
-    flat, out = jnp.asarray(image).reshape(b, h * w, c), 0.0
+    flat, rows = jnp.asarray(image).reshape(b, h * w, c), []
     for i, weight_y in zip((-1, 0, 1, 2), weights_y):
         row = jnp.clip(top + i, 0, h - 1) * w
         line = 0.0
@@ -81,12 +84,12 @@ def warp(
             index = (row + column).reshape(b, -1, 1)
             sample = jnp.take_along_axis(flat, index, axis=1, mode="promise_in_bounds")
             line += weight_x[..., None] * sample.reshape(*x.shape, c)
-        out += weight_y[..., None] * line
-    return out
+        rows.append(weight_y[..., None] * line)
+    return functools.reduce(operator.add, rows)
 
 
 def predict(
-    reference: Float[ArrayLike, "b h w 3"], vectors: Shaped[ArrayLike, "b 4 h2 w2 2"]
+    reference: Float[AnyArray, "b h w 3"], vectors: Shaped[AnyArray, "b 4 h2 w2 2"]
 ) -> Float[Array, "b 4 h w 3"]:
     """Predicts four frames from the last decoded frame.
 

@@ -145,8 +145,8 @@ def ring_forward(
 
     def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         done, kv = carry
-        kv = pass_on(kv, size)
-        return (add(done, *kv, step), kv), None
+        keys, values = pass_on(kv, size)
+        return (add(done, keys, values, step), (keys, values)), None
 
     zeros = jnp.zeros((b, heads, n), jnp.float32)
     done = add((jnp.zeros((b, heads, n, d), jnp.float32), zeros + MASKED, zeros), k, v, 0)
@@ -180,8 +180,8 @@ def ring_backward(
 
     def one_step(carry: tuple, step: Array) -> tuple[tuple, None]:
         dq, dkv, kv = carry
-        dkv, kv = pass_on((dkv, kv), size)
-        return (*add(dq, dkv, *kv, step), kv), None
+        dkv, (keys, values) = pass_on((dkv, kv), size)
+        return (*add(dq, dkv, keys, values, step), (keys, values)), None
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     dq, dkv = add(jnp.zeros(q.shape, jnp.float32), (zeros, zeros), k, v, 0)

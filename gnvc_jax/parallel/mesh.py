@@ -60,7 +60,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
       UsageError: if the sizes do not fit the number of devices.
     """
     given, sizes = devices is not None, dataclasses.asdict(config)
-    devices = list(devices) if given else jax.devices()
+    devices = jax.devices() if devices is None else list(devices)
     if sizes["data"] == -1:
         sizes["data"] = 1
         sizes["data"] = max(1, len(devices) // max(1, math.prod(sizes.values())))

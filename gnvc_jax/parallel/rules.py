@@ -51,7 +51,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     Raises:
       UsageError: if the mesh does not divide the sizes of a parameter that must be split.
     """
-    axes = [None] * len(shape)
+    axes: list[str | None] = [None] * len(shape)
     named = next((axes for end, axes in RULES if re.search(f"(^|/){end}$", path)), None)
     if named is not None:
         axes[-len(named) :] = named
@@ -109,7 +109,7 @@ def activation_spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], **axes: i
       **axes: which dimension "batch", "context" and "tensor" split. A dimension that does not
         divide is not split: a single clip is replicated over data x fsdp.
     """
-    found = [None] * len(shape)
+    found: list[tuple[str, ...] | None] = [None] * len(shape)
     for name, dimension in axes.items():
         split = BATCH if name == "batch" else (name,)
         if shape[dimension] % math.prod(mesh.shape[axis] for axis in split) == 0:

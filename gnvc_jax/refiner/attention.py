@@ -8,6 +8,7 @@ All functions take queries (b, n, heads, d), keys and values (b, m, heads, d) an
 """
 
 import functools
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -219,7 +220,7 @@ def splash_attention(
     segments = kernels.SegmentIds(
         q=jnp.zeros(q.shape[2], jnp.int32), kv=(jnp.arange(k.shape[2]) >= m).astype(jnp.int32)
     )
-    y = jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments)
+    y = cast(Array, jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments))
     return rearrange(y, "b h n d -> b n h d")[:, :n]
 
 

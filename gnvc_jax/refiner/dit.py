@@ -21,9 +21,10 @@ import numpy as np
 from einops import rearrange, repeat
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import axis_size, constrain
 from gnvc_jax.refiner.attention import attention, windowed_attention
@@ -46,7 +47,7 @@ REMAT = {
 }
 
 
-def patchify(latents: Float[ArrayLike, "b t h w c"]) -> Float[Array, "b (w//2)*t*(h//2) 4*c"]:
+def patchify(latents: Float[AnyArray, "b t h w c"]) -> Float[Array, "b (w//2)*t*(h//2) 4*c"]:
     """Latents to tokens of 2x2 latents: column outermost, then time, then row."""
     latents = jnp.asarray(latents)
     return rearrange(latents, "b t (h p) (w q) c -> b (w t h) (p q c)", p=PATCH, q=PATCH)
@@ -213,7 +214,7 @@ class DiTBlock(nn.Module):
         y = attend(y, y, table)
         x = x + gate1 * y
 
-        if cfg.text_length:
+        if text is not None:
             # Time does not modulate cross-attention; its norm has a scale and a shift of its own.
             y = layer_norm()(x) * self.param("cross_scale", nn.initializers.ones, (cfg.width,))
             y = y + self.param("cross_bias", nn.initializers.zeros, (cfg.width,))
@@ -265,7 +266,7 @@ class DiTGroup(nn.Module):
             # Inside a scan XLA cannot merge the two computations; no need to prevent it.
             block = nn.remat(DiTBlock, policy=REMAT[self.remat], prevent_cse=False)
         hint = 0.0
-        if cfg.context_every:
+        if context is not None:
             context = block(cfg, self.dtype, self.attention, self.grid, name="context")(
                 context, time, text, table
             )
@@ -297,14 +298,14 @@ class DiT(nn.Module):
     @nn.compact
     def __call__(
         self,
-        latents: Float[ArrayLike, "b t h w c"],
-        time: Float[ArrayLike, " b"],
-        text: Float[ArrayLike, "_ m text_width"] | None = None,
-        context: Float[ArrayLike, "_ _ _ _ context_channels"] | None = None,
-        context_scale: Float[ArrayLike, "*blocks"] = 1.0,
+        latents: Float[AnyArray, "b t h w c"],
+        time: Float[AnyArray, " b"],
+        text: Float[AnyArray, "_ m text_width"] | None = None,
+        context: Float[AnyArray, "_ _ _ _ context_channels"] | None = None,
+        context_scale: Float[AnyArray, "*blocks"] | float = 1.0,
         *,
-        time_extra: Float[ArrayLike, "b width"] | float = 0.0,
-        context_extra: Float[ArrayLike, "b n width"] | float = 0.0,
+        time_extra: Float[AnyArray, "b width"] | float = 0.0,
+        context_extra: Float[AnyArray, "b n width"] | float = 0.0,
     ) -> Float[Array, "b t h w c"]:
         """Velocity, in float32.
 
@@ -335,14 +336,14 @@ class DiT(nn.Module):
         # Shift, scale and gate of attention and feed-forward, for all blocks.
         rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
 
-        if cfg.text_length:
+        if text is not None:
             # Zero rows up to text_length, as Wan pads prompts; they are attended to.
             text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
             text = nn.gelu(dense(cfg.width, self.dtype, "text_in", SMALL)(text), approximate=True)
             text = constrain(dense(cfg.width, self.dtype, "text_out", SMALL)(text), batch=0)
 
         tokens = None
-        if cfg.context_every:
+        if context is not None:
             tokens = dense(cfg.width, self.dtype, "context_embedding")(patchify(context))
             first = dense(cfg.width, self.dtype, "context_in", nn.initializers.zeros)
             # The context branch starts from the tokens of the latents, as in VACE.
@@ -355,7 +356,8 @@ class DiT(nn.Module):
             DiTGroup,
             variable_axes={"params": 0},  # parameters of all groups are stacked
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            # Declared as an int, although it may be a tree.
+            in_axes=(0, *[nn.broadcast] * 3),  # pyright: ignore[reportArgumentType]
             length=cfg.groups,
         )(cfg, self.dtype, self.attention, self.remat, grid, name="groups")
         table = rotary_table(cfg.head_width, t, h, w)
@@ -373,7 +375,7 @@ class DiT(nn.Module):
 
 
 def check_sizes(
-    cfg: DiTConfig, latents: ArrayLike, text: ArrayLike | None, context: ArrayLike | None
+    cfg: DiTConfig, latents: AnyArray, text: AnyArray | None, context: AnyArray | None
 ) -> None:
     """Raises UsageError that says which input does not fit the model."""
     b, t, h, w, c = latents.shape
@@ -385,7 +387,7 @@ def check_sizes(
     found = None if text is None else text.shape
     # The number of rows is free up to text_length; batch and width are not.
     fits = found == expected or (found and expected and found[::2] == expected[::2])
-    if not fits or (found and found[1] > expected[1]):
+    if not fits or (found and expected and found[1] > expected[1]):
         raise UsageError(f"text {found}: expected {expected}, or fewer rows")
     expected = (b, t, h, w, cfg.context_channels) if cfg.context_every else None
     found = None if context is None else context.shape

@@ -15,33 +15,36 @@ NumPy and JAX arrays alike.
 
 import itertools
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array
 
 from gnvc_jax.errors import UsageError
+
+# Of functions of a flow time alone, which may be a plain number.
+Time = TypeVar("Time", Array, float)
 
 START = 0.7  # t_N: flow time at which refinement begins
 TIMESTEPS = 1000.0  # of Wan
 
 
-def wan_timestep(tau: ArrayLike) -> ArrayLike:
+def wan_timestep(tau: Time) -> Time:
     """Wan's timestep, 1000 (noise) to 0 (data), of flow time tau in [0, 1]."""
     return TIMESTEPS * (1.0 - tau)
 
 
-def flow_time(timestep: ArrayLike) -> ArrayLike:
+def flow_time(timestep: Time) -> Time:
     """Undoes `wan_timestep`."""
     return 1.0 - timestep / TIMESTEPS
 
 
-def velocity_from_wan(output: ArrayLike) -> ArrayLike:
+def velocity_from_wan(output: Array) -> Array:
     """Converts the output of a Wan network to the paper's velocity, and the reverse."""
     return -output
 
 
-def shift_time(tau: ArrayLike, shift: float) -> ArrayLike:
+def shift_time(tau: Time, shift: float) -> Time:
     """Flow time with Wan's shift s of the noise scale: sigma' = s sigma / (1 + (s - 1) sigma).
 
     A shift above 1 moves steps towards noise.
@@ -49,19 +52,19 @@ def shift_time(tau: ArrayLike, shift: float) -> ArrayLike:
     return tau / (tau + shift * (1.0 - tau))
 
 
-def mix(data: ArrayLike, noise: ArrayLike, tau: ArrayLike) -> ArrayLike:
+def mix(data: Array, noise: Array, tau: Array | float) -> Array:
     """State at tau between noise and data."""
     return tau * data + (1.0 - tau) * noise
 
 
-def start_state(decoded: ArrayLike, noise: ArrayLike, start: float = START) -> ArrayLike:
+def start_state(decoded: Array, noise: Array, start: float = START) -> Array:
     """Equation 2: decoded latents with noise down to flow time `start`."""
     return mix(decoded, noise, start)
 
 
 def path_state(
-    clean: ArrayLike, decoded: ArrayLike, noise: ArrayLike, tau: ArrayLike, start: float = START
-) -> ArrayLike:
+    clean: Array, decoded: Array, noise: Array, tau: Array | float, start: float = START
+) -> Array:
     """Equation 3: the straight path from `start_state` at tau = start to clean latents at tau = 1.
 
     Its weight of noise is 1 - tau, so it is an ordinary flow state of partly repaired latents.
@@ -70,9 +73,7 @@ def path_state(
     return mix(clean, start_state(decoded, noise, start), done)
 
 
-def path_velocity(
-    clean: ArrayLike, decoded: ArrayLike, noise: ArrayLike, start: float = START
-) -> ArrayLike:
+def path_velocity(clean: Array, decoded: Array, noise: Array, start: float = START) -> Array:
     """Equation 4: the derivative of `path_state`, the same at every tau.
 
     The first term is what a pretrained flow model predicts, the second what refinement adds.
@@ -83,8 +84,8 @@ def path_velocity(
 
 
 def linear_velocity(
-    state: ArrayLike, decoded: ArrayLike, tau: ArrayLike, error_std: float, start: float = START
-) -> ArrayLike:
+    state: Array, decoded: Array, tau: Array | float, error_std: float, start: float = START
+) -> Array:
     """The best linear guess at `path_velocity` from the state and the decoded latents alone.
 
     Coding errors (decoded minus clean) count as noise, independent of the flow's. At tau = start
@@ -107,12 +108,12 @@ def linear_velocity(
     return decoded - rest * share / (left**2 + done**2 * variance)
 
 
-def clean_estimate(state: ArrayLike, velocity: ArrayLike, tau: ArrayLike) -> ArrayLike:
+def clean_estimate(state: Array, velocity: Array, tau: Array | float) -> Array:
     """The data that the velocity leads to in one step: state + (1 - tau) velocity."""
     return state + (1.0 - tau) * velocity
 
 
-def noise_estimate(state: ArrayLike, velocity: ArrayLike, tau: ArrayLike) -> ArrayLike:
+def noise_estimate(state: Array, velocity: Array, tau: Array | float) -> Array:
     """The noise that an ordinary flow state came from: state - tau velocity."""
     return state - tau * velocity
 

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import linen as nn
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.codec.config import KNOTS
 from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.refiner import flow
@@ -48,12 +49,12 @@ class Refiner(nn.Module):
     @nn.compact
     def __call__(
         self,
-        state: Float[ArrayLike, "b t h w c"],
-        tau: Float[ArrayLike, " b"],
-        decoded: Float[ArrayLike, "b t h w c"],
-        features: Float[ArrayLike, "b t h w f"],
-        q_index: Int[ArrayLike, " b"],
-        text: Float[ArrayLike, "b m text_width"] | None = None,
+        state: Float[AnyArray, "b t h w c"],
+        tau: Float[AnyArray, " b"],
+        decoded: Float[AnyArray, "b t h w c"],
+        features: Float[AnyArray, "b t h w f"],
+        q_index: Int[AnyArray, " b"],
+        text: Float[AnyArray, "b m text_width"] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """The velocity, data minus noise.
 
@@ -66,6 +67,7 @@ class Refiner(nn.Module):
           text: embedded prompt, for a DiT with text.
         """
         cfg, zeros = self.config.dit, nn.initializers.zeros
+        state, decoded, tau = jnp.asarray(state), jnp.asarray(decoded), jnp.asarray(tau)
         condition = decoded
         if self.config.vace_layout:
             # Latents of a grey clip, a first and a later one: nothing to keep, for VACE.
@@ -96,7 +98,7 @@ class Refiner(nn.Module):
 
 
 def vace_context(
-    decoded: Float[ArrayLike, "b t h w c"], grey: Float[ArrayLike, "2 c"]
+    decoded: Float[AnyArray, "b t h w c"], grey: Float[AnyArray, "2 c"]
 ) -> Float[Array, "b t h w c2"]:
     """VACE's condition: "inactive", "reactive" and mask channels, 2c + 64 in all.
 
@@ -113,7 +115,7 @@ def vace_context(
 
 
 def per_latent_factors(
-    factors: Float[ArrayLike, "2 c"], count: int
+    factors: Float[AnyArray, "2 c"], count: int
 ) -> Float[Array, "{count} 1 1 c"]:
     """Factors of a first and a later latent, for each of `count` latents of a group.
 
@@ -171,11 +173,11 @@ def window_weights(size: int, overlap: int, first: bool, last: bool) -> Float[Ar
 def refine(
     velocity: Callable[[Array, Array, Array, Array], Array],
     config: RefinerConfig,
-    decoded: Float[ArrayLike, "b t h w c"],
-    features: Float[ArrayLike, "b t h w f"],
+    decoded: Float[AnyArray, "b t h w c"],
+    features: Float[AnyArray, "b t h w f"],
     key: Key[Array, ""],
     steps: int,
-    white: Float[ArrayLike, "2 c"] | None = None,
+    white: Float[AnyArray, "2 c"] | None = None,
 ) -> Float[Array, "b t h w c"]:
     """Refines the latents of a group of any length.
 

@@ -5,6 +5,7 @@ their formats; `VAEConfig.from_json` reads it back.
 """
 
 import dataclasses
+from typing import Any
 
 from gnvc_jax.errors import UsageError
 
@@ -49,9 +50,12 @@ class VAEConfig:
             )
 
     @classmethod
-    def from_json(cls, facts: dict) -> "VAEConfig":
+    def from_json(cls, facts: dict[str, Any]) -> "VAEConfig":
         """Reads what `dataclasses.asdict` gave back from JSON, which turns tuples into lists."""
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
+        sizes: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
+        }
+        return cls(**sizes)
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -10,21 +10,21 @@ The frames 1 + 4 + 4 + ... of a clip become one latent each. Videos (b, t, h, w,
 h2 = ceil(h / 8), w2 = ceil(w / 8) for the strides of Wan2.1.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.vae.model import VAE
 
 Tree = Any  # nested dictionaries of arrays
 
 
 def pad_video(
-    video: Float[ArrayLike, "b t h w c"], temporal_stride: int = 4, stride: int = 8
+    video: Float[AnyArray, "b t h w c"], temporal_stride: int = 4, stride: int = 8
 ) -> Float[Array, "b t2 h2 w2 c"]:
     """Repeats the last frame, row and column up to sizes that the VAE can encode.
 
@@ -36,7 +36,7 @@ def pad_video(
 
 
 def encode_chunk(
-    vae: VAE, params: Tree, cache: Tree | None, video: Float[ArrayLike, "b t h w 3"]
+    vae: VAE, params: Tree, cache: Tree | None, video: Float[AnyArray, "b t h w 3"]
 ) -> tuple[Float[Array, "b n h2 w2 z"], Tree]:
     """Encodes the next frames of a clip.
 
@@ -56,7 +56,7 @@ def encode_chunk(
 
 
 def decode_chunk(
-    vae: VAE, params: Tree, cache: Tree | None, latents: Float[ArrayLike, "b n h2 w2 z"]
+    vae: VAE, params: Tree, cache: Tree | None, latents: Float[AnyArray, "b n h2 w2 z"]
 ) -> tuple[Float[Array, "b t h w 3"], Tree]:
     """Decodes the next latents of a clip.
 
@@ -77,7 +77,7 @@ def decode_chunk(
 
 
 def encode_clip(
-    vae: VAE, params: Tree, video: Float[ArrayLike, "b t h w 3"]
+    vae: VAE, params: Tree, video: Float[AnyArray, "b t h w 3"]
 ) -> Float[Array, "b n h2 w2 z"]:
     """Latents (posterior mean) of a whole clip of any length and size, in one pass."""
     cfg = vae.config
@@ -88,7 +88,7 @@ def encode_clip(
 def decode_clip(
     vae: VAE,
     params: Tree,
-    latents: Float[ArrayLike, "b n h2 w2 z"],
+    latents: Float[AnyArray, "b n h2 w2 z"],
     frames: int,
     size: tuple[int, int],
 ) -> Float[Array, "b t h w 3"]:
@@ -101,7 +101,7 @@ def decode_clip(
       frames: number of frames to return.
       size: height and width to return.
     """
-    video = vae.apply({"params": params}, latents, method="decode")
+    video = cast(Array, vae.apply({"params": params}, latents, method="decode"))
     return jnp.clip(video[:, :frames, : size[0], : size[1]], -1.0, 1.0)
 
 
@@ -117,7 +117,7 @@ def grey_latents(vae: VAE, params: Tree) -> Float[Array, "2 z"]:
 
 
 def encode_stream(
-    vae: VAE, params: Tree, video: Float[ArrayLike, "b t h w 3"]
+    vae: VAE, params: Tree, video: Float[AnyArray, "b t h w 3"]
 ) -> Float[Array, "b n h2 w2 z"]:
     """As `encode_clip`, by `lax.scan` over chunks of four frames."""
     cfg = vae.config
@@ -136,7 +136,7 @@ def encode_stream(
 def decode_stream(
     vae: VAE,
     params: Tree,
-    latents: Float[ArrayLike, "b n h2 w2 z"],
+    latents: Float[AnyArray, "b n h2 w2 z"],
     frames: int,
     size: tuple[int, int],
 ) -> Float[Array, "b t h w 3"]:

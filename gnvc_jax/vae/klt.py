@@ -18,9 +18,9 @@ import numpy as np
 from einops import rearrange
 from flax import linen as nn
 from jax import lax
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from gnvc_jax.arrays import AnyArray, ArrayT
 from gnvc_jax.moments import Moments
 
 KINDS = ("first", "later")  # blocks of the first frame of a clip, and of the frames after it
@@ -32,15 +32,15 @@ EXACT = "highest"
 
 
 def to_blocks(
-    video: Float[Array | np.ndarray, "b t h w c"], frames: int, size: int
-) -> Float[Array | np.ndarray, "b t//{frames} h//{size} w//{size} {frames}*{size}*{size}*c"]:
+    video: Float[ArrayT, "b t h w c"], frames: int, size: int
+) -> Float[ArrayT, "b t//{frames} h//{size} w//{size} {frames}*{size}*{size}*c"]:
     """Moves blocks of `frames` x `size` x `size` pixels into channels."""
     return rearrange(video, "b (t f) (h i) (w j) c -> b t h w (f i j c)", f=frames, i=size, j=size)
 
 
 def from_blocks(
-    blocks: Float[Array | np.ndarray, "b t h w c"], frames: int, size: int
-) -> Float[Array | np.ndarray, "b t*{frames} h*{size} w*{size} c2"]:
+    blocks: Float[ArrayT, "b t h w c"], frames: int, size: int
+) -> Float[ArrayT, "b t*{frames} h*{size} w*{size} c2"]:
     """Undoes `to_blocks`."""
     return rearrange(blocks, "b t h w (f i j c) -> b (t f) (h i) (w j) c", f=frames, i=size, j=size)
 
@@ -66,7 +66,7 @@ class BlockTransform(nn.Module):
         self.frames = {"first": 1, "later": self.temporal_stride}
         self.fixed = {kind: self._parameters(kind) for kind in KINDS}
 
-    def _parameters(self, kind: str) -> tuple[ArrayLike, ...]:
+    def _parameters(self, kind: str) -> tuple[Array, ...]:
         """Basis, offset and scale."""
         size = self.frames[kind] * self.stride**2 * 3
         orthogonal, zeros, ones = (
@@ -84,7 +84,7 @@ class BlockTransform(nn.Module):
 
     @jax.default_matmul_precision(EXACT)
     def forward(
-        self, video: Float[ArrayLike, "b t h w 3"], first: bool
+        self, video: Float[AnyArray, "b t h w 3"], first: bool
     ) -> Float[Array, "b t2 h2 w2 z"]:
         """Latents of a video.
 
@@ -101,7 +101,7 @@ class BlockTransform(nn.Module):
 
     @jax.default_matmul_precision(EXACT)
     def inverse(
-        self, latents: Float[ArrayLike, "b t2 h2 w2 z"], first: bool
+        self, latents: Float[AnyArray, "b t2 h2 w2 z"], first: bool
     ) -> Float[Array, "b t h w 3"]:
         """Video of latents; undoes `forward` up to the components that are not kept."""
 

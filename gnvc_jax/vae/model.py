@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from einops import repeat
 from flax import linen as nn
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from gnvc_jax.arrays import AnyArray
 from gnvc_jax.vae.config import VAEConfig
 from gnvc_jax.vae.head import DeblockingHead
 from gnvc_jax.vae.klt import EXACT, BlockTransform, from_blocks, to_blocks
@@ -147,7 +148,7 @@ class VAE(nn.Module):
 
     @jax.default_matmul_precision(EXACT)
     def encode(
-        self, video: Float[ArrayLike, "b t h w 3"], first: bool = True
+        self, video: Float[AnyArray, "b t h w 3"], first: bool = True
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
         """Mean and log-variance of the latents."""
         video = jnp.asarray(video)
@@ -159,7 +160,7 @@ class VAE(nn.Module):
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(
-        self, latents: Float[ArrayLike, "b t2 h2 w2 z"], first: bool = True
+        self, latents: Float[AnyArray, "b t2 h2 w2 z"], first: bool = True
     ) -> Float[Array, "b t h w 3"]:
         """Frames, not clipped to [-1, 1]."""
         if self.config.linear:
@@ -168,18 +169,19 @@ class VAE(nn.Module):
             return self.decoder(self.post_quant(jnp.asarray(latents, self.dtype), first), first)
 
     @jax.default_matmul_precision(EXACT)
-    def clean(self, video: Float[ArrayLike, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+    def clean(self, video: Float[AnyArray, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
         """Filters every frame by the head of a linear VAE, if it has one."""
+        video = jnp.asarray(video)
         return video if self.head is None else self.head(video)
 
     @jax.default_matmul_precision(EXACT)
     def compensate(
         self,
-        latent: Float[ArrayLike, "b h w z"],
-        prediction: Float[ArrayLike, "b h w z"],
-        predicted: Float[ArrayLike, "b t height width 3"],
-        fresh: Float[ArrayLike, "b h w 1"],
-        detail: Float[ArrayLike, "b h w 1"],
+        latent: Float[AnyArray, "b h w z"],
+        prediction: Float[AnyArray, "b h w z"],
+        predicted: Float[AnyArray, "b t height width 3"],
+        fresh: Float[AnyArray, "b h w 1"],
+        detail: Float[AnyArray, "b h w 1"],
         cleaned: int | None = None,
     ) -> Float[Array, "b t height width 3"]:
         """Frames of one later latent of a linear VAE that was coded with motion.
@@ -199,7 +201,7 @@ class VAE(nn.Module):
           Frames, not clipped.
         """
 
-        def of_pixels(weights: Float[ArrayLike, "b h w 1"]) -> Float[Array, "b 1 height width 1"]:
+        def of_pixels(weights: Float[AnyArray, "b h w 1"]) -> Float[Array, "b 1 height width 1"]:
             side = self.config.stride
             return repeat(jnp.asarray(weights), "b h w c -> b 1 (h i) (w j) c", i=side, j=side)
 
@@ -213,8 +215,8 @@ class VAE(nn.Module):
     @jax.default_matmul_precision(EXACT)
     def add_latents(
         self,
-        frames: Float[ArrayLike, "b t h w 3"],
-        latents: Float[ArrayLike, "b n h2 w2 z"],
+        frames: Float[AnyArray, "b t h w 3"],
+        latents: Float[AnyArray, "b n h2 w2 z"],
         first: bool,
     ) -> Float[Array, "b t h w 3"]:
         """Adds to frames of a linear VAE what latents add to the latents they come from.
@@ -226,8 +228,8 @@ class VAE(nn.Module):
         """
         # The inverse transform is affine; the difference leaves out its offset.
         nothing = self.klt.inverse(jnp.zeros_like(latents), first)
-        return frames + self.klt.inverse(latents, first) - nothing
+        return jnp.asarray(frames) + self.klt.inverse(latents, first) - nothing
 
-    def __call__(self, video: Float[ArrayLike, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+    def __call__(self, video: Float[AnyArray, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
         """Encodes and decodes; initialises all parameters."""
         return self.decode(self.encode(video)[0])
