@@ -166,7 +166,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """Coding of held-out clips while a codec trains.
+    """Coding of held-out clips while a codec trains, see `gnvc_jax.training.evaluator`.
 
     Attributes:
         every: Steps between evaluations, 0 for none.

@@ -66,9 +66,14 @@ def measure(experiment: Experiment) -> Statistics:
 
 
 def of_run(run: str | Path, experiment: Experiment) -> Statistics:
-    """Statistics that a run keeps; those of a linear VAE that it does not keep change nothing."""
+    """Statistics that a run keeps, see `complete`."""
+    return complete(experiment, load_statistics(run))
+
+
+def complete(experiment: Experiment, statistics: Statistics) -> Statistics:
+    """Statistics of a run; those of a linear VAE that it did not measure change nothing."""
     known = identity_statistics(experiment.vae.latent_channels) if experiment.vae.linear else {}
-    return known | load_statistics(run)
+    return known | {name: np.asarray(x, np.float32) for name, x in statistics.items()}
 
 
 def measure_latents(experiment: Experiment) -> Statistics:

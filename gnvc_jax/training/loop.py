@@ -16,6 +16,7 @@ from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import stages
 from gnvc_jax.training.checkpoints import Checkpoints, load_statistics
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.evaluator import Evaluator
 from gnvc_jax.training.hooks import Hook, Meter, Profiler, SaveCheckpoints, TrainingRun
 from gnvc_jax.training.inputs import Clips
 from gnvc_jax.training.metrics import make_writer, say
@@ -67,11 +68,13 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         writer = stack.enter_context(closing(make_writer(experiment, step)))
         clock = Clock(**(position or {}).get("clock", {"started": began}))
         run = TrainingRun(stage, state, statistics, clips, clock, writer, step)
-        own = (
+        own = [
             Profiler(experiment.run),
             Meter(stage, clock),
             SaveCheckpoints(checkpoints, experiment.run),
-        )
+        ]
+        if experiment.evaluate.every:
+            own.append(Evaluator(stage, statistics))
         hooks = [stack.enter_context(closing(hook)) for hook in (*own, *hooks)]
 
         train_step = jit_step(stage, mesh, state, frozen)

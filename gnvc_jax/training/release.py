@@ -9,6 +9,7 @@ statistics of the latents.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -18,7 +19,11 @@ from gnvc_jax.model import Model
 from gnvc_jax.model_file import save_model
 from gnvc_jax.training import latent_statistics, weights
 from gnvc_jax.training.checkpoints import model_of
+from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import init_networks, make_networks
+from gnvc_jax.training.weights import Statistics
+
+Tree = Any
 
 
 def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
@@ -64,6 +69,19 @@ def build_model(run: str | Path, name: str) -> Model:
     statistics = latent_statistics.of_run(run, experiment)
     parts = weights.load(experiment, shapes, statistics)
     weights.check_complete(parts, shapes)
+    return model_of_parts(experiment, name, parts, statistics)
+
+
+def model_of_parts(experiment: Experiment, name: str, parts: Tree, statistics: Statistics) -> Model:
+    """Builds a model of all its parameters.
+
+    Args:
+        experiment: Experiment; the sizes of its networks and the origin of its text count.
+        name: Name of the model.
+        parts: Parameters of "vae", "codec" and, if the model is to have one, "refiner".
+        statistics: Complete statistics of the latents.
+    """
+    has_refiner = "refiner" in parts
     return model.build(
         name,
         experiment.vae,
@@ -72,8 +90,8 @@ def build_model(run: str | Path, name: str) -> Model:
         parts["codec"],
         statistics["mean"],
         statistics["std"],
-        experiment.refiner,
+        experiment.refiner if has_refiner else None,
         parts.get("refiner"),
-        weights.load_text(experiment),
-        statistics["white"] if experiment.refiner is not None else None,
+        weights.load_text(experiment) if has_refiner else None,
+        statistics["white"] if has_refiner else None,
     )

@@ -11,10 +11,18 @@ import numpy as np
 import pytest
 
 from gnvc_jax.media.writer import open_writer
+from gnvc_jax.model import load_model
 from gnvc_jax.parallel import MeshConfig
 from gnvc_jax.pretrained import load_pretrained
 from gnvc_jax.training import stages
-from gnvc_jax.training.config import DataConfig, Experiment, InitConfig, OptimConfig, RunConfig
+from gnvc_jax.training.config import (
+    DataConfig,
+    EvaluationConfig,
+    Experiment,
+    InitConfig,
+    OptimConfig,
+    RunConfig,
+)
 from gnvc_jax.training.networks import pixels
 from gnvc_jax.training.release import release
 from gnvc_jax.training.stages import make_stage
@@ -81,7 +89,7 @@ def test_a_linear_encoder_is_fitted_to_the_clips(vae_experiment, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_clips_to_a_model_that_codes(vae_experiment, tiny_codec, tmp_path):
+def test_from_clips_to_a_model_that_codes(vae_experiment, clips, tiny_codec, tmp_path):
     """train.py vae -> codec -> pixel -> release -> encode -> decode, each in its own process."""
     vae = dataclasses.replace(
         vae_experiment, data=dataclasses.replace(vae_experiment.data, batch=2)
@@ -93,6 +101,7 @@ def test_from_clips_to_a_model_that_codes(vae_experiment, tiny_codec, tmp_path):
         init=InitConfig(vae=vae.run.out),
         loss=CodecLoss(),
         run=dataclasses.replace(vae.run, out=str(tmp_path / "codec")),
+        evaluate=EvaluationConfig(every=1, data=str(clips), frames=5, clips=1),
     )
     pixel = dataclasses.replace(
         codec,
@@ -121,8 +130,9 @@ def test_from_clips_to_a_model_that_codes(vae_experiment, tiny_codec, tmp_path):
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    for experiment, metric in ((vae, "psnr"), (codec, "bpp_highest"), (pixel, "lpips_lowest")):
+    for experiment, metric in ((vae, "psnr"), (codec, "eval_score"), (pixel, "eval_score")):
         assert metric in run(experiment, "train.py")
+    assert load_model(Path(codec.run.out, "best.safetensors")).codec_config == tiny_codec
     model = tmp_path / "m.safetensors"
     release(pixel.run.out, model)
     coder = load_pretrained(model)
