@@ -55,15 +55,7 @@ def attention(
     Raises:
       UsageError: for an unknown name and for heads that the mesh axis `tensor` does not divide.
     """
-    best = choose(q.dtype, q.shape[-1])
-    heads, devices = q.shape[2] // axis_size("tensor"), axis_size("context")
-    ring = implementation == RING or (
-        implementation is None and exchanged_heads(heads, devices) is None
-    )
-    name = best if implementation in (None, RING) else implementation
-    if name not in IMPLEMENTATIONS:
-        names = ", ".join((*IMPLEMENTATIONS, RING))
-        raise UsageError(f"attention {name!r}: expected one of {names}")
+    name, ring = resolve(implementation, q.dtype, *q.shape[2:])
     options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
     return parallel.attention(IMPLEMENTATIONS[name], q, k, v, **options)
 
@@ -125,6 +117,28 @@ def windowed_attention(
     sizes = {"x": len(across), "y": len(down), "i": block, "j": block}
     out = rearrange(out, "(b x y) (i t j) n d -> b (x i) t (y j) n d", t=t, **sizes)
     return rearrange(out[:, :columns, :, :rows], "b w t h n d -> b (w t h) n d")
+
+
+def resolve(
+    implementation: str | None, dtype: DTypeLike, heads: int, head_width: int
+) -> tuple[str, bool]:
+    """What `attention` does on the mesh in use, from its argument and the shape of its inputs.
+
+    Returns:
+      A key of IMPLEMENTATIONS, and whether keys travel from device to device.
+
+    Raises:
+      UsageError: for an unknown name.
+    """
+    ring = implementation == RING or (
+        implementation is None
+        and exchanged_heads(heads // axis_size("tensor"), axis_size("context")) is None
+    )
+    name = choose(dtype, head_width) if implementation in (None, RING) else implementation
+    if name not in IMPLEMENTATIONS:
+        names = ", ".join((*IMPLEMENTATIONS, RING))
+        raise UsageError(f"attention {name!r}: expected one of {names}")
+    return name, ring
 
 
 def exchanged_heads(heads: int, devices: int) -> int | None:

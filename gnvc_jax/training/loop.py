@@ -21,6 +21,7 @@ from gnvc_jax.training.hooks import Hook, Meter, Profiler, SaveCheckpoints, Trai
 from gnvc_jax.training.inputs import Clips
 from gnvc_jax.training.metrics import make_writer, say
 from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.startup import describe_run
 from gnvc_jax.training.state import State, abstract_state, init_state
 from gnvc_jax.training.step import jit_step
 from gnvc_jax.training.throughput import Clock
@@ -46,7 +47,6 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
     experiment, began = stage.experiment, time.time()
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
-    say(f"{experiment.stage} on {jax.device_count()} x {jax.devices()[0].device_kind}")
 
     with (
         jax.set_mesh(mesh),
@@ -63,6 +63,7 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
 
         # Data, from where the checkpoint left off.
         clips = Clips(stage.data, experiment.data, step, position)
+        say(describe_run(experiment, state, frozen, clips.frames))
 
         # Log, checkpoints, and what else looks at the run.
         writer = stack.enter_context(closing(make_writer(experiment, step)))

@@ -1,0 +1,153 @@
+"""What a run prints before its first step: parameters and where they lie, kernels, sizes, memory.
+
+    latent on 8 x TPU v5p: fsdp 8
+    part     state    parameters  type        MiB  per device  on the mesh
+    codec    trained  15,871,680  float32    60.5        60.5  replicated
+    ...
+    step     8 clips of 5 frames of 256 x 256: 40 frames, 4,096 tokens
+    kernels  convolutions by XLA; attention splash; refiner in bfloat16, ...
+    memory   2,500.1 MiB per device (trained 414.0, averages 414.0, ...), and activations
+
+All of it is read from shapes and shardings; nothing is compiled for it.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+
+from gnvc_jax import convolution
+from gnvc_jax.planner.program import bytes_per_device
+from gnvc_jax.refiner import attention
+from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.state import State
+
+Tree = Any
+
+MIB = 2**20
+COLUMNS = ("part", "state", "parameters", "type", "MiB", "per device", "on the mesh")
+
+
+def describe_run(experiment: Experiment, state: State, frozen: Tree, frames: int) -> str:
+    """The table of a run; to be called under its mesh.
+
+    Args:
+        experiment: What is run.
+        state: Train state, arrays or shapes, with shardings.
+        frozen: What does not train, see `gnvc_jax.training.stages.frozen`; likewise.
+        frames: Frames per clip of the next step.
+    """
+    mesh = jax.sharding.get_mesh()
+    axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    device = mesh.devices.flat[0].device_kind
+    return "\n".join(
+        [
+            f"{experiment.stage} on {mesh.size} x {device}" + (f": {axes}" if axes else ""),
+            *aligned([COLUMNS, *parameter_rows(state, frozen)]),
+            f"step     {step_text(experiment, frames)}",
+            f"kernels  {kernels_text(experiment)}",
+            f"memory   {memory_text(state, frozen)}",
+        ]
+    )
+
+
+def parameter_rows(state: State, frozen: Tree) -> list[tuple[str, ...]]:
+    """One row for each part that trains or does not, and for the constants of the loss."""
+    fixed = {name: part for name, part in frozen.items() if name != "fixed"}
+    groups = (("trained", state.params), ("frozen", frozen["fixed"] | fixed))
+    return [
+        parameter_row(name, how, jax.tree.leaves(part))
+        for how, parts in groups
+        for name, part in parts.items()
+        if jax.tree.leaves(part)
+    ]
+
+
+def parameter_row(name: str, how: str, leaves: list[jax.Array]) -> tuple[str, ...]:
+    """Cells of one row of the table, see COLUMNS."""
+    types = sorted({str(x.dtype) for x in leaves})
+    total, here = sum(map(nbytes, leaves)), bytes_per_device(leaves)
+    return (
+        name,
+        how,
+        f"{sum(x.size for x in leaves):,}",
+        ", ".join(types),
+        f"{total / MIB:,.1f}",
+        f"{here / MIB:,.1f}",
+        placement(leaves),
+    )
+
+
+def placement(leaves: list[jax.Array]) -> str:
+    """How arrays lie on the mesh, in words; the percentage is of their bytes."""
+    split = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
+    if not split:
+        return "replicated"
+    axes = set(jax.tree.leaves([tuple(x.sharding.spec) for x in split]))
+    sizes = split[0].sharding.mesh.shape
+    names = ", ".join(axis for axis in sizes if axis in axes and sizes[axis] > 1)
+    return f"{sum(map(nbytes, split)) / sum(map(nbytes, leaves)):.0%} split over {names}"
+
+
+def step_text(experiment: Experiment, frames: int) -> str:
+    """What goes through one step."""
+    batch, (height, width) = experiment.data.batch, experiment.data.size
+    clips = f"{batch} clips of {frames} frames of {height} x {width}"
+    parts = [f"{batch * frames:,} frames"]
+    if tokens := experiment.tokens(frames):
+        parts.append(f"{batch * tokens:,} tokens")
+    if (accumulate := experiment.optim.accumulate) > 1:
+        parts.append(f"in {accumulate} micro-batches")
+    return f"{clips}: {', '.join(parts)}"
+
+
+def kernels_text(experiment: Experiment) -> str:
+    """Which forms of convolution and attention are used, and how the refiner computes."""
+    by = {convolution.CPU: "Winograd and sums over taps", convolution.DIRECT: "XLA"}
+    parts = [f"convolutions by {by[convolution.strategy()]}"]
+    if experiment.refiner is not None:
+        dit, compute = experiment.refiner.dit, experiment.compute
+        name, ring = attention.resolve(
+            compute.attention, compute.jax_dtype, dit.heads, dit.width // dit.heads
+        )
+        parts += [
+            f"attention {name}{' in a ring' if ring else ''}",
+            f"refiner in {compute.dtype}, precision {compute.precision}, remat {compute.remat}",
+        ]
+    return "; ".join(parts)
+
+
+def memory_text(state: State, frozen: Tree) -> str:
+    """Memory of a device that holds through the whole step; that of activations depends on more."""
+    params = bytes_per_device(state.params)
+    amounts = {
+        "trained": params,
+        "averages": bytes_per_device(state.ema),
+        "moments": bytes_per_device(state.opt_state),
+        "gradients": params,
+        "frozen": bytes_per_device(frozen),
+    }
+    parts = ", ".join(f"{name} {amount / MIB:,.1f}" for name, amount in amounts.items() if amount)
+    total = sum(amounts.values()) / MIB
+    return f"{total:,.1f} MiB per device ({parts}), and activations"
+
+
+def nbytes(x: jax.Array) -> int:
+    """Bytes of an array, or of a shape, on all devices together if it lay on them once."""
+    return math.prod(x.shape) * x.dtype.itemsize
+
+
+def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Rows as lines with columns of equal width; numbers at the right."""
+    columns = list(zip(*rows))
+    widths = [max(map(len, column)) for column in columns]
+    right = [any(cell[:1].isdigit() for cell in column[1:]) for column in columns]
+    right[-1] = False  # percentages in words
+    return [
+        "  ".join(
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right)
+        ).rstrip()
+        for row in zip(*columns)
+    ]
