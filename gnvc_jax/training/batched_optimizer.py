@@ -54,10 +54,10 @@ class StackedParameters:
     def pack(self, tree: Tree) -> Tree:
         """`tree` with every part that is structured as the parameters replaced by its stacks."""
 
-        def is_like_params(x):
+        def is_like_params(x: Any) -> bool:
             return jax.tree.structure(x) == self.structure
 
-        def one(x):
+        def one(x: Any) -> Any:
             if not is_like_params(x):
                 return x
             leaves = jax.tree.leaves(x)
@@ -68,7 +68,7 @@ class StackedParameters:
     def unpack(self, tree: Tree) -> Tree:
         """The inverse of `pack`."""
 
-        def one(x):
+        def one(x: Any) -> Any:
             if not isinstance(x, list):
                 return x
             leaves = {i: y for group, ys in zip(self.groups, x) for i, y in zip(group, ys)}

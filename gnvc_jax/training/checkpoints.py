@@ -279,6 +279,7 @@ class PatientLoop(asyncio.SelectorEventLoop):
     """An event loop that lets its tasks end before it is closed."""
 
     def close(self) -> None:
+        """Closes the loop after its tasks."""
         if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
             self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
         super().close()

@@ -245,6 +245,7 @@ class Policy:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
+        """Its type for JAX."""
         return jnp.dtype(self.dtype)
 
 
@@ -414,6 +415,8 @@ def load(path: str | Path) -> Experiment:
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"{path}: a config file must end in .py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = getattr(module, "experiment", None)

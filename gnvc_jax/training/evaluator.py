@@ -32,7 +32,8 @@ from gnvc_jax.media.reader import open_video
 from gnvc_jax.metrics.backbones import MIN_SIDE, load_weights
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.metrics.psnr import psnr
-from gnvc_jax.model import Model, save_model
+from gnvc_jax.model import Model
+from gnvc_jax.model_file import save_model
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.pretrained import Codec
 from gnvc_jax.training import latent_statistics, partition, stages, weights

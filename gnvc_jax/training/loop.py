@@ -176,7 +176,7 @@ class StopRequest:
     def __enter__(self) -> "StopRequest":
         self.received = False
         numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
-        self.previous = {n: signal.signal(n, self.receive) for n in numbers}
+        self.previous: dict[int, Any] = {n: signal.signal(n, self.receive) for n in numbers}
         return self
 
     def receive(self, number: int, frame: object) -> None:

@@ -33,7 +33,8 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
     Raises:
         UsageError: there is no such kernel.
     """
-    kernels = {p: x for p, x in flatten_dict(params, sep="/").items() if re.fullmatch(TARGETS, p)}
+    leaves: dict[str, Any] = flatten_dict(params, sep="/")
+    kernels = {path: x for path, x in leaves.items() if re.fullmatch(TARGETS, path)}
     if not kernels:
         raise UsageError("lora: the model has no refiner to adapt")
     flat = {}
@@ -54,7 +55,8 @@ def shapes(params: Tree, rank: int) -> Tree:
 
 def merge(params: Tree, lora: Tree) -> Tree:
     """The parameters with their low-rank changes."""
-    flat, changes = flatten_dict(params, sep="/"), flatten_dict(lora, sep="/")
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    changes: dict[str, Any] = flatten_dict(lora, sep="/")
     for path in {change.rpartition("/")[0] for change in changes}:
         flat[path] = flat[path] + changes[f"{path}/a"] @ changes[f"{path}/b"]
     return unflatten_dict(flat, sep="/")

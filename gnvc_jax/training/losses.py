@@ -117,10 +117,11 @@ def flow_matching(
         start: Flow time at which refinement begins.
     """
     time = tau[:, None, None, None, None]
-    state = flow.path_state(clean, decoded, noise, time, start)
-    target = jax.lax.stop_gradient(flow.path_velocity(clean, decoded, noise, start))
+    state = jnp.asarray(flow.path_state(clean, decoded, noise, time, start))
+    target = jax.lax.stop_gradient(jnp.asarray(flow.path_velocity(clean, decoded, noise, start)))
     found = velocity(state, tau)
-    return FlowMatching(squared_error(found, target), flow.clean_estimate(state, found, time))
+    estimate = jnp.asarray(flow.clean_estimate(state, found, time))
+    return FlowMatching(squared_error(found, target), estimate)
 
 
 def refine_through_last_step(

@@ -43,6 +43,7 @@ class Console:
         self.steps = steps
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Prints the line."""
         parts = [f"step {step}/{self.steps}", *(f"{k} {v:.4g}" for k, v in values.items())]
         if seconds := values.get("step_s"):
             left = round((self.steps - step) * seconds)
@@ -50,7 +51,7 @@ class Console:
         print("  ".join(parts), flush=True)
 
     def close(self) -> None:
-        pass
+        """Does nothing: the console stays open."""
 
 
 class JsonLines:
@@ -67,12 +68,14 @@ class JsonLines:
         self.file = path.open("a")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Appends the object."""
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         record = {"step": step, "time": time.time(), **finite}
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         self.file.close()
 
 
@@ -85,10 +88,12 @@ class TensorBoard:
         self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds one scalar for each value."""
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
 
     def close(self) -> None:
+        """Writes what is left."""
         self.writer.close()
 
 
@@ -99,10 +104,12 @@ class Many:
         self.writers = writers
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes to each."""
         for writer in self.writers:
             writer.write(step, values)
 
     def close(self) -> None:
+        """Closes each."""
         for writer in self.writers:
             writer.close()
 
@@ -117,7 +124,10 @@ def make_writer(experiment: Experiment, step: int) -> Writer:
     out = Path(experiment.run.out)
     if jax.process_index() != 0:
         return Many([])
-    writers = [Console(experiment.optim.steps), JsonLines(out / "metrics.jsonl", step)]
+    writers: list[Writer] = [
+        Console(experiment.optim.steps),
+        JsonLines(out / "metrics.jsonl", step),
+    ]
     if experiment.run.tensorboard:
         writers.append(TensorBoard(out / "tensorboard", step))
     return Many(writers)

@@ -19,11 +19,19 @@ Tree = Any
 
 
 class Networks(NamedTuple):
-    """The networks of a model; None for what it does not have."""
+    """The networks of a model; None for what it does not have.
 
-    vae: VAE
-    codec: LatentCodec | None
-    refiner: Refiner | None
+    They are annotated as Any because what `apply` returns depends on the method that it is given.
+
+    Attributes:
+        vae: `gnvc_jax.vae.VAE`.
+        codec: `gnvc_jax.codec.model.LatentCodec`, or None.
+        refiner: `gnvc_jax.refiner.Refiner`, or None.
+    """
+
+    vae: Any
+    codec: Any
+    refiner: Any
 
 
 def make_networks(experiment: Experiment) -> Networks:

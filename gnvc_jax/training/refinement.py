@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gnvc_jax.refiner import Refiner, per_latent_factors
+from gnvc_jax.refiner import per_latent_factors
 
 Array = jax.Array
 Tree = Any
@@ -62,12 +62,12 @@ def random_window(key: Array, white: Array, count: int, window: int) -> Window:
 
 
 def refiner_velocity(
-    refiner: Refiner, q_index: Array, text: Array | None
+    refiner: Any, q_index: Array, text: Array | None
 ) -> Callable[[Tree, Array, Array], Array]:
     """The velocity of a refiner, in the form that `losses.refine_through_last_step` takes.
 
     Args:
-        refiner: Refiner.
+        refiner: `gnvc_jax.refiner.Refiner`.
         q_index: Quality levels (b,).
         text: Text condition (1, rows, width), the same for all clips, or None.
 

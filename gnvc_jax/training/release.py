@@ -82,6 +82,7 @@ def model_of_parts(experiment: Experiment, name: str, parts: Tree, statistics: S
         statistics: Complete statistics of the latents.
     """
     has_refiner = "refiner" in parts
+    assert experiment.codec is not None
     return model.build(
         name,
         experiment.vae,

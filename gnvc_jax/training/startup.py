@@ -79,7 +79,7 @@ def parameter_row(name: str, how: str, leaves: list[jax.Array]) -> tuple[str, ..
     )
 
 
-def placement(leaves: list[jax.Array]) -> str:
+def placement(leaves: list[Any]) -> str:
     """How arrays lie on the mesh, in words; the percentage is of their bytes."""
     split = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
     if not split:

@@ -70,7 +70,7 @@ def abstract_state(stage: Stage, mesh: Mesh) -> State:
     Raises UsageError for parameters that the mesh does not divide.
     """
 
-    def make(key):
+    def make(key: jax.Array) -> State:
         return init_state(stage.experiment.optim, stages.init_trained(stage, key), key)
 
     state = jax.eval_shape(make, jax.random.key(0))

@@ -32,8 +32,8 @@ def gradient(loss: Callable, parts: int) -> Callable:
     def divided(x: jax.Array) -> jax.Array:
         return rearrange(x, "(b parts) ... -> parts b ...", parts=parts)
 
-    def mean(params: Tree, frozen: Tree, batch: Tree, key: jax.Array, step: jax.Array):
-        def add(total, xs):
+    def mean(params: Tree, frozen: Tree, batch: Tree, key: jax.Array, step: jax.Array) -> Tree:
+        def add(total: Tree, xs: Tree) -> tuple[Tree, None]:
             part, i = xs
             done = whole(params, frozen, part, jax.random.fold_in(key, i), step)
             return jax.tree.map(lambda a, b: a + b / parts, total, done), None

@@ -33,6 +33,7 @@ from gnvc_jax.porting.checkpoint import (
     read_architecture,
 )
 from gnvc_jax.pretrained import find_model
+from gnvc_jax.refiner.config import DiTConfig
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params
 from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
@@ -123,7 +124,8 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
         x = x.astype(like.dtype)
         return x if like.sharding is None else jax.device_put(x, like.sharding)
 
-    flat, wanted = flatten_dict(found, sep="/"), flatten_dict(wanted, sep="/")
+    flat: dict[str, Any] = flatten_dict(found, sep="/")
+    wanted = flatten_dict(wanted, sep="/")
     # A random parameter among trained ones would be a mistake in the sizes that nobody sees.
     for path in sorted(wanted):
         if path not in flat and path.partition("/")[0] in trained_before:
@@ -143,7 +145,7 @@ def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
         else:
             found |= load_params(known.vae, {"vae": like["vae"]}, partial=True)
     refiner = like.get("refiner", {})
-    if known.dit is not None and "dit" in refiner:
+    if known.dit is not None and "dit" in refiner and experiment.refiner is not None:
         check_architecture(known.dit, "dit", experiment.refiner.dit)
         found["refiner"] = {"dit": load_weights(known.dit, "dit", wanted=refiner["dit"])[1]}
     return found
@@ -220,9 +222,9 @@ def load_vae(experiment: Experiment) -> Tree:
 
 def load_text(experiment: Experiment) -> np.ndarray | None:
     """The text condition (1, rows, width), None for a model without one."""
-    if not has_text(experiment):
+    config, known = text_config(experiment), origins(experiment.init)
+    if config is None:
         return None
-    config, known = experiment.refiner.dit, origins(experiment.init)
     path = known.prompt
     if path is None and known.dit and (kept := Path(known.dit) / PROMPT).is_file():
         path = kept
@@ -237,9 +239,11 @@ def load_text(experiment: Experiment) -> np.ndarray | None:
     return load_prompt(path, config)
 
 
-def has_text(experiment: Experiment) -> bool:
-    """Whether the model has a refiner that is conditioned on text."""
-    return experiment.refiner is not None and experiment.refiner.dit.text_length > 0
+def text_config(experiment: Experiment) -> DiTConfig | None:
+    """Sizes of the DiT, and so of its text condition; None for a model without one."""
+    if experiment.refiner is None or not experiment.refiner.dit.text_length:
+        return None
+    return experiment.refiner.dit
 
 
 def check_complete(found: Tree, wanted: Tree) -> None:
@@ -260,7 +264,7 @@ def kept(shapes: Tree, compute: ComputeConfig) -> Tree:
         found = [dtype for pattern, dtype in kernels.items() if re.fullmatch(pattern, path)]
         return x.update(dtype=found[0]) if found else x
 
-    flat = flatten_dict(shapes, sep="/")
+    flat: dict[str, Any] = flatten_dict(shapes, sep="/")
     return unflatten_dict({path: one(path, x) for path, x in flat.items()}, sep="/")
 
 

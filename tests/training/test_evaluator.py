@@ -10,7 +10,7 @@ import pytest
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.media.writer import open_writer
-from gnvc_jax.model import load_model
+from gnvc_jax.model_file import load_model
 from gnvc_jax.pretrained import load_pretrained
 from gnvc_jax.training import evaluator, stages
 from gnvc_jax.training.checkpoints import Checkpoints

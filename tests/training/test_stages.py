@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax.media.writer import open_writer
-from gnvc_jax.model import load_model
+from gnvc_jax.model_file import load_model
 from gnvc_jax.parallel import MeshConfig
 from gnvc_jax.pretrained import load_pretrained
 from gnvc_jax.training import stages

@@ -177,7 +177,7 @@ def frozen(stage: Stage, statistics: Statistics) -> Tree:
 def load_teacher(stage: Stage, statistics: Statistics) -> Tree:
     """The teacher's own parameters: the starting weights."""
     shapes = weights.on_mesh(teacher_shapes(stage))
-    wanted = flatten_dict(shapes, sep="/")
+    wanted: dict[str, Any] = flatten_dict(shapes, sep="/")
     found = flatten_dict(weights.load(stage.experiment, shapes, statistics), sep="/")
     missing = sorted(wanted.keys() - found.keys())
     if any(not path.startswith("lora/") for path in missing):

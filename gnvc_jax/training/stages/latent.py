@@ -48,8 +48,8 @@ class LatentLoss:
 
 def latent_stage(experiment: Experiment) -> Stage:
     """Starts from a codec that was trained alone; `experiment.train` says what trains."""
-    loss_weights, config = experiment.loss, experiment.refiner
-    networks = make_networks(experiment)
+    loss_weights, networks = experiment.loss, make_networks(experiment)
+    config = networks.refiner.config
 
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
@@ -98,7 +98,6 @@ def refiner_constants(experiment: Experiment, statistics: Statistics) -> Tree:
 def refiner_constant_shapes(experiment: Experiment) -> Tree:
     """`refiner_constants` as shapes."""
     text = None
-    if weights.has_text(experiment):
-        config = experiment.refiner.dit
+    if (config := weights.text_config(experiment)) is not None:
         text = jax.ShapeDtypeStruct((1, config.text_length, config.text_width), np.float32)
     return latent_statistics.shapes(experiment) | {"text": text}

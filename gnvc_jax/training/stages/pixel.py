@@ -29,9 +29,9 @@ Tree = dict
 
 @dataclasses.dataclass(frozen=True)
 class PixelLoss:
-    """(R + lambda * D) / lambda^balance of the stages `pixel` and `distill`, with the distortion
-    D = mse * E + lpips * LPIPS + decoded * E_c + refined * E_1 + distill * E_t.
+    """(R + lambda * D) / lambda^balance of the stages `pixel` and `distill`.
 
+    The distortion D is mse * E + lpips * LPIPS + decoded * E_c + refined * E_1 + distill * E_t.
     R is the rate in bits per pixel, E the mean squared error of pixels in [-1, 1]; E_c and E_1 are
     those of decoded and of refined latents (GNVC-VD, stage II). Refinement takes `steps` steps,
     with gradients through the last one; with probability `single` it takes one. E_t is the mean
@@ -99,7 +99,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
                 f"refiner.steps: the stage `{experiment.stage}` trains for {trained}, not "
                 f"{experiment.refiner.steps}"
             )
-    weights, config, networks = experiment.loss, experiment.refiner, make_networks(experiment)
+    weights, networks = experiment.loss, make_networks(experiment)
     perceptual_weights = load_weights(weights.lpips_net, weights.lpips_weights)
 
     def loss(
@@ -111,6 +111,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         latents, metrics = output.decoded, output.metrics
         distortion = weights.decoded * output.error
         if networks.refiner is not None:
+            config = networks.refiner.config
             window = random_window(key_window, constants["white"], latents.shape[1], config.window)
             decoded, features = window.of(output.decoded), window.cut(output.features)
             noise = config.noise * jax.random.normal(key_noise, decoded.shape)

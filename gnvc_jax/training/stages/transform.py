@@ -6,7 +6,7 @@ reference of the next latent's motion, as it will in use; codec and head train t
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ from gnvc_jax.training.weights import Statistics, agreed, placed_like
 from gnvc_jax.vae import VAE, klt
 
 Array = jax.Array
-Tree = dict
+Tree = Any
 
 LOSS_SCALE = 0.03  # keeps the norm of gradients well below `optim.clip`
 LEVELS_PER_UNIT = 127.5  # 8-bit steps per unit of pixels in [-1, 1]
@@ -156,8 +156,11 @@ def transform_loss(
     return LOSS_SCALE * loss, metrics
 
 
-def draw_levels(key: Array, weights: TransformLoss, q_index: Array, latents: int) -> Array:
-    """Quality level of every latent, (b, latents) int32, of clips of the levels q_index (b,)."""
+def draw_levels(key: Array, weights: Any, q_index: Array, latents: int) -> Array:
+    """Quality level of every latent, (b, latents) int32, of clips of the levels q_index (b,).
+
+    weights: `TransformLoss`, or other settings with the same `intra_offset` and `pattern`.
+    """
     (b,) = q_index.shape
     key_intra, key_pattern = jax.random.split(key)
     low, high = weights.intra_offset
@@ -200,7 +203,14 @@ def roll_out(
     def error(a: Array, b: Array) -> Array:
         return losses.squared_error(a, b) * LEVELS_PER_UNIT**2
 
-    def result(latent, coded, decoded, compared, frames, predicted_error) -> MotionOutput:
+    def result(
+        latent: Array,
+        coded: Any,
+        decoded: Array,
+        compared: Array,
+        frames: Array,
+        predicted_error: Any,
+    ) -> MotionOutput:
         bits = coded.y_bits + coded.z_bits
         return MotionOutput(
             latent,
@@ -218,7 +228,7 @@ def roll_out(
     decoded = networks.vae.apply(vae, coded.latent[:, None], method="decode")
     first = result(latent, coded, decoded, decoded, video[:, :1], None)
 
-    def step(carry, xs):
+    def step(carry: Tree, xs: Tree) -> tuple[Tree, MotionOutput]:
         last, state = carry
         frames, vectors, q_index, key = xs
         # The picture that a decoder has. It passes no gradients on to the past: cells without
@@ -260,7 +270,7 @@ def roll_out(
         b if a is None else jnp.concatenate([a[:, None], b], axis=1)
         for a, b in zip(first[:-1], later[:-1])
     ]
-    return MotionOutput(*joined, frames)
+    return MotionOutput._make([*joined, frames])
 
 
 def fit_to_clips(
@@ -295,10 +305,11 @@ def fit_to_clips(
     for batch in batches:
         intra, later, residual = latents_of(batch)
         for kind, latents, coded in (("intra", intra, intra), ("inter", later, residual)):
-            plain[kind].add(latents)
-            cells[kind].add(space_to_depth(coded))
+            plain[kind].add(np.asarray(latents))
+            cells[kind].add(np.asarray(space_to_depth(coded)))
     codec = dict(params["codec"])
-    for kind, scale in (("intra", "first_scale"), ("inter", "later_scale")):
+    scales: dict[Literal["intra", "inter"], str] = {"intra": "first_scale", "inter": "later_scale"}
+    for kind, scale in scales.items():
         # One latent unit is 1 / scale of an orthonormal coefficient of pixels; the squared error of
         # a pixel is the mean of three colours.
         worth = (LEVELS_PER_UNIT / fitted["klt"][scale]) ** 2 / 3.0
