@@ -51,10 +51,10 @@ class RefineLoss:
         pattern_prob: Share of clips that have one.
     """
 
-    squared: float = 10.0
-    lpips: float = 1.0
-    dists: float = 1.0
-    temporal: float = 5.0
+    squared: float = 4.0
+    lpips: float = 2.0
+    dists: float = 1.5
+    temporal: float = 1.0
     latent: float = 0.05
     intra_offset: tuple[int, int] = (17, 33)
     pattern: tuple[int, ...] = (-4, -2, -4, 4)
