@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_stage
 
+from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.model_file import load_model
@@ -24,6 +26,7 @@ from gnvc_jax.training.config import (
 )
 from gnvc_jax.training.evaluator import QPS, BestModel, Evaluator
 from gnvc_jax.training.hooks import TrainingRun
+from gnvc_jax.training.loop import train
 from gnvc_jax.training.release import release
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
@@ -97,7 +100,7 @@ def stage(tiny_codec, tmp_path):
     )
 
 
-def test_logged_figures_are_those_of_the_released_model(stage, tmp_path, monkeypatch):
+def test_logged_figures_are_those_of_the_released_model(stage, tmp_path):
     log, step = Log(), 2
     run = run_after(stage, step, log)
     evaluated = Evaluator(stage, STATISTICS)
@@ -218,3 +221,16 @@ def test_what_cannot_be_evaluated_is_said_at_the_start(stage, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"evaluate\.data: .*empty holds no video"):
         evaluator.read_clips(EvaluationConfig(every=1, data=str(tmp_path / "empty")))
+
+
+def test_training_makes_the_evaluator_before_its_first_step(tmp_path):
+    base = toy_stage.experiment()
+    experiment = dataclasses.replace(
+        base,
+        codec=CodecConfig(),
+        run=dataclasses.replace(base.run, out=str(tmp_path / "run")),
+        evaluate=EvaluationConfig(every=1, data=str(tmp_path)),
+    )
+    with pytest.raises(UsageError, match=r"the stage `toy_stage:toy_stage` has no codec"):
+        train(toy_stage.toy_stage(experiment))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
