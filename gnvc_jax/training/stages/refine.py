@@ -79,13 +79,13 @@ class RefinedFrames(NamedTuple):
 
 def refine_stage(experiment: Experiment) -> Stage:
     """Starts from a run of the stage `transform`, whose codec and VAE stay as they are."""
-    least = 1 + (PAIR + 1) * experiment.vae.temporal_stride
-    if experiment.refiner.window <= PAIR or experiment.data.frames < least:
+    networks, weights = make_networks(experiment), experiment.loss
+    window, least = networks.refiner.config.window, 1 + (PAIR + 1) * experiment.vae.temporal_stride
+    if window <= PAIR or experiment.data.frames < least:
         raise UsageError(
             f"the stage `refine` needs refiner.window > {PAIR} and data.frames >= {least}, got "
-            f"{experiment.refiner.window} and {experiment.data.frames}"
+            f"{window} and {experiment.data.frames}"
         )
-    networks, weights = make_networks(experiment), experiment.loss
     perceptual = {"alex": load_weights("alex"), "dists": load_dists()}
 
     def loss(

@@ -87,7 +87,7 @@ class MotionOutput(NamedTuple):
 def transform_stage(experiment: Experiment) -> Stage:
     """Trains everything: the codec and the VAE's head; the VAE's basis gets no gradient."""
     networks, weights = make_networks(experiment)._replace(refiner=None), experiment.loss
-    data, channels = inputs.clips(experiment, motion=True), experiment.codec.latent_channels
+    data, channels = inputs.clips(experiment, motion=True), experiment.vae.latent_channels
 
     def loss(
         params: Tree, constants: Tree, batch: Tree, key: Array, step: Array
