@@ -217,7 +217,7 @@ def info(input: Positional[str]) -> int:
 def demo(
     *,
     clip: str | None = None,
-    qp: int = 24,
+    qp: int = 36,
     frames: int = 33,
     model: str = "small",
     out: str = "demo_out",
