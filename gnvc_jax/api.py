@@ -178,13 +178,13 @@ class PretrainedRefiner:
         Args:
             decoded: Normalised latents as a codec decodes them, h and w even.
             features: Features of the codec; None for zeros.
-            q_index: Quality level that the latents were coded at, 0 (worst) to 63.
+            q_index: Quality level that the latents were coded at, 0 (worst) to 63; 63 - qp.
             steps: Steps of the flow, None for what the refiner was trained for; with 0, the latents
                 are returned as they are.
             seed: Seed of the noise.
 
         Returns:
-            Refined latents, normalised like those that were given.
+            Refined latents, normalised in the same way as the input.
 
         Raises:
             UsageError: If the latents or features have another number of axes or channels, or
@@ -282,7 +282,10 @@ def load_refiner(
         given = params, model.text, model.white, dtype
         found = model.refiner_config and PretrainedRefiner(model.refiner_config, *given)
     if found is None:
-        raise UsageError(f"{path}: this model has no refiner")
+        raise UsageError(
+            f"{path}: this model has no refiner; use one that has, or a folder of `gnvc port` with "
+            "a DiT"
+        )
     return found
 
 

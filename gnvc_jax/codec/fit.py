@@ -28,8 +28,8 @@ WHITENING_FLOOR = 0.1  # of the mean variance: channels that hardly vary are not
 def quantiser_step(worth: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
     """Step of a uniform quantiser where a squared error is worth `worth` bits.
 
-    At the optimum -dR/dD = worth. With D = step^2 / 12 and a slope of 6.02 dB a bit that gives
-    step^2 = 6 / (worth ln 2).
+    At the optimum -dR/dD = worth. Each bit quarters D (6.02 dB), so dD/dR = -2 ln 2 D. With
+    D = step^2 / 12 that gives step^2 = 6 / (worth ln 2).
     """
     return np.sqrt(6.0 / (worth * np.log(2.0)))
 
@@ -71,8 +71,8 @@ def deviation_of_symbols(mean_square: Float[np.ndarray, "*shape"]) -> Float[np.n
 def quiet_hyperprior(entropy: Mapping) -> dict:
     """An entropy model whose hyperlatents are zero and cost next to nothing.
 
-    A random hyperprior would spend bits on noise. Training finds it again: the layers behind are as
-    they were.
+    A random hyperprior would spend bits on noise. Training finds it again: the layers after it
+    keep their random weights.
 
     Args:
       entropy: parameters of a `gnvc_jax.codec.entropy.EntropyModel`; not changed.

@@ -93,7 +93,7 @@ def evaluate(
     printed and written to OUT/results.md, results.json and results.csv; OUT/report.html shows
     curves and pictures. Records are kept in OUT/records: rerun the same command to resume.
 
-    Options may also stand in a file, given as @FILE or as the @NAME of a shipped one:
+    Options can also be read from a file, given as @FILE or as the @NAME of a shipped one:
     @evaluation/gnvc_vd has those of the experiments of the paper.
 
     Exit codes: 0 success; 1 something failed; 2 usage error; 3 everything was measured except clips

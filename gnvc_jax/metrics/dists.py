@@ -72,7 +72,7 @@ def _l2_pool(z: Float[Array, "b h w c"], _: int) -> Float[Array, "b h2 w2 c"]:
             jax.lax.slice_in_dim(z, k, k + 2 * size - 1, 2, axis) for k in range(3)
         )
         z = 0.25 * left + 0.5 * middle + 0.25 * right
-    return jnp.sqrt(z + 1e-12)
+    return jnp.sqrt(z + 1e-12)  # the square root has no finite gradient at 0
 
 
 def load_dists(path: str | Path | None = None) -> dict:

@@ -104,7 +104,11 @@ def half_pels(flow: np.ndarray, side: int) -> np.ndarray:
 
 
 def residual_bits(residual: np.ndarray) -> np.ndarray:
-    """Estimated bits (...) of vectors (..., 2) that are coded without a prediction."""
+    """Estimated bits (...) of vectors (..., 2) that are coded without a prediction.
+
+    A rough model of the adaptive coder in `gnvc_jax.motion.coding`: a zero is cheap, other values
+    cost more with their logarithm.
+    """
     size = np.abs(residual.astype(np.float32))
     return np.where(size == 0, 0.6, 2.2 + 1.6 * np.log2(1 + size)).sum(-1)
 
@@ -167,12 +171,13 @@ def search_coarse(
         # the vectors of the four neighbours, and small steps.
         whole = np.broadcast_to(np.round(np.median(vectors, axis=(0, 1))), vectors.shape)
         candidates = [np.zeros_like(vectors), median_of_neighbours(vectors), whole, *known]
+        # (np.roll wraps around at the border, which is harmless: these are only candidates.)
         candidates += [np.roll(vectors, s, axis) for axis in (0, 1) for s in (1, -1)]
         candidates += [vectors + reach * step for step in STEPS]
         for candidate in candidates:
             candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
             if np.array_equal(candidate, vectors):
-                continue
+                continue  # no block would change
             found = differences(frame, reference, candidate, COARSE)
             # A block's cost depends on its neighbours, so only one colour of a checkerboard may
             # change at a time.
@@ -216,7 +221,7 @@ def split_blocks(
 
 
 def prediction_errors(field: MotionField, frames: list, reference: np.ndarray) -> np.ndarray:
-    """Sum of absolute differences of the first three frames under the whole field: (3,)."""
+    """Sums of absolute differences of the first three frames under the whole field, (3,)."""
     pairs = zip(frames[: FRAMES - 1], expand(field))
     warped = ((frame, displaced(reference, dense(vectors))) for frame, vectors in pairs)
     return np.array([cv2.absdiff(*pair).sum(dtype=np.float64) for pair in warped])

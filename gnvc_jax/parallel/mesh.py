@@ -5,8 +5,8 @@
 - context: tokens of one clip.
 - tensor: attention heads and hidden units.
 
-Devices that are neighbours along the last axes are connected best, so the axes come in the order of
-how much they communicate. `parse_mesh` reads a mesh from the command line, `make_mesh` builds it.
+The axes are ordered from least to most communication, because neighbours along the last axis have
+the fastest links. `parse_mesh` reads a mesh from the command line, `make_mesh` builds it.
 """
 
 import dataclasses

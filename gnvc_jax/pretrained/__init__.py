@@ -130,7 +130,8 @@ class Codec(Coder):
             steps: Refinement steps, None for what the model was trained for.
 
         Raises:
-            UsageError: If the model has no refiner.
+            UsageError: If steps are asked for of a model without a refiner. Without steps, such a
+                model returns the latents unchanged.
         """
         return self.functions.refine(*group, self.steps if steps is None else steps)
 

@@ -4,8 +4,8 @@
 `DiTAttention` twice. `gnvc_jax.refiner.model` conditions it on the codec.
 
 Latents (b, t, h, w, c) are normalised per channel; tokens are (b, n, d) with n = (w/2) t (h/2),
-column outermost, so that a video sharded along its width stays so. Attention has no mask, and the
-rotary embedding follows the tokens, hence their order changes nothing else.
+column outermost, so that a video sharded along its width stays so. Because attention has no mask
+and the rotary embedding is permuted with the tokens, their order does not affect the result.
 
 Parameters are float32; matrix products and attention run in `dtype`. The residual stream, all
 norms, modulation, the time path, rotation and the head are float32, as in the original under
@@ -89,7 +89,7 @@ def rotary_table(head_width: int, t: int, h: int, w: int) -> RotaryTable:
 
 
 def rotate(x: Float[Array, "b n heads d"], table: RotaryTable) -> Float[Array, "b n heads d"]:
-    """Rotates neighbouring pairs of each head, in float32; tokens beyond the table stay as is."""
+    """Rotates neighbouring pairs of each head, in float32; those beyond the table do not change."""
     # Padding from `shard_tokens` comes last: angle 0.
     rest = ((0, x.shape[1] - table[0].shape[0]), (0, 0), (0, 0))
     cosine, sine = jnp.pad(table[0], rest, constant_values=1.0), jnp.pad(table[1], rest)

@@ -137,8 +137,8 @@ def refine_through_last_step(
     Memory and time of the backward pass are those of one step, whatever their number.
 
     Args:
-        velocity: Function (inputs, state, tau) -> velocity. All that gradients shall reach is an
-            argument of it, since the steps before the last run on constants.
+        velocity: Function (inputs, state, tau) -> velocity. Everything that gradients must reach
+            has to be an argument, since the steps before the last run on constants.
         inputs: Parameters and conditions of the velocity, any tree.
         decoded: Decoded latents (b, t, h, w, c), whitened as the refiner sees them.
         noise: Normal noise, same shape.

@@ -108,8 +108,8 @@ def decode_clip(
 def grey_latents(vae: VAE, params: Tree) -> Float[Array, "2 z"]:
     """Latents of a grey clip, a first and a later one, not normalised.
 
-    They are taken from the middle of the frame and the end of the clip, where neither border is
-    felt. VACE marks with them what is to be generated.
+    They are taken from the middle of the frame and the end of the clip, where padding at the
+    borders has no effect. VACE marks with them what is to be generated.
     """
     side, frames = 8 * vae.config.stride, 1 + 3 * vae.config.temporal_stride
     latents = encode_clip(vae, params, jnp.zeros((1, frames, side, side, 3)))

@@ -71,7 +71,8 @@ class Stage:
             parameters. Checkpoints keep it.
         constants: Function (statistics) -> arrays beside parameters that the loss needs;
             statistics: what `measure` gave when the run began.
-        constant_shapes: Function () -> the same as shapes, from the configuration alone.
+        constant_shapes: Function () -> the same as shapes, from the configuration alone. Needed
+            whenever `constants` is given: the step is also traced before there is data.
         fit: Function (params, statistics) -> the parameters that train, started from data. Called
             for new runs that start from no other run.
         teacher: Patterns of those parameters of which the loss needs the starting values besides:

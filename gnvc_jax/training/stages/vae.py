@@ -30,7 +30,7 @@ class VAELoss:
         l1: Of the mean absolute error.
         mse: Of the mean squared error.
         kl: Of the divergence of the posterior from N(0, 1), mean over latent elements.
-        lpips: Of LPIPS (alex).
+        lpips: Of LPIPS (AlexNet).
         lpips_from: Step from which LPIPS is computed; before, it costs nothing.
         lpips_frames: Random frames of each clip that LPIPS is computed on.
     """
