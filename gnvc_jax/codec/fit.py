@@ -121,6 +121,7 @@ def init_from_statistics(
     basis = np.zeros((len(vectors), y))
     basis[:, :kept] = vectors[:, :kept]
     deviation = np.sqrt(np.pad(variances[:kept], (0, y - kept)))
+    # All coefficients of a level share one step, unless the range of symbols forces a coarser one.
     steps = quantiser_step(worth_low * (worth_high / worth_low) ** POSITIONS)  # (knots,)
     # (knots, y): the largest symbol must reach six standard deviations; tails are heavy.
     steps = np.maximum(steps[:, None], 6.0 * deviation / SYMBOL_BOUND)
@@ -131,6 +132,7 @@ def init_from_statistics(
     log_steps = np.log(steps).astype(np.float32)
     part["y_gain"], part["y_inverse"] = {"log_gain": -log_steps}, {"log_gain": log_steps}
 
+    # P3 is the last layer of the scale network, see `gnvc_jax.codec.scales.scale_layers`.
     scales = dict(part["entropy"]["scales"])
     scales["P3_bias"] = table_bias(config, deviation / steps)
     scales["P3_kernel"] = np.zeros_like(scales["P3_kernel"])

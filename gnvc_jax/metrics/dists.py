@@ -44,6 +44,7 @@ def dists(params: dict, x: Array | np.ndarray, y: Array | np.ndarray) -> Float32
         var_a = jnp.square(a - mean_a[:, None, None]).mean((1, 2))
         var_b = jnp.square(b - mean_b[:, None, None]).mean((1, 2))
         covariance = (a * b).mean((1, 2)) - mean_a * mean_b
+        # Texture compares means, structure covariances; both as in SSIM, over whole feature maps.
         texture.append((2 * mean_a * mean_b + _EPS) / (mean_a**2 + mean_b**2 + _EPS))
         structure.append((2 * covariance + _EPS) / (var_a + var_b + _EPS))
     alpha, beta = params["alpha"], params["beta"]

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 
 from gnvc_jax.codec.fit import whitening
+from gnvc_jax.frames import to_float
 from gnvc_jax.porting.checkpoint import has_component, read_architecture
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.training import inputs
 from gnvc_jax.training.checkpoints import load_statistics
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.networks import pixels
 from gnvc_jax.training.weights import Statistics, load_vae, origins
 from gnvc_jax.vae import VAE, encode_clip
 
@@ -79,7 +79,7 @@ def complete(experiment: Experiment, statistics: Statistics) -> Statistics:
 def measure_latents(experiment: Experiment) -> Statistics:
     """Statistics of the latents of some batches of clips."""
     vae, params = VAE(experiment.vae), load_vae(experiment)
-    encode = jax.jit(lambda params, batch: encode_clip(vae, params, pixels(batch)))
+    encode = jax.jit(lambda params, batch: encode_clip(vae, params, to_float(batch)))
     batches = iter(inputs.clips(experiment).batches(experiment.data.frames))
     count = experiment.data.statistics_batches
     latents = [np.asarray(encode(params, next(batches))) for _ in range(count)]

@@ -2,7 +2,8 @@
 
 A kernel W (..., in, out) becomes W + A B with A (..., in, r) and B (..., r, out). B starts at zero,
 so that nothing changes at first. These are transforms of the parameter tree: merging costs one
-small product per kernel and step, and networks know nothing of it.
+small product per kernel and step, and networks know nothing of it. There is no factor alpha / r;
+the learning rate takes its place.
 """
 
 import re
@@ -38,9 +39,10 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
     if not kernels:
         raise UsageError("lora: the model has no refiner to adapt")
     flat = {}
-    for (path, kernel), one in zip(kernels.items(), jax.random.split(key, len(kernels))):
+    for (path, kernel), kernel_key in zip(kernels.items(), jax.random.split(key, len(kernels))):
         *rows, inner, outer = kernel.shape
-        flat[f"{path}/a"] = jax.random.normal(one, (*rows, inner, rank)) * inner**-0.5
+        # Rows of A have the scale 1 / sqrt(in), so that x A has that of x.
+        flat[f"{path}/a"] = jax.random.normal(kernel_key, (*rows, inner, rank)) * inner**-0.5
         flat[f"{path}/b"] = jnp.zeros((*rows, rank, outer))
     return unflatten_dict(flat, sep="/")
 

@@ -71,9 +71,9 @@ def rate_distortion(
         rate: Rate, usually in bits per pixel; any shape.
         distortion: Distortion, same shape.
         rd_lambda: lambda, same shape.
-        balance: 0 is the paper's sum, in which the best levels, whose loss is the largest, count
-            most; 1 counts a distortion alike at all levels. A small model whose lambda spans a
-            factor of a thousand would learn for its best levels only with 0.
+        balance: 0 is the paper's sum, which the best levels dominate, since their lambda is the
+            largest; 1 weighs distortion equally at all levels. A small model whose lambda spans a
+            factor of a thousand needs more than 0, or it learns only its best levels.
     """
     return rd_lambda**-balance * (rd_lambda * distortion + rate)
 
@@ -164,7 +164,10 @@ def refine_through_last_step(
 
 
 def distillation(student: Array, teacher: Array) -> Array:
-    """Squared error of a student's latents against a teacher's, which get no gradient."""
+    """Squared error (b,) of a student's latents against a teacher's, both (b, t, h, w, c).
+
+    The teacher gets no gradient.
+    """
     return squared_error(student, jax.lax.stop_gradient(teacher))
 
 

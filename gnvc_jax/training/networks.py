@@ -85,8 +85,3 @@ def init_refiner(refiner: Refiner, key: Array) -> Tree:
     text = jnp.zeros((1, 1, config.dit.text_width)) if config.dit.text_length else None
     tau, q_index = jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
     return refiner.init(key, latents, tau, latents, features, q_index, text)["params"]
-
-
-def pixels(frames: Array) -> Array:
-    """uint8 0..255 -> float32 in [-1, 1]."""
-    return frames.astype(jnp.float32) / 127.5 - 1.0

@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gnvc_jax.frames import to_float
 from gnvc_jax.parallel import constrain
 from gnvc_jax.training import losses
-from gnvc_jax.training.networks import Networks, pixels
+from gnvc_jax.training.networks import Networks
 from gnvc_jax.vae import VAE, encode_clip
 
 Array = jax.Array
@@ -55,7 +56,7 @@ def normalised_latents(vae: VAE, params: Tree, statistics: Tree, batch: Array) -
     # Devices along `context` share the columns of each clip, here and in the codec.
     latents = constrain(batch, batch=0, context=3)
     if batch.dtype == jnp.uint8:
-        latents = encode_clip(vae, params, pixels(latents))
+        latents = encode_clip(vae, params, to_float(latents))
         latents = (latents - statistics["mean"]) / statistics["std"]
     return constrain(jax.lax.stop_gradient(latents), batch=0, context=3)
 

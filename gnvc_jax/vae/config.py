@@ -19,7 +19,7 @@ class VAEConfig:
       multipliers: width of each level in units of `base`.
       blocks: residual blocks per encoder level; a decoder level has one more.
       latent_channels: channels of the latents.
-      temporal_down: whether each level but the last also halves the frame rate.
+      temporal_down: for each level but the last, whether it halves the frame rate, too.
       patch: pixels, each way, that are folded into channels before the first level (2 in Wan2.2's
         VAE).
       linear: use a fixed linear transform of blocks and its inverse in place of both networks (see

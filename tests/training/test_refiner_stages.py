@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.cache_latents import cache_latents
 from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.frames import to_float
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.porting.architectures import Architecture
@@ -22,7 +23,7 @@ from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, flow
 from gnvc_jax.training import lora, networks, partition, stages
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import ComputeConfig, DataConfig, Experiment, InitConfig, RunConfig
-from gnvc_jax.training.networks import make_networks, pixels
+from gnvc_jax.training.networks import make_networks
 from gnvc_jax.training.refinement import random_window
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import make_stage
@@ -307,7 +308,7 @@ def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path):
     latents = next(iter(stage.data.batches(5)))
     params = stages.frozen(stage, STATISTICS)["fixed"]["vae"]
     vae = VAEModule(base.vae)
-    (wanted,) = encode_clip(vae, params, pixels(frames[None]))
+    (wanted,) = encode_clip(vae, params, to_float(frames[None]))
     np.testing.assert_allclose(latents[0], wanted, atol=2e-3 * np.abs(wanted).max())  # half floats
     with pytest.raises(ValueError, match="stage `codec`, expected `vae`"):
         cache_latents(video, cache, base.init.run, 5)
@@ -428,7 +429,7 @@ def test_whitening_evens_out_what_a_linear_vae_gives(base, tmp_path):
     found = make_stage(codec).measure()
     assert (found["mean"] == 0).all() and (found["std"] == 1).all()
     batches = [
-        encode_clip(VAEModule(base.vae), params["vae"], pixels(b))
+        encode_clip(VAEModule(base.vae), params["vae"], to_float(b))
         for b, _ in zip(stage.data.batches(5), range(8))
     ]
     later = np.concatenate(batches)[:, 1:]

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from gnvc_jax.frames import to_float
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.model_file import load_model
 from gnvc_jax.parallel import MeshConfig
@@ -23,7 +24,6 @@ from gnvc_jax.training.config import (
     OptimConfig,
     RunConfig,
 )
-from gnvc_jax.training.networks import pixels
 from gnvc_jax.training.release import release
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.codec import CodecLoss
@@ -74,7 +74,7 @@ def test_a_linear_encoder_is_fitted_to_the_clips(vae_experiment, monkeypatch):
     monkeypatch.setattr("gnvc_jax.training.stages.vae.KLT_BLOCKS", 4000)
     stage = make_stage(vae_experiment)
     params = stages.start(stage, jax.jit(stage.init)(jax.random.key(0)), {})["vae"]
-    video = np.asarray(pixels(next(iter(stage.data.batches(5)))))
+    video = np.asarray(to_float(next(iter(stage.data.batches(5)))))
 
     def error(fitted):
         transform = klt.BlockTransform(4, VAE.stride, VAE.temporal_stride)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from gnvc_jax.errors import UsageError
+from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment, check_choices
-from gnvc_jax.training.networks import init_networks, make_networks, pixels
+from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import Stage
@@ -105,7 +106,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        video = pixels(batch)
+        video = to_float(batch)
         key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
         output = roll_out(networks, params, constants, batch, key_code)
         latents, metrics = output.decoded, output.metrics

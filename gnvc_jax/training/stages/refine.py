@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from gnvc_jax.errors import UsageError
+from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.training.networks import Networks, init_networks, make_networks, pixels
+from gnvc_jax.training.networks import Networks, init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
@@ -122,14 +123,16 @@ def refined_frames(
     key: Array,
 ) -> RefinedFrames:
     """Codes a batch, refines a window of its latents, and shows a part of that as frames."""
-    video, config, stop = pixels(batch["video"]), networks.refiner.config, jax.lax.stop_gradient
+    video, config, stop = to_float(batch["video"]), networks.refiner.config, jax.lax.stop_gradient
     count = 1 + batch["vectors"].shape[1]
     key_levels, key_window, key_noise, key_pair, key_code = jax.random.split(key, 5)
     levels = draw_levels(key_levels, weights, batch["q_index"], count)
     keys = jax.random.split(key_code, count)
+    # All four frames of each latent go through the head: any of them may be shown.
     coded = stop(roll_out(networks, params, video, batch["vectors"], levels, keys, cleaned=4))
 
     window = random_window(key_window, constants["white"], count, config.window)
+    # `of` cuts and whitens, `cut` only cuts.
     decoded, features = window.of(coded.decoded), window.cut(coded.features)
     noise = config.noise * jax.random.normal(key_noise, decoded.shape)
     velocity = refiner_velocity(networks.refiner, batch["q_index"], constants["text"])
@@ -143,7 +146,8 @@ def refined_frames(
         vae = {"params": params["vae"]}
         return networks.vae.apply(vae, frames, latents, first, method="add_latents")
 
-    # Two latents after the first one of the group, and their 8 frames.
+    # Two latents after the first one of the group, and their 8 frames. Latent n > 0 stands for the
+    # frames 4n - 3 to 4n.
     start = jax.random.randint(
         key_pair, (), jnp.maximum(window.first, 1), window.first + window.size - PAIR + 1
     )

@@ -17,13 +17,14 @@ from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import init_from_statistics
 from gnvc_jax.codec.model import space_to_depth
 from gnvc_jax.codec.quantise import straight_through
+from gnvc_jax.frames import to_float
 from gnvc_jax.moments import Moments
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend
 from gnvc_jax.training import inputs, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.latent_statistics import identity_statistics, shapes
-from gnvc_jax.training.networks import Networks, init_networks, make_networks, pixels
+from gnvc_jax.training.networks import Networks, init_networks, make_networks
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics, agreed, placed_like
 from gnvc_jax.vae import VAE, klt
@@ -121,7 +122,7 @@ def transform_loss(
     networks: Networks, weights: TransformLoss, params: Tree, batch: Tree, key: Array
 ) -> tuple[Array, dict[str, Array]]:
     """Loss and metrics of a batch of `gnvc_jax.data.clips.with_motion`; see `TransformLoss`."""
-    video = pixels(batch["video"])
+    video = to_float(batch["video"])
     _, t, h, w, _ = video.shape
     key_levels, *keys = jax.random.split(key, 2 + t // 4)
     levels = draw_levels(key_levels, weights, batch["q_index"], len(keys))
@@ -283,13 +284,13 @@ def fit_to_clips(
     config, vae = networks.codec.config, networks.vae
     moments = klt.moments_of_blocks(8, 4)
     for batch in batches:
-        klt.count_blocks(moments, np.asarray(pixels(batch["video"])), 8, 4)
+        klt.count_blocks(moments, np.asarray(to_float(batch["video"])), 8, 4)
     fitted = params["vae"] | {"klt": klt.fit(moments, config.latent_channels)}
 
     @jax.jit
     def latents_of(batch: Tree) -> tuple[Array, Array, Array]:
         """Intra latents of every fourth frame, later latents, and these minus their prediction."""
-        video = pixels(batch["video"])
+        video = to_float(batch["video"])
         first = rearrange(video[:, ::4], "b t h w c -> (b t) 1 h w c")
         intra = encode_group(vae, fitted, first, True)
         groups = rearrange(video[:, 1:], "b (k f) h w c -> (b k) f h w c", f=4)

@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.training import inputs, losses
 from gnvc_jax.training.config import Experiment, Policy
-from gnvc_jax.training.networks import init_vae, make_networks, pixels
+from gnvc_jax.training.networks import init_vae, make_networks
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics, agreed, placed_like
 from gnvc_jax.vae import klt
@@ -19,7 +20,7 @@ from gnvc_jax.vae import klt
 Array = jax.Array
 Tree = dict
 
-KLT_BLOCKS = 40_000  # that the linear transform of a VAE is fitted to
+KLT_BLOCKS = 40_000  # blocks of later frames that the linear transform of a VAE is fitted to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +53,7 @@ def vae_stage(experiment: Experiment) -> Stage:
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
-        video, variables = pixels(batch), {"params": params["vae"]}
+        video, variables = to_float(batch), {"params": params["vae"]}
         mean, logvar = vae.apply(variables, video, method="encode")
         key_noise, key_frames = jax.random.split(key)
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key_noise, mean.shape)
@@ -80,12 +81,11 @@ def vae_stage(experiment: Experiment) -> Stage:
         if not experiment.vae.linear:
             return params
         strides = experiment.vae.stride, experiment.vae.temporal_stride
-        moments, batches = (
-            klt.moments_of_blocks(*strides),
-            iter(data.batches(experiment.data.frames)),
-        )
+        moments = klt.moments_of_blocks(*strides)
+        batches = iter(data.batches(experiment.data.frames))
+        # First frames have statistics of their own, which need fewer blocks.
         while moments["later"].count < KLT_BLOCKS:
-            klt.count_blocks(moments, np.asarray(pixels(next(batches))), *strides)
+            klt.count_blocks(moments, np.asarray(to_float(next(batches))), *strides)
         fitted = agreed(klt.fit(moments, experiment.vae.latent_channels))
         return {"vae": params["vae"] | {"klt": placed_like(params["vae"]["klt"], fitted)}}
 
