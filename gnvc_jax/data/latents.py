@@ -1,10 +1,10 @@
 """Latents of a data set, computed once and kept in ArrayRecord files.
 
 Encoding with a frozen VAE costs more than training a codec on its latents. `write_latents` fills a
-cache folder, `latent_dataset` reads it for training. The folder holds `cache.json`, which describes the latents,
-and for each video an ArrayRecord file with a small JSON file beside it. A record is one clip: the
-CRC32 of what follows, and a float16 array (t, h, w, c) in NumPy's format, normalised per channel.
-Nothing here uses JAX.
+cache folder, `latent_dataset` reads it for training. The folder holds `cache.json`, which describes
+the latents, and for each video an ArrayRecord file with a small JSON file beside it. A record is
+one clip: the CRC32 of what follows, and a float16 array (t, h, w, c) in NumPy's format, normalised
+per channel. Nothing here uses JAX.
 """
 
 from __future__ import annotations
