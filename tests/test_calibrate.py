@@ -78,6 +78,7 @@ def test_what_does_not_fit_the_vae_is_refused(tmp_path):
             calibrate.calibrate(tmp_path, "small", **arguments)
 
 
+@pytest.mark.slow
 def test_command_makes_a_model_that_codes(tmp_path):
     """With the linear VAE of the shipped model; files grow and errors fall with the level."""
     video, path = camera_move(9)[:, :128, :128], tmp_path / "clip.mkv"

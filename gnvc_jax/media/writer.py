@@ -263,11 +263,18 @@ def open_writer(
     shape = (height, width, 3)
     tagless = (TAGLESS_NOTE,) if colour.is_hdr_or_wide else ()
     if name == "-":
-        with _named_errors(name):
-            sink: _Sink = _Y4m(sys.stdout.buffer, width, height, fps, colour, chroma)
-        yield VideoWriter(name, shape, sink, tagless)
-        with _named_errors(name):
-            sink.close()
+        try:
+            with _named_errors(name):
+                sink: _Sink = _Y4m(sys.stdout.buffer, width, height, fps, colour, chroma)
+            yield VideoWriter(name, shape, sink, tagless)
+            with _named_errors(name):
+                sink.close()
+        except WriteFailed:
+            # Python writes what stdout still buffers at exit; failing again would change the exit
+            # code.
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise
         return
 
     folder, target = _is_folder(path), Path(path)

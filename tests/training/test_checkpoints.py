@@ -112,7 +112,7 @@ def test_foreign_run_folder_is_refused(tmp_path):
     other = dataclasses.replace(
         base,
         optim=dataclasses.replace(base.optim, lr=3.0),
-        data=dataclasses.replace(base.data, size=(8, 9)),
+        data=dataclasses.replace(base.data, size=(8, 16)),
     )
     with pytest.raises(ValueError, match=r"data.size was .*; optim.lr was 0.1, is 3.0"):
         Checkpoints(other)
