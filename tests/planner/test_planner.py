@@ -157,6 +157,7 @@ def with_motion(tiny_model):
     )
 
 
+@pytest.mark.slow
 def test_plan_of_coding_with_motion(with_motion, tiny_model):
     """Encoder and decoder predict from the frame before; only the encoder analyses."""
     refiner = tiny_model(refiner=True).refiner_config
@@ -176,6 +177,7 @@ def test_plan_of_coding_with_motion(with_motion, tiny_model):
     assert any(c["kind"] == "all-gather" for c in found["predict"]["collectives"])
 
 
+@pytest.mark.slow
 def test_plan_of_training_with_motion(with_motion, monkeypatch):
     """Clips come with their motion, and all of it is divided among devices.
 
