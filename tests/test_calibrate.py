@@ -15,6 +15,9 @@ from gnvc_jax.codec.layers import space_to_depth
 from gnvc_jax.codec.scales import export, scale_index_numpy, sigma_from_index
 from gnvc_jax.demo import camera_move, write_all
 from gnvc_jax.errors import UsageError
+from gnvc_jax.model import build
+from gnvc_jax.model_file import load_model, save_model
+from gnvc_jax.vae import VAEConfig
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +69,20 @@ def test_rate_is_close_to_that_of_an_ideal_coder(tiny_codec, latents, fitted):
                 mass = norm.cdf(symbols + 0.5, 0, sigma) - norm.cdf(symbols - 0.5, 0, sigma)
                 rates.append(-np.log2(np.maximum(mass, 1e-9)).sum())
             assert rates[0] < 1.03 * rates[1]
+
+
+def test_fitted_codec_survives_its_file(tiny_codec, fitted, tmp_path):
+    """Transposed arrays, too: the loader compares the contents with the fingerprints."""
+    vae = {"klt": {"basis": np.arange(16, dtype=np.float32).reshape(4, 4).T}}
+    config, ones = VAEConfig(latent_channels=4, linear=True), np.ones(4)
+    save_model(
+        tmp_path / "a.safetensors", build("a", config, tiny_codec, vae, fitted, 0 * ones, ones)
+    )
+    found = load_model(tmp_path / "a.safetensors")
+    np.testing.assert_array_equal(found.vae["klt"]["basis"], vae["klt"]["basis"])
+    np.testing.assert_allclose(
+        found.codec["inter"]["inverse"], fitted["inter"]["inverse"], atol=1e-3
+    )
 
 
 def test_what_does_not_fit_the_vae_is_refused(tmp_path):
