@@ -54,6 +54,8 @@ _PLANAR = re.compile(r"yuv[aj]?(420|422|440|444)p(\d+[lb]e)?")
 _GREY = re.compile(r"gray(\d+[lb]e)?")
 _PACKED_BIG_ENDIAN = re.compile(r"(?:rgb|bgr)5[56]5be")
 _LIMITED, _FULL = 1, 2  # AVColorRange
+# swscale's threads race on some formats: 16-bit grey with alpha came out with wrong rows.
+_SCALER_THREADS = 1
 _GBR = 0  # H.273 matrix coefficients of RGB
 
 
@@ -148,11 +150,11 @@ def frame_to_rgb(
     if _is_rgb(frame):
         if _PACKED_BIG_ENDIAN.fullmatch(form.name):
             frame = _little_endian(frame)
-        rgb = crop_frame(frame.to_ndarray(format="rgb24"), inner)
+        rgb = crop_frame(frame.to_ndarray(format="rgb24", threads=_SCALER_THREADS), inner)
     else:
         colour = colour or frame_colour(frame)
         if not (_PLANAR.fullmatch(form.name) or _GREY.fullmatch(form.name)):
-            frame = frame.reformat(format=_planar_name(frame, name))
+            frame = frame.reformat(format=_planar_name(frame, name), threads=_SCALER_THREADS)
             form = frame.format
         depth = form.components[0].bits
         dtype = "u1" if depth <= 8 else ">u2" if form.is_big_endian else "<u2"

@@ -100,6 +100,14 @@ def test_yuv_tagged_as_rgb_has_the_matrix_of_its_size(size, matrix, tmp_path, en
     assert mean_error(ours, theirs) < 0.7 * mean_error(ours, wrong)
 
 
+@pytest.mark.parametrize("codec, pix_fmt", [("png", "ya16be"), ("png", "rgb48be")])
+def test_conversion_of_pixel_formats_is_deterministic(codec, pix_fmt, tmp_path, ffmpeg):
+    path = tmp_path / "a.nut"
+    source = "testsrc2=s=56x36:r=25:d=0.04"
+    ffmpeg("-f", "lavfi", "-i", source, "-c:v", codec, "-pix_fmt", pix_fmt, path)
+    assert len({read(path)[0].tobytes() for _ in range(30)}) == 1
+
+
 def test_a_change_from_rgb_to_yuv_is_an_error(tmp_path, encode):
     first = encode(tmp_path / "a.264", "libx264rgb", "bgr24", frames=3)
     second = encode(tmp_path / "b.264", frames=3)
