@@ -77,7 +77,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, Callable[[], int]]:
         Name of the command, its input if it has one (to name it in messages), and the call to make.
 
     Raises:
-        SystemExit: after printing help (code 0) or a usage error (code 2).
+        SystemExit: After printing help (code 0) or a usage error (code 2).
     """
     name, *arguments = argv or [""]
     if name == "eval":

@@ -60,10 +60,10 @@ def conv2d(
     """Convolves every frame in space.
 
     Args:
-      x: frames.
-      kernel: weights, applied to each frame.
-      stride: of rows and columns.
-      padding: zero rows above and below, zero columns left and right.
+        x: frames.
+        kernel: Weights, applied to each frame.
+        stride: Of rows and columns.
+        padding: Zero rows above and below, zero columns left and right.
     """
     return strategy().conv2d(jnp.asarray(x), jnp.asarray(kernel), stride, padding)
 
@@ -74,13 +74,13 @@ def conv3d(
     """Convolves in time and space, 'valid' in time and 'same' in space.
 
     Args:
-      x: frames, the oldest first.
-      kernel: weights; kh and kw are odd.
-      zeros: number of zero frames before x. Passing the number instead of padding lets the CPU
-        skip the taps that would see nothing else.
+        x: Frames, the oldest first.
+        kernel: Weights; kh and kw are odd.
+        zeros: Number of zero frames before x. Passing the number instead of padding lets the CPU
+            skip the taps that would see nothing else.
 
     Returns:
-      t + zeros - kt + 1 frames.
+        t + zeros - kt + 1 frames.
     """
     return strategy().conv3d(jnp.asarray(x), jnp.asarray(kernel), zeros)
 
@@ -102,13 +102,13 @@ def conv_in_time(
     """Convolves along time alone, 'valid': one matrix product per tap on every backend.
 
     Args:
-      x: frames, the oldest first.
-      kernel: weights.
-      zeros: number of zero frames before x.
-      stride: output j begins at frame stride * j.
+        x: Frames, the oldest first.
+        kernel: weights.
+        zeros: Number of zero frames before x.
+        stride: Output j begins at frame stride * j.
 
     Returns:
-      (t + zeros - kt) // stride + 1 frames.
+        (t + zeros - kt) // stride + 1 frames.
     """
     x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
     taps = len(kernel)

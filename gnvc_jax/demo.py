@@ -101,8 +101,8 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
         out: Folder for everything that is written.
 
     Raises:
-        UnwritableOutput: the clip is one of the files that would be written.
-        SystemExit: a command failed, with its code.
+        UnwritableOutput: The clip is one of the files that would be written.
+        SystemExit: A command failed, with its code.
     """
     for name in OUTPUTS:
         if clip is not None and is_same_file(clip, out / name):

@@ -44,7 +44,7 @@ def encode_all(
         Reasons by path of the videos that were left out.
 
     Raises:
-        MissingInput: there is nothing at `source`.
+        MissingInput: There is nothing at `source`.
         UsageError: `qp` or `gop` is out of range.
     """
     check_gop(gop, coder.model.vae_config.temporal_stride)

@@ -12,9 +12,9 @@ class Moments:
     """Sums over vectors of one size, in float64.
 
     Attributes:
-      count: number of vectors.
-      sum: their sum, (size,).
-      outer: the sum of their outer products, (size, size).
+        count: Number of vectors.
+        sum: Their sum, (size,).
+        outer: The sum of their outer products, (size, size).
     """
 
     def __init__(self, size: int) -> None:
@@ -41,7 +41,7 @@ class Moments:
         """Principal components, largest variance first.
 
         Returns:
-          Variances (size,), and orthonormal directions (size, size), one per column.
+            Variances (size,), and orthonormal directions (size, size), one per column.
         """
         variances, vectors = np.linalg.eigh(self.covariance)
         # eigh sorts in ascending order; rounding can make a zero slightly negative.

@@ -60,12 +60,12 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     take a fraction of the memory of a frame.
 
     Args:
-      x: (b, t, h, w, c).
-      kernel: (kt, 3, 3, c, o).
-      padding: frames of zeros before and after x.
+        x: (b, t, h, w, c).
+        kernel: (kt, 3, 3, c, o).
+        padding: Frames of zeros before and after x.
 
     Returns:
-      (b, sum(padding) + t - kt + 1, h, w, o).
+        (b, sum(padding) + t - kt + 1, h, w, o).
     """
     b, t, h, w, _ = x.shape
     kt, *_, o = kernel.shape

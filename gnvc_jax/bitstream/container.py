@@ -40,11 +40,11 @@ class IndexEntry:
     """One row of the index.
 
     Attributes:
-      offset: of the group's chunk, in bytes from the start of the file.
-      first_frame: number of its first frame.
-      size: of the whole chunk in bytes.
-      n_frames: number of its frames.
-      q_index: mean quality level of its latents.
+        offset: Of the group's chunk, in bytes from the start of the file.
+        first_frame: Number of its first frame.
+        size: Of the whole chunk in bytes.
+        n_frames: Number of its frames.
+        q_index: Mean quality level of its latents.
     """
 
     offset: int
@@ -69,7 +69,7 @@ class StreamWriter:
         """Appends a group, see `encode_group`.
 
         Raises:
-          ValueError: if the group does not continue the stream.
+            ValueError: If the group does not continue the stream.
         """
         group = parse_group(payload, temporal_stride=self.header.temporal_stride)
         if (group.number, group.first_frame) != (len(self.entries), self.frames):
@@ -85,7 +85,7 @@ class StreamWriter:
         """Writes index and footer; the file itself stays open.
 
         Raises:
-          ValueError: if the header promised another number of frames.
+            ValueError: If the header promised another number of frames.
         """
         if self.header.frame_count not in (None, self.frames):
             raise ValueError(
@@ -121,7 +121,7 @@ class StreamReader:
     and needs no index; `group(n)` needs a file that can seek.
 
     Raises:
-      BitstreamError: one of its kinds, if the header is damaged.
+        BitstreamError: One of its kinds, if the header is damaged.
     """
 
     def __init__(self, source: str | Path | bytes | BinaryIO) -> None:
@@ -159,12 +159,12 @@ class StreamReader:
         Warns with IndexRebuilt if only the index is damaged.
 
         Args:
-          tolerant: yield an error in place of each lost group instead of raising it; the last one
-            stands for all that cannot be found. Its `n_frames` comes from the groups around it,
-            from the header or index, or else from the first fields of the damaged group.
+            tolerant: Yield an error in place of each lost group instead of raising it; the last one
+                stands for all that cannot be found. Its `n_frames` comes from the groups around it,
+                from the header or index, or else from the first fields of the damaged group.
 
         Raises:
-          BitstreamError: one of its kinds; Truncated at the end of a file that ends early.
+            BitstreamError: One of its kinds; Truncated at the end of a file that ends early.
         """
         if not tolerant:
             yield from self._groups(None)
@@ -386,8 +386,8 @@ class StreamReader:
         """Reads one group by its number.
 
         Raises:
-          IndexError: if there is no such group.
-          BitstreamError: one of its kinds, if it is damaged.
+            IndexError: If there is no such group.
+            BitstreamError: One of its kinds, if it is damaged.
         """
         if not 0 <= number < len(self.index()):
             raise IndexError(f"group {number}: the stream has {len(self.index())}")

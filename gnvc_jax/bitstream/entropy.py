@@ -79,12 +79,12 @@ class QuantisedLatent:
     """The integers of one latent.
 
     Attributes:
-      kind: 0 intra, 1 predicted.
-      q_index: quality level.
-      z: hyperlatent, int8 (h, w, cz).
-      y: symbols, int8 (4h, 4w, cy).
-      index: table of each element of y, uint8 (4h, 4w, cy); follows from z, and from y and index of
-        the latent before.
+        kind: 0 intra, 1 predicted.
+        q_index: Quality level.
+        z: Hyperlatent, int8 (h, w, cz).
+        y: Symbols, int8 (4h, 4w, cy).
+        index: Table of each element of y, uint8 (4h, 4w, cy); follows from z, and from y and index
+            of the latent before.
     """
 
     kind: int
@@ -99,8 +99,8 @@ class EntropyCoder:
     """Encodes segments with one set of tables; `SegmentDecoder` decodes them.
 
     Attributes:
-      tables: of a model.
-      backend: ConstrictionCoder or PlainCoder.
+        tables: Of a model.
+        backend: ConstrictionCoder or PlainCoder.
     """
 
     tables: Tables
@@ -131,7 +131,7 @@ class EntropyCoder:
         """The segment of consecutive latents.
 
         Raises:
-          ValueError: if a symbol is out of range, or not zero where nothing is coded.
+            ValueError: If a symbol is out of range, or not zero where nothing is coded.
         """
         coder = self.backend()
         # The coder is a stack: what is to come out first goes in last.
@@ -182,7 +182,7 @@ class SegmentDecoder:
     """Decodes a segment latent by latent: z, then y with the indices that follow from z.
 
     Raises:
-      EntropyError: if the bytes cannot be a segment.
+        EntropyError: If the bytes cannot be a segment.
     """
 
     def __init__(self, coder: EntropyCoder, data: bytes) -> None:
@@ -215,7 +215,7 @@ def words_of(data: bytes) -> np.ndarray:
     """The words of a segment.
 
     Raises:
-      EntropyError: if the bytes cannot be a segment.
+        EntropyError: If the bytes cannot be a segment.
     """
     if len(data) % 4:
         raise EntropyError(f"a segment must consist of words of 4 bytes, got {len(data)} bytes")

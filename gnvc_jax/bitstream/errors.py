@@ -11,9 +11,9 @@ class BitstreamError(GnvcError):
     """Base of all stream errors.
 
     Attributes:
-      exit_code: of the command line.
-      n_frames: number of frames that a tolerant reader lost to this error, as far as the file
-        tells.
+        exit_code: Of the command line.
+        n_frames: Number of frames that a tolerant reader lost to this error, as far as the file
+            tells.
     """
 
     exit_code = 1
@@ -72,8 +72,8 @@ class ChecksumMismatch(BitstreamError):
     """A chunk's CRC32 does not match.
 
     Attributes:
-      kind: type that the damaged chunk claims.
-      size: whole size in bytes that it claims.
+        kind: Type that the damaged chunk claims.
+        size: Whole size in bytes that it claims.
     """
 
     exit_code = 21

@@ -43,14 +43,14 @@ class GroupPayload:
     """A parsed payload: its fields, and its segments still coded.
 
     Attributes:
-      number: of the group, from 0.
-      first_frame: number of its first frame.
-      n_frames: number of its frames.
-      crc_index: CRC32 of all index maps.
-      crc_symbols: CRC32 of all symbols and of the motion segment.
-      q_indices: quality level of each latent.
-      segments: one for all latents; one for each latent in streams of version 1.
-      motion: symbols of block motion of all predicted latents, empty without motion.
+        number: Of the group, from 0.
+        first_frame: Number of its first frame.
+        n_frames: Number of its frames.
+        crc_index: CRC32 of all index maps.
+        crc_symbols: CRC32 of all symbols and of the motion segment.
+        q_indices: Quality level of each latent.
+        segments: One for all latents; one for each latent in streams of version 1.
+        motion: Symbols of block motion of all predicted latents, empty without motion.
     """
 
     number: int
@@ -77,17 +77,17 @@ def encode_group(
     """The payload of a group. It is decoded again before it is returned.
 
     Args:
-      latents: the first is intra, the others predicted.
-      coder: of the model.
-      scale_index: the model's integer network.
-      number: of the group, from 0.
-      first_frame: number of its first frame.
-      n_frames: number of its frames.
-      motion: motion segment, see `gnvc_jax.motion.coding.encode_fields`.
-      temporal_stride: frames per latent after the first.
+        latents: The first is intra, the others predicted.
+        coder: Of the model.
+        scale_index: The model's integer network.
+        number: Of the group, from 0.
+        first_frame: Number of its first frame.
+        n_frames: Number of its frames.
+        motion: Motion segment, see `gnvc_jax.motion.coding.encode_fields`.
+        temporal_stride: Frames per latent after the first.
 
     Raises:
-      RuntimeError: if decoding does not give the same symbols back.
+        RuntimeError: If decoding does not give the same symbols back.
     """
     crc_index = crc_symbols = 0
     for s in latents:
@@ -125,12 +125,12 @@ def parse_group(payload: bytes, version: int = 2, temporal_stride: int = 4) -> G
     """Reads the fields of a payload and checks that they agree; decodes no symbols.
 
     Args:
-      payload: of a GOPC chunk.
-      version: major version of the stream.
-      temporal_stride: frames per latent after the first.
+        payload: Of a GOPC chunk.
+        version: Major version of the stream.
+        temporal_stride: Frames per latent after the first.
 
     Raises:
-      MalformedChunk: if the fields are cut off or contradict each other.
+        MalformedChunk: If the fields are cut off or contradict each other.
     """
     return _parse_1(payload) if version == 1 else _parse_2(payload, temporal_stride)
 
@@ -205,12 +205,12 @@ def claimed_frames(start: bytes, number: int, version: int = 2) -> int | None:
     """Number of frames that a damaged group claims in the first fields of its payload.
 
     Args:
-      start: beginning of the payload, perhaps cut off.
-      number: that the group should have.
-      version: major version of the stream.
+        start: Beginning of the payload, perhaps cut off.
+        number: That the group should have.
+        version: Major version of the stream.
 
     Returns:
-      None if the first fields are cut off or not plausible.
+        None if the first fields are cut off or not plausible.
     """
     if version == 1:
         if len(start) < FIXED_1.size:
@@ -240,18 +240,18 @@ def decode_group(
     compared at the end. A wrong index map is reported first, because wrong symbols follow from it.
 
     Args:
-      group: see `parse_group`.
-      coder: of the model.
-      scale_index: the model's integer network.
-      z_shape, y_shape: of every latent.
-      memory_limit: in bytes. A few bytes of stream can claim any picture size, so this is checked
-        before anything is allocated.
+        group: See `parse_group`.
+        coder: Of the model.
+        scale_index: The model's integer network.
+        z_shape, y_shape: Of every latent.
+        memory_limit: In bytes. A few bytes of stream can claim any picture size, so this is checked
+            before anything is allocated.
 
     Raises:
-      LimitExceeded: if the symbols need more memory than allowed.
-      MalformedChunk: if a segment is longer than its latents can be.
-      Desynchronised: if the index maps are not the encoder's.
-      EntropyError: if these are right, but the symbols are not.
+        LimitExceeded: If the symbols need more memory than allowed.
+        MalformedChunk: If a segment is longer than its latents can be.
+        Desynchronised: If the index maps are not the encoder's.
+        EntropyError: If these are right, but the symbols are not.
     """
     count = len(group.q_indices)
     z_size, y_size = math.prod(z_shape), math.prod(y_shape)
@@ -320,7 +320,7 @@ def _read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:
     """The value at a place, and the place after it.
 
     Raises:
-      MalformedChunk: if it does not end within nine bytes.
+        MalformedChunk: If it does not end within nine bytes.
     """
     value = 0
     for i, byte in enumerate(data[at : at + 9]):

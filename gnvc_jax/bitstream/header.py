@@ -34,7 +34,7 @@ def check_picture(width: int, height: int, fps: tuple[int, int]) -> None:
     """Checks that a stream can hold frames of this size in pixels and at this rate.
 
     Raises:
-      LimitExceeded: if it cannot.
+        LimitExceeded: If it cannot.
     """
     if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE:
         raise LimitExceeded(
@@ -58,20 +58,20 @@ class Header:
     """The fields of a file header.
 
     Attributes:
-      width, height: display size in pixels.
-      fps: frames per second, numerator and denominator.
-      gop_latents, gop_frames: largest number of latents and of frames in a group.
-      y_channels, z_channels: channels of the symbols and of the hyperlatent.
-      k_skip: elements with a smaller scale index carry no symbol.
-      codec_fingerprint, vae_fingerprint, tables_crc: identify the model.
-      frame_count: None if not known when writing began.
-      latent_stride: pixels per latent position in each direction.
-      latent_channels: channels of the latents.
-      temporal_stride: frames per latent after the first.
-      bit_depth: bits per sample of the source, for information.
-      colour: H.273 code points: primaries, transfer, matrix, full range.
-      extra: type -> bytes, free for applications.
-      version: major version of the file that it was read from.
+        width, height: Display size in pixels.
+        fps: Frames per second, numerator and denominator.
+        gop_latents, gop_frames: Largest number of latents and of frames in a group.
+        y_channels, z_channels: Channels of the symbols and of the hyperlatent.
+        k_skip: Elements with a smaller scale index carry no symbol.
+        codec_fingerprint, vae_fingerprint, tables_crc: Identify the model.
+        frame_count: None if not known when writing began.
+        latent_stride: Pixels per latent position in each direction.
+        latent_channels: Channels of the latents.
+        temporal_stride: Frames per latent after the first.
+        bit_depth: Bits per sample of the source, for information.
+        colour: H.273 code points: primaries, transfer, matrix, full range.
+        extra: Type -> bytes, free for applications.
+        version: Major version of the file that it was read from.
     """
 
     width: int
@@ -98,7 +98,7 @@ class Header:
         """Checks all fields.
 
         Raises:
-          LimitExceeded: if one is out of range.
+            LimitExceeded: If one is out of range.
         """
 
         def limit(name: str, value: int, low: int, high: int) -> None:
@@ -124,7 +124,7 @@ class Header:
         """The bytes of the header, with their CRC32.
 
         Raises:
-          LimitExceeded: if a field is out of range or the header is too large.
+            LimitExceeded: If a field is out of range or the header is too large.
         """
         self.check()
         entries = sum(4 + len(data) for data in self.extra.values())
@@ -148,12 +148,12 @@ class Header:
         """Checks that the stream was made with a model.
 
         Args:
-          codec, vae: fingerprints of the loaded model.
-          tables_crc: CRC32 of its tables.
+            codec, vae: Fingerprints of the loaded model.
+            tables_crc: CRC32 of its tables.
 
         Raises:
-          WrongModel: if a fingerprint differs.
-          ModelCorrupt: if only the tables differ.
+            WrongModel: If a fingerprint differs.
+            ModelCorrupt: If only the tables differ.
         """
         for name, ours, theirs in (
             ("codec", codec, self.codec_fingerprint),
@@ -173,13 +173,13 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
     """Reads and checks a header.
 
     Args:
-      read: read(n) returns n bytes, fewer only at the end of the file.
+        read: read(n) returns n bytes, fewer only at the end of the file.
 
     Returns:
-      The header, and its size in bytes.
+        The header, and its size in bytes.
 
     Raises:
-      BitstreamError: one of its kinds, see docs/bitstream.md, section 6.
+        BitstreamError: One of its kinds, see docs/bitstream.md, section 6.
     """
     data = read(FIXED.size + 4)
     if data[: len(MAGIC)] != MAGIC:

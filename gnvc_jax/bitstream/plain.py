@@ -23,8 +23,8 @@ class AnsCoder:
     """A stack of symbols.
 
     Attributes:
-      words: what has left the state, the last word on top.
-      state: number below 2**64.
+        words: What has left the state, the last word on top.
+        state: Number below 2**64.
     """
 
     def __init__(self, words: list[int] | None = None) -> None:

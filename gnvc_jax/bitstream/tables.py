@@ -28,10 +28,10 @@ def frequencies_from_probabilities(p: np.ndarray) -> np.ndarray:
     the remainder.
 
     Args:
-      p: (..., n), float64; normalised here.
+        p: (..., n), float64; normalised here.
 
     Returns:
-      (..., n), uint32 with sum 2**24.
+        (..., n), uint32 with sum 2**24.
     """
     p = np.asarray(p, np.float64)
     p = p / p.sum(axis=-1, keepdims=True)
@@ -62,14 +62,15 @@ class Tables:
     """The tables of one model.
 
     Attributes:
-      y: uint32 (64, 255), by scale index.
-      z: uint32 (2, g, cz, 31), by kind of latent (0 intra, 1 predicted), quality group (g divides
-        64; group q_index * g // 64) and channel.
-      k_skip: elements with a smaller scale index carry no symbol.
-      motion: uint32 (rows, 255) for the symbols of block motion; no rows in a model without motion.
+        y: uint32 (64, 255), by scale index.
+        z: uint32 (2, g, cz, 31), by kind of latent (0 intra, 1 predicted), quality group
+            (g divides 64; group q_index * g // 64) and channel.
+        k_skip: Elements with a smaller scale index carry no symbol.
+        motion: uint32 (rows, 255) for the symbols of block motion; no rows in a model without
+            motion.
 
     Raises:
-      ModelCorrupt: if a shape, a sum or a frequency is impossible.
+        ModelCorrupt: If a shape, a sum or a frequency is impossible.
     """
 
     y: np.ndarray

@@ -24,23 +24,23 @@ class CodecConfig:
     """Architecture of the latent codec; the defaults are the full size (about 16 M parameters).
 
     Attributes:
-      latent_channels: channels of the VAE's latents.
-      intra_width, width: features of the intra and of the predicted codec, at latent resolution.
-      intra_analysis, intra_synthesis: residual blocks of the intra transform.
-      y_channels: channels of y, at half the latent resolution; a multiple of 4.
-      z_channels: channels of the hyperlatent, at an eighth of the latent resolution.
-      scale_width: width of the integer scale network.
-      entropy_width: width of the networks that predict the means of y.
-      k_skip: elements with a scale index below this one carry no symbol (4: sigma < 0.15).
-      inter_context, inter_analysis, inter_synthesis: residual blocks of the predicted codec.
-      motion: "blocks" predicts latents from the last decoded frame by block motion (see
-        `gnvc_jax.motion`), None from the last decoded latent, as the paper does.
-      intra_offset: levels that encoders add to the quality level of the first latent of a group.
-      level_pattern: the same for the latents after it, repeated.
+        latent_channels: Channels of the VAE's latents.
+        intra_width, width: Features of the intra and of the predicted codec, at latent resolution.
+        intra_analysis, intra_synthesis: Residual blocks of the intra transform.
+        y_channels: Channels of y, at half the latent resolution; a multiple of 4.
+        z_channels: Channels of the hyperlatent, at an eighth of the latent resolution.
+        scale_width: Width of the integer scale network.
+        entropy_width: Width of the networks that predict the means of y.
+        k_skip: Elements with a scale index below this one carry no symbol (4: sigma < 0.15).
+        inter_context, inter_analysis, inter_synthesis: Residual blocks of the predicted codec.
+        motion: "blocks" predicts latents from the last decoded frame by block motion
+            (see `gnvc_jax.motion`), None from the last decoded latent, as the paper does.
+        intra_offset: Levels that encoders add to the quality level of the first latent of a group.
+        level_pattern: The same for the latents after it, repeated.
 
     Raises:
-      UsageError: for sizes that the integer network or the spatial passes cannot have, and for an
-        unknown kind of motion.
+        UsageError: For sizes that the integer network or the spatial passes cannot have, and for an
+            unknown kind of motion.
     """
 
     latent_channels: int = 16

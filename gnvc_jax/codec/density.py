@@ -69,7 +69,7 @@ def probabilities(params: Mapping) -> Float[np.ndarray, "levels channels symbols
     The end symbols hold the whole tails.
 
     Args:
-      params: parameters h, b and a of the module.
+        params: Parameters h, b and a of the module.
     """
     h, b, a = (interpolate_levels(np.asarray(params[k], np.float64)) for k in ("h", "b", "a"))
     # The 30 edges between the 31 bins, for every level and channel.

@@ -35,9 +35,9 @@ class LatentSymbols(NamedTuple):
     """What the entropy path knows of a latent: whole numbers, in float32 inside networks.
 
     Attributes:
-      z: hyperlatent symbols (b, h/4, w/4, cz).
-      y: residual symbols (b, h, w, cy).
-      index: index of the probability table of each element of y, (b, h, w, cy).
+        z: Hyperlatent symbols (b, h/4, w/4, cz).
+        y: Residual symbols (b, h, w, cy).
+        index: Index of the probability table of each element of y, (b, h, w, cy).
     """
 
     z: Array
@@ -70,8 +70,8 @@ class EntropyModel(nn.Module):
     zeros for an intra latent.
 
     Attributes:
-      config: sizes.
-      passes: spatial passes: 4 for intra latents, 2 for predicted ones, which have a prior.
+        config: sizes.
+        passes: Spatial passes: 4 for intra latents, 2 for predicted ones, which have a prior.
     """
 
     config: CodecConfig
@@ -117,13 +117,13 @@ class EntropyModel(nn.Module):
         """Runs the spatial passes, each with means that see what earlier passes decoded.
 
         Args:
-          z: hyperlatent symbols.
-          temporal: temporal prior.
-          residual: gives the symbols (b, h, w, cy) for means of the same shape; only those that the
-            mask of the pass selects are used.
+            z: Hyperlatent symbols.
+            temporal: Temporal prior.
+            residual: Gives the symbols (b, h, w, cy) for means of the same shape; only those that
+                the mask of the pass selects are used.
 
         Returns:
-          y_hat, mu and symbols, all (b, h, w, cy).
+            y_hat, mu and symbols, all (b, h, w, cy).
         """
         for up in self.hyper_up:
             z = up(z)
@@ -161,14 +161,15 @@ class EntropyModel(nn.Module):
         """Quantises y, with straight-through gradients.
 
         Args:
-          y: in units of the quantiser's step.
-          q_index: quality levels.
-          temporal, previous: see the class.
-          skip: whether symbols with a scale index below `k_skip` are zero, as in a stream. Training
-            keeps them: a coefficient that is set to zero has no gradient to come back by.
+            y: In units of the quantiser's step.
+            q_index: Quality levels.
+            temporal, previous: See the class.
+            skip: Whether symbols with a scale index below `k_skip` are zero, as in a stream.
+                Training keeps them: a coefficient that is set to zero has no gradient to come back
+                by.
 
         Returns:
-          y_hat, mu and the symbols.
+            y_hat, mu and the symbols.
         """
         z = round_ste(bound(self.hyper(y), -Z_BOUND, Z_BOUND))
         index = self.index(q_index, z, previous)

@@ -75,7 +75,7 @@ def quiet_hyperprior(entropy: Mapping) -> dict:
     keep their random weights.
 
     Args:
-      entropy: parameters of a `gnvc_jax.codec.entropy.EntropyModel`; not changed.
+        entropy: Parameters of a `gnvc_jax.codec.entropy.EntropyModel`; not changed.
     """
     last = jax.tree.map(np.zeros_like, entropy["hyper_down_1"])
     # Four layers of slope softplus(h) make F a logistic function of slope 18: P(0) = 0.9998.
@@ -103,16 +103,16 @@ def init_from_statistics(
     """Parameters of one `gnvc_jax.codec.model.ResidualTransform`, started from statistics.
 
     Args:
-      params: parameters of the whole codec; not changed.
-      config: sizes.
-      kind: which transform.
-      cells: moments of cells of 2x2 latents (4c,), of the residual if kind is "inter".
-      latent_variances: variances of the latents themselves.
-      worth_low, worth_high: bits that a squared error of one latent element is worth at the lowest
-        and at the best quality level, geometric between them.
+        params: Parameters of the whole codec; not changed.
+        config: sizes.
+        kind: Which transform.
+        cells: Moments of cells of 2x2 latents (4c,), of the residual if kind is "inter".
+        latent_variances: Variances of the latents themselves.
+        worth_low, worth_high: Bits that a squared error of one latent element is worth at the
+            lowest and at the best quality level, geometric between them.
 
     Returns:
-      The parameters of `kind`, NumPy arrays where they were fitted.
+        The parameters of `kind`, NumPy arrays where they were fitted.
     """
     part, y = dict(params[kind]), config.y_channels
     variances, vectors = cells.principal_components()

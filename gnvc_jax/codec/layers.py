@@ -67,8 +67,8 @@ class DepthwiseBlock(nn.Module):
     """Residual block c -> features: mixes space by a depthwise convolution, then mixes channels.
 
     Attributes:
-      features: channels of the output; if the input has others, a 1x1 convolution comes first.
-      reduction: divides the hidden widths (1: the full block of DCVC-RT, 2: the half block).
+        features: Channels of the output; if the input has others, a 1x1 convolution comes first.
+        reduction: Divides the hidden widths (1: the full block of DCVC-RT, 2: the half block).
     """
 
     features: int

@@ -58,10 +58,10 @@ class CodecState(NamedTuple):
     """What a predicted latent knows of the past.
 
     Attributes:
-      latent: the latent decoded before, (b, h, w, c).
-      memory: features (b, h, w, width) carried from latent to latent; None with motion, since
-        features that do not move along with the picture would mislead.
-      previous: symbols of the latent before.
+        latent: The latent decoded before, (b, h, w, c).
+        memory: Features (b, h, w, width) carried from latent to latent; None with motion, since
+            features that do not move along with the picture would mislead.
+        previous: Symbols of the latent before.
     """
 
     latent: Array
@@ -73,12 +73,12 @@ class DecodedLatent(NamedTuple):
     """One decoded latent.
 
     Attributes:
-      latent: (b, h, w, c).
-      feature: (b, h, w, width), what the codec knows; conditions the refiner (f_t of GNVC-VD).
-      fresh: (b, h, w, 1), 1 where the latent differs from the prediction, 0 where it is a copy;
-        None for a codec without motion.
-      detail: (b, h, w, 1), how much of the predicted frames that latents cannot express is worth
-        keeping, 1 where fresh is 0; None as for `fresh`. See `gnvc_jax.vae.VAE.compensate`.
+        latent: (b, h, w, c).
+        feature: (b, h, w, width), what the codec knows; conditions the refiner (f_t of GNVC-VD).
+        fresh: (b, h, w, 1), 1 where the latent differs from the prediction, 0 where it is a copy;
+            None for a codec without motion.
+        detail: (b, h, w, 1), how much of the predicted frames that latents cannot express is worth
+            keeping, 1 where fresh is 0; None as for `fresh`. See `gnvc_jax.vae.VAE.compensate`.
     """
 
     latent: Array
@@ -91,12 +91,12 @@ class LatentCodecOutput(NamedTuple):
     """Result of encoding in training form; `LatentCodec.__call__` adds an axis t after b.
 
     Attributes:
-      latent, feature, fresh, detail: see `DecodedLatent`.
-      skipped: (b, h, w, c), what the latent would have in addition if no cell were a copy; None for
-        codecs without motion. It serves gradients: copies have none.
-      symbols: quantised, none skipped.
-      y_bits, z_bits: differentiable rates (b,) with additive noise in place of rounding.
-      written_bits: (b,), cost of the symbols that a stream would hold; no gradient.
+        latent, feature, fresh, detail: See `DecodedLatent`.
+        skipped: (b, h, w, c), what the latent would have in addition if no cell were a copy; None
+            for codecs without motion. It serves gradients: copies have none.
+        symbols: Quantised, none skipped.
+        y_bits, z_bits: Differentiable rates (b,) with additive noise in place of rounding.
+        written_bits: (b,), cost of the symbols that a stream would hold; no gradient.
     """
 
     latent: Array
@@ -133,8 +133,8 @@ class ResidualTransform(nn.Module):
     """Transform and entropy model of one kind of latent.
 
     Attributes:
-      config: sizes.
-      inter: whether latents are predicted; fixes the number of spatial passes and depths.
+        config: sizes.
+        inter: Whether latents are predicted; fixes the number of spatial passes and depths.
     """
 
     config: CodecConfig
@@ -182,8 +182,8 @@ class ResidualTransform(nn.Module):
         """What is known before a predicted latent.
 
         Returns:
-          Features (b, h, w, width) of the prediction, and the temporal prior of the means,
-          (b, h/2, w/2, entropy_width).
+            Features (b, h, w, width) of the prediction, and the temporal prior of the means,
+            (b, h/2, w/2, entropy_width).
         """
         x = self.white(prediction)
         x = self.extractor(x if memory is None else jnp.concatenate([x, memory], axis=-1))
@@ -225,8 +225,8 @@ class ResidualTransform(nn.Module):
         """The latent that y_hat and the symbols in a stream stand for.
 
         Returns:
-          The latent, and what it would have in addition if no cell were a copy (b, h, w, c), None
-          for codecs without motion, which have no copies.
+            The latent, and what it would have in addition if no cell were a copy (b, h, w, c), None
+            for codecs without motion, which have no copies.
         """
         y = self.y_inverse(y_hat, q_index)
         base = depth_to_space(jnp.dot(y, self.inverse, precision="highest"))
@@ -272,7 +272,7 @@ class LatentCodec(nn.Module):
         """What a latent of `shape` (b, h, w) is coded with.
 
         Returns:
-          Transform, prediction, context, temporal prior, and symbols of the latent before.
+            Transform, prediction, context, temporal prior, and symbols of the latent before.
         """
         if state is None:
             return self.intra, 0.0, None, None, zero_symbols(self.config, *shape)

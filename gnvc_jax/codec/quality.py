@@ -33,8 +33,8 @@ class QualityGain(nn.Module):
     """One positive gain per quality level and channel; its logarithm is the parameter.
 
     Attributes:
-      slope: gains start at exp(slope * q_index / 63): lambda, and with it the best step size, is
-        geometric in the quality level.
+        slope: Gains start at exp(slope * q_index / 63): lambda, and with it the best step size, is
+            geometric in the quality level.
     """
 
     slope: float = 0.0

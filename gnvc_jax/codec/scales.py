@@ -53,13 +53,13 @@ class ScaleLayer:
     """Static facts of one layer of the network (see `scale_layers`).
 
     Attributes:
-      name: prefix of the layer's parameters.
-      inputs, outputs: channels.
-      per_quality: whether the bias depends on the quality level.
-      depthwise: a depthwise 3x3 convolution rather than a 1x1 convolution.
-      joins: whether the integers of the previous latent become inputs here.
-      upsample: whether four channels become 2x2 pixels after the layer.
-      last: whether the outputs are table indices.
+        name: Prefix of the layer's parameters.
+        inputs, outputs: channels.
+        per_quality: Whether the bias depends on the quality level.
+        depthwise: A depthwise 3x3 convolution rather than a 1x1 convolution.
+        joins: Whether the integers of the previous latent become inputs here.
+        upsample: Whether four channels become 2x2 pixels after the layer.
+        last: Whether the outputs are table indices.
     """
 
     name: str
@@ -125,9 +125,9 @@ def scale_inputs(
     """Maps what the network sees to integers in 0..255.
 
     Args:
-      z: hyperlatent symbols in -15..15.
-      prev_y: symbols of the previous latent in -127..127; only their magnitude matters.
-      prev_index: table indices of the previous latent in 0..63.
+        z: Hyperlatent symbols in -15..15.
+        prev_y: Symbols of the previous latent in -127..127; only their magnitude matters.
+        prev_index: Table indices of the previous latent in 0..63.
     """
     magnitude = (16 * abs(prev_y)).clip(0, 255)
     return 8 * (z + 16), magnitude, 4 * prev_index
@@ -154,13 +154,13 @@ def run_layers(
     """Table indices (*b, 4 * h, 4 * w, cy) of every element of y, in the kind of array of `xp`.
 
     Args:
-      config: sizes.
-      weights: integers, in any type that holds them exactly.
-      q_index: quality level.
-      z, prev_y, prev_index: see `scale_inputs`; zeros of the previous latent for an intra latent.
-      matmul: multiplies activations (..., n) with a kernel (n, m), exactly.
-      requantise: see the function of this name.
-      xp: `numpy` or `jax.numpy`.
+        config: sizes.
+        weights: Integers, in any type that holds them exactly.
+        q_index: Quality level.
+        z, prev_y, prev_index: See `scale_inputs`; zeros of the previous latent for an intra latent.
+        matmul: Multiplies activations (..., n) with a kernel (n, m), exactly.
+        requantise: See the function of this name.
+        xp: `numpy` or `jax.numpy`.
     """
     x, *previous = scale_inputs(z, prev_y, prev_index)
     for layer in scale_layers(config):
@@ -265,12 +265,12 @@ def scale_index(
     """Table indices of one latent by the exported network, in JAX.
 
     Args:
-      config: sizes.
-      tables: see `export`.
-      q_index: quality level.
-      z, prev_y, prev_index: see `scale_inputs`; zeros of the previous latent for an intra latent.
-      dtype: what matrix products multiply: float32, bfloat16 (with float32 sums) or int32. The
-        result does not depend on it.
+        config: sizes.
+        tables: See `export`.
+        q_index: Quality level.
+        z, prev_y, prev_index: See `scale_inputs`; zeros of the previous latent for an intra latent.
+        dtype: What matrix products multiply: float32, bfloat16 (with float32 sums) or int32. The
+            result does not depend on it.
     """
 
     def matmul(x: Array, kernel: Array) -> Array:

@@ -341,8 +341,8 @@ def binary_output(path: str, force: bool) -> Iterator[CountingFile]:
         force: Whether to replace an existing file.
 
     Raises:
-        OutputExists: the file exists and `force` is not given.
-        UnwritableOutput: the path is a folder, or nothing can be created there.
+        OutputExists: The file exists and `force` is not given.
+        UnwritableOutput: The path is a folder, or nothing can be created there.
     """
     if path == "-":
         yield CountingFile(sys.stdout.buffer)

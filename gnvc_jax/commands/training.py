@@ -28,9 +28,9 @@ def load_experiment(
         devices: Number of devices that there are; of no use without `hardware`.
 
     Raises:
-        FileNotFoundError: there is no such config.
-        UsageError: a value is wrong.
-        SystemExit: after a message for settings that do not exist, and after help for --help.
+        FileNotFoundError: There is no such config.
+        UsageError: A value is wrong.
+        SystemExit: After a message for settings that do not exist, and after help for --help.
     """
     from gnvc_jax import shipped_configs
     from gnvc_jax.training import config as configs

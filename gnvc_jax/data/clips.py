@@ -39,8 +39,8 @@ class RandomRead(grain.transforms.RandomMap):
     with any number of processes.
 
     Attributes:
-      count: size of the data.
-      left_out: where failures are counted.
+        count: Size of the data.
+        left_out: Where failures are counted.
     """
 
     count: int
@@ -58,7 +58,7 @@ class RandomRead(grain.transforms.RandomMap):
         """Reads an element, or another one in its place.
 
         Raises:
-          TooMuchLeftOut: if too much cannot be read.
+            TooMuchLeftOut: If too much cannot be read.
         """
         for _ in range(MAX_TRIES):
             try:
@@ -76,12 +76,12 @@ class RandomClip(RandomRead):
     The frames are consecutive; start, crop, downscaling and mirroring are random.
 
     Attributes:
-      videos: what to draw from, in proportion to their numbers of frames.
-      frames: of a clip.
-      size: height and width of a crop.
-      downscale_prob: probability of a crop twice as large, reduced by 2x2 means.
-      left_out: where failures are counted.
-      motion: whether elements are those of `with_motion`.
+        videos: What to draw from, in proportion to their numbers of frames.
+        frames: Of a clip.
+        size: Height and width of a crop.
+        downscale_prob: Probability of a crop twice as large, reduced by 2x2 means.
+        left_out: Where failures are counted.
+        motion: Whether elements are those of `with_motion`.
     """
 
     videos: tuple[Video, ...]
@@ -138,14 +138,14 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Samp
     """A training sample for codecs with motion.
 
     Args:
-      clip: uint8 (1 + 4k, h + 2 * margin, w + 2 * margin, 3).
-      margin: pixels around the sample that only the search sees.
-      rng: draws the quality level.
+        clip: uint8 (1 + 4k, h + 2 * margin, w + 2 * margin, 3).
+        margin: Pixels around the sample that only the search sees.
+        rng: Draws the quality level.
 
     Returns:
-      A dictionary: "video" uint8 (1 + 4k, h, w, 3); "vectors" int16 (k, 4, h/16, w/16, 2) and
-      "motion_bits" float32 (k,) of the fields that the encoder would find at the quality level
-      "q_index", an int32.
+        A dictionary: "video" uint8 (1 + 4k, h, w, 3); "vectors" int16 (k, 4, h/16, w/16, 2) and
+        "motion_bits" float32 (k,) of the fields that the encoder would find at the quality level
+        "q_index", an int32.
     """
     # Imported here: OpenCV is needed for motion only.
     from gnvc_jax.motion import expand
@@ -196,23 +196,24 @@ def clip_dataset(
     set_state resume with exactly the next batch, whatever the number of workers or of processes.
 
     Args:
-      index: videos to draw from, in proportion to their numbers of frames. If a clip cannot be
-        read, another is drawn, and the video is added to `index.left_out`.
-      frames: of a clip; shorter videos are ignored.
-      size: height and width of a clip in pixels. A smaller video is padded below and to the right
-        by its edge.
-      batch: clips in a batch of one process.
-      seed: of all random draws.
-      shuffle: whether to draw in random order.
-      num_workers: decoding processes; with 0, one thread of this process decodes.
-      worker_buffer: batches that each of them keeps ready.
-      downscale_prob: probability of a crop twice as large, if the video allows it, reduced by 2x2
-        means.
-      motion: whether elements are the dictionaries of `with_motion`.
-      shard: number of this process, and number of processes, which together read the global batch.
+        index: Videos to draw from, in proportion to their numbers of frames. If a clip cannot be
+            read, another is drawn, and the video is added to `index.left_out`.
+        frames: Of a clip; shorter videos are ignored.
+        size: Height and width of a clip in pixels. A smaller video is padded below and to the right
+            by its edge.
+        batch: Clips in a batch of one process.
+        seed: Of all random draws.
+        shuffle: Whether to draw in random order.
+        num_workers: Decoding processes; with 0, one thread of this process decodes.
+        worker_buffer: Batches that each of them keeps ready.
+        downscale_prob: Probability of a crop twice as large, if the video allows it, reduced by 2x2
+            means.
+        motion: Whether elements are the dictionaries of `with_motion`.
+        shard: Number of this process, and number of processes, which together read the global
+            batch.
 
     Raises:
-      UsageError: if no video has enough frames. The iterator raises TooMuchLeftOut.
+        UsageError: If no video has enough frames. The iterator raises TooMuchLeftOut.
     """
     videos = tuple(video for video in index if video.frames >= frames)
     if not videos:
@@ -273,10 +274,10 @@ def endless_batches(
     """Endless batches of what `draw` makes of the numbers 0 to count - 1.
 
     Args:
-      count: number of elements in an epoch.
-      draw: makes an element from its number and a random generator.
-      batch, seed, shuffle, num_workers, worker_buffer, shard: see `clip_dataset`, as for the state
-        of the iterator.
+        count: Number of elements in an epoch.
+        draw: Makes an element from its number and a random generator.
+        batch, seed, shuffle, num_workers, worker_buffer, shard: See `clip_dataset`, as for the
+            state of the iterator.
     """
     order = grain.MapDataset.range(count).seed(seed)
     if shuffle:

@@ -47,10 +47,10 @@ class Video:
     """A video file or folder of pictures.
 
     Attributes:
-      path: of the file or folder.
-      frames, width, height: size.
-      fps: frames per second.
-      decoded: path of the array of its frames, if there is one.
+        path: Of the file or folder.
+        frames, width, height: size.
+        fps: Frames per second.
+        decoded: Path of the array of its frames, if there is one.
     """
 
     path: str
@@ -79,17 +79,17 @@ class ClipIndex:
     """The videos at a path: a sequence of Video, sorted by path.
 
     Args:
-      path: a folder, searched with its subfolders for video files and for folders of PNG pictures;
-        a list (.txt) with one path per line, relative to the list; or one video.
-      decode_cache: folder that keeps probing results and all decoded frames; without it every clip
-        is decoded when it is drawn.
-      left_out: collects what cannot be read; by default without a limit.
+        path: A folder, searched with its subfolders for video files and for folders of PNG
+            pictures; a list (.txt) with one path per line, relative to the list; or one video.
+        decode_cache: Folder that keeps probing results and all decoded frames; without it every
+            clip is decoded when it is drawn.
+        left_out: Collects what cannot be read; by default without a limit.
 
     Raises:
-      MissingInput: if there is nothing at the path.
-      NoFrames: if no video is readable.
-      TooMuchLeftOut: if too many are not.
-      UnwritableOutput, WriteFailed, DiskFull: for the cache.
+        MissingInput: If there is nothing at the path.
+        NoFrames: If no video is readable.
+        TooMuchLeftOut: If too many are not.
+        UnwritableOutput, WriteFailed, DiskFull: For the cache.
     """
 
     def __init__(

@@ -43,22 +43,22 @@ def for_each_video(
     listed and logged, and the job goes on; only an error of the output ends it.
 
     Args:
-      source: folder, list or video, see `find_videos`.
-      folder: where `work` writes; it must exist.
-      work: called with a video and a name, makes the output of this name in the folder and returns
-        the row.
-      columns: of `manifest.csv`, beside `left_out`; "video" is one of them.
-      settings: JSON-ready, kept in the rows.
-      shard: number of this process, and number of processes that share the videos.
-      progress: whether to show a progress bar.
-      title: of the progress bar.
+        source: Folder, list or video, see `find_videos`.
+        folder: Where `work` writes; it must exist.
+        work: Called with a video and a name, makes the output of this name in the folder and
+            returns the row.
+        columns: Of `manifest.csv`, beside `left_out`; "video" is one of them.
+        settings: JSON-ready, kept in the rows.
+        shard: Number of this process, and number of processes that share the videos.
+        progress: Whether to show a progress bar.
+        title: Of the progress bar.
 
     Returns:
-      The videos that `work` failed on, with the reason.
+        The videos that `work` failed on, with the reason.
 
     Raises:
-      MissingInput: if there is nothing at the source.
-      OSError, UnwritableOutput, WriteFailed: for the output.
+        MissingInput: If there is nothing at the source.
+        OSError, UnwritableOutput, WriteFailed: For the output.
     """
     folder, failed = Path(folder), {}
     videos = sorted(set(find_videos(Path(source))))
@@ -106,9 +106,9 @@ def write_manifest(folder: Path, columns: Sequence[str], videos: Sequence[Path])
     """Writes `manifest.csv` from the rows in a folder.
 
     Args:
-      folder: with the rows.
-      columns: see `for_each_video`.
-      videos: of this job. A failure is listed only if its video is one of them and has no output.
+        folder: With the rows.
+        columns: See `for_each_video`.
+        videos: Of this job. A failure is listed only if its video is one of them and has no output.
     """
     rows = [row for path in sorted(folder.glob("*.json")) if (row := read_row(path))]
     done = {row["video"] for row in rows if LEFT_OUT not in row}

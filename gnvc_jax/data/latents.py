@@ -37,11 +37,11 @@ class CacheInfo:
     """Description of the latents in a cache; caches with equal descriptions can be mixed.
 
     Attributes:
-      frames: of video in one record, 1 + 4k.
-      vae: fingerprint of the VAE.
-      mean, std: per channel, by which the latents are normalised.
-      stride: pixels per latent in each direction.
-      temporal_stride: frames per latent after the first.
+        frames: Of video in one record, 1 + 4k.
+        vae: Fingerprint of the VAE.
+        mean, std: Per channel, by which the latents are normalised.
+        stride: Pixels per latent in each direction.
+        temporal_stride: Frames per latent after the first.
     """
 
     frames: int
@@ -66,19 +66,19 @@ def write_latents(
     consecutive clips; what is left at the end is dropped.
 
     Args:
-      source: see `for_each_video`.
-      folder: of the cache; may hold latents of the same description.
-      info: description of the latents.
-      encode: uint8 (frames, h, w, 3) -> normalised latents, float (t, h2, w2, c).
-      shard: number of this process, and number of processes that share the videos.
-      progress: whether to show a progress bar.
+        source: See `for_each_video`.
+        folder: Of the cache; may hold latents of the same description.
+        info: Description of the latents.
+        encode: uint8 (frames, h, w, 3) -> normalised latents, float (t, h2, w2, c).
+        shard: Number of this process, and number of processes that share the videos.
+        progress: Whether to show a progress bar.
 
     Returns:
-      The videos that failed, with the reason.
+        The videos that failed, with the reason.
 
     Raises:
-      MissingInput: if there is nothing at the source.
-      UsageError: if the folder holds other latents.
+        MissingInput: If there is nothing at the source.
+        UsageError: If the folder holds other latents.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -135,8 +135,8 @@ def read_info(folder: str | Path) -> CacheInfo:
     """Reads the description of a cache.
 
     Raises:
-      FileNotFoundError: if there is no cache.
-      UsageError: if its description is damaged.
+        FileNotFoundError: If there is no cache.
+        UsageError: If its description is damaged.
     """
     path = Path(folder) / "cache.json"
     if not path.is_file():
@@ -156,11 +156,11 @@ class RandomLatents(RandomRead):
     """Number of a record -> float32 (t, h, w, c): a random crop of its first t latents.
 
     Attributes:
-      paths: of the ArrayRecord files.
-      records: number of records in each.
-      latents: t.
-      size: h and w, in latents.
-      left_out: where failures are counted.
+        paths: Of the ArrayRecord files.
+        records: Number of records in each.
+        latents: t.
+        size: H and w, in latents.
+        left_out: Where failures are counted.
     """
 
     paths: tuple[str, ...]
@@ -221,18 +221,18 @@ def latent_dataset(
     """Endless batches float32 (batch, t, h, w, c) of normalised latents from a cache.
 
     Args:
-      folder: of the cache.
-      frames, size: of the clips that the latents stand for, in frames and pixels.
-      batch: latents in a batch of one process.
-      seed: of all random draws.
-      left_out: collects the files of records that are damaged or too small, in place of which
-        others are drawn.
-      **options: see `endless_batches`.
+        folder: Of the cache.
+        frames, size: Of the clips that the latents stand for, in frames and pixels.
+        batch: Latents in a batch of one process.
+        seed: Of all random draws.
+        left_out: Collects the files of records that are damaged or too small, in place of which
+            others are drawn.
+        **options: See `endless_batches`.
 
     Raises:
-      FileNotFoundError: if the cache is empty.
-      UsageError: if its clips are shorter.
-      TooMuchLeftOut: if too much of it cannot be read; the iterator may raise it, too.
+        FileNotFoundError: If the cache is empty.
+        UsageError: If its clips are shorter.
+        TooMuchLeftOut: If too much of it cannot be read; the iterator may raise it, too.
     """
     info, folder = read_info(folder), Path(folder)
     paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())

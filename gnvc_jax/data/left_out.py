@@ -32,10 +32,10 @@ class LeftOut:
     Copies in decoding processes share the list through `file`, one JSON object per line.
 
     Attributes:
-      limit: largest share of `total` that may be left out.
-      file: where the list is kept; None to keep it in this object alone.
-      total: number of videos or files in all.
-      reasons: by name, as far as this object has added them.
+        limit: Largest share of `total` that may be left out.
+        file: Where the list is kept; None to keep it in this object alone.
+        total: Number of videos or files in all.
+        reasons: By name, as far as this object has added them.
     """
 
     limit: float = MAX_SHARE
@@ -55,7 +55,7 @@ class LeftOut:
         """Counts and logs what was left out, once per name.
 
         Raises:
-          TooMuchLeftOut: if it is more than the accepted share.
+            TooMuchLeftOut: If it is more than the accepted share.
         """
         if name not in self.reasons:
             self.reasons[name] = reason(name, error)

@@ -141,7 +141,7 @@ class Anchor:
             colour: Colour space of the YUV that is coded.
 
         Raises:
-            ValueError: another codec or another shape.
+            ValueError: Another codec or another shape.
         """
         if codec not in ENCODERS:
             raise ValueError(f"unknown anchor '{codec}', expected one of {', '.join(ANCHORS)}")
@@ -279,7 +279,7 @@ def bisect_crf(
         The factor, and whether the size at the largest one is still above the target.
 
     Raises:
-        ValueError: the target is not positive.
+        ValueError: The target is not positive.
     """
     if target <= 0:
         raise ValueError(f"target of {target} bytes")
@@ -314,7 +314,7 @@ def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> b
         Contents of the output file; empty if there is none.
 
     Raises:
-        AnchorError: ffmpeg failed.
+        AnchorError: Ffmpeg failed.
     """
     with tempfile.TemporaryDirectory(prefix="gnvc-anchor-") as folder:
         for name, data in inputs.items():

@@ -52,7 +52,7 @@ def sequences(name: str, clips: Mapping[str, Path]) -> dict[str, Path]:
         The clips of the set, in its order.
 
     Raises:
-        UsageError: a sequence is missing, or several clips match it.
+        UsageError: A sequence is missing, or several clips match it.
     """
     chosen = {}
     for sequence in SEQUENCES[name]:

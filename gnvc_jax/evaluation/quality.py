@@ -82,7 +82,7 @@ class QualityMeter:
                 missing.
 
         Raises:
-            ValueError: an unknown name.
+            ValueError: An unknown name.
         """
         weights = dict(weights or {})
         for names, known in ((metrics, METRICS), (weights, WITH_WEIGHTS)):
@@ -120,7 +120,7 @@ class QualityMeter:
             The results; `missing` lists metrics that frame size or installation do not allow.
 
         Raises:
-            ValueError: the clips differ in shape or are not uint8.
+            ValueError: The clips differ in shape or are not uint8.
         """
         if source.shape != output.shape or source.dtype != np.uint8 or output.dtype != np.uint8:
             raise ValueError(

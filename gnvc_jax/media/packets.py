@@ -62,9 +62,9 @@ def open_stream(
             default; of several or none, the one with the largest pictures.
 
     Raises:
-        MissingInput: the file cannot be read.
-        NotAVideo: the file is not a video, or has no such stream.
-        AudioOnly: the file has sound but no pictures.
+        MissingInput: The file cannot be read.
+        NotAVideo: The file is not a video, or has no such stream.
+        AudioOnly: The file has sound but no pictures.
     """
     name = os.fspath(path)
     with named_errors(name):

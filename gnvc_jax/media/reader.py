@@ -73,8 +73,8 @@ def open_video(
             with a note, instead of raising DamagedVideo or TruncatedVideo.
 
     Raises:
-        MediaError: the video cannot be read.
-        ValueError: the rate is not positive.
+        MediaError: The video cannot be read.
+        ValueError: The rate is not positive.
     """
     if fps is not None:
         fps = Fraction(fps).limit_denominator(1_000_000)
@@ -108,9 +108,9 @@ def read_clip(
         uint8 RGB (count, h, w, 3).
 
     Raises:
-        MediaError: the video cannot be read.
-        TruncatedVideo: it has fewer frames.
-        ValueError: the crop reaches outside of the picture.
+        MediaError: The video cannot be read.
+        TruncatedVideo: It has fewer frames.
+        ValueError: The crop reaches outside of the picture.
     """
     if start < 0 or count < 1:
         raise ValueError(f"cannot read {count} frames from frame {start}")
@@ -144,7 +144,7 @@ def probe(
         stream: See `open_video`.
 
     Raises:
-        MediaError: the video cannot be read; MissingInput for "-", which can be read only once.
+        MediaError: The video cannot be read; MissingInput for "-", which can be read only once.
     """
     if os.fspath(path) == "-":
         raise MissingInput(path, "standard input cannot be read twice")

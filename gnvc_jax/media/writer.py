@@ -252,10 +252,10 @@ def open_writer(
         chroma: "420" or "444", for .y4m.
 
     Raises:
-        OutputExists: the output exists, and `force` is not given.
-        UnwritableOutput: the output cannot be created.
-        WriteFailed: writing failed, or there were no frames.
-        DiskFull: the disk is full.
+        OutputExists: The output exists, and `force` is not given.
+        UnwritableOutput: The output cannot be created.
+        WriteFailed: Writing failed, or there were no frames.
+        DiskFull: The disk is full.
     """
     name = os.fspath(path)
     fps = Fraction(fps).limit_denominator(100_000)

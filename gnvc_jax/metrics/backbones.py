@@ -63,8 +63,8 @@ def check_images(metric: str, x: Array | np.ndarray, y: Array | np.ndarray, valu
         values: Range of values that the metric expects, for messages.
 
     Raises:
-        ValueError: not two arrays (b, h, w, 3) with sides of at least MIN_SIDE.
-        TypeError: not floating point.
+        ValueError: Not two arrays (b, h, w, 3) with sides of at least MIN_SIDE.
+        TypeError: Not floating point.
     """
     if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
         raise ValueError(f"{metric} needs two (b, h, w, 3) arrays, got {x.shape} and {y.shape}")
@@ -131,8 +131,8 @@ def load_weights(net: str, path: str | Path | None = None) -> dict:
         {"backbone": ..., "lins": five arrays (channels,)}, float32.
 
     Raises:
-        ValueError: unknown network, or a file with wrong contents.
-        FileNotFoundError: the file is missing, or the package is not installed.
+        ValueError: Unknown network, or a file with wrong contents.
+        FileNotFoundError: The file is missing, or the package is not installed.
     """
     if net not in _PACKAGE_FILES:
         raise ValueError(f"unknown LPIPS network '{net}', expected 'alex' or 'vgg'")

@@ -158,7 +158,7 @@ def clip_measures(encoder: ClipEncoder, source: np.ndarray, output: np.ndarray) 
         clip_f, clip_f_source and cmmd.
 
     Raises:
-        ValueError: the clip has a single frame.
+        ValueError: The clip has a single frame.
     """
     x, y = (
         np.concatenate(
@@ -201,8 +201,8 @@ def load_clip(path: Path) -> ClipEncoder:
         path: .safetensors file of Hugging Face.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is damaged, or tensors are missing or of another shape; the message
+        FileNotFoundError: The file is missing.
+        ValueError: The file is damaged, or tensors are missing or of another shape; the message
             lists all of them.
     """
     if not path.is_file():

@@ -34,8 +34,8 @@ def dists(params: dict, x: Array | np.ndarray, y: Array | np.ndarray) -> Float32
         (b,) float32, 0 for identical images, larger is worse.
 
     Raises:
-        ValueError: wrong shape, or a side shorter than 32.
-        TypeError: integer images.
+        ValueError: Wrong shape, or a side shorter than 32.
+        TypeError: Integer images.
     """
     check_images("dists", x, y, "[0, 1]")
     structure, texture = [], []

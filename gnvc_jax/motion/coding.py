@@ -88,13 +88,13 @@ def code_field(
     """Visits the numbers of one field in coding order.
 
     Args:
-      code: called with a row and the value to write, which a decoder ignores; returns the value.
-      shape: grid of coarse blocks.
-      previous: field of the latent before, None after an intra latent.
-      field: what to encode, None to decode.
+        code: Called with a row and the value to write, which a decoder ignores; returns the value.
+        shape: Grid of coarse blocks.
+        previous: Field of the latent before, None after an intra latent.
+        field: What to encode, None to decode.
 
     Returns:
-      The field, as decoded.
+        The field, as decoded.
     """
     given = no_motion(*shape) if field is None else field
     out = no_motion(*shape)
@@ -129,11 +129,11 @@ def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: 
     """Codes a grid of vectors (h, w, 2) as residuals of a prediction from known neighbours.
 
     Args:
-      code: see `code_field`.
-      row: first row of the tables for these vectors.
-      given: what to encode.
-      before: vectors of the field before, as nested lists, if they help to predict.
-      out: where decoded vectors go.
+        code: See `code_field`.
+        row: First row of the tables for these vectors.
+        given: What to encode.
+        before: Vectors of the field before, as nested lists, if they help to predict.
+        out: Where decoded vectors go.
     """
     # Nested lists: indexing single elements of NumPy arrays is several times slower.
     h, w, _ = given.shape
@@ -186,7 +186,7 @@ class MotionDecoder:
     """Decodes the fields of a motion segment one by one.
 
     Raises:
-      EntropyError: if the bytes cannot be a motion segment.
+        EntropyError: If the bytes cannot be a motion segment.
     """
 
     def __init__(self, data: bytes, coder: EntropyCoder) -> None:

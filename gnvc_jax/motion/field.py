@@ -22,14 +22,14 @@ class MotionField(NamedTuple):
     """Integers of one latent's motion; (h, w) is the grid of 32x32 blocks.
 
     Attributes:
-      coarse: int16 (h, w, 2), motion of the last frame, in half pels.
-      split: bool (h, w), blocks whose four 16x16 quarters have vectors of their own.
-      fine: int16 (2h, 2w, 2), what the quarters add to the interpolated coarse field, in half pels;
-        zero outside split blocks.
-      middle: int16 (h, w, 2), what the second frame adds to half the motion of the last one, in
-        half pels; all zero if motion is linear in time.
-      shift: int16 (3, 2), displacement that each of the first three frames adds to all its blocks,
-        in quarter pels.
+        coarse: int16 (h, w, 2), motion of the last frame, in half pels.
+        split: Bool (h, w), blocks whose four 16x16 quarters have vectors of their own.
+        fine: int16 (2h, 2w, 2), what the quarters add to the interpolated coarse field, in half
+            pels; zero outside split blocks.
+        middle: int16 (h, w, 2), what the second frame adds to half the motion of the last one, in
+            half pels; all zero if motion is linear in time.
+        shift: int16 (3, 2), displacement that each of the first three frames adds to all its
+            blocks, in quarter pels.
     """
 
     coarse: np.ndarray

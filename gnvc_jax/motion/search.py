@@ -52,10 +52,10 @@ def search(
     """Motion of four frames relative to the frame before them.
 
     Args:
-      frames: uint8 (4, h, w, 3), h and w multiples of 32.
-      reference: uint8 (h, w, 3).
-      rate: grey levels of absolute difference that a bit must save.
-      previous: field of the latent before, whose vectors are among the candidates.
+        frames: uint8 (4, h, w, 3), h and w multiples of 32.
+        reference: uint8 (h, w, 3).
+        rate: Grey levels of absolute difference that a bit must save.
+        previous: Field of the latent before, whose vectors are among the candidates.
     """
     h, w, _ = reference.shape
     field = no_motion(h // COARSE, w // COARSE)
@@ -158,10 +158,10 @@ def search_coarse(
     """Coarse vectors that minimise differences plus rate.
 
     Args:
-      frame, reference: grey images (h, w).
-      start: first guess, int16 (h / 32, w / 32, 2) in half pels.
-      rate: see `search`.
-      known: further candidates of the same shape.
+        frame, reference: Grey images (h, w).
+        start: First guess, int16 (h / 32, w / 32, 2) in half pels.
+        rate: See `search`.
+        known: Further candidates of the same shape.
     """
     vectors = start.copy()
     cost = differences(frame, reference, vectors, COARSE)
@@ -196,10 +196,10 @@ def split_blocks(
     """Gives the quarters of a block vectors of their own where that pays.
 
     Args:
-      field: with coarse vectors.
-      frame, reference: grey images (h, w).
-      flow: int16 (h / 16, w / 16, 2) in half pels, first guess for the quarters.
-      rate: see `search`.
+        field: With coarse vectors.
+        frame, reference: Grey images (h, w).
+        flow: int16 (h / 16, w / 16, 2) in half pels, first guess for the quarters.
+        rate: See `search`.
     """
     base = upsample(field.coarse) / 16.0  # half pels
     fine = np.zeros_like(field.fine)

@@ -23,11 +23,11 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
     Vectors stand at block centres; pixels beyond the outer centres take the outer vector.
 
     Args:
-      size: number of pixels.
-      blocks: number of blocks.
+        size: Number of pixels.
+        blocks: Number of blocks.
 
     Returns:
-      Three arrays (size,).
+        Three arrays (size,).
     """
     position = (np.arange(size) + 0.5) / FINE - 0.5
     left = np.floor(position).astype(int)
@@ -65,8 +65,8 @@ def warp(
     """Samples an image at pixel + displacement, by bicubic (Catmull-Rom) interpolation.
 
     Args:
-      image: beyond its edges, the edge pixels repeat.
-      displacement: (dx, dy) in pels, for each of n results.
+        image: Beyond its edges, the edge pixels repeat.
+        displacement: (dx, dy) in pels, for each of n results.
     """
     b, h, w, c = image.shape
     x = jnp.arange(w) + displacement[..., 0]
@@ -94,8 +94,8 @@ def predict(
     """Predicts four frames from the last decoded frame.
 
     Args:
-      reference: h and w are multiples of 16.
-      vectors: of every frame and 16x16 block, see `gnvc_jax.motion.field.expand`.
+        reference: H and w are multiples of 16.
+        vectors: Of every frame and 16x16 block, see `gnvc_jax.motion.field.expand`.
     """
     return warp(reference, dense(vectors))
 

@@ -44,15 +44,15 @@ def attention(
     """Attention on the mesh in use.
 
     Args:
-      local: attention of what one device holds, by any kernel.
-      q: queries; n is a multiple of the axis `context`.
-      k, v: keys and values; with split_keys, m is such a multiple, too.
-      length: keys from this one on are padding.
-      split_keys: whether keys and values are sharded over `context` as queries are.
-      ring: whether split keys travel in a ring instead of being exchanged for heads.
+        local: Attention of what one device holds, by any kernel.
+        q: Queries; n is a multiple of the axis `context`.
+        k, v: Keys and values; with split_keys, m is such a multiple, too.
+        length: Keys from this one on are padding.
+        split_keys: Whether keys and values are sharded over `context` as queries are.
+        ring: Whether split keys travel in a ring instead of being exchanged for heads.
 
     Raises:
-      UsageError: if the mesh does not divide tokens or heads.
+        UsageError: If the mesh does not divide tokens or heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:

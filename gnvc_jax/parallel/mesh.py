@@ -34,7 +34,7 @@ def parse_mesh(text: str) -> MeshConfig:
     """Parses a list of axes and sizes, such as "data=2,fsdp=4".
 
     Raises:
-      UsageError: for anything else.
+        UsageError: For anything else.
     """
     names = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes = {}
@@ -52,12 +52,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """Builds a mesh.
 
     Args:
-      config: sizes of the axes.
-      devices: by default, those of all hosts. The mesh takes the first of them, but must use all if
-        they were given or if there are several processes.
+        config: Sizes of the axes.
+        devices: By default, those of all hosts. The mesh takes the first of them, but must use all
+            if they were given or if there are several processes.
 
     Raises:
-      UsageError: if the sizes do not fit the number of devices.
+        UsageError: If the sizes do not fit the number of devices.
     """
     given, sizes = devices is not None, dataclasses.asdict(config)
     devices = jax.devices() if devices is None else list(devices)

@@ -44,12 +44,12 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Partition of one parameter.
 
     Args:
-      path: such as "codec/intra/out/kernel".
-      shape: of the parameter.
-      mesh: for the sizes of its axes.
+        path: Such as "codec/intra/out/kernel".
+        shape: Of the parameter.
+        mesh: For the sizes of its axes.
 
     Raises:
-      UsageError: if the mesh does not divide the sizes of a parameter that must be split.
+        UsageError: If the mesh does not divide the sizes of a parameter that must be split.
     """
     axes: list[str | None] = [None] * len(shape)
     named = next((axes for end, axes in RULES if re.search(f"(^|/){end}$", path)), None)
@@ -77,7 +77,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
     """The sharding of every leaf (array or shape) of a tree of parameters, moments or averages.
 
     Raises:
-      UsageError: see `spec`.
+        UsageError: See `spec`.
     """
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
@@ -104,10 +104,10 @@ def activation_spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], **axes: i
     """Partition of an activation.
 
     Args:
-      mesh: for the sizes of its axes.
-      shape: of the activation.
-      **axes: which dimension "batch", "context" and "tensor" split. A dimension that does not
-        divide is not split: a single clip is replicated over data x fsdp.
+        mesh: For the sizes of its axes.
+        shape: Of the activation.
+        **axes: Which dimension "batch", "context" and "tensor" split. A dimension that does not
+            divide is not split: a single clip is replicated over data x fsdp.
     """
     found: list[tuple[str, ...] | None] = [None] * len(shape)
     for name, dimension in axes.items():

@@ -51,7 +51,7 @@ def plan_coding(experiment: Experiment, topology: str, command: str, steps: int 
         steps: Refinement steps when decoding; ignored without a refiner.
 
     Raises:
-        UsageError: sizes that do not divide, an unknown topology, or no libtpu.
+        UsageError: Sizes that do not divide, an unknown topology, or no libtpu.
     """
     chip, _ = parse_topology(topology)
     devices = topology_devices(topology)

@@ -28,7 +28,7 @@ def count(function: Callable, *args: Any, trip_count: float = 1.0) -> float:
         expensive one counts.
 
     Raises:
-        UsageError: the function calls a Pallas kernel, which cannot be counted.
+        UsageError: The function calls a Pallas kernel, which cannot be counted.
     """
     return _of(jax.make_jaxpr(function)(*args).jaxpr, trip_count)
 

@@ -86,7 +86,7 @@ def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
         arguments: Shapes with shardings of the arguments.
 
     Raises:
-        RuntimeError: the message is about something else than memory.
+        RuntimeError: The message is about something else than memory.
     """
     reason = message.splitlines()[0]
     if "RESOURCE_EXHAUSTED" not in reason:

@@ -42,7 +42,7 @@ def plan(
             scaling).
 
     Raises:
-        UsageError: sizes that do not divide, an unknown topology, or no libtpu.
+        UsageError: Sizes that do not divide, an unknown topology, or no libtpu.
     """
     chip, _ = parse_topology(topology)
     if per_device is not None:

@@ -128,7 +128,7 @@ def recognise(source: Source, heads: int | None = None) -> Architecture:
             the number of heads of width 128, the width in all Wan models.
 
     Raises:
-        PortError: a variant other than text-to-video or VACE of Wan2.1.
+        PortError: A variant other than text-to-video or VACE of Wan2.1.
     """
     strange = [
         f"{key} = {source.facts[key]!r} (only {value!r})"

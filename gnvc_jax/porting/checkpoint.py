@@ -130,8 +130,8 @@ def load_weights(
         The architecture, and the parameters as a nested dictionary.
 
     Raises:
-        FileNotFoundError: the folder has no such component.
-        PortError: the description is damaged, or does not match the parameters.
+        FileNotFoundError: The folder has no such component.
+        PortError: The description is damaged, or does not match the parameters.
     """
     architecture = read_architecture(folder, component)
     saved, like = open_weights(folder, component, architecture)
@@ -164,7 +164,7 @@ def open_weights(
         Path of the checkpoint, and the metadata (shape, dtype) of its arrays by path.
 
     Raises:
-        PortError: the weights are missing or do not match.
+        PortError: The weights are missing or do not match.
     """
     saved = Path(folder).absolute() / component / "weights"
     if not saved.is_dir():
@@ -195,8 +195,8 @@ def load_prompt(path: str | Path, config: DiTConfig | None = None) -> np.ndarray
         Text condition (1, rows, width), float32.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        PortError: the file cannot be read or does not fit.
+        FileNotFoundError: There is no such file.
+        PortError: The file cannot be read or does not fit.
     """
     config = config or DiTConfig()
     path = Path(path)

@@ -70,9 +70,9 @@ def port(
         A summary of each component.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        FileExistsError: the target exists.
-        PortError: tensors are missing, unexpected or of a wrong shape (all of them are listed), or
+        FileNotFoundError: There is nothing at `path`.
+        FileExistsError: The target exists.
+        PortError: Tensors are missing, unexpected or of a wrong shape (all of them are listed), or
             contain NaN or infinities (the first one is named). Nothing is written.
     """
     if dtype not in DTYPES:

@@ -82,8 +82,8 @@ def open_sources(path: str | Path) -> list[Source]:
     """Finds the components in a file or folder.
 
     Raises:
-        FileNotFoundError: there is nothing at `path`.
-        PortError: it holds no known component, or one of them twice.
+        FileNotFoundError: There is nothing at `path`.
+        PortError: It holds no known component, or one of them twice.
     """
     path = Path(path)
     if not path.exists():
@@ -156,7 +156,7 @@ def shards_without_index(folder: Path, known: set[Path]) -> dict[Path, list[Path
         The files of each set, by the path where their index should be.
 
     Raises:
-        PortError: a set is incomplete.
+        PortError: A set is incomplete.
     """
     sets: dict[tuple[str, int], dict[int, Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):

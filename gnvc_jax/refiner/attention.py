@@ -43,17 +43,17 @@ def attention(
     On a mesh, each device works on its clips, tokens and heads.
 
     Args:
-      q, k, v: queries, keys and values.
-      implementation: a key of IMPLEMENTATIONS, or "ring": keys travel from device to device, and
-        each device uses the kernel of `choose`.
-      length: keys from this one on are padding; by default, none.
-      split_keys: whether keys are sharded over the mesh axis `context` as queries are. Tokens are
-        then exchanged for heads, so that the implementation sees all tokens of some heads. "ring"
-        does without, and is the default where padding the heads to a multiple of `context` would
-        at least double their number.
+        q, k, v: Queries, keys and values.
+        implementation: A key of IMPLEMENTATIONS, or "ring": keys travel from device to device, and
+            each device uses the kernel of `choose`.
+        length: Keys from this one on are padding; by default, none.
+        split_keys: Whether keys are sharded over the mesh axis `context` as queries are. Tokens are
+            then exchanged for heads, so that the implementation sees all tokens of some heads.
+            "ring" does without, and is the default where padding the heads to a multiple of
+            `context` would at least double their number.
 
     Raises:
-      UsageError: for an unknown name and for heads that the mesh axis `tensor` does not divide.
+        UsageError: For an unknown name and for heads that the mesh axis `tensor` does not divide.
     """
     name, ring = resolve(implementation, q.dtype, *q.shape[2:])
     options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
@@ -76,13 +76,13 @@ def windowed_attention(
     square. Frames no larger than a window get plain attention.
 
     Args:
-      q, k, v: queries, keys and values, with n = m = columns * latents * rows, in this order.
-      grid: (latents, rows, columns) of tokens.
-      window: tokens per side, even.
-      implementation: see `attention`.
+        q, k, v: Queries, keys and values, with n = m = columns * latents * rows, in this order.
+        grid: (latents, rows, columns) of tokens.
+        window: Tokens per side, even.
+        implementation: See `attention`.
 
     Raises:
-      UsageError: if a mesh shards tokens over its axis `context`.
+        UsageError: If a mesh shards tokens over its axis `context`.
     """
     t, rows, columns = grid
     if rows <= window and columns <= window:
@@ -125,10 +125,10 @@ def resolve(
     """What `attention` does on the mesh in use, from its argument and the shape of its inputs.
 
     Returns:
-      A key of IMPLEMENTATIONS, and whether keys travel from device to device.
+        A key of IMPLEMENTATIONS, and whether keys travel from device to device.
 
     Raises:
-      UsageError: for an unknown name.
+        UsageError: For an unknown name.
     """
     ring = implementation == RING or (
         implementation is None
@@ -195,8 +195,8 @@ def splash_attention(
     """The Pallas flash kernel for TPUs.
 
     Args:
-      q, k, v: queries, keys and values.
-      interpret: run the kernel in JAX operations, on any backend.
+        q, k, v: Queries, keys and values.
+        interpret: Run the kernel in JAX operations, on any backend.
     """
     # Imported here: the modules exist for TPUs, and cost a second elsewhere.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels

@@ -19,21 +19,21 @@ class DiTConfig:
     """Architecture of the DiT; the defaults are Wan2.1-T2V-1.3B's (1,418,996,800 parameters).
 
     Attributes:
-      width: of the tokens.
-      ffn_width: of the hidden layer of a block.
-      heads: attention heads.
-      layers: blocks.
-      frequencies: width of the sinusoidal embedding of time.
-      channels: of the latents.
-      text_width, text_length: of the text condition; length 0 for no cross-attention.
-      context_every: 0 for a plain DiT, s for VACE's adapter with one context block per s blocks,
-        the first before block 0.
-      context_channels: of the adapter's condition, on the grid of the latents.
-      window: tokens per side of the neighbourhood that self-attention sees in each latent, even;
-        0 for all tokens. See `gnvc_jax.refiner.attention.windowed_attention`.
+        width: Of the tokens.
+        ffn_width: Of the hidden layer of a block.
+        heads: Attention heads.
+        layers: blocks.
+        frequencies: Width of the sinusoidal embedding of time.
+        channels: Of the latents.
+        text_width, text_length: Of the text condition; length 0 for no cross-attention.
+        context_every: 0 for a plain DiT, s for VACE's adapter with one context block per s blocks,
+            the first before block 0.
+        context_channels: Of the adapter's condition, on the grid of the latents.
+        window: Tokens per side of the neighbourhood that self-attention sees in each latent, even;
+            0 for all tokens. See `gnvc_jax.refiner.attention.windowed_attention`.
 
     Raises:
-      UsageError: for sizes that do not divide.
+        UsageError: For sizes that do not divide.
     """
 
     width: int = 1536
@@ -88,8 +88,8 @@ class DiTConfig:
         Matrix products only, batch 1. Agrees with the published counts of Wan2.1 to three digits.
 
         Args:
-          t, h, w: size of the latents.
-          heads: that self-attention works on, if its own are padded.
+            t, h, w: Size of the latents.
+            heads: That self-attention works on, if its own are padded.
         """
         n, m, d = self.tokens(t, h, w), self.text_length, self.width
         attended = (heads or self.heads) * self.head_width
@@ -111,20 +111,20 @@ class RefinerConfig:
     """A DiT with an adapter for decoded latents and features of the codec.
 
     Attributes:
-      dit: its context has VACE's 96 channels, or as many as latents have (decoded latents alone).
-      features: channels of the codec's features.
-      window: latents that are refined together.
-      overlap: latents that neighbouring windows share.
-      start: t_N, flow time at which refinement begins.
-      noise: standard deviation of the noise in the starting state: 1 for an ordinary flow, 0 for a
-        deterministic refiner of one step.
-      deviation: 0 where the DiT gives the velocity itself, as Wan's does. Otherwise the standard
-        deviation of coding errors, for which the DiT corrects `flow.linear_velocity`; small models
-        need this.
-      steps: of the flow that decoding takes: what the refiner was trained for.
+        dit: Its context has VACE's 96 channels, or as many as latents have (decoded latents alone).
+        features: Channels of the codec's features.
+        window: Latents that are refined together.
+        overlap: Latents that neighbouring windows share.
+        start: t_N, flow time at which refinement begins.
+        noise: Standard deviation of the noise in the starting state: 1 for an ordinary flow, 0 for
+            a deterministic refiner of one step.
+        deviation: 0 where the DiT gives the velocity itself, as Wan's does. Otherwise the standard
+            deviation of coding errors, for which the DiT corrects `flow.linear_velocity`; small
+            models need this.
+        steps: Of the flow that decoding takes: what the refiner was trained for.
 
     Raises:
-      UsageError: for sizes that do not fit.
+        UsageError: For sizes that do not fit.
     """
 
     dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))

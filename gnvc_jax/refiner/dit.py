@@ -135,11 +135,11 @@ class DiTAttention(nn.Module):
     """Multi-head attention of tokens x to tokens y.
 
     Attributes:
-      config: sizes.
-      dtype: of matrix products and attention.
-      implementation: see `gnvc_jax.refiner.attention.attention`.
-      grid: (latents, rows, columns) of tokens that attend to their neighbourhood (`config.window`),
-        None for attention to all tokens.
+        config: sizes.
+        dtype: Of matrix products and attention.
+        implementation: See `gnvc_jax.refiner.attention.attention`.
+        grid: (latents, rows, columns) of tokens that attend to their neighbourhood
+            (`config.window`), None for attention to all tokens.
     """
 
     config: DiTConfig
@@ -176,8 +176,8 @@ class DiTBlock(nn.Module):
     """Self-attention and feed-forward, both modulated by time, cross-attention to text between.
 
     Attributes:
-      config, dtype, grid: see `DiTAttention`.
-      attention: its implementation.
+        config, dtype, grid: See `DiTAttention`.
+        attention: Its implementation.
     """
 
     config: DiTConfig
@@ -196,10 +196,10 @@ class DiTBlock(nn.Module):
         """The next residual stream.
 
         Args:
-          x: residual stream, float32.
-          time: shift, scale and gate of attention, then of the feed-forward.
-          text: embedded text, None for a model without text.
-          table: of the rotary embedding.
+            x: Residual stream, float32.
+            time: Shift, scale and gate of attention, then of the feed-forward.
+            text: Embedded text, None for a model without text.
+            table: Of the rotary embedding.
         """
         cfg = self.config
         init = nn.initializers.normal(cfg.width**-0.5)
@@ -234,8 +234,8 @@ class DiTGroup(nn.Module):
     after the first of them.
 
     Attributes:
-      config, dtype, attention, grid: see `DiTBlock`.
-      remat: see `DiT`.
+        config, dtype, attention, grid: See `DiTBlock`.
+        remat: See `DiT`.
     """
 
     config: DiTConfig
@@ -256,9 +256,9 @@ class DiTGroup(nn.Module):
         """The next carry, and nothing to stack.
 
         Args:
-          carry: residual stream and context, both (b, n, d); no context without an adapter.
-          scale: weight of the hint.
-          time, text, table: see `DiTBlock`.
+            carry: Residual stream and context, both (b, n, d); no context without an adapter.
+            scale: Weight of the hint.
+            time, text, table: See `DiTBlock`.
         """
         (x, context), cfg, block = carry, self.config, DiTBlock
         x = constrain(x, batch=0, context=1)
@@ -284,10 +284,10 @@ class DiT(nn.Module):
     """The velocity field of Wan2.1: noise minus data, at Wan's timestep (1000 noise, 0 data).
 
     Attributes:
-      config: sizes.
-      dtype: of matrix products and attention.
-      attention: implementation (see `gnvc_jax.refiner.attention`), by default the backend's best.
-      remat: what the backward pass keeps, a key of REMAT.
+        config: sizes.
+        dtype: Of matrix products and attention.
+        attention: Implementation (see `gnvc_jax.refiner.attention`), by default the backend's best.
+        remat: What the backward pass keeps, a key of REMAT.
     """
 
     config: DiTConfig
@@ -310,15 +310,15 @@ class DiT(nn.Module):
         """Velocity, in float32.
 
         Args:
-          latents: state of the flow; h and w are even.
-          time: Wan's timestep in 0..1000.
-          text: embedded prompt of at most text_length rows; zero rows are added.
-          context: condition of a model with an adapter.
-          context_scale: weight of the hints, one or one per context block.
-          time_extra, context_extra: added to the embeddings of time and of the context's tokens.
+            latents: State of the flow; h and w are even.
+            time: Wan's timestep in 0..1000.
+            text: Embedded prompt of at most text_length rows; zero rows are added.
+            context: Condition of a model with an adapter.
+            context_scale: Weight of the hints, one or one per context block.
+            time_extra, context_extra: Added to the embeddings of time and of the context's tokens.
 
         Raises:
-          UsageError: for sizes that do not fit the model.
+            UsageError: For sizes that do not fit the model.
         """
         cfg = self.config
         check_sizes(cfg, latents, text, context)

@@ -94,11 +94,11 @@ def linear_velocity(
     preconditioning of denoisers by Karras et al. 2022, arXiv 2206.00364).
 
     Args:
-      state: of the flow at tau.
-      decoded: latents from the codec.
-      tau: flow time.
-      error_std: standard deviation of coding errors.
-      start: flow time at which refinement begins.
+        state: Of the flow at tau.
+        decoded: Latents from the codec.
+        tau: Flow time.
+        error_std: Standard deviation of coding errors.
+        start: Flow time at which refinement begins.
     """
     rest = state - tau * decoded  # (1 - tau) noise - done * error
     done, left = (tau - start) / (1.0 - start), 1.0 - tau
@@ -122,7 +122,7 @@ def step_times(steps: int, start: float = START, shift: float = 1.0) -> Array:
     """The steps + 1 flow times from `start` to 1, uniform before the shift.
 
     Raises:
-      UsageError: for fewer than one step or a start outside [0, 1).
+        UsageError: For fewer than one step or a start outside [0, 1).
     """
     if steps < 1 or not 0.0 <= start < 1.0:
         raise UsageError(

@@ -34,10 +34,10 @@ class Refiner(nn.Module):
     at first.
 
     Attributes:
-      config: sizes.
-      dtype, attention, remat: see `DiT`.
-      precision: of float32 products, see `jax.default_matmul_precision`. Products of bfloat16 are
-        exact in any case.
+        config: sizes.
+        dtype, attention, remat: See `DiT`.
+        precision: Of float32 products, see `jax.default_matmul_precision`. Products of bfloat16 are
+            exact in any case.
     """
 
     config: RefinerConfig
@@ -59,12 +59,12 @@ class Refiner(nn.Module):
         """The velocity, data minus noise.
 
         Args:
-          state: of the flow at time tau.
-          tau: flow time, 0 (noise) to 1 (data).
-          decoded: latents from the codec.
-          features: of the codec.
-          q_index: quality levels.
-          text: embedded prompt, for a DiT with text.
+            state: Of the flow at time tau.
+            tau: Flow time, 0 (noise) to 1 (data).
+            decoded: Latents from the codec.
+            features: Of the codec.
+            q_index: Quality levels.
+            text: Embedded prompt, for a DiT with text.
         """
         cfg, zeros = self.config.dit, nn.initializers.zeros
         state, decoded, tau = jnp.asarray(state), jnp.asarray(decoded), jnp.asarray(tau)
@@ -105,8 +105,8 @@ def vace_context(
     Everything is to be generated, guided by the decoded latents: inactive is grey, the mask is 1.
 
     Args:
-      decoded: latents from the codec.
-      grey: latents of a grey clip, a first and a later one.
+        decoded: Latents from the codec.
+        grey: Latents of a grey clip, a first and a later one.
     """
     later = (jnp.arange(decoded.shape[1]) > 0).astype(int)
     inactive = jnp.broadcast_to(grey[later][None, :, None, None], decoded.shape)
@@ -135,9 +135,9 @@ def latent_noise(
     So windows, and a decoder that starts in the middle, draw the same numbers.
 
     Args:
-      key: of the group.
-      shape: (b, t, h, w, c).
-      first: place of the first latent.
+        key: Of the group.
+        shape: (b, t, h, w, c).
+        first: Place of the first latent.
     """
     b, t, *rest = shape
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(t))
@@ -161,9 +161,9 @@ def window_weights(size: int, overlap: int, first: bool, last: bool) -> Float[Ar
     """Weights of a window's latents: linear ramps over the shared ones, never zero.
 
     Args:
-      size: latents in the window.
-      overlap: length of a ramp.
-      first, last: whether the window is at the start or the end, where there is no ramp.
+        size: Latents in the window.
+        overlap: Length of a ramp.
+        first, last: Whether the window is at the start or the end, where there is no ramp.
     """
     rise = jnp.minimum(1.0, (jnp.arange(size) + 1.0) / (overlap + 1.0))
     one = jnp.ones(size)
@@ -186,18 +186,18 @@ def refine(
     of the group's latents.
 
     Args:
-      velocity: called with state, tau (a scalar), decoded and features of one window; all windows
-        have the same size, so one compilation serves them all.
-      config: sizes of windows, and where refinement begins.
-      decoded: latents from the codec.
-      features: of the codec.
-      key: of the noise.
-      steps: of Euler's method; with 0, the decoded latents are returned.
-      white: factors that whiten the first and the later latents, see `per_latent_factors`; None if
-        the latents are whitened already.
+        velocity: Called with state, tau (a scalar), decoded and features of one window; all windows
+            have the same size, so one compilation serves them all.
+        config: Sizes of windows, and where refinement begins.
+        decoded: Latents from the codec.
+        features: Of the codec.
+        key: Of the noise.
+        steps: Of Euler's method; with 0, the decoded latents are returned.
+        white: Factors that whiten the first and the later latents, see `per_latent_factors`; None
+            if the latents are whitened already.
 
     Returns:
-      Refined latents, in the scale of those that were given.
+        Refined latents, in the scale of those that were given.
     """
     decoded, features = jnp.asarray(decoded), jnp.asarray(features)
     if steps == 0:

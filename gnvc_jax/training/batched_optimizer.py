@@ -37,7 +37,7 @@ class StackedParameters:
     their own: one stack of parameters that are split in different ways would have to be gathered.
 
     Attributes:
-        kernels: for each stack, whether it holds kernels (see `is_kernel`) or none.
+        kernels: For each stack, whether it holds kernels (see `is_kernel`) or none.
     """
 
     def __init__(self, params: Tree):

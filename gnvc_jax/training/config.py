@@ -230,10 +230,10 @@ class Policy:
     `dtype`, as layers cast them to it anyway.
 
     Attributes:
-        dtype: of activations and of the inputs of matrix products and convolutions.
-        precision: of products of float32 inputs. "highest" is float32; "default" is what the
+        dtype: Of activations and of the inputs of matrix products and convolutions.
+        precision: Of products of float32 inputs. "highest" is float32; "default" is what the
             backend finds fastest, bfloat16 on TPUs and TF32 on GPUs; "high" lies between.
-        remat: what the backward pass computes again instead of keeping it.
+        remat: What the backward pass computes again instead of keeping it.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -257,12 +257,12 @@ class ComputeConfig(Policy):
     "highest", since the latents and the integers that come of them are what is coded.
 
     Attributes:
-        remat: what the backward pass of the DiT computes again, see `gnvc_jax.refiner.dit.REMAT`.
-        attention: see `gnvc_jax.refiner.attention`, None for the backend's best; "ring" for keys
+        remat: What the backward pass of the DiT computes again, see `gnvc_jax.refiner.dit.REMAT`.
+        attention: See `gnvc_jax.refiner.attention`, None for the backend's best; "ring" for keys
             that go round the mesh axis `context`, which otherwise exchanges tokens for heads where
             it divides these.
-        vae: of the VAE's decoder; its remat covers the encoder, too, where that trains.
-        perceptual: of the network that LPIPS looks through, as a loss.
+        vae: Of the VAE's decoder; its remat covers the encoder, too, where that trains.
+        perceptual: Of the network that LPIPS looks through, as a loss.
     """
 
     remat: Literal["none", "full", "attention", "matmuls"] = "none"
@@ -302,7 +302,7 @@ class Experiment:
         evaluate: Evaluation on held-out clips.
 
     Raises:
-        UsageError: settings do not fit each other, or the stage lacks one.
+        UsageError: Settings do not fit each other, or the stage lacks one.
     """
 
     stage: str

@@ -67,8 +67,8 @@ class Evaluator(Hook):
             statistics: What the stage measured when the run began.
 
         Raises:
-            UsageError: the stage has no codec, or there is no clip.
-            MediaError: a clip cannot be read.
+            UsageError: The stage has no codec, or there is no clip.
+            MediaError: A clip cannot be read.
             FileNotFoundError: `evaluate.best_by` is "lpips", and there are no weights for it.
         """
         experiment = stage.experiment
@@ -199,8 +199,8 @@ def read_clips(config: EvaluationConfig) -> list[np.ndarray]:
     """The held-out clips, uint8 (t, h, w, 3) each.
 
     Raises:
-        UsageError: there is none.
-        MediaError: one cannot be read.
+        UsageError: There is none.
+        MediaError: One cannot be read.
     """
     paths = sorted(set(find_videos(Path(config.data or ""))))[: config.clips]
     if not paths:
@@ -216,7 +216,7 @@ def load_lpips(config: EvaluationConfig, clips: list[np.ndarray]) -> Tree | None
     """Weights of LPIPS; None, with a message, if there are none or a clip is too small for it.
 
     Raises:
-        FileNotFoundError, UsageError: in these cases, if the best model is chosen by LPIPS.
+        FileNotFoundError, UsageError: In these cases, if the best model is chosen by LPIPS.
     """
     try:
         if min(min(clip.shape[1:3]) for clip in clips) < MIN_SIDE:

@@ -186,7 +186,7 @@ class Meter(Hook):
         """Adds the metrics of one step, and writes the means if it is time.
 
         Raises:
-            TrainingDiverged: all of the last updates had to be skipped.
+            TrainingDiverged: All of the last updates had to be skipped.
         """
         self.values.append(jax.device_get(values))
         self.done.update(self.work.of(frames))

@@ -41,7 +41,7 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         The last state, or None if a signal ended the run early, after a checkpoint.
 
     Raises:
-        UsageError: sizes do not fit the mesh, or the run folder belongs to another experiment.
+        UsageError: Sizes do not fit the mesh, or the run folder belongs to another experiment.
         TrainingDiverged: 100 updates in a row had to be skipped.
     """
     experiment, began = stage.experiment, time.time()
@@ -105,7 +105,7 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     """Checks that batches can be spread over a mesh.
 
     Raises:
-        UsageError: they cannot, or checkpoints are timed by clocks that differ between processes.
+        UsageError: They cannot, or checkpoints are timed by clocks that differ between processes.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if experiment.data.batch % (shards * experiment.optim.accumulate):

@@ -32,7 +32,7 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
         Tree like that of the kernels, with {"a": A, "b": B} in place of each.
 
     Raises:
-        UsageError: there is no such kernel.
+        UsageError: There is no such kernel.
     """
     leaves: dict[str, Any] = flatten_dict(params, sep="/")
     kernels = {path: x for path, x in leaves.items() if re.fullmatch(TARGETS, path)}

@@ -70,7 +70,7 @@ def rate_distortion(
     Args:
         rate: Rate, usually in bits per pixel; any shape.
         distortion: Distortion, same shape.
-        rd_lambda: lambda, same shape.
+        rd_lambda: Lambda, same shape.
         balance: 0 is the paper's sum, which the best levels dominate, since their lambda is the
             largest; 1 weighs distortion equally at all levels. A small model whose lambda spans a
             factor of a thousand needs more than 0, or it learns only its best levels.

@@ -36,7 +36,7 @@ def split(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
         Two trees: the parameters that train, and the others.
 
     Raises:
-        UsageError: a pattern fits no parameter.
+        UsageError: A pattern fits no parameter.
     """
     flat = flatten_dict(tree, sep="/")
     for pattern in patterns:

@@ -70,8 +70,8 @@ def origins(init: InitConfig) -> Origins:
     """Follows a run to those that it started from.
 
     Raises:
-        FileNotFoundError: a run is not there.
-        UsageError: a run leads back to itself.
+        FileNotFoundError: A run is not there.
+        UsageError: A run leads back to itself.
     """
     found, runs = init, []
     while init.run is not None:
@@ -99,9 +99,9 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
         Tree of those of the wanted parameters that were found.
 
     Raises:
-        UsageError: shapes or architectures differ, or a run lacks a parameter of a part that it has
+        UsageError: Shapes or architectures differ, or a run lacks a parameter of a part that it has
             others of.
-        FileNotFoundError: a folder or run is not there.
+        FileNotFoundError: A folder or run is not there.
     """
     known = origins(experiment.init)
     like = wanted

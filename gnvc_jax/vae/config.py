@@ -15,20 +15,20 @@ class VAEConfig:
     """Architecture of the VAE; the defaults are Wan2.1's (126.89 M parameters).
 
     Attributes:
-      base: width of the first level.
-      multipliers: width of each level in units of `base`.
-      blocks: residual blocks per encoder level; a decoder level has one more.
-      latent_channels: channels of the latents.
-      temporal_down: for each level but the last, whether it halves the frame rate, too.
-      patch: pixels, each way, that are folded into channels before the first level (2 in Wan2.2's
-        VAE).
-      linear: use a fixed linear transform of blocks and its inverse in place of both networks (see
-        `gnvc_jax.vae.klt`). The sizes of the networks then only determine the strides.
-      head: width of the convolutions that filter the frames of a linear VAE (see
-        `gnvc_jax.vae.head`), 0 for none.
+        base: Width of the first level.
+        multipliers: Width of each level in units of `base`.
+        blocks: Residual blocks per encoder level; a decoder level has one more.
+        latent_channels: Channels of the latents.
+        temporal_down: For each level but the last, whether it halves the frame rate, too.
+        patch: Pixels, each way, that are folded into channels before the first level
+            (2 in Wan2.2's VAE).
+        linear: Use a fixed linear transform of blocks and its inverse in place of both networks
+            (see `gnvc_jax.vae.klt`). The sizes of the networks then only determine the strides.
+        head: Width of the convolutions that filter the frames of a linear VAE
+            (see `gnvc_jax.vae.head`), 0 for none.
 
     Raises:
-      UsageError: for a head without a linear VAE, or a wrong number of `temporal_down`.
+        UsageError: For a head without a linear VAE, or a wrong number of `temporal_down`.
     """
 
     base: int = 96

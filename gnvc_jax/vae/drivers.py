@@ -41,13 +41,13 @@ def encode_chunk(
     """Encodes the next frames of a clip.
 
     Args:
-      vae: module.
-      params: its parameters.
-      cache: None at the start of a clip, else what the last call returned.
-      video: 1 + 4m frames at the start of a clip, 4m later; multiples of the strides.
+        vae: module.
+        params: Its parameters.
+        cache: None at the start of a clip, else what the last call returned.
+        video: 1 + 4m frames at the start of a clip, 4m later; multiples of the strides.
 
     Returns:
-      Posterior mean, and the cache for the frames that follow.
+        Posterior mean, and the cache for the frames that follow.
     """
     first = cache is None
     variables = {"params": params} | ({} if first else {"cache": cache})
@@ -61,14 +61,14 @@ def decode_chunk(
     """Decodes the next latents of a clip.
 
     Args:
-      vae: module.
-      params: its parameters.
-      cache: None at the start of a clip, where 1 + m latents give 1 + 4m frames; else what the last
-        call returned, and m latents give 4m frames.
-      latents: not normalised.
+        vae: module.
+        params: Its parameters.
+        cache: None at the start of a clip, where 1 + m latents give 1 + 4m frames; else what the
+            last call returned, and m latents give 4m frames.
+        latents: Not normalised.
 
     Returns:
-      Frames, clipped to [-1, 1], and the cache for the latents that follow.
+        Frames, clipped to [-1, 1], and the cache for the latents that follow.
     """
     first = cache is None
     variables = {"params": params} | ({} if first else {"cache": cache})
@@ -95,11 +95,11 @@ def decode_clip(
     """Decodes a whole clip in one pass and takes off what `pad_video` has added.
 
     Args:
-      vae: module.
-      params: its parameters.
-      latents: not normalised.
-      frames: number of frames to return.
-      size: height and width to return.
+        vae: module.
+        params: Its parameters.
+        latents: Not normalised.
+        frames: Number of frames to return.
+        size: Height and width to return.
     """
     video = cast(Array, vae.apply({"params": params}, latents, method="decode"))
     return jnp.clip(video[:, :frames, : size[0], : size[1]], -1.0, 1.0)

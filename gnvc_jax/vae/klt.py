@@ -53,9 +53,9 @@ class BlockTransform(nn.Module):
     latents = (block - offset) basis scale.
 
     Attributes:
-      latent_channels: components that are kept.
-      stride: rows and columns of a block, in pixels.
-      temporal_stride: frames of a later block.
+        latent_channels: Components that are kept.
+        stride: Rows and columns of a block, in pixels.
+        temporal_stride: Frames of a later block.
     """
 
     latent_channels: int
@@ -89,8 +89,8 @@ class BlockTransform(nn.Module):
         """Latents of a video.
 
         Args:
-          video: sizes are multiples of the strides; one frame more if it starts a clip.
-          first: whether the video starts a clip.
+            video: Sizes are multiples of the strides; one frame more if it starts a clip.
+            first: Whether the video starts a clip.
         """
 
         def transform(kind: str, part: Array) -> Array:
@@ -135,10 +135,10 @@ def count_blocks(
     """Adds the blocks of clips to moments.
 
     Args:
-      moments: see `moments_of_blocks`; changed in place.
-      video: clips of 1 + temporal_stride * k frames in [-1, 1]. Every temporal_stride-th frame
-        serves as an example of a first frame.
-      stride, temporal_stride: see `BlockTransform`.
+        moments: See `moments_of_blocks`; changed in place.
+        video: Clips of 1 + temporal_stride * k frames in [-1, 1]. Every temporal_stride-th frame
+            serves as an example of a first frame.
+        stride, temporal_stride: See `BlockTransform`.
     """
     moments["first"].add(to_blocks(video[:, ::temporal_stride], 1, stride))
     moments["later"].add(to_blocks(video[:, 1:], temporal_stride, stride))
@@ -151,8 +151,8 @@ def fit(moments: dict[str, Moments], latent_channels: int) -> dict[str, np.ndarr
     still scene has about the same latents in both kinds. Later latents get a root mean square of 1.
 
     Args:
-      moments: see `count_blocks`; of more blocks than a block has values.
-      latent_channels: components to keep.
+        moments: See `count_blocks`; of more blocks than a block has values.
+        latent_channels: Components to keep.
     """
     components, params = {}, {}
     for kind in KINDS:

@@ -33,14 +33,14 @@ def prepend_history(
     The last `frames` frames of the result become the module's cache.
 
     Args:
-      module: whose cache it is.
-      x: new frames.
-      frames: length of the history.
-      first: whether a clip starts here.
+        module: Whose cache it is.
+        x: New frames.
+        frames: Length of the history.
+        first: Whether a clip starts here.
 
     Returns:
-      History and x, and the number of frames of history that are missing and count as zeros: at the
-      start of a clip, all of them.
+        History and x, and the number of frames of history that are missing and count as zeros: at
+        the start of a clip, all of them.
     """
     zeros = frames if first else 0
     if not first:
@@ -56,9 +56,9 @@ class ConvBase(nn.Module):
     """Base of the convolutions: a kernel and a bias in float32, cast to the compute type.
 
     Attributes:
-      features: channels of the output.
-      dtype: what the convolution is computed in.
-      kernel_init: of the kernel.
+        features: Channels of the output.
+        dtype: What the convolution is computed in.
+        kernel_init: Of the kernel.
     """
 
     features: int
@@ -89,7 +89,7 @@ class CausalConv(ConvBase):
     """3-D convolution that sees the present frame and those before it.
 
     Attributes:
-      window: taps in time, rows and columns.
+        window: Taps in time, rows and columns.
     """
 
     kernel_init: nn.initializers.Initializer = last_tap_init
@@ -183,8 +183,8 @@ class ResidualBlock(nn.Module):
     The last convolution starts at zero, so that an untrained network is a chain of linear maps.
 
     Attributes:
-      features: channels of the output.
-      dtype: what convolutions are computed in.
+        features: Channels of the output.
+        dtype: What convolutions are computed in.
     """
 
     features: int

@@ -123,11 +123,11 @@ class VAE(nn.Module):
     the input starts a clip.
 
     Attributes:
-      config: sizes.
-      remat: whether the backward pass computes the inside of residual blocks again.
-      dtype: of the decoder network's activations; all else is float32.
-      precision: of the decoder network's products, see `jax.default_matmul_precision`; all others
-        are `EXACT`.
+        config: sizes.
+        remat: Whether the backward pass computes the inside of residual blocks again.
+        dtype: Of the decoder network's activations; all else is float32.
+        precision: Of the decoder network's products, see `jax.default_matmul_precision`; all others
+            are `EXACT`.
     """
 
     config: VAEConfig
@@ -191,14 +191,14 @@ class VAE(nn.Module):
         with every latent. The head filters only what is fresh, for the same reason.
 
         Args:
-          latent: decoded.
-          prediction: latent of the predicted frames.
-          predicted: frames, one stride of pixels per latent.
-          fresh, detail: see `gnvc_jax.codec.model.DecodedLatent`.
-          cleaned: number of last frames that the head filters, by default all.
+            latent: decoded.
+            prediction: Latent of the predicted frames.
+            predicted: Frames, one stride of pixels per latent.
+            fresh, detail: See `gnvc_jax.codec.model.DecodedLatent`.
+            cleaned: Number of last frames that the head filters, by default all.
 
         Returns:
-          Frames, not clipped.
+            Frames, not clipped.
         """
 
         def of_pixels(weights: Float[AnyArray, "b h w 1"]) -> Float[Array, "b 1 height width 1"]:
@@ -222,9 +222,9 @@ class VAE(nn.Module):
         """Adds to frames of a linear VAE what latents add to the latents they come from.
 
         Args:
-          frames: decoded.
-          latents: change of their latents.
-          first: whether the first frame starts a group.
+            frames: decoded.
+            latents: Change of their latents.
+            first: Whether the first frame starts a group.
         """
         # The inverse transform is affine; the difference leaves out its offset.
         nothing = self.klt.inverse(jnp.zeros_like(latents), first)

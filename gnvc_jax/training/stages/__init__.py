@@ -97,7 +97,7 @@ def make_stage(experiment: Experiment) -> Stage:
     """The stage that an experiment names.
 
     Raises:
-        UsageError: there is no stage of that name, or the experiment lacks what it needs.
+        UsageError: There is no stage of that name, or the experiment lacks what it needs.
     """
     module, _, name = STAGES.get(experiment.stage, experiment.stage).partition(":")
     if not name:
@@ -166,7 +166,7 @@ def frozen(stage: Stage, statistics: Statistics) -> Tree:
         {"teacher": its own parameters}.
 
     Raises:
-        UsageError: a parameter is nowhere to be found.
+        UsageError: A parameter is nowhere to be found.
     """
     wanted = weights.on_mesh(fixed_shapes(stage))
     fixed = weights.load(stage.experiment, wanted, statistics)

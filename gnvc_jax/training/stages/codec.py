@@ -26,8 +26,8 @@ class CodecLoss:
     which are normalised.
 
     Attributes:
-        lambda_low: lambda at quality 0.
-        lambda_high: lambda at quality 63, geometric between.
+        lambda_low: Lambda at quality 0.
+        lambda_high: Lambda at quality 63, geometric between.
         balance: Weight of good levels against bad ones; 0 is the paper's sum.
     """
 

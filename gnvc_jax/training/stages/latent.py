@@ -27,8 +27,8 @@ class LatentLoss:
     the velocity there (GNVC-VD, stage I).
 
     Attributes:
-        lambda_low: lambda at quality 0.
-        lambda_high: lambda at quality 63, geometric between.
+        lambda_low: Lambda at quality 0.
+        lambda_high: Lambda at quality 63, geometric between.
         balance: Weight of good levels against bad ones; 0 is the paper's sum.
         refined: Weight of E_1.
         decoded: Weight of E_c.
