@@ -15,7 +15,7 @@ codec, from video to bytes and back, is `gnvc_jax.load_pretrained`.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from gnvc_jax.arrays import AnyArray
 from gnvc_jax.errors import UsageError
-from gnvc_jax.frames import as_network_input
+from gnvc_jax.frames import as_network_input, to_uint8
 from gnvc_jax.porting.checkpoint import (
     COMPONENTS,
     PROMPT,
@@ -37,9 +37,18 @@ from gnvc_jax.porting.checkpoint import (
     read_architecture,
 )
 from gnvc_jax.pretrained import find_model, is_run
+from gnvc_jax.reconstruct import reconstruct_frames
 from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
 from gnvc_jax.refiner.config import PATCH
-from gnvc_jax.vae import VAE, VAEConfig, decode_clip, encode_clip, grey_latents
+from gnvc_jax.vae import (
+    VAE,
+    VAEConfig,
+    decode_chunk,
+    decode_clip,
+    encode_chunk,
+    encode_clip,
+    grey_latents,
+)
 
 Tree = Any
 
@@ -71,6 +80,23 @@ class PretrainedVAE:
             return decode_clip(vae, params, latents * self.std + self.mean, frames, size)
 
         return jax.jit(encode), jax.jit(decode, static_argnames=("frames", "size"))
+
+    @functools.cached_property
+    def _chunk_functions(self) -> tuple[Callable, Callable]:
+        """As `_functions`, for the next frames or latents of a clip; uint8 frames come out."""
+        vae, params = VAE(self.config), jax.device_put(self.params)
+
+        @jax.jit
+        def encode(params: Tree, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
+            latents, cache = encode_chunk(vae, params, cache, frames)
+            return (latents - self.mean) / self.std, cache
+
+        @jax.jit
+        def decode(params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
+            frames, cache = decode_chunk(vae, params, cache, latents * self.std + self.mean)
+            return to_uint8(frames), cache
+
+        return functools.partial(encode, params), functools.partial(decode, params)
 
     def encode(self, video: AnyArray) -> Float[Array, "b n h2 w2 c"]:
         """Encodes clips of any length and size.
@@ -116,6 +142,19 @@ class PretrainedVAE:
         frames = frames or 1 + self.config.temporal_stride * (shape[1] - 1)
         size = size or (self.config.stride * shape[2], self.config.stride * shape[3])
         return self._functions[1](self.params, jnp.asarray(latents), frames, tuple(size))
+
+    def reconstruct(
+        self, frames: Iterable[UInt8[np.ndarray, "h w 3"]]
+    ) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]]:
+        """Encodes and decodes a video of any length and size, a few frames at a time.
+
+        Args:
+            frames: RGB frames of one size.
+
+        Yields:
+            Each frame, and what it becomes.
+        """
+        return reconstruct_frames(frames, *self._chunk_functions, self.config)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -35,6 +35,7 @@ COMMANDS = {
     "cache-latents": ("datasets:cache_latents", "Encode many videos to latents for training."),
     "plan": ("training:plan", "Predict the cost of training or coding on a TPU pod."),
     "port": ("weights:port", "Convert public weights to a checkpoint folder."),
+    "reconstruct": ("networks:reconstruct", "Pass a video through a VAE alone."),
     "calibrate": ("weights:calibrate", "Fit a latent codec to a VAE, without training."),
     "export": ("weights:export", "Convert a checkpoint folder to diffusers' layout."),
     "export-programs": ("weights:export_programs", "Write a model as StableHLO programs."),

@@ -46,6 +46,7 @@ from gnvc_jax.motion import MotionField, expand
 from gnvc_jax.motion.coding import MotionDecoder, encode_fields
 from gnvc_jax.motion.field import COARSE
 from gnvc_jax.parallel import axis_size
+from gnvc_jax.reconstruct import reconstruct_frames
 
 MAX_QP = 63
 MAX_PIXELS = 1 << 25  # largest frame that is decoded by default; 7680x4320 fits
@@ -484,17 +485,9 @@ class Coder:
 
     def reconstruct(self, video: UInt8[np.ndarray, "t h w 3"]) -> UInt8[np.ndarray, "t h w 3"]:
         """Passes a video through the VAE alone: what a codec without any loss would give."""
-        t, h, w, _ = video.shape
-        stride = self.model.vae_config.temporal_stride
-        out, encoder, decoder = [], None, None
-        for start in (0, *range(1, t, stride)):
-            chunk = video[start : start + (stride if start else 1)]
-            chunk = np.concatenate([chunk] + [chunk[-1:]] * (stride - len(chunk) if start else 0))
-            chunk = pad_frames(chunk, self.model.vae_config.stride)
-            latent, encoder = self.functions.encode_video(encoder, to_float(chunk)[None])
-            frames, decoder = self.functions.decode_latents(decoder, latent)
-            out.append(np.asarray(frames[0, :, :h, :w]))
-        return np.concatenate(out)[:t]
+        encode, decode = self.functions.encode_video, self.functions.decode_latents
+        pairs = reconstruct_frames(video, encode, decode, self.model.vae_config)
+        return np.stack([decoded for _, decoded in pairs])
 
 
 def _stack(group: GroupPayload, decoded: list[tuple[Array, Array, Array | None]]) -> DecodedGroup:
