@@ -12,9 +12,9 @@ class Moments:
     """Sums over vectors of one size, in float64.
 
     Attributes:
-        count: Number of vectors.
-        sum: Their sum, (size,).
-        outer: The sum of their outer products, (size, size).
+        count: Number of vectors added so far.
+        sum: Sum of the vectors, (size,).
+        outer: Sum of their outer products, (size, size).
     """
 
     def __init__(self, size: int) -> None:

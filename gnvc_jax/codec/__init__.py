@@ -1,8 +1,17 @@
 """The latent codec: normalised latents of a VAE <-> integer symbols.
 
-`model` is the codec as a whole, `entropy` the part that predicts probabilities, `scales` the
-integer network inside it that decides how a stream is parsed. `layers`, `quality` and `quantise`
-are the building blocks, `density` the rates, `config` the sizes, and `fit` the start of training
-from statistics. `gnvc_jax.model` puts the codec into a model file, `gnvc_jax.bitstream` its symbols
-into a stream.
+Read the modules in this order:
+
+- `config`: the sizes of the networks, and the constants that the bitstream shares.
+- `model`: the whole codec, `LatentCodec`. It transforms the residual of each latent to y, calls the
+  entropy model, and transforms back.
+- `entropy`: the entropy model, which turns y into symbols and back, and gives their rates.
+- `scales`: the integer network inside it, which chooses the probability table of each symbol and
+  so decides how a stream is parsed.
+- `density`: the probabilities themselves, as differentiable rates and as tables.
+- `layers`, `quality`, `quantise`: building blocks, parameters per quality level, rounding with
+  gradients.
+- `fit`: parameters from statistics of latents, with which training starts.
+
+`gnvc_jax.model` stores a codec in a model file, `gnvc_jax.bitstream` writes its symbols to streams.
 """

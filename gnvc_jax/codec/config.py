@@ -25,7 +25,8 @@ class CodecConfig:
 
     Attributes:
         latent_channels: Channels of the VAE's latents.
-        intra_width, width: Features of the intra and of the predicted codec, at latent resolution.
+        intra_width, width: Features of the intra and of the predicted transform, at latent
+            resolution.
         intra_analysis, intra_synthesis: Residual blocks of the intra transform.
         y_channels: Channels of y, at half the latent resolution; a multiple of 4.
         z_channels: Channels of the hyperlatent, at an eighth of the latent resolution.
@@ -36,11 +37,11 @@ class CodecConfig:
         motion: "blocks" predicts latents from the last decoded frame by block motion
             (see `gnvc_jax.motion`), None from the last decoded latent, as the paper does.
         intra_offset: Levels that encoders add to the quality level of the first latent of a group.
-        level_pattern: The same for the latents after it, repeated.
+        level_pattern: Levels that they add for the latents after it; the pattern repeats.
 
     Raises:
-        UsageError: For sizes that the integer network or the spatial passes cannot have, and for an
-            unknown kind of motion.
+        UsageError: If the integer network or the spatial passes cannot have these sizes, or if the
+            kind of motion is unknown.
     """
 
     latent_channels: int = 16
@@ -61,6 +62,7 @@ class CodecConfig:
     level_pattern: tuple[int, ...] | list[int] = (0,)
 
     def __post_init__(self) -> None:
+        # Inputs of layer P2 of the scale network, its widest: see `gnvc_jax.codec.scales`.
         inputs = self.scale_width + 2 * self.y_channels
         if inputs > 512:
             raise UsageError(
@@ -74,7 +76,11 @@ class CodecConfig:
             raise UsageError(f"y_channels must be a multiple of 4, got {self.y_channels}")
 
     def levels(self, q_index: int, latents: int) -> list[int]:
-        """Quality levels of the latents of a group that is coded at level q_index."""
+        """Quality level of each latent of a group that is coded at level q_index.
+
+        All latents of a group are predicted from the first one, directly or not, so that bits which
+        are spent there serve many frames.
+        """
         pattern = self.level_pattern
         offsets = [self.intra_offset, *(pattern[i % len(pattern)] for i in range(latents - 1))]
         return [min(max(q_index + offset, 0), QUALITIES - 1) for offset in offsets]

@@ -45,6 +45,7 @@ class FactorisedDensity(nn.Module):
     ) -> Float[Array, "b h w c"]:
         """Logit of F at x for the quality levels q_index."""
         for k in range(LAYERS):
+            # (levels, c) -> the level of each clip, (b, 1, 1, c)
             h, b = (v[k][q_index][:, None, None, :] for v in (self.h, self.b))
             x = x * nn.softplus(h) + b
             if k < LAYERS - 1:
@@ -56,8 +57,8 @@ class FactorisedDensity(nn.Module):
     ) -> Float[Array, "b h w c"]:
         """-log2(F(x + 1/2) - F(x - 1/2)), elementwise."""
         low, high = self.logit(x - 0.5, q_index), self.logit(x + 0.5, q_index)
-        # By symmetry, F(high) - F(low) = F(-low) - F(-high). Of the two forms, the one whose values
-        # are near 0 rather than near 1 keeps its digits.
+        # By symmetry of the sigmoid, F(high) - F(low) = F(-low) - F(-high) in terms of logits. Of
+        # the two forms, the one whose values are near 0 rather than near 1 keeps its digits.
         side = -jnp.sign(jax.lax.stop_gradient(low + high))
         p = jnp.abs(nn.sigmoid(side * high) - nn.sigmoid(side * low))
         return -jnp.log2(bound(p, LIKELIHOOD_MIN, 2.0))
@@ -70,9 +71,12 @@ def probabilities(params: Mapping) -> Float[np.ndarray, "levels channels symbols
 
     Args:
         params: Parameters h, b and a of the module.
+
+    Returns:
+        Probabilities for all 64 quality levels; each row sums to 1.
     """
     h, b, a = (interpolate_levels(np.asarray(params[k], np.float64)) for k in ("h", "b", "a"))
-    # The 30 edges between the 31 bins, for every level and channel.
+    # The 30 edges between the 31 bins, for every level and channel: (levels, channels, 30).
     x = np.arange(-Z_BOUND, Z_BOUND)[None, None] + np.full((*h.shape[1:], 1), 0.5)
     for k in range(LAYERS):
         x = x * np.logaddexp(0, h[k])[..., None] + b[k][..., None]

@@ -32,7 +32,7 @@ QUADRANTS = ((0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2))
 
 
 class LatentSymbols(NamedTuple):
-    """What the entropy path knows of a latent: whole numbers, in float32 inside networks.
+    """The integers of one latent, as whole numbers in float32 inside networks.
 
     Attributes:
         z: Hyperlatent symbols (b, h/4, w/4, cz).
@@ -65,12 +65,13 @@ def spatial_masks(
 class EntropyModel(nn.Module):
     """Hyper transforms, mean and scale networks of one kind of latent.
 
-    In all methods, `temporal` is the float temporal prior (b, h, w, entropy_width), None for an
-    intra latent, and `previous` holds the symbols of the latent before (y and index are used),
-    zeros for an intra latent.
+    Encoding and decoding call the same `run_passes`, so a mean is computed from the same values on
+    both sides. In all methods, `temporal` is the float temporal prior (b, h, w, entropy_width),
+    None for an intra latent, and `previous` holds the symbols of the latent before (y and index are
+    used), zeros for an intra latent.
 
     Attributes:
-        config: sizes.
+        config: Sizes of the codec.
         passes: Spatial passes: 4 for intra latents, 2 for predicted ones, which have a prior.
     """
 
@@ -127,7 +128,7 @@ class EntropyModel(nn.Module):
         """
         for up in self.hyper_up:
             z = up(z)
-        z = self.hyper_out(z)
+        z = self.hyper_out(z)  # (b, h, w, cy), on the grid of y
         x = self.fusion(z if temporal is None else jnp.concatenate([z, temporal], axis=-1))
         _, h, w, _ = z.shape
         masks = spatial_masks(self.passes, h, w, self.config.y_channels)
@@ -137,6 +138,7 @@ class EntropyModel(nn.Module):
                 # y_hat is zero where nothing is decoded yet.
                 x = self.adaptors[k - 1](jnp.concatenate([prior, y_hat], axis=-1))
                 mu = self.later_mean(self.spatial(x))
+            # Every pass computes the whole grid and keeps the elements of its mask.
             q = residual(mu)
             y_hat, means, symbols = y_hat + mask * (mu + q), means + mask * mu, symbols + mask * q
         return y_hat, means, symbols  # pyright: ignore[reportReturnType] - there is a first pass
@@ -161,15 +163,15 @@ class EntropyModel(nn.Module):
         """Quantises y, with straight-through gradients.
 
         Args:
-            y: In units of the quantiser's step.
+            y: Transformed latent, in units of the quantiser's step.
             q_index: Quality levels.
-            temporal, previous: See the class.
+            temporal, previous: Contexts, see the class.
             skip: Whether symbols with a scale index below `k_skip` are zero, as in a stream.
                 Training keeps them: a coefficient that is set to zero has no gradient to come back
                 by.
 
         Returns:
-            y_hat, mu and the symbols.
+            y_hat and mu (b, h, w, cy), and the symbols.
         """
         z = round_ste(bound(self.hyper(y), -Z_BOUND, Z_BOUND))
         index = self.index(q_index, z, previous)
@@ -200,7 +202,11 @@ class EntropyModel(nn.Module):
         q_index: Int[Array, " b"],
         key: Key[Array, ""],
     ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-        """Differentiable rates of y and z, with uniform noise in place of rounding."""
+        """Differentiable rates in bits of y and z, with uniform noise in place of rounding.
+
+        The means and the table indices come from rounded values (see `encode`), as in a stream;
+        only the values whose probability is taken carry noise.
+        """
         key_y, key_z = jax.random.split(key)
         noise = jax.random.uniform(key_y, y.shape, minval=-0.5, maxval=0.5)
         y_bits = gaussian_bits(y - mu + noise, sigma_from_index(symbols.index))

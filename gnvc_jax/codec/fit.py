@@ -26,10 +26,13 @@ WHITENING_FLOOR = 0.1  # of the mean variance: channels that hardly vary are not
 
 
 def quantiser_step(worth: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Step of a uniform quantiser where a squared error is worth `worth` bits.
+    """The best step of a uniform quantiser.
 
     At the optimum -dR/dD = worth. Each bit quarters D (6.02 dB), so dD/dR = -2 ln 2 D. With
     D = step^2 / 12 that gives step^2 = 6 / (worth ln 2).
+
+    Args:
+        worth: Bits that one unit of squared error is worth.
     """
     return np.sqrt(6.0 / (worth * np.log(2.0)))
 
@@ -42,9 +45,13 @@ def worth_of_step(step: float) -> float:
 def table_bias(
     config: CodecConfig, deviation: Float[np.ndarray, "*levels y"]
 ) -> Float[np.ndarray, "*levels y"]:
-    """Biases of the scale network's last layer for symbols of these standard deviations.
+    """Biases of the scale network's last layer for symbols of given standard deviations.
 
     With the kernel of that layer at zero, its biases alone choose the probability table.
+
+    Args:
+        config: Sizes of the codec.
+        deviation: Standard deviation of each channel of y, in steps of the quantiser.
     """
     last = scale_layers(config)[-1]
     unit = 2.0**last.shift / MULT_UNIT / BIAS_UNIT  # of a bias that moves the index by one
@@ -55,21 +62,23 @@ def table_bias(
 
 
 def deviation_of_symbols(mean_square: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
-    """Standard deviation of a Gaussian, in steps, whose rounded values have this mean square.
+    """Standard deviation, in steps, of a Gaussian whose rounded values have a given mean square.
 
-    About sqrt(mean_square - 1/12) where it is large; rounding hides values below a half. Limited to
-    the deviations that have a table.
+    It is about sqrt(mean_square - 1/12) where that is large; rounding hides values below a half.
+    The result is limited to the deviations that have a table.
     """
     sigmas = np.geomspace(SCALE_MIN, SCALE_MAX, 16 * SCALES)
     edges = np.arange(int(8 * SCALE_MAX)) + 0.5
     # E[q^2] = sum over k >= 1 of (k^2 - (k - 1)^2) P(|q| >= k)
     tails = 2.0 * ndtr(-edges / sigmas[:, None])
+    # k^2 - (k - 1)^2 = 2k - 1 is twice the edge k - 1/2. The mean square grows with sigma, so that
+    # interpolation inverts it.
     squares = tails @ (2.0 * edges)
     return np.interp(mean_square, squares, sigmas)
 
 
 def quiet_hyperprior(entropy: Mapping) -> dict:
-    """An entropy model whose hyperlatents are zero and cost next to nothing.
+    """Makes the hyperlatents of an entropy model zero, at next to no cost in bits.
 
     A random hyperprior would spend bits on noise. Training finds it again: the layers after it
     keep their random weights.
@@ -86,7 +95,7 @@ def quiet_hyperprior(entropy: Mapping) -> dict:
 
 
 def whitening(variances: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
-    """Factors that give latent channels of these variances about equal standard deviations."""
+    """Factors that bring latent channels of given variances to about equal standard deviations."""
     floor = WHITENING_FLOOR * variances.mean()
     return (1.0 / np.sqrt(variances + floor)).astype(np.float32)
 
@@ -104,15 +113,15 @@ def init_from_statistics(
 
     Args:
         params: Parameters of the whole codec; not changed.
-        config: sizes.
-        kind: Which transform.
+        config: Sizes of the codec.
+        kind: The transform to start.
         cells: Moments of cells of 2x2 latents (4c,), of the residual if kind is "inter".
-        latent_variances: Variances of the latents themselves.
+        latent_variances: Variances of the latents themselves, per channel.
         worth_low, worth_high: Bits that a squared error of one latent element is worth at the
             lowest and at the best quality level, geometric between them.
 
     Returns:
-        The parameters of `kind`, NumPy arrays where they were fitted.
+        The parameters of the transform; those that were fitted are NumPy arrays.
     """
     part, y = dict(params[kind]), config.y_channels
     variances, vectors = cells.principal_components()

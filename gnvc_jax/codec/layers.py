@@ -81,14 +81,15 @@ class DepthwiseBlock(nn.Module):
             x = dense(f, "adaptor")(x)
         y = wsilu(dense(hidden, "space_in")(x))
         x = x + dense(f, "space_out", small_residual_init)(DepthwiseConv(name="space")(y))
-        # DCVC-RT's channel mixer: hidden units are summed in fours, which narrows without weights.
+        # DCVC-RT's channel mixer: hidden units are summed in fours, which narrows the layer
+        # without weights. (b, h, w, 4 * hidden) -> (b, h, w, hidden).
         y = wsilu(dense(4 * hidden, "channel_in")(x))
         y = reduce(y, "b h w (c four) -> b h w c", "sum", four=4)
         return x + dense(f, "channel_out", small_residual_init)(y)
 
 
 class DepthwiseBlocks(nn.Module):
-    """`depth` residual blocks, all `features` wide."""
+    """A chain of `depth` residual blocks, all `features` wide."""
 
     features: int
     depth: int

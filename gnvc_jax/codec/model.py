@@ -55,7 +55,7 @@ MEMORY_GRID = 256.0  # the memory is rounded to 1/256, so that smaller differenc
 
 
 class CodecState(NamedTuple):
-    """What a predicted latent knows of the past.
+    """State of the recurrence: all that a predicted latent knows of the past.
 
     Attributes:
         latent: The latent decoded before, (b, h, w, c).
@@ -73,12 +73,14 @@ class DecodedLatent(NamedTuple):
     """One decoded latent.
 
     Attributes:
-        latent: (b, h, w, c).
-        feature: (b, h, w, width), what the codec knows; conditions the refiner (f_t of GNVC-VD).
-        fresh: (b, h, w, 1), 1 where the latent differs from the prediction, 0 where it is a copy;
-            None for a codec without motion.
-        detail: (b, h, w, 1), how much of the predicted frames that latents cannot express is worth
-            keeping, 1 where fresh is 0; None as for `fresh`. See `gnvc_jax.vae.VAE.compensate`.
+        latent: Decoded normalised latent, (b, h, w, c).
+        feature: Last features of the synthesis, (b, h, w, width), which condition the refiner (f_t
+            of GNVC-VD).
+        fresh: Mask (b, h, w, 1), 1 where the latent differs from the prediction and 0 where it is a
+            copy; None for a codec without motion.
+        detail: Weight (b, h, w, 1) of the detail of the predicted frames that latents cannot
+            express, 1 where fresh is 0; None for a codec without motion. See
+            `gnvc_jax.vae.VAE.compensate`.
     """
 
     latent: Array
@@ -92,11 +94,11 @@ class LatentCodecOutput(NamedTuple):
 
     Attributes:
         latent, feature, fresh, detail: See `DecodedLatent`.
-        skipped: (b, h, w, c), what the latent would have in addition if no cell were a copy; None
-            for codecs without motion. It serves gradients: copies have none.
-        symbols: Quantised, none skipped.
-        y_bits, z_bits: Differentiable rates (b,) with additive noise in place of rounding.
-        written_bits: (b,), cost of the symbols that a stream would hold; no gradient.
+        skipped: Change (b, h, w, c) that the latent would have in addition if no cell were a copy;
+            None for codecs without motion. The loss uses it for gradients, which copies lack.
+        symbols: Rounded symbols, none of them skipped.
+        y_bits, z_bits: Differentiable rates (b,) in bits, with additive noise in place of rounding.
+        written_bits: Cost (b,) in bits of the symbols that a stream would hold; no gradient.
     """
 
     latent: Array
@@ -118,13 +120,16 @@ def pad_latents(latents: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c
 
 
 def zero_symbols(config: CodecConfig, batch: int, h: int, w: int) -> LatentSymbols:
-    """The symbols that stand before an intra latent of size h x w."""
+    """Symbols that an intra latent of size h x w sees as those of the latent before."""
     y = jnp.zeros((batch, h // 2, w // 2, config.y_channels))
     return LatentSymbols(jnp.zeros((batch, h // 8, w // 8, config.z_channels)), y, y)
 
 
 def active_cells(symbols: Float[Array, "b h w cy"]) -> Float[Array, "b 2*h 2*w 1"]:
-    """1 for the latents of cells that have a symbol other than zero, else 0; no gradient."""
+    """Marks the latents of cells that have a symbol other than zero by 1, others by 0.
+
+    A decoder knows the marks, since they follow from the symbols. They have no gradient.
+    """
     active = jnp.any(symbols != 0, axis=-1, keepdims=True).astype(jnp.float32)
     return jax.lax.stop_gradient(repeat(active, "b h w c -> b (h i) (w j) c", i=2, j=2))
 
@@ -132,9 +137,13 @@ def active_cells(symbols: Float[Array, "b h w cy"]) -> Float[Array, "b 2*h 2*w 1
 class ResidualTransform(nn.Module):
     """Transform and entropy model of one kind of latent.
 
+    `context` says what is known before a latent, `analyse` gives y, `synthesise` turns a quantised
+    y into a latent, and `remember` updates the memory. Names of the submodules are part of the
+    format of checkpoints.
+
     Attributes:
-        config: sizes.
-        inter: Whether latents are predicted; fixes the number of spatial passes and depths.
+        config: Sizes of the codec.
+        inter: Whether latents are predicted; decides the number of spatial passes and the depths.
     """
 
     config: CodecConfig
@@ -163,14 +172,15 @@ class ResidualTransform(nn.Module):
         self.synthesis = DepthwiseBlocks(c, cfg.inter_synthesis if inter else cfg.intra_synthesis)
         self.out = dense(cfg.latent_channels, kernel_init=ZEROS)
         self.encoder_gain, self.decoder_gain = QualityGain(), QualityGain()
-        # Inverse to each other at first; both are trained.
+        # Inverse to each other at first; both are trained. An encoder gain of e^2 at the best level
+        # makes the step that much finer there.
         self.y_gain, self.y_inverse = QualityGain(GAIN_SLOPE), QualityGain(-GAIN_SLOPE)
         if not inter:
             # The feature of an intra latent becomes the first memory, which is `width` wide.
             self.feature = dense(cfg.width)
 
     def white(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-        """Latents whose channels have about equal standard deviations, for networks."""
+        """Scales channels to about equal standard deviations, as the networks expect them."""
         return latent * jax.lax.stop_gradient(self.whitening)
 
     def context(
@@ -179,7 +189,7 @@ class ResidualTransform(nn.Module):
         memory: Float[Array, "b h w width"] | None,
         q_index: Int[Array, " b"],
     ) -> tuple[Array, Array]:
-        """What is known before a predicted latent.
+        """Computes what encoder and decoder know before a predicted latent.
 
         Returns:
             Features (b, h, w, width) of the prediction, and the temporal prior of the means,
@@ -192,7 +202,7 @@ class ResidualTransform(nn.Module):
     def remember(
         self, memory: Float[Array, "b h w width"], feature: Float[Array, "b h w width"]
     ) -> Float[Array, "b h w width"]:
-        """Memory after a predicted latent."""
+        """Updates the memory after a predicted latent; used without motion only."""
         memory = self.update(jnp.concatenate([memory, feature], axis=-1))
         # Encoder and decoder may run on different devices. Differences far below the grid vanish
         # here instead of growing from latent to latent.
@@ -205,7 +215,7 @@ class ResidualTransform(nn.Module):
         context: Float[Array, "b h w width"] | None,
         q_index: Int[Array, " b"],
     ) -> Float[Array, "b h//2 w//2 cy"]:
-        """y, in units of the quantiser's step."""
+        """Transforms a latent to y, in units of the quantiser's step."""
         residual = latent - prediction
         x = self.white(residual)
         if context is not None:
@@ -222,13 +232,14 @@ class ResidualTransform(nn.Module):
         context: Float[Array, "b h w width"] | None,
         q_index: Int[Array, " b"],
     ) -> tuple[DecodedLatent, Array | None]:
-        """The latent that y_hat and the symbols in a stream stand for.
+        """Reconstructs the latent that y_hat and the symbols of a stream stand for.
 
         Returns:
-            The latent, and what it would have in addition if no cell were a copy (b, h, w, c), None
-            for codecs without motion, which have no copies.
+            The latent, and the change (b, h, w, c) that it would have in addition if no cell were a
+            copy; None for codecs without motion, which have no copies.
         """
         y = self.y_inverse(y_hat, q_index)
+        # base: the linear decoder alone, (b, h, w, c).
         base = depth_to_space(jnp.dot(y, self.inverse, precision="highest"))
         x = [depth_to_space(self.up(y)), self.white(base)]
         x = jnp.concatenate(x if context is None else [*x, context], axis=-1)
@@ -239,6 +250,7 @@ class ResidualTransform(nn.Module):
                 return DecodedLatent(latent, feature, None, None), None
             fresh = jnp.ones_like(latent[..., :1])
             return DecodedLatent(latent, feature, fresh, 1.0 - fresh), jnp.zeros_like(latent)
+        # With motion, cells without symbols keep the prediction to the bit.
         fresh, change = active_cells(symbols), base + self.out(x)
         kept = nn.sigmoid(self.detail(x) + DETAIL_START)
         detail = 1.0 - fresh * (1.0 - kept)
@@ -249,11 +261,15 @@ class ResidualTransform(nn.Module):
 
 
 class LatentCodec(nn.Module):
-    """Intra and predicted transform.
+    """The codec: one transform for intra latents, another for predicted ones.
 
-    Arguments that the methods share (use them by ``apply(..., method=)``): q_index (b,) int32, a
-    larger one is better quality; state: what the method gave for the latent before, None for an
-    intra latent; prediction (b, h, w, c): by default the state's latent.
+    Call the methods by ``codec.apply(variables, ..., method="encode")``. They share these
+    arguments: `q_index` (b,) int32 is the quality level, of which a larger one is better; `state`
+    is what the method returned for the latent before, None for an intra latent; `prediction`
+    (b, h, w, c) is the prediction by motion, by default the latent of the state.
+
+    Attributes:
+        config: Sizes of the codec.
     """
 
     config: CodecConfig
@@ -269,7 +285,7 @@ class LatentCodec(nn.Module):
         q_index: Array,
         prediction: Array | None,
     ) -> tuple[ResidualTransform, Array | float, Array | None, Array | None, LatentSymbols]:
-        """What a latent of `shape` (b, h, w) is coded with.
+        """Chooses the transform for a latent of `shape` (b, h, w) and computes its contexts.
 
         Returns:
             Transform, prediction, context, temporal prior, and symbols of the latent before.
@@ -283,7 +299,7 @@ class LatentCodec(nn.Module):
     def _after(
         self, state: CodecState | None, decoded: DecodedLatent, symbols: LatentSymbols
     ) -> CodecState:
-        """State after a latent."""
+        """Builds the state after a latent."""
         memory = None
         if self.config.motion is None:
             feature = decoded.feature
@@ -300,7 +316,7 @@ class LatentCodec(nn.Module):
         q_index: Int[Array, " b"],
         prediction: Float[Array, "b h w c"] | None = None,
     ) -> LatentSymbols:
-        """Symbols of a latent as a stream holds them: skipped elements are zero."""
+        """Codes a latent to symbols as a stream holds them: skipped elements are zero."""
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, expected, context, temporal, previous = given
         y = part.analyse(latent, expected, context, q_index)
@@ -314,8 +330,12 @@ class LatentCodec(nn.Module):
         q_index: Int[Array, " b"],
         prediction: Float[Array, "b h w c"] | None = None,
     ) -> tuple[DecodedLatent, CodecState]:
-        """The decoded latent, and the state after it."""
-        symbols = jax.tree.map(jnp.asarray, symbols)  # from the bitstream, NumPy's
+        """Decodes a latent from its symbols.
+
+        Returns:
+            The decoded latent, and the state after it.
+        """
+        symbols = jax.tree.map(jnp.asarray, symbols)  # the bitstream gives NumPy arrays
         b, h, w, _ = symbols.y.shape
         given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
         part, expected, context, temporal, _ = given
@@ -332,7 +352,15 @@ class LatentCodec(nn.Module):
         key: Key[Array, ""],
         prediction: Float[Array, "b h w c"] | None = None,
     ) -> tuple[CodecState, LatentCodecOutput]:
-        """Encodes and decodes a latent with differentiable rates; key draws their noise."""
+        """Encodes and decodes a latent with differentiable rates.
+
+        Args:
+            latent, state, q_index, prediction: See the class.
+            key: Key of the noise that stands for rounding in the rates.
+
+        Returns:
+            The state after the latent, and everything that losses need.
+        """
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, expected, context, temporal, previous = given
         y = part.analyse(latent, expected, context, q_index)
@@ -353,10 +381,12 @@ class LatentCodec(nn.Module):
         q_index: Int[AnyArray, " b"],
         key: Key[Array, ""],
     ) -> LatentCodecOutput:
-        """The training form over a whole group, each latent predicted by the one before.
+        """Runs `train` over a whole group, each latent predicted by the one before.
 
-        Every field of the result that is not None gets an axis t after b. Gradients flow through
-        time and straight through every rounding.
+        Gradients flow through time and straight through every rounding.
+
+        Returns:
+            The outputs of all latents: every field that is not None has an axis t after b.
         """
         latents, q_index = jnp.asarray(latents), jnp.asarray(q_index)
         keys = jax.random.split(key, latents.shape[1])
@@ -368,6 +398,7 @@ class LatentCodec(nn.Module):
             latent, key = xs
             return codec.train(latent, state, q_index, key)
 
+        # The first latent is coded by another transform, so it stays outside the scan.
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         _, rest = scan(self, state, (jnp.moveaxis(latents[:, 1:], 1, 0), keys[1:]))
         # first: (b, ...), rest: (t - 1, b, ...)

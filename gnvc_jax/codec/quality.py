@@ -15,15 +15,15 @@ from jaxtyping import Array, Float, Int
 from gnvc_jax.codec.config import KNOTS, QUALITIES
 
 SPACING = QUALITIES // (KNOTS - 1)  # levels from one knot to the next
-# Of the knots on the scale of levels: 0 at the lowest level, 1 at the best. The last knot lies one
-# level beyond the best, at 64 / 63.
+# Positions of the knots: 0 is the lowest level, 1 the best. The last knot lies one level beyond the
+# best, at 64 / 63.
 POSITIONS = SPACING * np.arange(KNOTS) / (QUALITIES - 1)
 
 
 def interpolate_levels(
     table: Float[Array | np.ndarray, "*dims knots c"],
 ) -> Float[Array | np.ndarray, "*dims levels c"]:
-    """Values at the KNOTS knots -> values at all QUALITIES levels; NumPy or JAX."""
+    """Interpolates values at the KNOTS knots to all QUALITIES levels, in NumPy or JAX."""
     level = np.arange(QUALITIES)
     knot, fraction = level // SPACING, (level % SPACING / SPACING)[:, None].astype(np.float32)
     return table[..., knot, :] * (1 - fraction) + table[..., knot + 1, :] * fraction

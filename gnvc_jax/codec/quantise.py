@@ -16,14 +16,14 @@ from gnvc_jax.arrays import AnyArray
 def straight_through(
     exact: Shaped[AnyArray, "*shape"], soft: Float[AnyArray, "*shape"]
 ) -> Float[Array, "*shape"]:
-    """The value of `exact`, to the bit, with the gradient of `soft`."""
+    """Returns `exact`, to the bit, with the gradient of `soft`."""
     # soft - soft is exactly zero where soft is finite, so the sum is exactly `exact`.
     exact, soft = jnp.asarray(exact), jnp.asarray(soft)
     return lax.stop_gradient(exact.astype(soft.dtype)) + (soft - lax.stop_gradient(soft))
 
 
 def round_ste(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
-    """round(x), half to even, with gradient 1."""
+    """Rounds to whole numbers, half to even, with gradient 1."""
     return straight_through(jnp.round(x), x)
 
 
@@ -31,7 +31,7 @@ def round_ste(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
 def bound(
     x: Float[AnyArray, "*shape"], low: Shaped[AnyArray, ""], high: Shaped[AnyArray, ""]
 ) -> Float[Array, "*shape"]:
-    """clip(x, low, high) whose gradient passes inside, and outside where it leads back inside.
+    """Clips x with a gradient that passes inside, and outside where it leads back inside.
 
     The gradient of a plain clip is zero outside: a parameter that has left its range could never
     return.

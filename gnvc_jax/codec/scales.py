@@ -50,11 +50,11 @@ INDEX_LIMIT = SCALES - 1
 
 @dataclasses.dataclass(frozen=True)
 class ScaleLayer:
-    """Static facts of one layer of the network (see `scale_layers`).
+    """Static description of one layer of the network (see `scale_layers`).
 
     Attributes:
         name: Prefix of the layer's parameters.
-        inputs, outputs: channels.
+        inputs, outputs: Number of channels.
         per_quality: Whether the bias depends on the quality level.
         depthwise: A depthwise 3x3 convolution rather than a 1x1 convolution.
         joins: Whether the integers of the previous latent become inputs here.
@@ -83,10 +83,11 @@ class ScaleLayer:
 
     @property
     def shift(self) -> int:
-        """Keeps outputs in range: inputs times weights of a quarter of full scale, random signs.
+        """Right shift that keeps outputs in range.
 
-        A sum of n such products has a deviation of about sqrt(n) * 32 in units of the inputs. The
-        last layer's range is four times narrower.
+        It assumes weights of a quarter of full scale with random signs. A sum of n such products
+        has a deviation of about sqrt(n) * 32 in units of the inputs. The range of the last layer is
+        four times narrower.
         """
         fan_in = 9 if self.depthwise else self.inputs
         deviation = fan_in**0.5 * 32 * MULT_UNIT * (4.0 if self.last else 1.0)
@@ -99,7 +100,11 @@ class ScaleLayer:
 
 
 def scale_layers(config: CodecConfig) -> tuple[ScaleLayer, ...]:
-    """The layers, in order: z is upsampled twice to the grid of y, and then meets the past."""
+    """Layers of the network, in order.
+
+    The hyperlatent is upsampled twice to the grid of y (P0 to D1), and then joined with the symbols
+    and indices of the previous latent (P2).
+    """
     c, y = config.scale_width, config.y_channels
     return (
         ScaleLayer("P0", config.z_channels, 4 * c, per_quality=True, upsample=True),
@@ -113,7 +118,7 @@ def scale_layers(config: CodecConfig) -> tuple[ScaleLayer, ...]:
 
 
 def sigma_from_index(index: Shaped[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
-    """Standard deviation of table `index` (may be fractional): 0.11 * (16 / 0.11) ** (k / 63)."""
+    """Standard deviation of a table: 0.11 * (16 / 0.11) ** (index / 63); fractions interpolate."""
     return SCALE_MIN * jnp.exp(index * (np.log(SCALE_MAX / SCALE_MIN) / INDEX_LIMIT))
 
 
@@ -134,7 +139,13 @@ def scale_inputs(
 
 
 def requantise(acc: AnyArray, bias: AnyArray, mult: AnyArray, shift: int, limit: int) -> AnyArray:
-    """The rounding step of the module docstring, for integers of at least 32 bits."""
+    """Brings accumulators to the range of activations, as the module docstring says.
+
+    Args:
+        acc: Sums of products, integers of at least 32 bits.
+        bias, mult: Bias and multiplier of each channel.
+        shift, limit: Properties of the layer.
+    """
     total = (acc + bias).clip(-ACC_LIMIT, ACC_LIMIT)
     return ((total * mult + (1 << (shift - 1))) >> shift).clip(0, limit)
 
@@ -151,16 +162,20 @@ def run_layers(
     requantise: Callable[..., Any],
     xp: ModuleType,
 ) -> Any:
-    """Table indices (*b, 4 * h, 4 * w, cy) of every element of y, in the kind of array of `xp`.
+    """Runs the network, for training as for coding.
 
     Args:
-        config: sizes.
+        config: Sizes of the codec.
         weights: Integers, in any type that holds them exactly.
         q_index: Quality level.
-        z, prev_y, prev_index: See `scale_inputs`; zeros of the previous latent for an intra latent.
+        z, prev_y, prev_index: See `scale_inputs`; an intra latent has zeros for the previous one.
         matmul: Multiplies activations (..., n) with a kernel (n, m), exactly.
-        requantise: See the function of this name.
+        requantise: Function that does what the one of this name says.
         xp: `numpy` or `jax.numpy`.
+
+    Returns:
+        The table index of every element of y, (*b, 4 * h, 4 * w, cy), in the type that
+        `requantise` returns.
     """
     x, *previous = scale_inputs(z, prev_y, prev_index)
     for layer in scale_layers(config):
@@ -169,6 +184,7 @@ def run_layers(
             x = xp.concatenate([x, *previous], axis=-1)
         if layer.per_quality:
             bias = bias[q_index][..., None, None, :]  # (*b, 1, 1, outputs)
+        # At most 512 products below 127 * 255: |acc| < 2**24, so the order of summation is free.
         acc = depthwise3x3(x, kernel) if layer.depthwise else matmul(x, kernel)
         x = requantise(acc, bias, mult, layer.shift, layer.limit)
         if layer.upsample:
@@ -179,7 +195,7 @@ def run_layers(
 def requantise_straight_through(
     acc: Array, bias: Array, mult: Array, shift: int, limit: int
 ) -> Array:
-    """`requantise` of integers in float32, with the gradient of the same formula unrounded."""
+    """Requantises integers held in float32, with the gradient of the formula without rounding."""
     whole = [lax.stop_gradient(v).astype(jnp.int32) for v in (acc, bias, mult)]
     soft = bound((acc + bias) * mult * 2.0**-shift, 0.0, float(limit))
     rounded = requantise(whole[0], whole[1], whole[2], shift, limit)
@@ -195,7 +211,11 @@ class ScaleNetwork(nn.Module):
         self.weights = {layer.name: self._integers(layer) for layer in scale_layers(self.config)}
 
     def _integers(self, layer: ScaleLayer) -> tuple[Array, Array, Array]:
-        """Weights, bias and multiplier as integers in float32, with straight-through gradients."""
+        """Kernel, bias and multiplier as integers in float32, with straight-through gradients.
+
+        The trained parameters are of order 1; the units (128, BIAS_UNIT, MULT_UNIT) make them
+        integers, so that one learning rate suits them and other parameters alike.
+        """
         bias_shape = ((KNOTS,) if layer.per_quality else ()) + (layer.outputs,)
 
         def param(name: str, init: nn.initializers.Initializer, shape: tuple[int, ...]) -> AnyArray:
@@ -219,7 +239,7 @@ class ScaleNetwork(nn.Module):
         prev_y: Float[Array, "b 4*h 4*w cy"],
         prev_index: Float[Array, "b 4*h 4*w cy"],
     ) -> Float[Array, "b 4*h 4*w cy"]:
-        """Table indices, whole numbers 0..63. Arguments as of `run_layers`, integers in float32."""
+        """Table indices, whole numbers 0..63; arguments as for `run_layers`, held in float32."""
         return run_layers(
             self.config, self.weights, q_index, z, prev_y, prev_index,
             matmul=lambda x, kernel: jnp.dot(x, kernel, precision="highest"),
@@ -229,7 +249,15 @@ class ScaleNetwork(nn.Module):
 
 
 def export(config: CodecConfig, params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The trained network as integers: NAME_kernel int8, NAME_bias int32, NAME_mult int8."""
+    """Exports a trained network as integers.
+
+    Args:
+        config: Sizes of the codec.
+        params: Parameters of a `ScaleNetwork`.
+
+    Returns:
+        For each layer NAME: NAME_kernel int8, NAME_bias int32 and NAME_mult int8.
+    """
     weights = ScaleNetwork(config).bind({"params": params}).weights
     out = {}
     for layer in scale_layers(config):
@@ -243,7 +271,7 @@ def export(config: CodecConfig, params: Mapping[str, Any]) -> dict[str, np.ndarr
 def _weights_of(
     config: CodecConfig, tables: Mapping[str, AnyArray], xp: ModuleType, dtype: Any
 ) -> Weights:
-    """The exported integers by layer, in one type."""
+    """Groups the exported integers by layer and converts them to one type."""
     return {
         layer.name: tuple(
             xp.asarray(tables[f"{layer.name}_{part}"], dtype) for part in ("kernel", "bias", "mult")
@@ -262,15 +290,15 @@ def scale_index(
     *,
     dtype: Any = jnp.float32,
 ) -> UInt8[Array, "4*h 4*w cy"]:
-    """Table indices of one latent by the exported network, in JAX.
+    """Computes the table indices of one latent by the exported network, in JAX.
 
     Args:
-        config: sizes.
-        tables: See `export`.
+        config: Sizes of the codec.
+        tables: Integers of the network, see `export`.
         q_index: Quality level.
-        z, prev_y, prev_index: See `scale_inputs`; zeros of the previous latent for an intra latent.
-        dtype: What matrix products multiply: float32, bfloat16 (with float32 sums) or int32. The
-            result does not depend on it.
+        z, prev_y, prev_index: See `scale_inputs`; an intra latent has zeros for the previous one.
+        dtype: Type of the factors of matrix products: float32, bfloat16 (with float32 sums) or
+            int32. The result does not depend on it.
     """
 
     def matmul(x: Array, kernel: Array) -> Array:
@@ -299,7 +327,7 @@ def scale_index_numpy(
     prev_y: Int[np.ndarray, "4*h 4*w cy"],
     prev_index: Int[np.ndarray, "4*h 4*w cy"],
 ) -> UInt8[np.ndarray, "4*h 4*w cy"]:
-    """As `scale_index`, in NumPy's int64: the reference, and the path of last resort."""
+    """Does the same as `scale_index` in NumPy's int64: the reference and the last resort."""
     inputs = (np.asarray(v, np.int64) for v in (z, prev_y, prev_index))
     weights = _weights_of(config, tables, np, np.int64)
     index = run_layers(

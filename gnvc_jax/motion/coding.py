@@ -47,12 +47,16 @@ Code = Callable[[int, int], int]
 
 
 def wrap(value: int) -> int:
-    """The number in -127..127 that is congruent to a value modulo 255."""
+    """Wraps a residual to the number in -127..127 that is congruent to it modulo 255.
+
+    Differences of two vectors reach -254..254, but the prediction is known, so the residual modulo
+    255 tells the vector.
+    """
     return (value + MAX_VECTOR) % SYMBOLS - MAX_VECTOR
 
 
 def median(a: int, b: int, c: int) -> int:
-    """Median of three."""
+    """Median of three numbers."""
     return max(min(a, b), min(max(a, b), c))
 
 
@@ -61,7 +65,12 @@ LEVEL_OF = [0, *(np.round(2.2 * np.log2(np.arange(2, 1025))).astype(int) - 1).to
 
 
 def level(activity: int, row: int) -> int:
-    """Context of a value, from 0, by the activity of its neighbourhood and its kind's first row."""
+    """Context of a value, counted from 0.
+
+    Args:
+        activity: How much the neighbourhood moves and disagrees, see `_vectors`.
+        row: First row of the tables for this kind of value.
+    """
     return min(LEVEL_OF[min(activity, len(LEVEL_OF) - 1)], LEVELS[row] - 1)
 
 
@@ -70,7 +79,7 @@ def probabilities() -> np.ndarray:
     size = np.abs(np.arange(-MAX_VECTOR, MAX_VECTOR + 1))
     rows = []
     for row, shape in enumerate(LAPLACE):
-        if shape is None:
+        if shape is None:  # a flag: only the values 0 and 1 have a probability
             one = FLAGS[row]
             rows.append(np.where(size == 0, 1 - one, 0.0))
             rows[-1][MAX_VECTOR + 1] = one
@@ -91,7 +100,7 @@ def code_field(
         code: Called with a row and the value to write, which a decoder ignores; returns the value.
         shape: Grid of coarse blocks.
         previous: Field of the latent before, None after an intra latent.
-        field: What to encode, None to decode.
+        field: Field to encode, None to decode.
 
     Returns:
         The field, as decoded.
@@ -107,7 +116,7 @@ def code_field(
         around = int(j > 0 and split[i, j - 1]) + int(i > 0 and split[i - 1, j])
         split[i, j] = code(SPLIT + around, int(wanted[i, j]))
     for i, j in np.argwhere(split).tolist():
-        activity = 0
+        activity = 0  # sum of what was coded in this block so far
         for di, dj in ((0, 0), (0, 1), (1, 0), (1, 1)):
             at = 2 * i + di, 2 * j + dj
             for axis in (0, 1):
@@ -131,9 +140,9 @@ def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: 
     Args:
         code: See `code_field`.
         row: First row of the tables for these vectors.
-        given: What to encode.
+        given: Vectors to encode.
         before: Vectors of the field before, as nested lists, if they help to predict.
-        out: Where decoded vectors go.
+        out: Array that receives the decoded vectors.
     """
     # Nested lists: indexing single elements of NumPy arrays is several times slower.
     h, w, _ = given.shape
@@ -166,7 +175,15 @@ def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: 
 
 
 def encode_fields(fields: Sequence[MotionField], coder: EntropyCoder) -> bytes:
-    """Motion segment of the fields of a group, in order; empty if there are none."""
+    """Encodes the fields of a group.
+
+    Args:
+        fields: Fields of the predicted latents, in order.
+        coder: Entropy coder of the model.
+
+    Returns:
+        The motion segment of the group, empty if there are no fields.
+    """
     symbols, previous = [], None
 
     def note(row: int, value: int) -> int:
@@ -194,7 +211,7 @@ class MotionDecoder:
         self.ans = coder.backend(words_of(data))
 
     def next(self, shape: tuple[int, int]) -> MotionField:
-        """The next field, on a grid of `shape` coarse blocks."""
+        """Decodes the next field, on a grid of `shape` coarse blocks."""
 
         def read(row: int, _: int) -> int:
             return int(self.ans.pop(1, self.models[row])[0]) - MAX_VECTOR
@@ -203,13 +220,23 @@ class MotionDecoder:
         return self.previous
 
     def finish(self) -> None:
-        """Raises EntropyError unless the segment is used up exactly."""
+        """Checks that the segment is used up exactly.
+
+        Raises:
+            EntropyError: If it holds more than was decoded.
+        """
         if not self.ans.is_empty():
             raise EntropyError("a motion segment holds more than its fields")
 
 
 def bits(field: MotionField, previous: MotionField | None, table: np.ndarray) -> float:
-    """Information content of a field under a table of probabilities (ROWS, SYMBOLS)."""
+    """Information content of a field in bits.
+
+    Args:
+        field: The field.
+        previous: Field of the latent before, None after an intra latent.
+        table: Probabilities (ROWS, SYMBOLS).
+    """
     total = 0.0
 
     def count(row: int, value: int) -> int:
@@ -222,7 +249,7 @@ def bits(field: MotionField, previous: MotionField | None, table: np.ndarray) ->
 
 
 def counts(sequences: list[list[MotionField]]) -> np.ndarray:
-    """How often each value is coded with each row, (ROWS, SYMBOLS), over groups of fields."""
+    """Counts how often each value is coded with each row in groups of fields: (ROWS, SYMBOLS)."""
     table = np.zeros((ROWS, SYMBOLS), np.int64)
 
     def count(row: int, value: int) -> int:

@@ -22,14 +22,14 @@ class MotionField(NamedTuple):
     """Integers of one latent's motion; (h, w) is the grid of 32x32 blocks.
 
     Attributes:
-        coarse: int16 (h, w, 2), motion of the last frame, in half pels.
-        split: Bool (h, w), blocks whose four 16x16 quarters have vectors of their own.
-        fine: int16 (2h, 2w, 2), what the quarters add to the interpolated coarse field, in half
-            pels; zero outside split blocks.
-        middle: int16 (h, w, 2), what the second frame adds to half the motion of the last one, in
-            half pels; all zero if motion is linear in time.
-        shift: int16 (3, 2), displacement that each of the first three frames adds to all its
-            blocks, in quarter pels.
+        coarse: Motion of the last frame in half pels, int16 (h, w, 2).
+        split: Blocks whose four 16x16 quarters have vectors of their own, bool (h, w).
+        fine: Corrections that the quarters add to the interpolated coarse field, in half pels,
+            int16 (2h, 2w, 2); zero outside split blocks.
+        middle: Correction that the second frame adds to half the motion of the last one, in half
+            pels, int16 (h, w, 2); all zero if motion is linear in time.
+        shift: Displacement that each of the first three frames adds to all its blocks, in quarter
+            pels, int16 (3, 2).
     """
 
     coarse: np.ndarray
@@ -51,7 +51,7 @@ def no_motion(h: int, w: int) -> MotionField:
 
 
 def upsample(vectors: Int[np.ndarray, "h w 2"]) -> Int32[np.ndarray, "2*h 2*w 2"]:
-    """Bilinear interpolation to twice the grid, times 16; edges repeat.
+    """Interpolates vectors bilinearly to twice the grid, times 16; edges repeat.
 
     The centre of a quarter lies a quarter of the way from the centre of its block to that of the
     neighbour, hence the weights 9, 3, 3, 1.
@@ -66,9 +66,9 @@ def upsample(vectors: Int[np.ndarray, "h w 2"]) -> Int32[np.ndarray, "2*h 2*w 2"
 
 
 def expand(field: MotionField) -> Int16[np.ndarray, "4 h2 w2 2"]:
-    """Vectors of every frame and 16x16 block, in 1/16 pel."""
-    # All terms are in 1/128 pel, the largest unit in which they are whole numbers: a half pel is 64
-    # of them, and `upsample` has multiplied by 16.
+    """Derives the vectors of every frame and 16x16 block, in 1/16 pel."""
+    # All terms are in 1/128 pel, the largest unit in which they are whole numbers. A half pel is 64
+    # of these units and `upsample` has multiplied by 16, hence the factor of 4.
     last = 4 * (upsample(field.coarse) + 16 * field.fine.astype(np.int32))
     second = last // 2 + 4 * upsample(field.middle)
     # The first and third frame are halfway between their neighbours; a quarter pel is 32 units.

@@ -49,18 +49,23 @@ def search_rate(q_index: float) -> float:
 def search(
     frames: np.ndarray, reference: np.ndarray, rate: float, previous: MotionField | None = None
 ) -> MotionField:
-    """Motion of four frames relative to the frame before them.
+    """Searches the motion of four frames relative to the frame before them.
 
     Args:
-        frames: uint8 (4, h, w, 3), h and w multiples of 32.
-        reference: uint8 (h, w, 3).
+        frames: Frames of one latent, uint8 (4, h, w, 3); h and w are multiples of 32.
+        reference: Frame before them, uint8 (h, w, 3).
         rate: Grey levels of absolute difference that a bit must save.
         previous: Field of the latent before, whose vectors are among the candidates.
+
+    Returns:
+        The motion field.
     """
     h, w, _ = reference.shape
     field = no_motion(h // COARSE, w // COARSE)
     reference = cv2.cvtColor(reference, cv2.COLOR_RGB2GRAY)
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    # Flow of the frames whose vectors the field states, the fourth and the second. The first and
+    # the third only have a shift.
     last, second = optical_flow(grey[3], reference), optical_flow(grey[1], reference)
     start = half_pels(last, COARSE)
     known = () if previous is None else (previous.coarse,)
@@ -89,7 +94,7 @@ def estimate_bits(field: MotionField) -> float:
     """Estimated size of a field in bits."""
     bits = vector_bits(field.coarse, field.coarse).sum()
     bits += np.where(field.split, SPLIT_BITS, WHOLE_BITS).sum()
-    own = np.repeat(np.repeat(field.split, 2, 0), 2, 1)
+    own = np.repeat(np.repeat(field.split, 2, 0), 2, 1)  # (2h, 2w), the quarters of split blocks
     bits += (residual_bits(field.fine) * own).sum()
     if field.middle.any():
         bits += vector_bits(field.middle, field.middle).sum()
@@ -97,7 +102,10 @@ def estimate_bits(field: MotionField) -> float:
 
 
 def half_pels(flow: np.ndarray, side: int) -> np.ndarray:
-    """Median of a dense flow (h, w, 2) in pels over each block, in half pels as int16."""
+    """Median of a dense flow (h, w, 2) in pels over each block, in half pels as int16.
+
+    The median ignores what belongs to the other of two objects in a block.
+    """
     blocks = rearrange(flow, "(h i) (w j) c -> h w (i j) c", i=side, j=side)
     vectors = np.round(2 * np.median(blocks, axis=2))
     return np.clip(vectors, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
@@ -114,7 +122,7 @@ def residual_bits(residual: np.ndarray) -> np.ndarray:
 
 
 def vector_bits(vectors: np.ndarray, field: np.ndarray) -> np.ndarray:
-    """Estimated bits (h, w) of candidates (h, w, 2), each among the neighbours that `field` has."""
+    """Estimated bits (h, w) of candidates (h, w, 2), predicted from their neighbours in `field`."""
     return residual_bits(vectors - median_of_neighbours(field))
 
 
@@ -128,7 +136,7 @@ def median_of_neighbours(field: np.ndarray) -> np.ndarray:
 
 
 def block_sums(error: np.ndarray, side: int) -> np.ndarray:
-    """Sums over blocks: (h, w) -> (h / side, w / side) float32."""
+    """Sums an image (h, w) over blocks, to float32 (h / side, w / side)."""
     return rearrange(error, "(h i) (w j) -> h i w j", i=side, j=side).sum((1, 3), dtype=np.float32)
 
 
@@ -141,7 +149,11 @@ def differences(
 
 
 def displaced(reference: np.ndarray, displacement: np.ndarray) -> np.ndarray:
-    """The reference (h, w) sampled at pixel + displacement (h, w, 2) in pels, bilinear."""
+    """Samples the reference (h, w) at pixel + displacement (h, w, 2) in pels, bilinearly.
+
+    The codec predicts bicubically (`gnvc_jax.motion.warp.warp`); the search needs only the order of
+    the candidates, for which this is good enough and several times faster.
+    """
     h, w = reference.shape
     x = displacement[..., 0] + np.arange(w, dtype=np.float32)
     y = displacement[..., 1] + np.arange(h, dtype=np.float32)[:, None]
@@ -155,20 +167,23 @@ def search_coarse(
     rate: float,
     known: Sequence[np.ndarray] = (),
 ) -> np.ndarray:
-    """Coarse vectors that minimise differences plus rate.
+    """Searches the coarse vectors that minimise differences plus rate.
 
     Args:
         frame, reference: Grey images (h, w).
         start: First guess, int16 (h / 32, w / 32, 2) in half pels.
-        rate: See `search`.
+        rate: Grey levels per bit, see `search`.
         known: Further candidates of the same shape.
+
+    Returns:
+        Vectors like `start`.
     """
     vectors = start.copy()
     cost = differences(frame, reference, vectors, COARSE)
     parity = np.add.outer(*(np.arange(n) for n in vectors.shape[:2])) % 2
     for reach in REACH:
-        # Candidates for all blocks at once: no motion, the cheapest vector to code, global motion,
-        # the vectors of the four neighbours, and small steps.
+        # Each candidate is tried for all blocks at once: no motion, the cheapest vector to code,
+        # global motion, the vectors of the four neighbours, and small steps.
         whole = np.broadcast_to(np.round(np.median(vectors, axis=(0, 1))), vectors.shape)
         candidates = [np.zeros_like(vectors), median_of_neighbours(vectors), whole, *known]
         # (np.roll wraps around at the border, which is harmless: these are only candidates.)
@@ -196,10 +211,13 @@ def split_blocks(
     """Gives the quarters of a block vectors of their own where that pays.
 
     Args:
-        field: With coarse vectors.
+        field: Field with coarse vectors.
         frame, reference: Grey images (h, w).
-        flow: int16 (h / 16, w / 16, 2) in half pels, first guess for the quarters.
-        rate: See `search`.
+        flow: First guess for the quarters, int16 (h / 16, w / 16, 2) in half pels.
+        rate: Grey levels per bit, see `search`.
+
+    Returns:
+        The field with `split` and `fine`.
     """
     base = upsample(field.coarse) / 16.0  # half pels
     fine = np.zeros_like(field.fine)
@@ -228,7 +246,7 @@ def prediction_errors(field: MotionField, frames: list, reference: np.ndarray) -
 
 
 def dense(vectors: np.ndarray) -> np.ndarray:
-    """Block vectors (h, w, 2) in 1/16 pel -> displacements (16h, 16w, 2) in pels, bilinear.
+    """Interpolates block vectors (h, w, 2) in 1/16 pel to displacements (16h, 16w, 2) in pels.
 
     OpenCV aligns pixel areas as `gnvc_jax.motion.warp.dense` does: vectors stand at block centres.
     """
@@ -238,7 +256,15 @@ def dense(vectors: np.ndarray) -> np.ndarray:
 def add_middle(
     field: MotionField, frames: list, reference: np.ndarray, flow: np.ndarray, rate: float
 ) -> MotionField:
-    """Adds vectors of the second frame if motion is not linear in time and they pay."""
+    """Adds vectors of the second frame if motion is not linear in time and they pay.
+
+    Args:
+        field: Field with coarse and fine vectors.
+        frames: Grey images (h, w) of the four frames.
+        reference: Grey image (h, w) of the frame before.
+        flow: First guess of the second frame's motion, int16 (h / 32, w / 32, 2) in half pels.
+        rate: Grey levels per bit, see `search`.
+    """
     linear = field.coarse / 2.0
     start = np.round(flow - linear)
     cost = differences(frames[1], reference, linear, COARSE)
@@ -253,6 +279,7 @@ def add_middle(
                 middle, middle
             )
             middle[better], cost[better] = candidate[better], found[better]
+    # The loop saw the second frame alone; the first and the third frame move along with it.
     with_middle = field._replace(middle=middle)
     saved = prediction_errors(field, frames, reference) - prediction_errors(
         with_middle, frames, reference
@@ -262,7 +289,11 @@ def add_middle(
 
 
 def add_shifts(field: MotionField, frames: list, reference: np.ndarray, rate: float) -> MotionField:
-    """Adds a displacement to each of the first three frames, by a descent in quarter pels."""
+    """Adds a displacement to each of the first three frames, by a descent in quarter pels.
+
+    Arguments as for `add_middle`. The frames do not depend on each other, so all three take a step
+    at once, and each keeps it if it pays.
+    """
     best = prediction_errors(field, frames, reference)
     cost = best + rate * residual_bits(field.shift)
     for size in (4, 2, 1):

@@ -1,4 +1,4 @@
-"""Prediction of frames by block motion, in JAX; the same in training, coding and refinement.
+"""Prediction of frames by block motion, in JAX; training, coding and refinement share it.
 
 `predict` is what the codec calls: vectors per block and frame, and the last decoded frame, give
 four predicted frames. It interpolates the vectors (`dense`) and samples the frame (`warp`).
@@ -18,7 +18,7 @@ from gnvc_jax.motion.field import FINE, PEL
 
 
 def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Left and right block of every pixel along one axis, and the weight of the right one.
+    """Finds the left and the right block of every pixel along one axis, and the right one's weight.
 
     Vectors stand at block centres; pixels beyond the outer centres take the outer vector.
 
@@ -27,7 +27,7 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
         blocks: Number of blocks.
 
     Returns:
-        Three arrays (size,).
+        Left blocks, right blocks and weights, each (size,).
     """
     position = (np.arange(size) + 0.5) / FINE - 0.5
     left = np.floor(position).astype(int)
@@ -36,7 +36,7 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def dense(vectors: Shaped[AnyArray, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2"]:
-    """Block vectors in 1/16 pel -> displacements of all pixels in pels, by linear interpolation."""
+    """Interpolates block vectors in 1/16 pel to the displacements of all pixels in pels."""
     h, w = vectors.shape[-3:-1]
     top, bottom, y = interpolation(FINE * h, h)
     left, right, x = interpolation(FINE * w, w)
@@ -65,8 +65,11 @@ def warp(
     """Samples an image at pixel + displacement, by bicubic (Catmull-Rom) interpolation.
 
     Args:
-        image: Beyond its edges, the edge pixels repeat.
-        displacement: (dx, dy) in pels, for each of n results.
+        image: Image to sample; beyond its edges, the edge pixels repeat.
+        displacement: Displacements (dx, dy) in pels, for each of n results.
+
+    Returns:
+        The n displaced images.
     """
     b, h, w, c = image.shape
     x = jnp.arange(w) + displacement[..., 0]
@@ -75,7 +78,8 @@ def warp(
     weights_x, weights_y = catmull_rom(x - left), catmull_rom(y - top)
     left, top = left.astype(jnp.int32), top.astype(jnp.int32)
     columns = [jnp.clip(left + i, 0, w - 1) for i in (-1, 0, 1, 2)]
-    # A gather over flattened pixels, 16 times: row by row of the 4x4 neighbourhood.
+    # A gather over flattened pixels, 16 times: row by row of the 4x4 neighbourhood. Indices are
+    # clipped above, so that the gather need not check them.
     flat, rows = jnp.asarray(image).reshape(b, h * w, c), []
     for i, weight_y in zip((-1, 0, 1, 2), weights_y):
         row = jnp.clip(top + i, 0, h - 1) * w
@@ -94,8 +98,8 @@ def predict(
     """Predicts four frames from the last decoded frame.
 
     Args:
-        reference: H and w are multiples of 16.
-        vectors: Of every frame and 16x16 block, see `gnvc_jax.motion.field.expand`.
+        reference: Last decoded frame; h and w are multiples of 16.
+        vectors: Vectors of every frame and 16x16 block, see `gnvc_jax.motion.field.expand`.
     """
     return warp(reference, dense(vectors))
 

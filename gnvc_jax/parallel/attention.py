@@ -41,13 +41,13 @@ def attention(
     split_keys: bool,
     ring: bool = False,
 ) -> Float[Array, "b n heads d"]:
-    """Attention on the mesh in use.
+    """Computes attention on the mesh in use.
 
     Args:
         local: Attention of what one device holds, by any kernel.
         q: Queries; n is a multiple of the axis `context`.
         k, v: Keys and values; with split_keys, m is such a multiple, too.
-        length: Keys from this one on are padding.
+        length: Number of keys that are not padding.
         split_keys: Whether keys and values are sharded over `context` as queries are.
         ring: Whether split keys travel in a ring instead of being exchanged for heads.
 
@@ -61,12 +61,12 @@ def attention(
     split_keys = split_keys and size > 1
     if heads % mesh.shape["tensor"]:
         raise UsageError(f"mesh axis tensor={mesh.shape['tensor']} does not divide {heads} heads")
-    heads //= mesh.shape["tensor"]
-    extra = -heads % size
+    heads //= mesh.shape["tensor"]  # of one device
+    extra = -heads % size  # heads of zeros, which the exchange needs
     if q.shape[1] % size:
         raise UsageError(f"mesh axis context={size} does not divide {q.shape[1]} tokens")
 
-    # Each of the three sees the part of one device.
+    # Each of the three functions sees what one device holds: (b, n / size, heads, d).
     def whole(q: Array, k: Array, v: Array) -> Array:
         """All keys are here."""
         return local(q, k[:, :length], v[:, :length])
@@ -92,7 +92,7 @@ def attention(
 
 
 def pass_on(tree: Any, size: int) -> Any:
-    """Passes a tree of arrays to the next device of the ring; returns that of the previous one."""
+    """Passes a tree of arrays to the next device of the ring and receives the previous one's."""
     return lax.ppermute(tree, AXIS, [(i, (i + 1) % size) for i in range(size)])
 
 
@@ -103,10 +103,10 @@ def scores(
     size: int,
     length: int,
 ) -> Float[Array, "b heads n m"]:
-    """Float32 scores of the keys that have arrived after `step` steps; padded keys are masked."""
+    """Scores, in float32, of the keys that have arrived after `step` steps; padding is masked."""
     s = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     s *= q.shape[-1] ** -0.5
-    owner = (lax.axis_index(AXIS) - step) % size
+    owner = (lax.axis_index(AXIS) - step) % size  # the device that these keys came from
     valid = owner * k.shape[1] + jnp.arange(k.shape[1]) < length
     return jnp.where(valid, s, MASKED)
 
@@ -119,8 +119,9 @@ def ring_attention(
     size: int,
     length: int,
 ) -> Float[Array, "b n heads d"]:
-    """Inside `shard_map`: attention of this device's queries to the keys of all `size` devices.
+    """Computes attention of this device's queries to the keys of all `size` devices.
 
+    It runs inside `shard_map`, on what one device holds.
     Softmax is accumulated in float32. The backward pass sends keys and values around once more,
     together with their gradients, so its memory is that of one block of scores.
     """
@@ -130,7 +131,11 @@ def ring_attention(
 def ring_forward(
     q: Array, k: Array, v: Array, size: int, length: int
 ) -> tuple[Array, tuple[Array, ...]]:
-    """The result, and what `ring_backward` needs."""
+    """Computes the result of `ring_attention`, and what `ring_backward` needs.
+
+    The sum runs over blocks of keys with a running maximum (online softmax, Milakov and Gimelshein
+    2018, arXiv 1805.02867), so the result is exact.
+    """
     b, n, heads, d = q.shape
 
     def add(done: tuple[Array, ...], k: Array, v: Array, step: Array | int) -> tuple[Array, ...]:
@@ -186,7 +191,8 @@ def ring_backward(
     zeros = jnp.zeros(k.shape, jnp.float32)
     dq, dkv = add(jnp.zeros(q.shape, jnp.float32), (zeros, zeros), k, v, 0)
     (dq, dkv, _), _ = lax.scan(one_step, (dq, dkv, (k, v)), jnp.arange(1, size))
-    dk, dv = pass_on(dkv, size)  # after `size` steps, home
+    # Gradients travel with their keys: one more step brings them to the device of these keys.
+    dk, dv = pass_on(dkv, size)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 

@@ -22,7 +22,14 @@ from gnvc_jax.errors import UsageError
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Number of devices along each mesh axis; data = -1 takes all that the others leave."""
+    """Number of devices along each mesh axis.
+
+    Attributes:
+        data: Devices that divide clips; -1 takes all that the other axes leave.
+        fsdp: Devices that divide clips and parameters.
+        context: Devices that divide the tokens of a clip.
+        tensor: Devices that divide heads and hidden units.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -34,7 +41,7 @@ def parse_mesh(text: str) -> MeshConfig:
     """Parses a list of axes and sizes, such as "data=2,fsdp=4".
 
     Raises:
-        UsageError: For anything else.
+        UsageError: If the text is not such a list.
     """
     names = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes = {}
@@ -53,8 +60,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
     Args:
         config: Sizes of the axes.
-        devices: By default, those of all hosts. The mesh takes the first of them, but must use all
-            if they were given or if there are several processes.
+        devices: Devices to use, by default those of all hosts. The mesh takes the first of them,
+            but must use all if they were given or if there are several processes.
 
     Raises:
         UsageError: If the sizes do not fit the number of devices.
@@ -62,20 +69,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     given, sizes = devices is not None, dataclasses.asdict(config)
     devices = jax.devices() if devices is None else list(devices)
     if sizes["data"] == -1:
-        sizes["data"] = 1
+        sizes["data"] = 1  # neutral in the product of the others
         sizes["data"] = max(1, len(devices) // max(1, math.prod(sizes.values())))
     used = math.prod(sizes.values())
     whole = given or jax.process_count() > 1
     if min(sizes.values()) < 1 or used > len(devices) or (used < len(devices) and whole):
         raise UsageError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
     shape = tuple(sizes.values())
-    # Neighbours in the mesh become neighbours in the machine if its topology is known.
+    # Neighbours in the mesh become neighbours in the machine if its topology is known. Splitting a
+    # physical axis is allowed, since a torus of chips rarely has just the sizes of the mesh.
     grid = mesh_utils.create_device_mesh(shape, devices[:used], allow_split_physical_axes=True)
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def backend() -> str:
-    """Platform that code is traced for: that of the mesh in use, else JAX's default.
+    """Platform that code is traced for: the one of the mesh in use, else JAX's default.
 
     The two differ when the planner compiles for devices that are not present.
     """

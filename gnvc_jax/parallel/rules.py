@@ -1,4 +1,4 @@
-"""Where arrays lie on the mesh: one table for parameters, one set of names for activations.
+"""Placement of arrays on the mesh: one table for parameters, one set of names for activations.
 
 `shardings` gives the sharding of every leaf of a tree of parameters, `constrain` places an
 activation. A parameter is found by the end of its path, so moments, averages and frozen copies,
@@ -44,13 +44,14 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """Partition of one parameter.
 
     Args:
-        path: Such as "codec/intra/out/kernel".
-        shape: Of the parameter.
-        mesh: For the sizes of its axes.
+        path: Path of the parameter, such as "codec/intra/out/kernel".
+        shape: Shape of the parameter.
+        mesh: Mesh, of which the sizes of the axes count.
 
     Raises:
         UsageError: If the mesh does not divide the sizes of a parameter that must be split.
     """
+    # Rules name the last dimensions: scanned layers have one more in front.
     axes: list[str | None] = [None] * len(shape)
     named = next((axes for end, axes in RULES if re.search(f"(^|/){end}$", path)), None)
     if named is not None:
@@ -74,7 +75,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
 
 
 def shardings(tree: Tree, mesh: Mesh) -> Tree:
-    """The sharding of every leaf (array or shape) of a tree of parameters, moments or averages.
+    """Sharding of every leaf (array or shape) of a tree of parameters, moments or averages.
 
     Raises:
         UsageError: See `spec`.
@@ -87,7 +88,7 @@ def shardings(tree: Tree, mesh: Mesh) -> Tree:
 
 
 def path_name(path: tuple) -> str:
-    """A path in a tree as "codec/intra/out/kernel"."""
+    """Writes a path in a tree as a string such as "codec/intra/out/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
@@ -104,9 +105,9 @@ def activation_spec(mesh: Mesh | AbstractMesh, shape: tuple[int, ...], **axes: i
     """Partition of an activation.
 
     Args:
-        mesh: For the sizes of its axes.
-        shape: Of the activation.
-        **axes: Which dimension "batch", "context" and "tensor" split. A dimension that does not
+        mesh: Mesh, of which the sizes of the axes count.
+        shape: Shape of the activation.
+        **axes: Dimensions that "batch", "context" and "tensor" split. A dimension that does not
             divide is not split: a single clip is replicated over data x fsdp.
     """
     found: list[tuple[str, ...] | None] = [None] * len(shape)

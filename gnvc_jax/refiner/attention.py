@@ -46,14 +46,14 @@ def attention(
         q, k, v: Queries, keys and values.
         implementation: A key of IMPLEMENTATIONS, or "ring": keys travel from device to device, and
             each device uses the kernel of `choose`.
-        length: Keys from this one on are padding; by default, none.
+        length: Number of keys that are not padding; by default, all.
         split_keys: Whether keys are sharded over the mesh axis `context` as queries are. Tokens are
             then exchanged for heads, so that the implementation sees all tokens of some heads.
             "ring" does without, and is the default where padding the heads to a multiple of
             `context` would at least double their number.
 
     Raises:
-        UsageError: For an unknown name and for heads that the mesh axis `tensor` does not divide.
+        UsageError: If the name is unknown, or the mesh axis `tensor` does not divide the heads.
     """
     name, ring = resolve(implementation, q.dtype, *q.shape[2:])
     options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
@@ -102,7 +102,8 @@ def windowed_attention(
     q = rearrange(q, "b (w t h) n d -> b w t h n d", t=t, h=rows)
     fill = ((0, -columns % block), (0, 0), (0, -rows % block))
     q = jnp.pad(q, ((0, 0), *fill, (0, 0), (0, 0)))
-    # (blocks across, blocks down) become part of the batch.
+    # (blocks across, blocks down) become part of the batch: queries are now
+    # (b * x * y, block * t * block, heads, d).
     q = rearrange(q, "b (x i) t (y j) n d -> (b x y) (i t j) n d", i=block, j=block)
 
     def windows(x: Array) -> Array:
@@ -122,13 +123,19 @@ def windowed_attention(
 def resolve(
     implementation: str | None, dtype: DTypeLike, heads: int, head_width: int
 ) -> tuple[str, bool]:
-    """What `attention` does on the mesh in use, from its argument and the shape of its inputs.
+    """Decides what `attention` does on the mesh in use.
+
+    Args:
+        implementation: See `attention`.
+        dtype: Type of queries, keys and values.
+        heads: Number of heads, over all devices.
+        head_width: Width of a head.
 
     Returns:
         A key of IMPLEMENTATIONS, and whether keys travel from device to device.
 
     Raises:
-        UsageError: For an unknown name.
+        UsageError: If the name is unknown.
     """
     ring = implementation == RING or (
         implementation is None
@@ -142,16 +149,17 @@ def resolve(
 
 
 def exchanged_heads(heads: int, devices: int) -> int | None:
-    """Number of heads, with padding, that devices exchange tokens for by default.
+    """Number of heads, padded to a multiple of the devices, for the exchange of tokens for heads.
 
-    None where padding would at least double it, and keys travel in a ring instead.
+    Returns:
+        The number, or None where padding would at least double it; keys then travel in a ring.
     """
     filled = heads + -heads % devices
     return filled if filled < 2 * heads else None
 
 
 def choose(dtype: DTypeLike, head_width: int, platform: str | None = None) -> str:
-    """The implementation for a platform, by default the one that is traced for.
+    """Chooses the implementation for a platform, by default for the one that is traced for.
 
     cuDNN's flash attention needs half precision and a head width of at most 128, the TPU's splash
     kernel a multiple of 128. Elsewhere the scores are computed for a few queries at a time.
@@ -198,7 +206,7 @@ def splash_attention(
         q, k, v: Queries, keys and values.
         interpret: Run the kernel in JAX operations, on any backend.
     """
-    # Imported here: the modules exist for TPUs, and cost a second elsewhere.
+    # Imported here: only TPUs need the modules, and importing them takes a second.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 

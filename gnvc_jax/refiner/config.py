@@ -19,21 +19,22 @@ class DiTConfig:
     """Architecture of the DiT; the defaults are Wan2.1-T2V-1.3B's (1,418,996,800 parameters).
 
     Attributes:
-        width: Of the tokens.
-        ffn_width: Of the hidden layer of a block.
-        heads: Attention heads.
-        layers: blocks.
+        width: Width of the tokens.
+        ffn_width: Width of the hidden layer of each feed-forward.
+        heads: Number of attention heads.
+        layers: Number of blocks.
         frequencies: Width of the sinusoidal embedding of time.
-        channels: Of the latents.
-        text_width, text_length: Of the text condition; length 0 for no cross-attention.
+        channels: Channels of the latents.
+        text_width, text_length: Width and number of the rows of the text condition; a length of 0
+            leaves out cross-attention.
         context_every: 0 for a plain DiT, s for VACE's adapter with one context block per s blocks,
             the first before block 0.
-        context_channels: Of the adapter's condition, on the grid of the latents.
+        context_channels: Channels of the adapter's condition, on the grid of the latents.
         window: Tokens per side of the neighbourhood that self-attention sees in each latent, even;
             0 for all tokens. See `gnvc_jax.refiner.attention.windowed_attention`.
 
     Raises:
-        UsageError: For sizes that do not divide.
+        UsageError: If a size is not a multiple of another that must divide it.
     """
 
     width: int = 1536
@@ -75,27 +76,30 @@ class DiTConfig:
 
     @property
     def groups(self) -> int:
-        """Groups of blocks, each with one context block if there is an adapter."""
+        """Number of groups of blocks, each with one context block if there is an adapter."""
         return self.layers // self.group_size
 
     def tokens(self, t: int, h: int, w: int) -> int:
-        """Tokens of latents (t, h, w)."""
+        """Number of tokens that latents (t, h, w) become."""
         return t * (h // PATCH) * (w // PATCH)
 
     def flops(self, t: int, h: int, w: int, heads: int | None = None) -> int:
         """Operations (a multiply-add counts as two) of one forward pass on latents (t, h, w).
 
-        Matrix products only, batch 1. Agrees with the published counts of Wan2.1 to three digits.
+        Only matrix products count, for a batch of 1. The result agrees with the published counts of
+        Wan2.1 to three digits.
 
         Args:
             t, h, w: Size of the latents.
-            heads: That self-attention works on, if its own are padded.
+            heads: Number of heads that self-attention works on, if its own are padded.
         """
         n, m, d = self.tokens(t, h, w), self.text_length, self.width
         attended = (heads or self.heads) * self.head_width
+        # Keys that each token attends to: all, or those of a spatial window in every latent.
         seen = t * math.prod(min(side // PATCH, self.window or side) for side in (h, w))
+        # Four projections, scores and weighted sum, two layers of the feed-forward.
         block = 8 * n * d**2 + 4 * n * seen * attended + 4 * n * d * self.ffn_width
-        if m:
+        if m:  # cross-attention: q and o of the tokens, k and v of the text
             block += 4 * (n + m) * d**2 + 4 * n * m * d
         patches = 2 * n * d * PATCH**2 * 2 * self.channels
         total = patches + 2 * m * d * (self.text_width + d) + self.layers * block
@@ -111,20 +115,21 @@ class RefinerConfig:
     """A DiT with an adapter for decoded latents and features of the codec.
 
     Attributes:
-        dit: Its context has VACE's 96 channels, or as many as latents have (decoded latents alone).
+        dit: Sizes of the DiT. Its context has VACE's 96 channels, or as many as latents have
+            (decoded latents alone).
         features: Channels of the codec's features.
-        window: Latents that are refined together.
-        overlap: Latents that neighbouring windows share.
-        start: t_N, flow time at which refinement begins.
+        window: Number of latents that are refined together.
+        overlap: Number of latents that neighbouring windows share.
+        start: Flow time at which refinement begins (t_N of GNVC-VD).
         noise: Standard deviation of the noise in the starting state: 1 for an ordinary flow, 0 for
             a deterministic refiner of one step.
         deviation: 0 where the DiT gives the velocity itself, as Wan's does. Otherwise the standard
             deviation of coding errors, for which the DiT corrects `flow.linear_velocity`; small
             models need this.
-        steps: Of the flow that decoding takes: what the refiner was trained for.
+        steps: Number of steps that decoding takes, for which the refiner was trained.
 
     Raises:
-        UsageError: For sizes that do not fit.
+        UsageError: If the DiT lacks a suitable adapter, or `steps` or `overlap` are out of range.
     """
 
     dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))

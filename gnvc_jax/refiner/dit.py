@@ -56,7 +56,7 @@ def patchify(latents: Float[AnyArray, "b t h w c"]) -> Float[Array, "b (w//2)*t*
 def unpatchify(
     tokens: Float[Array, "b n d"], t: int, h: int, w: int
 ) -> Float[Array, "b {t} {h} {w} d//4"]:
-    """Undoes `patchify`; t, h, w: sizes of the latents."""
+    """Undoes `patchify`; t, h and w are the sizes of the latents."""
     sizes = {"t": t, "h": h // PATCH, "w": w // PATCH, "p": PATCH, "q": PATCH}
     return rearrange(tokens, "b (w t h) (p q c) -> b t (h p) (w q) c", **sizes)
 
@@ -99,7 +99,7 @@ def rotate(x: Float[Array, "b n heads d"], table: RotaryTable) -> Float[Array, "
 
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
-    """Embedding of Wan's timestep: cosines, then sines, of time * 10000^(-2i/width)."""
+    """Embeds Wan's timestep: cosines, then sines, of time * 10000^(-2i/width)."""
     frequency = jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
     angle = time.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
@@ -135,8 +135,8 @@ class DiTAttention(nn.Module):
     """Multi-head attention of tokens x to tokens y.
 
     Attributes:
-        config: sizes.
-        dtype: Of matrix products and attention.
+        config: Sizes of the DiT.
+        dtype: Type of the factors of matrix products and of attention.
         implementation: See `gnvc_jax.refiner.attention.attention`.
         grid: (latents, rows, columns) of tokens that attend to their neighbourhood
             (`config.window`), None for attention to all tokens.
@@ -151,7 +151,14 @@ class DiTAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "b n d"], y: Float[Array, "b m d"], table: RotaryTable | None
     ) -> Float[Array, "b n d"]:
-        """Attends; table: rotates x and y, which are then the tokens of a clip."""
+        """Attends from x to y.
+
+        Args:
+            x: Tokens that queries are made of.
+            y: Tokens that keys and values are made of.
+            table: Rotary embedding for self-attention, where x and y are the tokens of a clip; None
+                for cross-attention.
+        """
 
         def heads(name: str, x: Array) -> Float[Array, "b n heads d"]:
             x = checkpoint_name(dense(self.config.width, self.dtype, name)(x), "qkv")
@@ -177,7 +184,7 @@ class DiTBlock(nn.Module):
 
     Attributes:
         config, dtype, grid: See `DiTAttention`.
-        attention: Its implementation.
+        attention: Implementation of attention, see `gnvc_jax.refiner.attention.attention`.
     """
 
     config: DiTConfig
@@ -193,13 +200,13 @@ class DiTBlock(nn.Module):
         text: Float[Array, "b m d"] | None,
         table: RotaryTable,
     ) -> Float[Array, "b n d"]:
-        """The next residual stream.
+        """Computes the next residual stream.
 
         Args:
             x: Residual stream, float32.
             time: Shift, scale and gate of attention, then of the feed-forward.
             text: Embedded text, None for a model without text.
-            table: Of the rotary embedding.
+            table: Table of the rotary embedding.
         """
         cfg = self.config
         init = nn.initializers.normal(cfg.width**-0.5)
@@ -221,7 +228,7 @@ class DiTBlock(nn.Module):
             cross = DiTAttention(cfg, self.dtype, self.attention, name="cross_attention")
             x = x + cross(y.astype(self.dtype), text, None)
 
-        y = layer_norm()(x) * (1 + scale2) + shift2
+        y = layer_norm()(x) * (1 + scale2) + shift2  # `dense` casts it to its dtype
         y = checkpoint_name(dense(cfg.ffn_width, self.dtype, "ffn_in")(y), "ffn")
         y = dense(cfg.width, self.dtype, "ffn_out")(nn.gelu(y, approximate=True))
         return x + gate2 * y
@@ -253,12 +260,15 @@ class DiTGroup(nn.Module):
         text: Float[Array, "b m d"] | None,
         table: RotaryTable,
     ) -> tuple[tuple[Array, Array | None], None]:
-        """The next carry, and nothing to stack.
+        """Runs the blocks of one group.
 
         Args:
             carry: Residual stream and context, both (b, n, d); no context without an adapter.
             scale: Weight of the hint.
             time, text, table: See `DiTBlock`.
+
+        Returns:
+            The next carry, and None, since the scan stacks nothing.
         """
         (x, context), cfg, block = carry, self.config, DiTBlock
         x = constrain(x, batch=0, context=1)
@@ -284,10 +294,10 @@ class DiT(nn.Module):
     """The velocity field of Wan2.1: noise minus data, at Wan's timestep (1000 noise, 0 data).
 
     Attributes:
-        config: sizes.
-        dtype: Of matrix products and attention.
+        config: Sizes of the network.
+        dtype: Type of the factors of matrix products and of attention.
         attention: Implementation (see `gnvc_jax.refiner.attention`), by default the backend's best.
-        remat: What the backward pass keeps, a key of REMAT.
+        remat: Key of REMAT that says which activations the backward pass keeps.
     """
 
     config: DiTConfig
@@ -307,7 +317,7 @@ class DiT(nn.Module):
         time_extra: Float[AnyArray, "b width"] | float = 0.0,
         context_extra: Float[AnyArray, "b n width"] | float = 0.0,
     ) -> Float[Array, "b t h w c"]:
-        """Velocity, in float32.
+        """Computes the velocity, in float32.
 
         Args:
             latents: State of the flow; h and w are even.
@@ -318,7 +328,7 @@ class DiT(nn.Module):
             time_extra, context_extra: Added to the embeddings of time and of the context's tokens.
 
         Raises:
-            UsageError: For sizes that do not fit the model.
+            UsageError: If the shape of an input does not fit the model.
         """
         cfg = self.config
         check_sizes(cfg, latents, text, context)
@@ -377,7 +387,11 @@ class DiT(nn.Module):
 def check_sizes(
     cfg: DiTConfig, latents: AnyArray, text: AnyArray | None, context: AnyArray | None
 ) -> None:
-    """Raises UsageError that says which input does not fit the model."""
+    """Checks the shapes of the inputs of a `DiT`.
+
+    Raises:
+        UsageError: If one does not fit the model; the message says which.
+    """
     b, t, h, w, c = latents.shape
     if c != cfg.channels or h % PATCH or w % PATCH:
         raise UsageError(

@@ -22,15 +22,15 @@ from jaxtyping import Array
 
 from gnvc_jax.errors import UsageError
 
-# Of functions of a flow time alone, which may be a plain number.
+# For functions of a flow time alone, which may be a plain number.
 Time = TypeVar("Time", Array, float)
 
 START = 0.7  # t_N: flow time at which refinement begins
-TIMESTEPS = 1000.0  # of Wan
+TIMESTEPS = 1000.0  # Wan's timestep of pure noise
 
 
 def wan_timestep(tau: Time) -> Time:
-    """Wan's timestep, 1000 (noise) to 0 (data), of flow time tau in [0, 1]."""
+    """Converts flow time tau in [0, 1] to Wan's timestep, 1000 (noise) to 0 (data)."""
     return TIMESTEPS * (1.0 - tau)
 
 
@@ -45,7 +45,7 @@ def velocity_from_wan(output: Array) -> Array:
 
 
 def shift_time(tau: Time, shift: float) -> Time:
-    """Flow time with Wan's shift s of the noise scale: sigma' = s sigma / (1 + (s - 1) sigma).
+    """Applies Wan's shift s of the noise scale: sigma' = s sigma / (1 + (s - 1) sigma).
 
     A shift above 1 moves steps towards noise.
     """
@@ -94,7 +94,7 @@ def linear_velocity(
     preconditioning of denoisers by Karras et al. 2022, arXiv 2206.00364).
 
     Args:
-        state: Of the flow at tau.
+        state: State of the flow at tau.
         decoded: Latents from the codec.
         tau: Flow time.
         error_std: Standard deviation of coding errors.
@@ -103,7 +103,8 @@ def linear_velocity(
     rest = state - tau * decoded  # (1 - tau) noise - done * error
     done, left = (tau - start) / (1.0 - start), 1.0 - tau
     variance = error_std**2
-    # Regression of the velocity on `rest`: their covariance over the variance of `rest`.
+    # Regression of the velocity on `rest`: their covariance over the variance of `rest`. The
+    # velocity is decoded - noise - error / (1 - start), see `path_velocity`.
     share = left - done * variance / (1.0 - start)
     return decoded - rest * share / (left**2 + done**2 * variance)
 
@@ -122,7 +123,7 @@ def step_times(steps: int, start: float = START, shift: float = 1.0) -> Array:
     """The steps + 1 flow times from `start` to 1, uniform before the shift.
 
     Raises:
-        UsageError: For fewer than one step or a start outside [0, 1).
+        UsageError: If there is no step, or the start is outside [0, 1).
     """
     if steps < 1 or not 0.0 <= start < 1.0:
         raise UsageError(
@@ -135,9 +136,17 @@ def step_times(steps: int, start: float = START, shift: float = 1.0) -> Array:
 
 
 def integrate(velocity: Callable[[Array, Array], Array], state: Array, times: Array) -> Array:
-    """Euler's method from `state` at times[0] to the last of `times`.
+    """Integrates the flow by Euler's method (equation 6).
 
     The loop is Python's: a jitted `velocity(state, tau)` compiles once for any number of steps.
+
+    Args:
+        velocity: Velocity at a state and a flow time.
+        state: State at times[0].
+        times: Flow times, see `step_times`.
+
+    Returns:
+        The state at the last of the times.
     """
     for tau, after in itertools.pairwise(times):
         # x(tau') = x(tau) + (tau' - tau) v(x(tau), tau)

@@ -1,4 +1,4 @@
-"""The refiner: a Wan DiT that sees what the codec knows, and the loops that run it.
+"""The refiner: a Wan DiT that is conditioned on the codec, and the loops that run it.
 
 `Refiner` is the network: the velocity at one state. `refine` follows it for the latents of a whole
 group, in overlapping windows; its noise comes from `latent_noise`.
@@ -34,10 +34,10 @@ class Refiner(nn.Module):
     at first.
 
     Attributes:
-        config: sizes.
+        config: Sizes of the refiner.
         dtype, attention, remat: See `DiT`.
-        precision: Of float32 products, see `jax.default_matmul_precision`. Products of bfloat16 are
-            exact in any case.
+        precision: Precision of float32 products, see `jax.default_matmul_precision`. Products of
+            bfloat16 are exact in any case.
     """
 
     config: RefinerConfig
@@ -56,13 +56,13 @@ class Refiner(nn.Module):
         q_index: Int[AnyArray, " b"],
         text: Float[AnyArray, "b m text_width"] | None = None,
     ) -> Float[Array, "b t h w c"]:
-        """The velocity, data minus noise.
+        """Computes the velocity, data minus noise.
 
         Args:
-            state: Of the flow at time tau.
+            state: State of the flow at time tau.
             tau: Flow time, 0 (noise) to 1 (data).
             decoded: Latents from the codec.
-            features: Of the codec.
+            features: Features from the codec.
             q_index: Quality levels.
             text: Embedded prompt, for a DiT with text.
         """
@@ -86,12 +86,13 @@ class Refiner(nn.Module):
                 text,
                 condition,
                 time_extra=interpolate_levels(knots)[q_index],
-                context_extra=embed(patchify(features)),
+                context_extra=embed(patchify(features)),  # (b, n, 4f) -> (b, n, d)
             )
         velocity = flow.velocity_from_wan(velocity)
         if self.config.deviation:
+            # The DiT is then a correction to the best linear guess. `deviation` says how large
+            # coding errors are: with a wrong value even the guess makes latents worse.
             time = tau[:, None, None, None, None]
-            # The DiT is then a correction to the best linear guess.
             inputs = state, decoded, time, self.config.deviation, self.config.start
             velocity += flow.linear_velocity(*inputs)
         return velocity
@@ -100,7 +101,7 @@ class Refiner(nn.Module):
 def vace_context(
     decoded: Float[AnyArray, "b t h w c"], grey: Float[AnyArray, "2 c"]
 ) -> Float[Array, "b t h w c2"]:
-    """VACE's condition: "inactive", "reactive" and mask channels, 2c + 64 in all.
+    """Builds VACE's condition: "inactive", "reactive" and mask channels, 2c + 64 in all.
 
     Everything is to be generated, guided by the decoded latents: inactive is grey, the mask is 1.
 
@@ -117,7 +118,7 @@ def vace_context(
 def per_latent_factors(
     factors: Float[AnyArray, "2 c"], count: int
 ) -> Float[Array, "{count} 1 1 c"]:
-    """Factors of a first and a later latent, for each of `count` latents of a group.
+    """Spreads factors of a first and a later latent over the `count` latents of a group.
 
     The refiner works on latents that are whitened by such factors. Channels of a linear VAE differ
     by a factor of twenty: noise of one standard deviation would drown most of them and hardly touch
@@ -130,13 +131,13 @@ def per_latent_factors(
 def latent_noise(
     key: Key[Array, ""], shape: tuple[int, ...], first: int = 0
 ) -> Float[Array, "b t h w c"]:
-    """Standard normal noise for latents, a function of each latent's place in the group alone.
+    """Draws standard normal noise that depends on each latent's place in the group alone.
 
-    So windows, and a decoder that starts in the middle, draw the same numbers.
+    All windows, and a decoder that starts in the middle, thus draw the same numbers.
 
     Args:
-        key: Of the group.
-        shape: (b, t, h, w, c).
+        key: Key of the group.
+        shape: Shape (b, t, h, w, c) of the latents.
         first: Place of the first latent.
     """
     b, t, *rest = shape
@@ -146,9 +147,12 @@ def latent_noise(
 
 
 def window_starts(count: int, size: int, overlap: int) -> list[int]:
-    """First latent of each window of `size` that together cover `count` latents.
+    """Places windows of `size` latents so that they cover `count` latents.
 
-    Neighbouring windows share at least `overlap` latents. One window if all fit.
+    Neighbouring windows share at least `overlap` latents. If all latents fit, there is one window.
+
+    Returns:
+        The first latent of each window.
     """
     if count <= size:
         return [0]
@@ -182,17 +186,17 @@ def refine(
     """Refines the latents of a group of any length.
 
     In every step each window gives the velocity of its latents. Latents that windows share move by
-    the weighted mean, so there is no seam. Memory: the activations of one window, and a few copies
-    of the group's latents.
+    the weighted mean, so there is no seam. The memory needed is that of the activations of one
+    window, and of a few copies of the group's latents.
 
     Args:
         velocity: Called with state, tau (a scalar), decoded and features of one window; all windows
             have the same size, so one compilation serves them all.
         config: Sizes of windows, and where refinement begins.
         decoded: Latents from the codec.
-        features: Of the codec.
-        key: Of the noise.
-        steps: Of Euler's method; with 0, the decoded latents are returned.
+        features: Features from the codec.
+        key: Key of the noise.
+        steps: Number of steps of Euler's method; with 0, the decoded latents are returned.
         white: Factors that whiten the first and the later latents, see `per_latent_factors`; None
             if the latents are whitened already.
 
@@ -211,7 +215,7 @@ def refine(
     size = min(t, config.window)
     starts = window_starts(t, config.window, config.overlap)
     weights = [window_weights(size, config.overlap, s == 0, s == starts[-1]) for s in starts]
-    weights = [w[:, None, None, None] for w in weights]
+    weights = [w[:, None, None, None] for w in weights]  # (size, 1, 1, 1)
     total = jnp.zeros((t, 1, 1, 1))
     for s, weight in zip(starts, weights):
         total = total.at[s : s + size].add(weight)
