@@ -40,9 +40,9 @@ ScaleNetwork = Callable[..., np.ndarray]
 
 
 class CodecPrograms(NamedTuple):
-    """Jitted functions; each takes the parameters that it needs first.
+    """The jitted functions of a model; each takes the parameters that it needs as first argument.
 
-    Latents are normalised, (1, t, h, w, c) in a clip and (1, h, w, c) alone.
+    Latents are normalised: (1, t, h, w, c) for a clip, (1, h, w, c) for a single one.
 
     Attributes:
         encode_video: (vae, cache, frames) -> latents, cache; frames float (1, t, h, w, 3) in
@@ -54,7 +54,8 @@ class CodecPrograms(NamedTuple):
         add_latent: (vae, frames, latent, first) -> uint8 frames with what a latent adds to them.
         analyse: (codec, latent, state, q_index, prediction) -> symbols.
         reconstruct: (codec, symbols, state, q_index, prediction) -> decoded latent, state.
-        velocity: (refiner, state, tau, decoded, features, q_index) -> velocity; None without one.
+        velocity: (refiner, state, tau, decoded, features, q_index) -> velocity; None for a model
+            without a refiner.
     """
 
     encode_video: Callable
@@ -73,7 +74,11 @@ def shard_columns(tree: Tree) -> Tree:
 
 
 def codec_programs(model: Model) -> CodecPrograms:
-    """Programs of a model, of which only configurations, statistics and text are used."""
+    """Builds the programs of a model.
+
+    Parameters are passed when a program is called: of the model, only configurations, statistics
+    and text are used here.
+    """
     vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
     mean, std = model.mean, model.std
 
@@ -90,6 +95,7 @@ def codec_programs(model: Model) -> CodecPrograms:
     @jax.jit
     def predict_frames(params: Tree, reference: Array, vectors: Array) -> tuple[Array, Array]:
         frames = predict(to_float(reference), vectors)
+        # Motion needs a linear VAE, whose cache is empty: {} continues a clip, None would start one.
         latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
         return frames, ((latents - mean) / std)[:, 0]
 
@@ -114,6 +120,7 @@ def codec_programs(model: Model) -> CodecPrograms:
         q_index: Array,
         prediction: Array | None,
     ) -> LatentSymbols:
+        # Frames were padded for the VAE only; the codec needs multiples of eight latents.
         latent = shard_columns(pad_latents(latent[:, None])[:, 0])
         inputs = latent, state, q_index, prediction
         symbols = codec.apply({"params": params}, *inputs, method="encode")
@@ -161,14 +168,15 @@ def codec_programs(model: Model) -> CodecPrograms:
 class CodecFunctions:
     """The programs of a model with its parameters on devices, see `CodecPrograms`.
 
-    Made and used under `jax.set_mesh`, they share the columns of each frame, and of all that is
-    made of it, among the devices along the axis `context`; these exchange what convolutions see
-    beyond the edges.
+    If it is made and used under `jax.set_mesh`, the columns of each frame, and of all that is made
+    of it, are shared among the devices along the axis `context`, which exchange what convolutions
+    see beyond the edges.
 
     Attributes:
         model: The model.
         programs: Its programs.
-        vae_params, codec_params, refiner_params: Parameters on devices, None for no refiner.
+        vae_params, codec_params, refiner_params: Parameters on devices; the last are None for a
+            model without a refiner.
     """
 
     def __init__(self, model: Model):
@@ -192,15 +200,15 @@ class CodecFunctions:
         self._network = self._exact_network()
 
     def encode_video(self, cache: Tree | None, frames: np.ndarray) -> tuple[Array, Tree]:
-        """Latents of the next frames of a group, and the VAE's cache after them."""
+        """Encodes the next frames of a group to latents; returns the VAE's cache, too."""
         return self.programs.encode_video(self.vae_params, cache, frames)
 
     def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
-        """uint8 frames of the next latents of a group, and the VAE's cache after them."""
+        """Decodes the next latents of a group to uint8 frames; returns the VAE's cache, too."""
         return self.programs.decode_latents(self.vae_params, cache, latents)
 
     def predict(self, reference: Array, vectors: np.ndarray) -> tuple[Array, Array]:
-        """Frames that block motion predicts, and their latent.
+        """Predicts frames by block motion, and their latent.
 
         Args:
             reference: Last decoded frame, uint8 (h, w, 3).
@@ -212,20 +220,23 @@ class CodecFunctions:
         return self.programs.predict(self.vae_params, reference[None], vectors[None])
 
     def compensate(self, decoded: DecodedLatent, prediction: Array, predicted: Array) -> Array:
-        """uint8 frames (1, 4, h, w, 3) of a latent with motion, see `VAE.compensate`."""
+        """Decodes a latent with motion to uint8 frames (1, 4, h, w, 3), see `VAE.compensate`."""
         return self.programs.compensate(self.vae_params, decoded, prediction, predicted)
 
     def add_latent(self, frames: Array, latent: Array, first: bool) -> Array:
-        """Adds the frames of a latent (1, h, w, c) of a linear VAE to uint8 frames.
+        """Adds the frames of a latent of a linear VAE to uint8 frames.
 
-        first: Whether the latent stands for the first frame of a group.
+        Args:
+            frames: Frames of the latent before the addition, uint8 (1, t, h, w, 3).
+            latent: Latent (1, h, w, c) to add.
+            first: Whether the latent stands for the first frame of a group.
         """
         return self.programs.add_latent(self.vae_params, frames, latent, first)
 
     def analyse(
         self, latent: Array, state: CodecState | None, q_index: int, prediction: Array | None = None
     ) -> LatentSymbols:
-        """Symbols of a latent, without the batch axis; state None: intra."""
+        """Codes a latent to symbols, without the batch axis; an intra latent has no state."""
         q = jnp.full((1,), q_index)
         return self.programs.analyse(self.codec_params, latent, state, q, prediction)
 
@@ -236,16 +247,16 @@ class CodecFunctions:
         q_index: int,
         prediction: Array | None = None,
     ) -> tuple[DecodedLatent, CodecState]:
-        """The latent that symbols stand for, and the codec's state after it."""
+        """Decodes symbols to their latent; returns the codec's state after it, too."""
         q = jnp.full((1,), q_index)
         return self.programs.reconstruct(self.codec_params, symbols, state, q, prediction)
 
     def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
-        """Refined latents of a group; the same seed gives the same result on one device.
+        """Refines the latents of a group; the same seed gives the same result on one device.
 
         Args:
             latents: Decoded latents (1, t, h, w, c).
-            features: Features of the codec after each, (1, t, h, w, f).
+            features: Features of the codec after each latent, (1, t, h, w, f).
             q_index: Quality level.
             seed: Seed of the noise.
             steps: Steps of the flow; 0 returns the latents as they are.
@@ -283,10 +294,13 @@ class CodecFunctions:
         )
 
     def _exact_network(self) -> ScaleNetwork:
-        """The first of float32, int32 and NumPy arithmetic that passes the self-test here.
+        """Chooses the first of float32, int32 and NumPy arithmetic that passes the self-test.
 
         All are compared with the value in the model file, which comes from the machine that made
-        the model: NumPy, too, may be wrong here. Raises DeviceNotExact if none passes.
+        the model: NumPy, too, may be wrong here.
+
+        Raises:
+            DeviceNotExact: If none of them passes.
         """
         model = self.model
 

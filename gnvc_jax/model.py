@@ -37,17 +37,17 @@ class Model:
     Attributes:
         name: Name of the model, for people.
         vae_config, codec_config: Sizes of VAE and codec.
-        vae, codec: Their float parameters.
+        vae, codec: Float parameters of VAE and codec.
         mean, std: Statistics (c,) of the VAE's latents.
         scale_networks: Exported integers by kind of latent (0 intra, 1 predicted).
         tables: Probability tables.
         self_test_crc: Result of `self_test` where the model was made.
         refiner_config: Sizes of the refiner, None without one.
-        refiner: Its parameters.
-        text: Its text condition (1, rows, width), None without.
+        refiner: Parameters of the refiner, None without one.
+        text: Text condition (1, rows, width) of the refiner, None without one.
         white: Factors (2, c) that whiten first and later latents for the refiner, None for latents
             that need none.
-        stored: See `configs`.
+        stored: Configurations as the model file has them, see `configs`.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Model:
     def configs(self) -> dict[str, dict]:
         """Configurations of "vae" and "codec" as a model file has them.
 
-        Those of a loaded model are what its file says, without the fields that were added since:
-        fingerprints cover them, and an old model must keep its own.
+        A loaded model keeps what its file says, without the fields that were added since:
+        fingerprints cover the configurations, and those of an old model must not change.
         """
         current = {"vae": self.vae_config, "codec": self.codec_config}
         return self.stored or {name: _json(config) for name, config in current.items()}
@@ -107,7 +107,7 @@ def build(
     Args:
         name: Name of the model.
         vae_config, codec_config, refiner_config: Sizes of the networks.
-        vae, codec, refiner: Their parameters.
+        vae, codec, refiner: Parameters of the networks.
         mean, std: Statistics (c,) of the VAE's latents.
         text, white: See `Model`.
     """
@@ -170,7 +170,7 @@ def vae_fingerprint(config: VAEConfig, params: Tree) -> str:
 
 
 def _json(config: Any) -> dict:
-    """A configuration as it comes back from JSON, which has lists in place of tuples."""
+    """Converts a configuration to what JSON gives back, which has lists in place of tuples."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
@@ -224,8 +224,8 @@ HALF = ("kernel", "basis", "inverse", "first_basis", "later_basis")
 
 
 def stored_dtype(path: tuple) -> type:
-    """Returns the type of a parameter in model files; a refiner's stay so on devices.
+    """Returns the type of a parameter in model files, which a refiner keeps on devices.
 
-    Kernels and bases are what matters for size; layers cast them to what they compute in.
+    Kernels and bases make up nearly all of a file; layers cast them to the type they compute in.
     """
     return np.float16 if getattr(path[-1], "key", None) in HALF else np.float32

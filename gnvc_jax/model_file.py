@@ -33,7 +33,7 @@ def save_model(path: str | Path, model: Model) -> None:
         model: The model.
 
     Raises:
-        OSError: The file cannot be written.
+        OSError: If the file cannot be written.
     """
     path = Path(path)
     facts = {
@@ -55,8 +55,8 @@ def load_model(path: str | Path) -> Model:
     """Reads a model file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ModelCorrupt: It is not a whole, intact model.
+        FileNotFoundError: If there is no such file.
+        ModelCorrupt: If it is not a whole, intact model.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such model file")

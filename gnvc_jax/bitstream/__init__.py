@@ -1,10 +1,14 @@
 """The file format and its entropy coder; docs/bitstream.md is the specification.
 
-Works on integers and bytes and knows no neural network. Writing a stream: `encode_group` turns the
-`QuantisedLatent`s of a group into a payload, `StreamWriter` puts payloads into a file. Reading:
-`StreamReader` yields a `GroupPayload` for each group, `decode_group` turns it back. Both directions
-need an `EntropyCoder` with the `Tables` of a model, and a function `ScaleIndex` that runs the
-model's integer network.
+This package works on integers and bytes and knows no neural network.
+
+- Writing a stream: `encode_group` turns the `QuantisedLatent`s of a group into a payload, and
+  `StreamWriter` puts payloads into a file.
+- Reading a stream: `StreamReader` yields a `GroupPayload` for each group, and `decode_group` turns
+  it back into latents.
+
+Both directions need an `EntropyCoder` with the `Tables` of a model, and a function `ScaleIndex`
+that runs the model's integer network. What can go wrong is listed in `errors`.
 """
 
 from gnvc_jax.bitstream.container import IndexEntry, StreamReader, StreamWriter

@@ -40,11 +40,11 @@ class IndexEntry:
     """One row of the index.
 
     Attributes:
-        offset: Of the group's chunk, in bytes from the start of the file.
-        first_frame: Number of its first frame.
-        size: Of the whole chunk in bytes.
-        n_frames: Number of its frames.
-        q_index: Mean quality level of its latents.
+        offset: Start of the group's chunk, in bytes from the start of the file.
+        first_frame: Number of the first frame of the group.
+        size: Size of the whole chunk in bytes.
+        n_frames: Number of frames in the group.
+        q_index: Mean quality level of the group's latents.
     """
 
     offset: int
@@ -55,7 +55,12 @@ class IndexEntry:
 
 
 class StreamWriter:
-    """Writes the header at once, groups as they come, index and footer on close."""
+    """Writes the header at once, groups as they come, and index and footer on close.
+
+    Args:
+        file: File to write to; it need not be able to seek.
+        header: Header of the stream.
+    """
 
     def __init__(self, file: BinaryIO, header: Header) -> None:
         self.file, self.header = file, header
@@ -190,7 +195,11 @@ class StreamReader:
             yield error
 
     def _groups(self, lost: list[BitstreamError] | None) -> Iterator[GroupPayload]:
-        """As `groups`; with a list `lost`, errors that can be stepped over go there."""
+        """Yields the groups in order.
+
+        Args:
+            lost: List that errors are added to if reading can step over them; None to raise them.
+        """
         at, number, frames = self.start, 0, 0
         while True:
             if self.file.seekable():  # the caller may have read elsewhere in between
@@ -232,7 +241,7 @@ class StreamReader:
         return parse_group(payload, self.header.version, self.header.temporal_stride)
 
     def _check(self, group: GroupPayload, number: int, frames: int | None) -> GroupPayload:
-        """The group, if it has this number and begins after so many frames (None: any)."""
+        """Checks a group's number, its first frame (unless `frames` is None), and its length."""
         if group.number != number:
             raise MalformedChunk(f"group number {group.number} where {number} was expected")
         if frames is not None and group.first_frame != frames:
@@ -255,7 +264,11 @@ class StreamReader:
             raise MalformedChunk(f"index says {total} frames, header {known}, groups {frames}")
 
     def _after(self, at: int, number: int, error: BitstreamError) -> int | None:
-        """Where the chunk after a damaged group begins: by the index, else by its own length."""
+        """Offset of the chunk after a damaged group, None if nothing tells where it is.
+
+        The index tells, if there is one; otherwise the length that the damaged chunk claims, whose
+        field may of course be what is damaged.
+        """
         entries = self._stored_index if self.file.seekable() else []
         if isinstance(entries, list) and number < len(entries):
             return at + entries[number].size if entries[number].offset == at else None
@@ -273,7 +286,7 @@ class StreamReader:
         return total, count, [IndexEntry(*row) for row in rows]
 
     def _read_chunk(self, at: int, number: int) -> tuple[bytes, bytes, int]:
-        """Type, payload and size of the chunk at the current position."""
+        """Reads type, payload and size of the chunk at the current position."""
 
         def truncated(missing: int, kind: bytes = b"", start: bytes = b"") -> Truncated:
             error = Truncated(
@@ -306,7 +319,7 @@ class StreamReader:
         return kind, body[:-4], length + CHUNK_OVERHEAD
 
     def _claimed_frames(self, kind: bytes, start: bytes, number: int) -> int:
-        """Frames that the head of a damaged group claims; 0 if it is cut or not plausible."""
+        """Number of frames that the head of a damaged group claims, 0 if that is not plausible."""
         if kind != b"GOPC":
             return 0
         frames = claimed_frames(start, number, self.header.version)
@@ -315,7 +328,8 @@ class StreamReader:
     def _read(self, size: int) -> bytes:
         """Reads `size` bytes, fewer only at the end of the file.
 
-        In blocks: a pipe may return less at once, and no memory is allocated for a claimed length.
+        It reads in blocks: a pipe may return less at once, and no memory is allocated for a length
+        that is only claimed.
         """
         data = bytearray()
         while len(data) < size and (block := self.file.read(min(size - len(data), BLOCK))):
@@ -332,7 +346,7 @@ class StreamReader:
         return end - here
 
     def index(self) -> list[IndexEntry]:
-        """Where the groups are. A damaged index is rebuilt by a scan, with a warning."""
+        """Places of all groups. A damaged index is rebuilt by a scan, with a warning."""
         return self._index
 
     @functools.cached_property

@@ -36,7 +36,7 @@ class ConstrictionCoder:
 
     @staticmethod
     def model(frequencies: np.ndarray) -> Any:
-        """A model of the library with exactly these frequencies."""
+        """Makes a model of the library with exactly these frequencies."""
         # The library scales probabilities to 2**24 - n and adds one to each of the n.
         p = frequencies.astype(np.float64) - 1.0
         return constriction.stream.model.Categorical(p, perfect=False)
@@ -66,7 +66,7 @@ class PlainCoder(plain.AnsCoder):
 
     @staticmethod
     def model(frequencies: np.ndarray) -> list[int]:
-        """The frequencies themselves."""
+        """Returns the frequencies themselves, as a list."""
         return frequencies.tolist()
 
     def push(self, symbols: np.ndarray, model: list[int]) -> None:
@@ -79,12 +79,12 @@ class QuantisedLatent:
     """The integers of one latent.
 
     Attributes:
-        kind: 0 intra, 1 predicted.
+        kind: Kind of latent, 0 for intra and 1 for predicted.
         q_index: Quality level.
         z: Hyperlatent, int8 (h, w, cz).
         y: Symbols, int8 (4h, 4w, cy).
-        index: Table of each element of y, uint8 (4h, 4w, cy); follows from z, and from y and index
-            of the latent before.
+        index: Table of each element of y, uint8 (4h, 4w, cy). It follows from z, and from y and
+            index of the latent before.
     """
 
     kind: int
@@ -99,7 +99,7 @@ class EntropyCoder:
     """Encodes segments with one set of tables; `SegmentDecoder` decodes them.
 
     Attributes:
-        tables: Of a model.
+        tables: Tables of a model.
         backend: ConstrictionCoder or PlainCoder.
     """
 
@@ -117,7 +117,7 @@ class EntropyCoder:
 
     @functools.cached_property
     def _z_models(self) -> dict:
-        """Filled by `_z_rows`."""
+        """Models of the hyperlatent by kind and quality group, filled by `_z_rows`."""
         return {}
 
     def _z_rows(self, kind: int, q_index: int) -> list:
@@ -128,7 +128,7 @@ class EntropyCoder:
         return self._z_models[key]
 
     def encode(self, latents: Sequence[QuantisedLatent]) -> bytes:
-        """The segment of consecutive latents.
+        """Encodes consecutive latents to a segment.
 
         Raises:
             ValueError: If a symbol is out of range, or not zero where nothing is coded.
@@ -167,7 +167,7 @@ class EntropyCoder:
         return order, np.bincount(flat[positions], minlength=len(self.tables.y))
 
     def ideal_bits(self, latent: QuantisedLatent) -> float:
-        """Information content of a latent's symbols under the integer tables."""
+        """Information content of a latent's symbols under the integer tables, in bits."""
         order, _ = self._order(latent.index)
         k = np.asarray(latent.index).reshape(-1)[order]
         y_freq = self.tables.y[
@@ -189,14 +189,14 @@ class SegmentDecoder:
         self.coder, self.ans = coder, coder.backend(words_of(data))
 
     def z(self, kind: int, q_index: int, shape: tuple[int, int, int]) -> np.ndarray:
-        """Hyperlatent (h, w, cz) int8 of the next latent."""
+        """Decodes the hyperlatent of the next latent, int8 (h, w, cz)."""
         h, w, c = shape
         models = self.coder._z_rows(kind, q_index)
         channels = [np.asarray(self.ans.pop(h * w, models[i])) for i in range(c)]
         return (np.stack(channels, -1).reshape(shape) - Z_BOUND).astype(np.int8)
 
     def y(self, index: np.ndarray) -> np.ndarray:
-        """Symbols int8 of the shape of index, 0 where nothing is coded."""
+        """Decodes the symbols that belong to `index`, int8 of its shape, 0 where none is coded."""
         order, counts = self.coder._order(index)
         models = self.coder._y_models
         parts = [np.asarray(self.ans.pop(int(n), models[k])) for k, n in enumerate(counts) if n]
@@ -206,13 +206,17 @@ class SegmentDecoder:
         return out.reshape(index.shape)
 
     def finish(self) -> None:
-        """Raises EntropyError unless the segment is used up exactly."""
+        """Checks that the segment is used up exactly.
+
+        Raises:
+            EntropyError: If it holds more than was decoded.
+        """
         if not self.ans.is_empty():
             raise EntropyError("a segment holds more than its symbols")
 
 
 def words_of(data: bytes) -> np.ndarray:
-    """The words of a segment.
+    """Splits a segment into its words.
 
     Raises:
         EntropyError: If the bytes cannot be a segment.

@@ -11,7 +11,7 @@ class BitstreamError(GnvcError):
     """Base of all stream errors.
 
     Attributes:
-        exit_code: Of the command line.
+        exit_code: Exit code of the command line.
         n_frames: Number of frames that a tolerant reader lost to this error, as far as the file
             tells.
     """

@@ -43,13 +43,13 @@ class GroupPayload:
     """A parsed payload: its fields, and its segments still coded.
 
     Attributes:
-        number: Of the group, from 0.
-        first_frame: Number of its first frame.
-        n_frames: Number of its frames.
+        number: Number of the group in the stream, from 0.
+        first_frame: Number of the first frame of the group.
+        n_frames: Number of frames in the group.
         crc_index: CRC32 of all index maps.
         crc_symbols: CRC32 of all symbols and of the motion segment.
         q_indices: Quality level of each latent.
-        segments: One for all latents; one for each latent in streams of version 1.
+        segments: One segment for all latents; one for each latent in streams of version 1.
         motion: Symbols of block motion of all predicted latents, empty without motion.
     """
 
@@ -74,17 +74,20 @@ def encode_group(
     motion: bytes = b"",
     temporal_stride: int = 4,
 ) -> bytes:
-    """The payload of a group. It is decoded again before it is returned.
+    """Encodes a group to a payload, and decodes it again before it is returned.
 
     Args:
-        latents: The first is intra, the others predicted.
-        coder: Of the model.
-        scale_index: The model's integer network.
-        number: Of the group, from 0.
-        first_frame: Number of its first frame.
-        n_frames: Number of its frames.
+        latents: Latents of the group; the first is intra, the others are predicted.
+        coder: Entropy coder of the model.
+        scale_index: Integer network of the model.
+        number: Number of the group in the stream, from 0.
+        first_frame: Number of the first frame of the group.
+        n_frames: Number of frames in the group.
         motion: Motion segment, see `gnvc_jax.motion.coding.encode_fields`.
         temporal_stride: Frames per latent after the first.
+
+    Returns:
+        The payload of a GOPC chunk.
 
     Raises:
         RuntimeError: If decoding does not give the same symbols back.
@@ -114,7 +117,7 @@ def encode_group(
 
 
 def _period(levels: list[int]) -> list[int]:
-    """The shortest prefix that gives all levels when it is repeated."""
+    """Finds the shortest prefix that gives all levels when it is repeated."""
     for p in range(1, len(levels)):
         if all(a == b for a, b in zip(levels, levels[p:])):
             return levels[:p]
@@ -125,7 +128,7 @@ def parse_group(payload: bytes, version: int = 2, temporal_stride: int = 4) -> G
     """Reads the fields of a payload and checks that they agree; decodes no symbols.
 
     Args:
-        payload: Of a GOPC chunk.
+        payload: Payload of a GOPC chunk.
         version: Major version of the stream.
         temporal_stride: Frames per latent after the first.
 
@@ -206,11 +209,11 @@ def claimed_frames(start: bytes, number: int, version: int = 2) -> int | None:
 
     Args:
         start: Beginning of the payload, perhaps cut off.
-        number: That the group should have.
+        number: Number that the group should have.
         version: Major version of the stream.
 
     Returns:
-        None if the first fields are cut off or not plausible.
+        The number of frames, or None if the first fields are cut off or not plausible.
     """
     if version == 1:
         if len(start) < FIXED_1.size:
@@ -240,18 +243,21 @@ def decode_group(
     compared at the end. A wrong index map is reported first, because wrong symbols follow from it.
 
     Args:
-        group: See `parse_group`.
-        coder: Of the model.
-        scale_index: The model's integer network.
-        z_shape, y_shape: Of every latent.
-        memory_limit: In bytes. A few bytes of stream can claim any picture size, so this is checked
-            before anything is allocated.
+        group: Parsed payload, see `parse_group`.
+        coder: Entropy coder of the model.
+        scale_index: Integer network of the model.
+        z_shape, y_shape: Shapes of z and y of every latent.
+        memory_limit: Largest memory in bytes. A few bytes of stream can claim any picture size, so
+            this is checked before anything is allocated.
+
+    Returns:
+        The latents, in order.
 
     Raises:
         LimitExceeded: If the symbols need more memory than allowed.
         MalformedChunk: If a segment is longer than its latents can be.
         Desynchronised: If the index maps are not the encoder's.
-        EntropyError: If these are right, but the symbols are not.
+        EntropyError: If the index maps are right, but the symbols are not.
     """
     count = len(group.q_indices)
     z_size, y_size = math.prod(z_shape), math.prod(y_shape)
@@ -260,7 +266,8 @@ def decode_group(
         raise LimitExceeded(
             f"group {group.number} needs {need >> 20} MiB of memory, allowed {memory_limit >> 20}"
         )
-    # More bytes than the encoder could make of the worst symbols: 24 bits each, and some words.
+    # More bytes than the encoder could make of the worst symbols: the rarest has a frequency of 1
+    # in 2**24 and takes 24 bits; the state adds a few words.
     most = (4 * (z_size + y_size) + 64) * (count if len(group.segments) == 1 else 1)
     crc_index = crc_symbols = 0
     latents: list[QuantisedLatent] = []
@@ -301,14 +308,14 @@ def decode_group(
 
 
 def _update(crc_index: int, crc_symbols: int, s: QuantisedLatent) -> tuple[int, int]:
-    """Both checksums, continued over one latent."""
+    """Continues both checksums over one latent."""
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.z, np.int8).tobytes(), crc_symbols)
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.y, np.int8).tobytes(), crc_symbols)
     return zlib.crc32(np.ascontiguousarray(s.index, np.uint8).tobytes(), crc_index), crc_symbols
 
 
 def _varint(value: int) -> bytes:
-    """LEB128: seven bits per byte, least significant first."""
+    """Encodes a number as LEB128: seven bits per byte, least significant first."""
     out = b""
     while value >= 0x80:
         out += bytes([value & 0x7F | 0x80])
@@ -317,7 +324,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:
-    """The value at a place, and the place after it.
+    """Reads a LEB128 number at a place; returns the number and the place after it.
 
     Raises:
         MalformedChunk: If it does not end within nine bytes.

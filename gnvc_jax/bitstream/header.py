@@ -20,7 +20,7 @@ from gnvc_jax.bitstream.errors import (
 )
 
 MAGIC = b"\x89GNV\r\n\x1a\n"
-VERSION = (2, 0)  # that is written: major, minor
+VERSION = (2, 0)  # major and minor version of new streams
 READABLE = (1, 2)  # major versions
 FIXED = struct.Struct("<8sHHIIIIIIIQHH4B4BHH32s16sI4BQ")  # all but the entries and the CRC32
 UNKNOWN_COUNT = 2**64 - 1  # frame count in a stream that was written to a pipe
@@ -64,14 +64,14 @@ class Header:
         y_channels, z_channels: Channels of the symbols and of the hyperlatent.
         k_skip: Elements with a smaller scale index carry no symbol.
         codec_fingerprint, vae_fingerprint, tables_crc: Identify the model.
-        frame_count: None if not known when writing began.
+        frame_count: Number of frames, None if it was not known when writing began.
         latent_stride: Pixels per latent position in each direction.
         latent_channels: Channels of the latents.
         temporal_stride: Frames per latent after the first.
         bit_depth: Bits per sample of the source, for information.
         colour: H.273 code points: primaries, transfer, matrix, full range.
-        extra: Type -> bytes, free for applications.
-        version: Major version of the file that it was read from.
+        extra: Entries by type (a number), free for applications.
+        version: Major version of the file that the header was read from.
     """
 
     width: int
@@ -98,7 +98,7 @@ class Header:
         """Checks all fields.
 
         Raises:
-            LimitExceeded: If one is out of range.
+            LimitExceeded: If a field is out of range.
         """
 
         def limit(name: str, value: int, low: int, high: int) -> None:
@@ -121,7 +121,7 @@ class Header:
             limit("frame_count", self.frame_count, 1, 2**48)
 
     def pack(self) -> bytes:
-        """The bytes of the header, with their CRC32.
+        """Packs the header into bytes, with their CRC32.
 
         Raises:
             LimitExceeded: If a field is out of range or the header is too large.
@@ -149,7 +149,7 @@ class Header:
 
         Args:
             codec, vae: Fingerprints of the loaded model.
-            tables_crc: CRC32 of its tables.
+            tables_crc: CRC32 of the loaded model's tables.
 
         Raises:
             WrongModel: If a fingerprint differs.
@@ -173,7 +173,7 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
     """Reads and checks a header.
 
     Args:
-        read: read(n) returns n bytes, fewer only at the end of the file.
+        read: Function that returns the next n bytes, fewer only at the end of the file.
 
     Returns:
         The header, and its size in bytes.
@@ -222,7 +222,7 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
 
 
 def _read_extra(data: bytes) -> dict[int, bytes]:
-    """Entries for applications, without the padding."""
+    """Reads the entries for applications, without the padding."""
     extra, at = {}, 0
     while at + 4 <= len(data):
         kind, length = struct.unpack_from("<HH", data, at)

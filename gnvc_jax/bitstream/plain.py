@@ -23,8 +23,8 @@ class AnsCoder:
     """A stack of symbols.
 
     Attributes:
-        words: What has left the state, the last word on top.
-        state: Number below 2**64.
+        words: Words that have left the state, the last one on top.
+        state: State of the coder, a number below 2**64.
     """
 
     def __init__(self, words: list[int] | None = None) -> None:
@@ -49,7 +49,7 @@ class AnsCoder:
             self.state = (self.state // f << PRECISION) + self.state % f + start[symbol]
 
     def pop(self, count: int, frequencies: list[int]) -> list[int]:
-        """Pops `count` symbols."""
+        """Pops `count` symbols (indices into `frequencies`)."""
         start = [0, *accumulate(frequencies)]
         out = []
         for _ in range(count):
@@ -62,7 +62,7 @@ class AnsCoder:
         return out
 
     def get_words(self) -> list[int]:
-        """All words, including those of the state; low word first."""
+        """Returns all words, those of the state last; low word first."""
         words, state = list(self.words), self.state
         while state:
             words.append(state & ((1 << WORD) - 1))

@@ -24,14 +24,14 @@ TOTAL = 1 << 24  # sum of the frequencies of a table
 def frequencies_from_probabilities(p: np.ndarray) -> np.ndarray:
     """Rounds probabilities to frequencies.
 
-    floor(p * (2**24 - n)) + 1 for each of n symbols, so none is zero; the most probable symbol gets
-    the remainder.
+    Each of n symbols gets floor(p * (2**24 - n)) + 1, so none is zero; the most probable symbol
+    gets the remainder.
 
     Args:
-        p: (..., n), float64; normalised here.
+        p: Probabilities (..., n) in float64, which are normalised here.
 
     Returns:
-        (..., n), uint32 with sum 2**24.
+        Frequencies (..., n), uint32, with sum 2**24.
     """
     p = np.asarray(p, np.float64)
     p = p / p.sum(axis=-1, keepdims=True)
@@ -43,9 +43,13 @@ def frequencies_from_probabilities(p: np.ndarray) -> np.ndarray:
 
 
 def gaussian_frequencies(scales: np.ndarray) -> np.ndarray:
-    """Tables (len(scales), 255) of zero-mean Gaussians with these standard deviations.
+    """Makes tables of zero-mean Gaussians.
 
-    The end symbols hold the whole tails.
+    Args:
+        scales: Standard deviations (n,), in steps of the quantiser.
+
+    Returns:
+        Frequencies (n, 255). The end symbols hold the whole tails.
     """
     # Masses of bins in the lower half only, where differences keep their digits; the upper half is
     # its mirror image.
@@ -62,12 +66,12 @@ class Tables:
     """The tables of one model.
 
     Attributes:
-        y: uint32 (64, 255), by scale index.
-        z: uint32 (2, g, cz, 31), by kind of latent (0 intra, 1 predicted), quality group
-            (g divides 64; group q_index * g // 64) and channel.
+        y: Tables of y by scale index, uint32 (64, 255).
+        z: Tables of z by kind of latent (0 intra, 1 predicted), quality group (g divides 64; the
+            group is q_index * g // 64) and channel, uint32 (2, g, cz, 31).
         k_skip: Elements with a smaller scale index carry no symbol.
-        motion: uint32 (rows, 255) for the symbols of block motion; no rows in a model without
-            motion.
+        motion: Tables of the symbols of block motion, uint32 (rows, 255); no rows in a model
+            without motion.
 
     Raises:
         ModelCorrupt: If a shape, a sum or a frequency is impossible.
