@@ -46,7 +46,7 @@ class Strategy(NamedTuple):
 
 
 def strategy() -> Strategy:
-    """The implementations for the backend that is traced for."""
+    """Returns the implementations for the backend that is traced for."""
     return CPU if backend() == "cpu" else DIRECT
 
 
@@ -60,10 +60,10 @@ def conv2d(
     """Convolves every frame in space.
 
     Args:
-        x: frames.
+        x: Frames.
         kernel: Weights, applied to each frame.
-        stride: Of rows and columns.
-        padding: Zero rows above and below, zero columns left and right.
+        stride: Stride of rows and columns.
+        padding: Number of zero rows above and below, and of zero columns left and right.
     """
     return strategy().conv2d(jnp.asarray(x), jnp.asarray(kernel), stride, padding)
 
@@ -88,7 +88,7 @@ def conv3d(
 def conv2d_of_doubled(
     x: Float[AnyArray, "b t h w c"], kernel: Float[AnyArray, "3 3 c o"]
 ) -> Float[Array, "b t 2*h 2*w o"]:
-    """3x3 convolution after nearest-neighbour doubling of rows and columns."""
+    """Doubles rows and columns (nearest neighbour), then convolves every frame by a 3x3 kernel."""
     return strategy().conv2d_of_doubled(jnp.asarray(x), jnp.asarray(kernel))
 
 
@@ -103,7 +103,7 @@ def conv_in_time(
 
     Args:
         x: Frames, the oldest first.
-        kernel: weights.
+        kernel: Weights.
         zeros: Number of zero frames before x.
         stride: Output j begins at frame stride * j.
 
@@ -120,11 +120,11 @@ def conv_in_time(
 def depthwise3x3(
     x: Shaped[ArrayT, "*b h w c"], kernel: Shaped[ArrayT, "3 3 c"]
 ) -> Shaped[ArrayT, "*b h w c"]:
-    """Depthwise 3x3 convolution with zero padding, as nine shifted multiply-adds.
+    """Convolves each channel by a 3x3 kernel with zero padding, as nine shifted multiply-adds.
 
-    Exact for integers whose sums stay below 2**24, in any order of summation, in float32 and in
-    integer types. A library convolution (Winograd, FFT) does not promise that. Works on JAX and on
-    NumPy arrays.
+    The result is exact for integers whose sums stay below 2**24, in any order of summation, in
+    float32 and in integer types; a library convolution (Winograd, FFT) does not promise that. The
+    function works on JAX and on NumPy arrays.
     """
     xp: Any = x.__array_namespace__()
     *batch, h, w, _ = x.shape
@@ -208,7 +208,9 @@ def _cpu_conv3d(x: Array, kernel: Array, zeros: int) -> Array:
 
 
 def _cpu_conv2d_of_doubled(x: Array, kernel: Array) -> Array:
-    """As four 2x2 convolutions of the small image, for 2.25 times less work.
+    """Computes `conv2d_of_doubled` as four 2x2 convolutions of the small image.
+
+    This takes 2.25 times less work.
 
     An output pixel sees four input pixels, whatever its place; the nine weights add up to four in
     one of four ways, by whether its row and its column are even or odd.
@@ -220,13 +222,14 @@ def _cpu_conv2d_of_doubled(x: Array, kernel: Array) -> Array:
     def outputs(p: int, q: int) -> Array:
         return _cpu_conv2d(x, kernels[p, q], 1, ((1 - p, p), (1 - q, q)))
 
+    # (b, t, h, w, q, o) for each p, stacked to (b, t, h, p, w, q, o).
     rows = [jnp.stack([outputs(p, q) for q in (0, 1)], axis=4) for p in (0, 1)]
     return rearrange(jnp.stack(rows, axis=3), "b t h p w q o -> b t (h p) (w q) o")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _conv2d_fast_gradient(x: Array, kernel: Array, padding: Padding) -> Array:
-    """`_xla_conv2d` with stride 1 whose kernel gradient is one matrix product per tap.
+    """Does the same as `_xla_conv2d` with stride 1, with a kernel gradient of matrix products.
 
     XLA's own kernel gradient is two to three times slower on CPU for 32 to 64 channels.
     """

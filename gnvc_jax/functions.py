@@ -95,7 +95,7 @@ def codec_programs(model: Model) -> CodecPrograms:
     @jax.jit
     def predict_frames(params: Tree, reference: Array, vectors: Array) -> tuple[Array, Array]:
         frames = predict(to_float(reference), vectors)
-        # Motion needs a linear VAE, whose cache is empty: {} continues a clip, None would start one.
+        # Motion needs a linear VAE, whose cache is empty: {} goes on with a clip, None starts one.
         latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
         return frames, ((latents - mean) / std)[:, 0]
 

@@ -48,7 +48,7 @@ TO_OUTPUT = np.vstack([np.vander(POINTS, TILE, increasing=True), [0, 0, 0, 1]]).
 
 
 def _mix(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
-    """Matrix times a vector of arrays; skips zeros, which are a third of all entries."""
+    """Multiplies a matrix with a vector of arrays; skips zeros, a third of all entries."""
     terms = ([float(m) * part for m, part in zip(row, parts) if m] for row in matrix)
     return [functools.reduce(operator.add, row) for row in terms]
 
@@ -56,16 +56,16 @@ def _mix(matrix: np.ndarray, parts: list[Array]) -> list[Array]:
 def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     """Convolves, 'same' in space.
 
-    Works in strips of rows, each written into the output at once, so that the transformed inputs
+    It works in strips of rows, each written into the output at once, so that the transformed inputs
     take a fraction of the memory of a frame.
 
     Args:
-        x: (b, t, h, w, c).
-        kernel: (kt, 3, 3, c, o).
-        padding: Frames of zeros before and after x.
+        x: Frames (b, t, h, w, c).
+        kernel: Kernel (kt, 3, 3, c, o).
+        padding: Number of zero frames before and after x.
 
     Returns:
-        (b, sum(padding) + t - kt + 1, h, w, o).
+        Frames (b, sum(padding) + t - kt + 1, h, w, o).
     """
     b, t, h, w, _ = x.shape
     kt, *_, o = kernel.shape
@@ -89,12 +89,12 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
 
 
 def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
-    """As `_convolve`, but 'valid' in space, for outputs of whole tiles."""
+    """Convolves one strip, 'valid' in space; the sizes of the output are multiples of TILE."""
     b, t, h, w, c = x.shape
     rows, columns = h // TILE, w // TILE
 
     def product(x: Array, kernel: Array) -> Array:
-        """Convolution in time of one of the 36: x (b, t, rows, columns, c), kernel (kt, c, o)."""
+        """Convolves one of the 36 in time: x (b, t, rows, columns, c), kernel (kt, c, o)."""
         x = x.reshape(b, t, rows * columns, c)
         y = lax.conv_general_dilated(
             x,
@@ -116,7 +116,7 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     def line(at: tuple[list[Array], Array]) -> list[Array]:
         """Outputs of the four columns at one point of the rows.
 
-        Transforms the kernel here: outside the loop, XLA would do it for all layers at once and
+        The kernel is transformed here: outside the loop, XLA would do it for all layers at once and
         keep the results.
         """
         inputs, point = at
@@ -136,7 +136,7 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
 def conv3d(
     x: Float[Array, "b t h w c"], kernel: Float[Array, "kt 3 3 c o"], zeros: int
 ) -> Float[Array, "b t2 h w o"]:
-    """As `gnvc_jax.convolution.conv3d`, for 3x3 kernels.
+    """Does the same as `gnvc_jax.convolution.conv3d`, for 3x3 kernels.
 
     The gradient of the input is the same algorithm with the kernel reversed; that of the kernel is
     a matrix product per tap.

@@ -1,9 +1,12 @@
 """Checkpoints of a run, by Orbax.
 
 A run folder holds config.json and checkpoints/STEP/{state,data,statistics,config}: the train state,
-the position of the data iterator, what the run measured of its data, and the configuration. A step
-is written in the background under a temporary name and renamed when complete; nothing else knows
-Orbax.
+the position of the data iterator, statistics of the data, and the configuration. A step is written
+in the background under a temporary name and renamed when complete.
+
+`Checkpoints` saves and restores a run. `config_of`, `model_of`, `load_statistics` and `load_params`
+read a run folder for other purposes: to start another run from it, or to release a model. This is
+the only module that uses Orbax.
 """
 
 import asyncio
@@ -32,7 +35,7 @@ from gnvc_jax.vae.config import VAEConfig
 Tree = Any
 log = logging.getLogger(__name__)
 
-# What a resumed run may change: where and how it computes, writes and reads, not what.
+# Settings that a resumed run may change: where and how it computes, writes and reads, not what.
 FREE_KEYS = (
     "run.",
     "evaluate.",
@@ -45,15 +48,19 @@ FREE_KEYS = (
     "data.max_left_out",
 )
 
-# What Orbax raises for files that are cut, changed or gone; their contents carry checksums.
+# Exceptions of Orbax for files that are cut, changed or gone; their contents carry checksums.
 DAMAGE = (ValueError, OSError, KeyError)
 
 
 class Checkpoints:
     """The checkpoints of one run, the newest `experiment.run.keep` of them.
 
-    Raises UsageError if the folder belongs to a run whose configuration differs in more than
-    FREE_KEYS.
+    Args:
+        experiment: Experiment of the run; `run.out` is its folder.
+
+    Raises:
+        UsageError: If the folder cannot be made, or belongs to a run whose configuration differs in
+            more than FREE_KEYS.
     """
 
     def __init__(self, experiment: Experiment):
@@ -75,13 +82,22 @@ class Checkpoints:
             write_json(out / "config.json", self.config)
 
     def latest(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint, None if there is none."""
         return self.manager.latest_step()
 
     def save(
         self, step: int, state: Tree, data: dict, statistics: dict[str, np.ndarray] | None = None
     ) -> None:
-        """Copy the state to the host, then write in the background; a saved step is left alone."""
+        """Copies the state to the host, then writes it in the background.
+
+        Nothing is done for a step that is saved already.
+
+        Args:
+            step: Number of steps done.
+            state: Train state.
+            data: Position of the data, JSON-ready.
+            statistics: Statistics that the stage measured when the run began.
+        """
         if step == self.latest():
             return
         items = ocp.args.Composite(
@@ -93,7 +109,12 @@ class Checkpoints:
         self.manager.save(step, args=items)
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict]:
-        """State and data position of a step; like: the state as shapes, types and shardings."""
+        """Restores the state and the position of the data of a step.
+
+        Args:
+            step: Step of a checkpoint.
+            like: The state as shapes, types and shardings.
+        """
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
         )
@@ -101,10 +122,15 @@ class Checkpoints:
         return restored["state"], restored["data"]
 
     def restore_newest(self, like: Tree) -> tuple[Tree, dict] | None:
-        """As `restore`, of the newest step that can be read; None for a run without checkpoints.
+        """Restores the newest step that can be read, see `restore`.
 
-        Newer ones are set aside under another name: the run will come to these steps again. Raises
-        UsageError if there are checkpoints and none can be read.
+        Newer ones are set aside under another name: the run will come to these steps again.
+
+        Returns:
+            State and position of the data, or None for a run without checkpoints.
+
+        Raises:
+            UsageError: If there are checkpoints and none can be read.
         """
         damaged = []
         for step in sorted(self.manager.all_steps(), reverse=True):
@@ -124,11 +150,11 @@ class Checkpoints:
         return None
 
     def folder(self, step: int) -> Path:
-        """Where a checkpoint lies."""
+        """Folder of a checkpoint."""
         return Path(self.manager.directory, str(step))
 
     def set_aside(self, steps: list[int]) -> None:
-        """Rename checkpoints so that they are none any more, and nothing is lost."""
+        """Renames checkpoints so that Orbax no longer sees them, but nothing is lost."""
         if jax.process_index() == 0:
             for step in steps:
                 place = tempfile.mkdtemp(prefix=f"damaged-{step}-", dir=self.manager.directory)
@@ -141,13 +167,17 @@ class Checkpoints:
         return self.manager.reached_preemption(step)
 
     def close(self) -> None:
-        """Wait for the last write."""
+        """Waits for the last write."""
         self.manager.wait_until_finished()
         self.manager.close()
 
 
 def check_same_config(path: Path, config: dict) -> None:
-    """UsageError if the saved configuration differs in a key that a resumed run may not change."""
+    """Checks a configuration against the one that a run folder holds.
+
+    Raises:
+        UsageError: If they differ in a key that a resumed run may not change.
+    """
     if not path.exists():
         return
     # Keys that only the new configuration has came with a newer version of the program, but for
@@ -164,7 +194,12 @@ def check_same_config(path: Path, config: dict) -> None:
 
 
 def config_of(run: str | Path) -> dict:
-    """The resolved configuration of a run. FileNotFoundError if there is no such run."""
+    """Reads the resolved configuration of a run.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        UsageError: If the file is damaged.
+    """
     path = Path(run) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run}: no training run")
@@ -172,10 +207,14 @@ def config_of(run: str | Path) -> dict:
 
 
 def model_of(run: str | Path) -> Experiment:
-    """The model of a run, as an experiment that starts from it.
+    """Describes the model of a run by an experiment that starts from the run.
 
-    It has the sizes of the networks, `train` and `init.run`; loss, data and optimizer are defaults.
-    FileNotFoundError if there is no such run.
+    The experiment has the sizes of the networks, `train` and `init.run`; loss, data and optimizer
+    are defaults.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+        UsageError: If its configuration is damaged.
     """
     facts = config_of(run)
     codec, refiner = facts["codec"], facts["refiner"]
@@ -193,7 +232,11 @@ def model_of(run: str | Path) -> Experiment:
 
 
 def read_config(path: Path) -> dict:
-    """The configuration that a run folder holds. UsageError if the file is damaged."""
+    """Reads the configuration that a run folder holds.
+
+    Raises:
+        UsageError: If the file is damaged.
+    """
     try:
         found = json.loads(path.read_text())
         if not isinstance(found, dict):
@@ -206,10 +249,20 @@ def read_config(path: Path) -> dict:
 
 
 def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
-    """`read(folder)` of the newest checkpoint of a run that is not damaged.
+    """Reads from the newest checkpoint of a run that is not damaged.
 
-    A damaged one is left out for the one before, with a warning. Raises FileNotFoundError if there
-    is no checkpoint, UsageError if none can be read or `read` raises one.
+    A damaged one is left out for the one before, with a warning.
+
+    Args:
+        run: Run folder.
+        read: Function that reads from the folder of a checkpoint.
+
+    Returns:
+        What `read` returns.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        UsageError: If none can be read, or `read` raises a UsageError.
     """
     folder = Path(run).absolute() / "checkpoints"
     steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
@@ -227,9 +280,9 @@ def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
 
 
 def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
-    """What a run measured of its data when it began, float32.
+    """Loads the statistics that a run measured of its data when it began, as float32.
 
-    Errors as `read_newest`.
+    It raises the errors of `read_newest`.
     """
 
     def read(folder: Path) -> dict:
@@ -240,18 +293,23 @@ def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
 
 
 def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
-    """Averaged weights of the newest checkpoint of a run, placed as `like`.
+    """Loads averaged weights from the newest checkpoint of a run.
 
-    like: a tree of arrays or of abstract arrays; those without a sharding come as NumPy arrays.
-    partial: only what the run and `like` have in common.
+    Args:
+        run: Run folder.
+        like: Tree of arrays or of abstract arrays, which says where to place the weights; those
+            without a sharding come as NumPy arrays.
+        partial: Whether to load only what the run and `like` have in common.
 
-    Errors as `read_newest`, and UsageError if a name or shape differs.
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        UsageError: If no checkpoint can be read, or a name or shape differs.
     """
     return read_newest(run, lambda folder: read_average(folder / "state", like, partial))
 
 
 def read_average(state: Path, like: Tree, partial: bool) -> Tree:
-    """Averaged weights of a saved train state; see `load_params`."""
+    """Reads averaged weights from a saved train state; see `load_params`."""
     with ocp.PyTreeCheckpointer() as checkpointer:
         metadata = checkpointer.metadata(state).item_metadata
         if metadata is None:
@@ -300,7 +358,7 @@ def quiet_failure() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """The message of an exception, without what follows in further lines."""
+    """First line of the message of an exception."""
     return str(error).partition("\n")[0] or type(error).__name__
 
 

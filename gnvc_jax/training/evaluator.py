@@ -2,7 +2,7 @@
 
 Every `evaluate.every` steps, and after the last one, the averaged weights become the model that
 `gnvc release` would make of them. It encodes each clip at four quality levels and decodes it again.
-Rates are those of the streams, headers and motion included. Logged are, by level,
+Rates are those of the streams, headers and motion included. For each level it logs
 
     eval_bpp_qp21     bits per pixel
     eval_psnr_qp21    dB, mean over frames
@@ -64,12 +64,12 @@ class Evaluator(Hook):
 
         Args:
             stage: Stage with a VAE and a codec.
-            statistics: What the stage measured when the run began.
+            statistics: Statistics that the stage measured when the run began.
 
         Raises:
-            UsageError: The stage has no codec, or there is no clip.
-            MediaError: A clip cannot be read.
-            FileNotFoundError: `evaluate.best_by` is "lpips", and there are no weights for it.
+            UsageError: If the stage has no codec, or there is no clip.
+            MediaError: If a clip cannot be read.
+            FileNotFoundError: If `evaluate.best_by` is "lpips", and there are no weights for it.
         """
         experiment = stage.experiment
         self.experiment, self.config = experiment, experiment.evaluate
@@ -102,13 +102,13 @@ class Evaluator(Hook):
             run.write(found | {"eval_s": time.perf_counter() - began})
 
     def model(self, averaged: Tree) -> Model:
-        """The model of averaged weights."""
+        """Builds the model of averaged weights."""
         parts = partition.assemble(self.fixed, averaged)
         name = Path(self.experiment.run.out).name
         return model_of_parts(self.experiment, name, parts, self.statistics)
 
     def measure(self, model: Model) -> dict[str, float]:
-        """What is logged of a model."""
+        """Measures rates, qualities and the score of a model, under the names in the log."""
         codec = Codec(model)
         # Parameters are arguments of the programs: those of the first model serve all.
         self.programs = codec.functions.programs = self.programs or codec.functions.programs
@@ -120,7 +120,7 @@ class Evaluator(Hook):
         return {"eval_score": score(found, self.config.best_by)} | found
 
     def measure_clip(self, codec: Codec, clip: np.ndarray, qp: int) -> dict[str, float]:
-        """Rate and quality of one clip (t, h, w, 3) at one level."""
+        """Measures rate and quality of one clip, uint8 (t, h, w, 3), at one level."""
         stream = codec.encode(clip, qp=qp)
         decoded = codec.decode(stream)
         found = {
@@ -137,11 +137,11 @@ frame_lpips = jax.jit(lpips)  # frame by frame, which takes little memory
 
 
 def score(found: dict[str, float], measure: str) -> float:
-    """How good a model is, higher is better; comparable between models of one run.
+    """Scores a model; a higher score is better, and comparable between models of one run.
 
-    It is the mean over levels of what quality exceeds a straight line over the logarithm of the
-    rate: PSNR - 3 log2(bpp) in dB, or -(LPIPS + 0.1 log2(bpp)). Along its own curve of rate and
-    quality a codec hardly changes it; what moves the curve does.
+    It is the mean over levels of the distance of quality from a straight line over the logarithm of
+    the rate: PSNR - 3 log2(bpp) in dB, or -(LPIPS + 0.1 log2(bpp)). Moving along its own curve of
+    rate and quality hardly changes the score of a codec; moving the curve does.
 
     Args:
         found: Means over clips, as they are logged.
@@ -159,9 +159,13 @@ def score(found: dict[str, float], measure: str) -> float:
 class BestModel:
     """The best model of a run, kept in its folder.
 
+    Args:
+        folder: Run folder.
+        config: Settings of evaluation.
+
     Attributes:
-        best: Score of it; None if there is none yet, or if it was found on other clips or by
-            another measure.
+        best: Score of the best model; None if there is none yet, or if it was found on other clips
+            or by another measure.
     """
 
     def __init__(self, folder: Path, config: EvaluationConfig):
@@ -176,7 +180,11 @@ class BestModel:
         self.best = self.read()
 
     def read(self) -> float | None:
-        """The best score so far, if the model is there and was found with the same settings."""
+        """Reads the best score so far, if the model is there and settings have not changed.
+
+        Raises:
+            UsageError: If the record is damaged.
+        """
         try:
             record = json.loads(self.record.read_text())
             same = record["settings"] == self.settings and self.path.is_file()
@@ -196,11 +204,11 @@ class BestModel:
 
 
 def read_clips(config: EvaluationConfig) -> list[np.ndarray]:
-    """The held-out clips, uint8 (t, h, w, 3) each.
+    """Reads the held-out clips, uint8 (t, h, w, 3) each.
 
     Raises:
-        UsageError: There is none.
-        MediaError: One cannot be read.
+        UsageError: If there is no clip.
+        MediaError: If a clip cannot be read.
     """
     paths = sorted(set(find_videos(Path(config.data or ""))))[: config.clips]
     if not paths:
@@ -213,10 +221,13 @@ def read_clips(config: EvaluationConfig) -> list[np.ndarray]:
 
 
 def load_lpips(config: EvaluationConfig, clips: list[np.ndarray]) -> Tree | None:
-    """Weights of LPIPS; None, with a message, if there are none or a clip is too small for it.
+    """Loads the weights of LPIPS.
+
+    Returns:
+        The weights, or None, with a message, if they are missing or a clip is too small for LPIPS.
 
     Raises:
-        FileNotFoundError, UsageError: In these cases, if the best model is chosen by LPIPS.
+        FileNotFoundError, UsageError: If the best model is chosen by LPIPS, which needs them.
     """
     try:
         if min(min(clip.shape[1:3]) for clip in clips) < MIN_SIDE:
@@ -230,7 +241,7 @@ def load_lpips(config: EvaluationConfig, clips: list[np.ndarray]) -> Tree | None
 
 
 def on_host(tree: Tree) -> Tree:
-    """Whole arrays on the host of every process."""
+    """Copies whole arrays to the host of every process."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     return multihost_utils.process_allgather(tree, tiled=True)

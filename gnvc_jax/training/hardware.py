@@ -1,4 +1,4 @@
-"""What of an experiment depends on the hardware: one table, for all experiments.
+"""Settings that depend on the hardware: one table for all experiments.
 
 An experiment says what is trained and how: model, loss, data, batch, optimizer. How that is spread
 over devices and how they compute follows from the machine, and is one row of `HARDWARE`. `fit`
@@ -19,11 +19,11 @@ class Hardware:
     """How experiments run on one kind of machine.
 
     Attributes:
-        mesh: Devices along each axis of the mesh.
-        clips: Clips that a device works on at a time. The batch is split into as many micro-batches
-            as that takes (`optim.accumulate`).
-        dtype: What the DiT computes in; see `gnvc_jax.training.config.ComputeConfig`.
-        remat: What its backward pass computes again.
+        mesh: Number of devices along each axis of the mesh.
+        clips: Number of clips that a device works on at a time. The batch is split into as many
+            micro-batches as that takes (`optim.accumulate`).
+        dtype: Type that the DiT computes in; see `gnvc_jax.training.config.ComputeConfig`.
+        remat: Activations that the DiT's backward pass computes again; see there, too.
     """
 
     mesh: MeshConfig
@@ -40,16 +40,19 @@ HARDWARE = {
 
 
 def fit(experiment: Experiment, hardware: Hardware, devices: int) -> Experiment:
-    """An experiment as a machine runs it.
+    """Fits an experiment to a machine.
 
-    The batch stays as it is, but for being rounded up to whole clips per device and micro-batch. So
-    it only grows where there are more devices than clips; the learning rate does not grow with it.
+    The batch is rounded up to whole clips per device and micro-batch and otherwise stays as it is.
+    It thus only grows where there are more devices than clips, and the learning rate does not grow.
     Attention is left to the kernel that is best on the backend.
 
     Args:
         experiment: Experiment.
         hardware: Row of `HARDWARE`.
         devices: Number of devices.
+
+    Returns:
+        The experiment with another mesh, batch, accumulation, type and remat.
     """
     mesh = hardware.mesh
     shards = max(1, devices // (mesh.context * mesh.tensor))  # devices that clips are divided among

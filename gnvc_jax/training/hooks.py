@@ -1,8 +1,8 @@
-"""What happens around the steps of a run: metrics, checkpoints, profiles, and what a user adds.
+"""Hooks around the steps of a run: metrics, checkpoints, profiles, and those that a user adds.
 
 A hook is called before and after each step. It is given the run in progress, from which it may read
-everything, and writes numbers to the run's log with `TrainingRun.write`. One's own are passed to
-`gnvc_jax.training.loop.train`:
+everything, and writes numbers to the run's log with `TrainingRun.write`. To add your own, pass it
+to `gnvc_jax.training.loop.train`:
 
     class Norm(Hook):
         def after_step(self, run):
@@ -41,7 +41,7 @@ Tree = Any
 # A run whose gradients stay non-finite this long will not recover.
 MAX_SKIPPED_IN_A_ROW = 100
 
-# What the amounts of `WorkPerStep` become when divided by the time they took.
+# Names in the log of the amounts of `WorkPerStep` when divided by the time they took.
 RATES = {
     "clips": "samples_per_s",
     "frames": "frames_per_s",
@@ -56,9 +56,9 @@ class TrainingRun:
     """A run in progress.
 
     Attributes:
-        stage: What is trained.
+        stage: Stage that is trained.
         state: Train state. The next step takes over its arrays: copy what is to outlive it.
-        statistics: What the stage measured when the run began.
+        statistics: Statistics that the stage measured when the run began.
         clips: Batches of the run.
         clock: Time that went into steps.
         writer: Log of the run.
@@ -83,7 +83,7 @@ class TrainingRun:
 
     @property
     def experiment(self) -> Experiment:
-        """What is run."""
+        """Experiment of the run."""
         return self.stage.experiment
 
     @property
@@ -102,7 +102,7 @@ class TrainingRun:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps the time of a `with` block out of all rates, which are those of steps alone."""
+        """Keeps the time of a `with` block out of all rates, which count steps alone."""
         jax.block_until_ready(self.state)  # the step in flight counts
         self.clock.stop()
         yield
@@ -110,10 +110,10 @@ class TrainingRun:
 
 
 class Hook:
-    """What to do around each step; a subclass overrides what it needs.
+    """Base of hooks, called around each step; a subclass overrides the methods that it needs.
 
-    Every process of a run calls its hooks. What communicates between processes must be done by all
-    of them; what writes files, by the first one alone.
+    Every process of a run calls its hooks. Communication between processes must be done by all of
+    them; files must be written by the first one alone.
     """
 
     def before_step(self, run: TrainingRun) -> None:
@@ -127,7 +127,7 @@ class Hook:
 
 
 class Profiler(Hook):
-    """Traces the steps `run.profile`; on the first process only."""
+    """Traces the steps that `run.profile` names, on the first process only."""
 
     def __init__(self, config: RunConfig):
         self.first, self.last = config.profile or (0, -1)
@@ -153,9 +153,10 @@ class Meter(Hook):
     """Collects the metrics of each step and writes their means every `run.log_every` steps.
 
     A mean is over the steps where the metric is finite, so that a skipped step spoils none. Beside
-    them: step_s (seconds of one), the RATES of what `WorkPerStep` gives, data_wait (share of the
-    time spent waiting for batches), goodput (see `Clock`), device_gib (see `device_memory`),
-    left_out (videos that this process could not read, wholly or in part, if any).
+    means it writes step_s (seconds of one step), the RATES of what `WorkPerStep` gives, data_wait
+    (share of the time spent waiting for batches), goodput (see `Clock`), device_gib (see
+    `device_memory`), and left_out (number of videos that this process could not read, wholly or in
+    part, if any).
     """
 
     def __init__(self, stage: Stage, clock: Clock):
@@ -166,7 +167,7 @@ class Meter(Hook):
         self.restart()
 
     def restart(self) -> None:
-        """Begins to collect anew."""
+        """Begins a new mean."""
         self.values, self.done = [], collections.Counter()
         self.waited, self.since = 0.0, self.clock.trained_s()
 
@@ -186,7 +187,7 @@ class Meter(Hook):
         """Adds the metrics of one step, and writes the means if it is time.
 
         Raises:
-            TrainingDiverged: All of the last updates had to be skipped.
+            TrainingDiverged: If all of the last updates had to be skipped.
         """
         self.values.append(jax.device_get(values))
         self.done.update(self.work.of(frames))
@@ -233,6 +234,6 @@ class SaveCheckpoints(Hook):
 
 
 def mean_of_finite(values: Sequence[float]) -> float:
-    """Mean of those values that are finite; NaN if none is."""
+    """Mean of the finite values; NaN if there is none."""
     finite = [x for x in values if np.isfinite(x)]
     return float(np.mean(finite)) if finite else math.nan

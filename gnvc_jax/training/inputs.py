@@ -1,6 +1,7 @@
-"""What stages train on: batches of clips, or of their latents, and what these look like.
+"""Training data of the stages: batches of clips or of their latents, and their shapes.
 
-A stage has `Data`; a run takes its batches from `Clips`, in order and with clips that grow.
+`clips` and `clips_or_latents` make the `Data` of a stage; a run takes its batches from `Clips`, in
+order and with clips that grow.
 """
 
 import functools
@@ -46,7 +47,14 @@ class Clips:
     """
 
     def __init__(self, data: Data, config: DataConfig, step: int, position: dict | None):
-        """Starts after `step` steps; position: what `get_state` gave there, None for a new run."""
+        """Starts after some steps.
+
+        Args:
+            data: Training data.
+            config: Settings of the data.
+            step: Number of steps done.
+            position: Position that `get_state` gave there, None for a new run.
+        """
         self.data, self.config = data, config
         self.start(config.frames_at(step), position and position["batches"])
 
@@ -57,7 +65,7 @@ class Clips:
             self.batches.set_state(batches)
 
     def take(self, step: int) -> Tree:
-        """The batch of the step after `step` others."""
+        """Takes the batch of the step that follows `step` others."""
         frames = self.config.frames_at(step)
         if frames != self.frames:
             self.start(frames, self.batches.get_state())
@@ -69,13 +77,13 @@ class Clips:
 
 
 def left_out(experiment: Experiment) -> LeftOut:
-    """What this process could not read of the data, kept in the run folder."""
+    """List of the data that this process could not read, kept in the run folder."""
     file = Path(experiment.run.out) / f"left_out-{jax.process_index()}.jsonl"
     return LeftOut(experiment.data.max_left_out, file)
 
 
 def clips(experiment: Experiment, motion: bool = False) -> Data:
-    """Random clips of videos.
+    """Data of random clips of videos.
 
     Batches are uint8 (b, t, h, w, 3) or, with `motion`, dictionaries as
     `gnvc_jax.data.clips.with_motion` makes them. The videos are looked at once, on first use.
@@ -116,14 +124,14 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
 
 
 def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str]) -> Data:
-    """Clips, or cached latents of such clips where `data.latents` names a cache.
+    """Data of clips, or of cached latents of such clips where `data.latents` names a cache.
 
     Latents are float32 (b, t, h, w, c), normalised.
 
     Args:
         experiment: Experiment.
-        vae_fingerprint: Function that gives the fingerprint of the experiment's VAE; a cache made
-            by another VAE is refused with UsageError when it is opened.
+        vae_fingerprint: Function that gives the fingerprint of the experiment's VAE. A cache made
+            by another VAE raises UsageError when it is opened.
     """
     data, vae = experiment.data, experiment.vae
     folder = data.latents

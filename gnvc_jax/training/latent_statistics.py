@@ -1,6 +1,7 @@
 """Statistics of a VAE's latents: how they are normalised for the codec and whitened for a refiner.
 
-A dictionary of float32 arrays, measured once at the start of a run and kept in its checkpoints:
+They are a dictionary of float32 arrays, measured once at the start of a run and kept in its
+checkpoints:
 
     mean, std (c,)   normalised latents are (latents - mean) / std
     white (2, c)     factors that whiten the first normalised latent of a clip and the later ones
@@ -32,17 +33,17 @@ def identity_statistics(channels: int) -> Statistics:
 
 
 def shapes(experiment: Experiment) -> dict[str, jax.ShapeDtypeStruct]:
-    """The statistics as shapes."""
+    """Shapes of the statistics."""
     return jax.eval_shape(lambda: identity_statistics(experiment.vae.latent_channels))
 
 
 def measure(experiment: Experiment) -> Statistics:
-    """Statistics for a new run.
+    """Finds or measures the statistics for a new run.
 
-    They are those of the run or model that it starts from, if that has them. A ported VAE brings
-    them: its DiT knows latents as they are. Latents of a linear VAE are not normalised for the
-    codec: the transform keeps distances, so that equal errors in any two channels are equal errors
-    of pixels. Everything else is measured on `data.statistics_batches` batches of clips.
+    A run takes over the statistics of the run or model that it starts from, if that has them, or of
+    a ported VAE, whose DiT was trained with them. Latents of a linear VAE are not normalised for
+    the codec: the transform keeps distances, so that equal errors in any two channels are equal
+    errors of pixels. Everything else is measured on `data.statistics_batches` batches of clips.
     """
     known = origins(experiment.init)
     found = identity_statistics(experiment.vae.latent_channels)
@@ -66,18 +67,18 @@ def measure(experiment: Experiment) -> Statistics:
 
 
 def of_run(run: str | Path, experiment: Experiment) -> Statistics:
-    """Statistics that a run keeps, see `complete`."""
+    """Loads the statistics that a run keeps, see `complete`."""
     return complete(experiment, load_statistics(run))
 
 
 def complete(experiment: Experiment, statistics: Statistics) -> Statistics:
-    """Statistics of a run; those of a linear VAE that it did not measure change nothing."""
+    """Completes statistics of a run: those that a linear VAE does not need change nothing."""
     known = identity_statistics(experiment.vae.latent_channels) if experiment.vae.linear else {}
     return known | {name: np.asarray(x, np.float32) for name, x in statistics.items()}
 
 
 def measure_latents(experiment: Experiment) -> Statistics:
-    """Statistics of the latents of some batches of clips."""
+    """Measures statistics of the latents of some batches of clips."""
     vae, params = VAE(experiment.vae), load_vae(experiment)
     encode = jax.jit(lambda params, batch: encode_clip(vae, params, to_float(batch)))
     batches = iter(inputs.clips(experiment).batches(experiment.data.frames))

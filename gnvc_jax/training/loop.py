@@ -1,4 +1,8 @@
-"""The training loop: `train` runs one stage from start, or from its newest checkpoint, to end."""
+"""The training loop: `train` runs one stage from start, or from its newest checkpoint, to end.
+
+`train` reads as a table of contents: mesh, model, data, hooks, loop. All state of a run is in
+`TrainingRun`, which hooks see; all that a resumed run needs is in its checkpoints.
+"""
 
 import signal
 import time
@@ -34,15 +38,15 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
     """Trains to `optim.steps`, resuming from the newest checkpoint in `run.out` if there is one.
 
     Args:
-        stage: What to train.
-        hooks: What to do around each step, beside logging and checkpoints.
+        stage: Stage to train.
+        hooks: Hooks to call around each step, beside logging and checkpoints.
 
     Returns:
         The last state, or None if a signal ended the run early, after a checkpoint.
 
     Raises:
-        UsageError: Sizes do not fit the mesh, or the run folder belongs to another experiment.
-        TrainingDiverged: 100 updates in a row had to be skipped.
+        UsageError: If sizes do not fit the mesh, or the run folder belongs to another experiment.
+        TrainingDiverged: If 100 updates in a row had to be skipped.
     """
     experiment, began = stage.experiment, time.time()
     mesh = make_mesh(experiment.mesh)
@@ -80,6 +84,8 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
 
         train_step = jit_step(stage, mesh, state, frozen)
         over_batch = NamedSharding(mesh, P(BATCH))
+        # Steps are dispatched ahead of the device: metrics are read one step late (see `Meter`), so
+        # that the next batch is taken while the device works.
         while not run.ending:
             began = time.perf_counter()
             batch = put(clips.take(run.step), over_batch)
@@ -105,7 +111,8 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
     """Checks that batches can be spread over a mesh.
 
     Raises:
-        UsageError: They cannot, or checkpoints are timed by clocks that differ between processes.
+        UsageError: If they cannot, or if checkpoints are timed by clocks that differ between
+            processes.
     """
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if experiment.data.batch % (shards * experiment.optim.accumulate):
@@ -125,18 +132,18 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
 def start_state(
     stage: Stage, checkpoints: Checkpoints, like: State
 ) -> tuple[State, dict | None, Statistics]:
-    """The newest state that can be read, or a new one.
+    """Restores the newest state that can be read, or makes a new one.
 
     Args:
-        stage: What to train.
+        stage: Stage to train.
         checkpoints: Checkpoints of the run.
         like: State as shapes with shardings. Every leaf is placed as there: one that is not costs a
             second compilation at step 1.
 
     Returns:
-        The state, the data position that goes with it (None for a new run), and what the stage
-        measured when the run began. The latter is kept in checkpoints, so that neither resuming nor
-        other data change what the parameters were trained with.
+        The state, the data position that goes with it (None for a new run), and the statistics that
+        the stage measured when the run began. The latter are kept in checkpoints, so that neither
+        resuming nor other data change what the parameters were trained with.
     """
     saved = checkpoints.restore_newest(like)
     if saved is not None:
@@ -152,7 +159,7 @@ def start_state(
 
 @contextmanager
 def compilation(run: TrainingRun) -> Iterator[None]:
-    """Around the first step with clips of a new length, which is compiled; no rate counts it."""
+    """Surrounds the first step with clips of a new length, which is compiled; no rate counts it."""
     run.waited, began = 0.0, time.perf_counter()
     with run.paused():
         yield
@@ -160,7 +167,7 @@ def compilation(run: TrainingRun) -> Iterator[None]:
 
 
 def put(batch: Tree, sharding: NamedSharding) -> Tree:
-    """This process's part of a batch (numpy) as global arrays."""
+    """Makes global arrays from this process's part of a batch, which is in NumPy."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
 
 

@@ -32,7 +32,7 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
         Tree like that of the kernels, with {"a": A, "b": B} in place of each.
 
     Raises:
-        UsageError: There is no such kernel.
+        UsageError: If there is no such kernel.
     """
     leaves: dict[str, Any] = flatten_dict(params, sep="/")
     kernels = {path: x for path, x in leaves.items() if re.fullmatch(TARGETS, path)}
@@ -48,7 +48,7 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
 
 
 def shapes(params: Tree, rank: int) -> Tree:
-    """`init` as shapes; an empty tree where there is no kernel to change."""
+    """Shapes of what `init` returns; an empty tree where there is no kernel to change."""
     flat = flatten_dict(params, sep="/")
     if not any(re.fullmatch(TARGETS, path) for path in flat):
         return {}
@@ -56,7 +56,7 @@ def shapes(params: Tree, rank: int) -> Tree:
 
 
 def merge(params: Tree, lora: Tree) -> Tree:
-    """The parameters with their low-rank changes."""
+    """Adds low-rank changes to parameters: W + A B for every kernel that has one."""
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     changes: dict[str, Any] = flatten_dict(lora, sep="/")
     for path in {change.rpartition("/")[0] for change in changes}:
@@ -65,6 +65,6 @@ def merge(params: Tree, lora: Tree) -> Tree:
 
 
 def merge_part(params: Tree) -> Tree:
-    """Parameters by part, without the part "lora", which is merged into the others."""
+    """Merges the part "lora" of a tree of parameters, if there is one, into the other parts."""
     others = {name: part for name, part in params.items() if name != "lora"}
     return merge(others, params["lora"]) if "lora" in params else others

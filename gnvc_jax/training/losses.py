@@ -48,7 +48,7 @@ def squared_error(x: Array, y: Array) -> Array:
 
 
 def draw_quality(key: Array, count: int) -> Array:
-    """Random quality levels, (count,) int32, rising.
+    """Draws random quality levels, (count,) int32, rising.
 
     One level comes from each of `count` equal parts of the range, so that every batch sees all of
     it; the first is the lowest and the last the highest.
@@ -65,7 +65,7 @@ def rd_lambda(q_index: Array, low: float, high: float) -> Array:
 def rate_distortion(
     rate: Array, distortion: Array, rd_lambda: Array, balance: float = 0.0
 ) -> Array:
-    """(lambda * distortion + rate) / lambda^balance, elementwise.
+    """Rate-distortion loss (lambda * distortion + rate) / lambda^balance, elementwise.
 
     Args:
         rate: Rate, usually in bits per pixel; any shape.
@@ -85,7 +85,7 @@ class FlowMatching(NamedTuple):
     """Result of `flow_matching`.
 
     Attributes:
-        error: (b,), mean squared error of the velocity.
+        error: Mean squared error of the velocity, (b,).
         estimate: Clean latents (b, t, h, w, c) as estimated in one step from the drawn flow time.
     """
 
@@ -94,7 +94,7 @@ class FlowMatching(NamedTuple):
 
 
 def draw_flow_time(key: Array, count: int, start: float = flow.START) -> Array:
-    """Uniform flow times (count,) from `start` to just below 1."""
+    """Draws uniform flow times (count,) from `start` to just below 1."""
     return jax.random.uniform(key, (count,), jnp.float32, start, TAU_MAX)
 
 
@@ -119,6 +119,8 @@ def flow_matching(
     time = tau[:, None, None, None, None]
     state = jnp.asarray(flow.path_state(clean, decoded, noise, time, start))
     target = jax.lax.stop_gradient(jnp.asarray(flow.path_velocity(clean, decoded, noise, start)))
+    # The target does not depend on tau: the path is straight. So one step from any point of it
+    # would arrive, if the velocity were right.
     found = velocity(state, tau)
     estimate = jnp.asarray(flow.clean_estimate(state, found, time))
     return FlowMatching(squared_error(found, target), estimate)
@@ -157,6 +159,7 @@ def refine_through_last_step(
         return state + (time(i + 1) - time(i)) * velocity(inputs, state, tau)
 
     state = flow.start_state(decoded, noise, start)
+    # No gradient passes through the loop, so its length may be traced.
     constant, first = jax.lax.stop_gradient((inputs, state))
     before = jax.lax.fori_loop(0, steps - 1, lambda i, state: move(constant, state, i), first)
     # The first step starts from the decoded latents, and gradients reach the codec through them.

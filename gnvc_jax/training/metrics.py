@@ -1,6 +1,6 @@
-"""Where training numbers go: the console, a file of JSON lines, TensorBoard.
+"""Writers of training metrics: the console, a file of JSON lines, TensorBoard.
 
-A writer has two methods: write(step, values) with a flat dict of floats, and close(). One that
+A writer has two methods: write(step, values) with a flat dict of floats, and close(). A writer that
 keeps what earlier runs wrote is made with the step that the run starts after, and drops what comes
 later: it will be written again.
 """
@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 class Writer(Protocol):
-    """Where metrics go."""
+    """Interface of all writers."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes the values as of a step."""
@@ -115,7 +115,7 @@ class Many:
 
 
 def make_writer(experiment: Experiment, step: int) -> Writer:
-    """The writers that the experiment asks for, none on other processes than the first.
+    """Makes the writers that the experiment asks for; only the first process writes.
 
     Args:
         experiment: Experiment.

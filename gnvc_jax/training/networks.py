@@ -19,14 +19,14 @@ Tree = Any
 
 
 class Networks(NamedTuple):
-    """The networks of a model; None for what it does not have.
+    """The networks of a model; None for those that it does not have.
 
     They are annotated as Any because what `apply` returns depends on the method that it is given.
 
     Attributes:
-        vae: `gnvc_jax.vae.VAE`.
-        codec: `gnvc_jax.codec.model.LatentCodec`, or None.
-        refiner: `gnvc_jax.refiner.Refiner`, or None.
+        vae: The VAE, `gnvc_jax.vae.VAE`.
+        codec: The codec, `gnvc_jax.codec.model.LatentCodec`, or None.
+        refiner: The refiner, `gnvc_jax.refiner.Refiner`, or None.
     """
 
     vae: Any
@@ -35,7 +35,7 @@ class Networks(NamedTuple):
 
 
 def make_networks(experiment: Experiment) -> Networks:
-    """The networks of an experiment, which compute as `experiment.compute` says."""
+    """Makes the networks of an experiment, which compute as `experiment.compute` says."""
     compute, vae, refiner = experiment.compute, experiment.compute.vae, None
     if experiment.refiner is not None:
         refiner = Refiner(
@@ -53,7 +53,7 @@ def make_networks(experiment: Experiment) -> Networks:
 
 
 def init_networks(networks: Networks, key: Array) -> Tree:
-    """Random parameters of all networks, by part."""
+    """Draws random parameters of all networks, by part."""
     key_vae, key_codec, key_refiner = jax.random.split(key, 3)
     parts = {"vae": init_vae(networks.vae, key_vae)}
     if networks.codec is not None:
@@ -64,21 +64,21 @@ def init_networks(networks: Networks, key: Array) -> Tree:
 
 
 def init_vae(vae: VAE, key: Array) -> Tree:
-    """Random parameters of a VAE."""
+    """Draws random parameters of a VAE."""
     side = 2 * vae.config.stride
     video = jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3))
     return vae.init(key, video)["params"]
 
 
 def init_codec(codec: LatentCodec, key: Array) -> Tree:
-    """Random parameters of a latent codec."""
+    """Draws random parameters of a latent codec."""
     key_params, key_noise = jax.random.split(key)
     latents = jnp.zeros((1, 2, 8, 8, codec.config.latent_channels))
     return codec.init(key_params, latents, jnp.zeros((1,), jnp.int32), key_noise)["params"]
 
 
 def init_refiner(refiner: Refiner, key: Array) -> Tree:
-    """Random parameters of a refiner."""
+    """Draws random parameters of a refiner."""
     config = refiner.config
     latents = jnp.zeros((1, 1, 2, 2, config.dit.channels))
     features = jnp.zeros((1, 1, 2, 2, config.features))

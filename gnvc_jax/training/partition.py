@@ -1,4 +1,4 @@
-"""Which parameters of a model train: trees split and joined by the paths of their leaves.
+"""Selection of the parameters that train: trees are split and joined by the paths of their leaves.
 
 A model is a tree of all parameters by part, {"vae": ..., "codec": ..., "refiner": ...}. A run
 trains some of them and keeps the others fixed:
@@ -29,14 +29,14 @@ def split(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
 
     Args:
         tree: Nested dictionary of parameters or shapes.
-        patterns: Regular expressions; those parameters train whose path
-            ("codec/intra/out/kernel") begins as one of them says.
+        patterns: Regular expressions. A parameter trains if one of them matches the beginning of
+            its path ("codec/intra/out/kernel").
 
     Returns:
         Two trees: the parameters that train, and the others.
 
     Raises:
-        UsageError: A pattern fits no parameter.
+        UsageError: If a pattern fits no parameter.
     """
     flat = flatten_dict(tree, sep="/")
     for pattern in patterns:
@@ -52,7 +52,7 @@ def split(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
 
 
 def join(*trees: Tree) -> Tree:
-    """One tree with the leaves of all; where several have one, the last wins."""
+    """Joins trees to one with the leaves of all; where several have a leaf, the last wins."""
     flat: dict = {}
     for tree in trees:
         flat |= flatten_dict(tree, sep="/")
@@ -60,5 +60,5 @@ def join(*trees: Tree) -> Tree:
 
 
 def assemble(fixed: Tree, trained: Tree) -> Tree:
-    """The whole model of its fixed and its trained parameters, low-rank changes merged."""
+    """Puts a model together from fixed and trained parameters, with low-rank changes merged."""
     return lora.merge_part(join(fixed, trained))

@@ -1,4 +1,8 @@
-"""The refiner in training: a window of latents, and its velocity there."""
+"""The refiner in training: a random window of latents, and the velocity on it.
+
+A step refines one window of each clip (`random_window`), since the memory of training is that of
+the tokens the DiT sees. `refiner_velocity` binds the network for the losses.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -18,7 +22,7 @@ class Window:
     """Latents of a group that are refined together, whitened.
 
     Attributes:
-        first: Place of the first one in the group; traced.
+        first: Place of the window's first latent in the group; traced.
         size: Number of latents.
         white: Factors (t, 1, 1, c) of all latents of the group.
     """
@@ -28,11 +32,11 @@ class Window:
     white: Array
 
     def cut(self, x: Array, axis: int = 1) -> Array:
-        """The window's part of an array with an axis of latents."""
+        """Cuts the window out of an array with an axis of latents."""
         return jax.lax.dynamic_slice_in_dim(x, self.first, self.size, axis)
 
     def of(self, latents: Array) -> Array:
-        """Whitened latents of the window, from those of the group (b, t, h, w, c)."""
+        """Cuts the window out of the latents (b, t, h, w, c) of a group, and whitens it."""
         return self.cut(latents * self.white)
 
     def unwhitened(self, latents: Array) -> Array:
@@ -40,21 +44,21 @@ class Window:
         return latents / self.cut(self.white, 0)
 
     def put(self, group: Array, latents: Array) -> Array:
-        """Latents of the group with those of the window, whitened, in their place."""
+        """Puts whitened latents of the window in their place among the latents of the group."""
         return jax.lax.dynamic_update_slice_in_dim(group, self.unwhitened(latents), self.first, 1)
 
 
 def random_window(key: Array, white: Array, count: int, window: int) -> Window:
-    """A window of latents to refine, at a random place of the group.
+    """Draws a window of latents to refine, at a random place of the group.
 
-    In use all windows but the first begin inside a group, without an intra latent; so clips are one
-    latent longer than what is refined of them.
+    In use all windows but the first begin inside a group, without an intra latent. Clips are
+    therefore one latent longer than the part that is refined, so that training sees both cases.
 
     Args:
         key: Random key.
         white: Factors (2, c) that whiten first and later latents.
-        count: Latents of the group.
-        window: Latents that the refiner sees together; fewer where a group has no more.
+        count: Number of latents of the group.
+        window: Number of latents that the refiner sees together; fewer where a group has no more.
     """
     size = min(window, max(1, count - 1))
     first = jax.random.randint(key, (), 0, count - size + 1)
@@ -64,10 +68,10 @@ def random_window(key: Array, white: Array, count: int, window: int) -> Window:
 def refiner_velocity(
     refiner: Any, q_index: Array, text: Array | None
 ) -> Callable[[Tree, Array, Array], Array]:
-    """The velocity of a refiner, in the form that `losses.refine_through_last_step` takes.
+    """Makes a refiner's velocity in the form that `losses.refine_through_last_step` takes.
 
     Args:
-        refiner: `gnvc_jax.refiner.Refiner`.
+        refiner: The refiner, `gnvc_jax.refiner.Refiner`.
         q_index: Quality levels (b,).
         text: Text condition (1, rows, width), the same for all clips, or None.
 

@@ -38,9 +38,9 @@ def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
         The model.
 
     Raises:
-        FileNotFoundError: The run, or one that it started from, is not there.
-        UsageError: The run trains no codec, or a parameter is nowhere to be found.
-        OSError: The file cannot be written.
+        FileNotFoundError: If the run, or one that it started from, is not there.
+        UsageError: If the run trains no codec, or a parameter is nowhere to be found.
+        OSError: If the file cannot be written.
     """
     made = build_model(run, Path(out).stem if name is None else name)
     save_model(out, made)
@@ -57,8 +57,8 @@ def build_model(run: str | Path, name: str) -> Model:
         name: Name of the model.
 
     Raises:
-        FileNotFoundError: The run, or one that it started from, is not there.
-        UsageError: The run trains no codec, or a parameter is nowhere to be found.
+        FileNotFoundError: If the run, or one that it started from, is not there.
+        UsageError: If the run trains no codec, or a parameter is nowhere to be found.
     """
     experiment = model_of(run)
     if experiment.codec is None:

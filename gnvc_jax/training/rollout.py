@@ -28,11 +28,11 @@ class CodecOutput:
     Attributes:
         latents: Latents of the source, (b, t, h, w, c), normalised; no gradient.
         decoded: Decoded latents, same shape.
-        features: What the codec knows besides, (b, t, h, w, f); conditions a refiner.
+        features: Features of the codec, (b, t, h, w, f), which condition a refiner.
         q_index: Quality levels, (b,) int32, rising.
         rate: Differentiable rate, (b,), in bits per pixel of the source.
         error: Mean squared error of the decoded latents, (b,).
-        metrics: What is worth logging, scalars.
+        metrics: Scalars for the log.
     """
 
     latents: Array
@@ -45,11 +45,11 @@ class CodecOutput:
 
 
 def normalised_latents(vae: VAE, params: Tree, statistics: Tree, batch: Array) -> Array:
-    """Latents (b, t, h, w, c) of a batch, without gradient.
+    """Encodes a batch to normalised latents (b, t, h, w, c), without gradient.
 
     Args:
-        vae: VAE.
-        params: Its parameters.
+        vae: The VAE.
+        params: Parameters of the VAE.
         statistics: "mean" and "std" of its latents.
         batch: Frames (b, t, h, w, 3) uint8, or normalised latents from a cache.
     """

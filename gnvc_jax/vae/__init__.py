@@ -1,4 +1,13 @@
-"""The causal video VAE of Wan2.1: modules, whole-clip and streaming drivers."""
+"""The causal video VAE: frames in [-1, 1] <-> latents.
+
+- `config`: sizes. The defaults are Wan2.1's VAE.
+- `layers`: causal convolutions, resampling, norm, attention; each can continue a clip.
+- `model`: `VAE`, with the methods `encode` and `decode`.
+- `drivers`: functions that run a `VAE` over a whole clip or chunk by chunk. Most callers use these.
+- `klt`, `head`: the linear VAE of small models, which `VAEConfig.linear` selects.
+
+`gnvc_jax.load_vae` gives a VAE with its weights and normalised latents.
+"""
 
 from gnvc_jax.vae.config import VAEConfig
 from gnvc_jax.vae.drivers import (

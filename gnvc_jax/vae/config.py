@@ -28,7 +28,7 @@ class VAEConfig:
             (see `gnvc_jax.vae.head`), 0 for none.
 
     Raises:
-        UsageError: For a head without a linear VAE, or a wrong number of `temporal_down`.
+        UsageError: If there is a head without a linear VAE, or a wrong number of `temporal_down`.
     """
 
     base: int = 96

@@ -41,8 +41,8 @@ def encode_chunk(
     """Encodes the next frames of a clip.
 
     Args:
-        vae: module.
-        params: Its parameters.
+        vae: The VAE.
+        params: Parameters of the VAE.
         cache: None at the start of a clip, else what the last call returned.
         video: 1 + 4m frames at the start of a clip, 4m later; multiples of the strides.
 
@@ -61,11 +61,11 @@ def decode_chunk(
     """Decodes the next latents of a clip.
 
     Args:
-        vae: module.
-        params: Its parameters.
+        vae: The VAE.
+        params: Parameters of the VAE.
         cache: None at the start of a clip, where 1 + m latents give 1 + 4m frames; else what the
             last call returned, and m latents give 4m frames.
-        latents: Not normalised.
+        latents: Latents that are not normalised.
 
     Returns:
         Frames, clipped to [-1, 1], and the cache for the latents that follow.
@@ -79,7 +79,7 @@ def decode_chunk(
 def encode_clip(
     vae: VAE, params: Tree, video: Float[AnyArray, "b t h w 3"]
 ) -> Float[Array, "b n h2 w2 z"]:
-    """Latents (posterior mean) of a whole clip of any length and size, in one pass."""
+    """Encodes a whole clip of any length and size in one pass, to the posterior mean."""
     cfg = vae.config
     video = pad_video(video, cfg.temporal_stride, cfg.stride)
     return vae.apply({"params": params}, video, method="encode")[0]
@@ -95,9 +95,9 @@ def decode_clip(
     """Decodes a whole clip in one pass and takes off what `pad_video` has added.
 
     Args:
-        vae: module.
-        params: Its parameters.
-        latents: Not normalised.
+        vae: The VAE.
+        params: Parameters of the VAE.
+        latents: Latents that are not normalised.
         frames: Number of frames to return.
         size: Height and width to return.
     """
@@ -106,7 +106,7 @@ def decode_clip(
 
 
 def grey_latents(vae: VAE, params: Tree) -> Float[Array, "2 z"]:
-    """Latents of a grey clip, a first and a later one, not normalised.
+    """Computes the latents of a grey clip, a first and a later one, not normalised.
 
     They are taken from the middle of the frame and the end of the clip, where padding at the
     borders has no effect. VACE marks with them what is to be generated.
@@ -119,7 +119,7 @@ def grey_latents(vae: VAE, params: Tree) -> Float[Array, "2 z"]:
 def encode_stream(
     vae: VAE, params: Tree, video: Float[AnyArray, "b t h w 3"]
 ) -> Float[Array, "b n h2 w2 z"]:
-    """As `encode_clip`, by `lax.scan` over chunks of four frames."""
+    """Does the same as `encode_clip` by `lax.scan` over chunks of four frames."""
     cfg = vae.config
     video = pad_video(video, cfg.temporal_stride, cfg.stride)
     head, cache = encode_chunk(vae, params, None, video[:, :1])
@@ -140,7 +140,7 @@ def decode_stream(
     frames: int,
     size: tuple[int, int],
 ) -> Float[Array, "b t h w 3"]:
-    """As `decode_clip`, by `lax.scan` over single latents."""
+    """Does the same as `decode_clip` by `lax.scan` over single latents."""
     head, cache = decode_chunk(vae, params, None, latents[:, :1])
 
     def step(cache: Tree, latent: Array) -> tuple[Tree, Array]:

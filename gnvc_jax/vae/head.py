@@ -28,7 +28,7 @@ class FrameConv(nn.Module):
 
 
 class DeblockingHead(nn.Module):
-    """Adds to a video what three convolutions, `width` channels wide, make of it."""
+    """Adds a correction to a video, which three convolutions of `width` channels compute."""
 
     width: int
 

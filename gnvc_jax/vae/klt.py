@@ -46,16 +46,16 @@ def from_blocks(
 
 
 class BlockTransform(nn.Module):
-    """Blocks of pixels to latents and back by a fixed basis; gradients do not reach it.
+    """Transforms blocks of pixels to latents and back by a fixed basis, which has no gradient.
 
     Parameters, each for "first" and "later" blocks: a basis (values per block, latent_channels)
     with orthonormal columns, an offset (values per block,) and a scalar scale;
     latents = (block - offset) basis scale.
 
     Attributes:
-        latent_channels: Components that are kept.
-        stride: Rows and columns of a block, in pixels.
-        temporal_stride: Frames of a later block.
+        latent_channels: Number of components that are kept.
+        stride: Height and width of a block in pixels.
+        temporal_stride: Number of frames of a later block.
     """
 
     latent_channels: int
@@ -67,7 +67,7 @@ class BlockTransform(nn.Module):
         self.fixed = {kind: self._parameters(kind) for kind in KINDS}
 
     def _parameters(self, kind: str) -> tuple[Array, ...]:
-        """Basis, offset and scale."""
+        """Basis, offset and scale of one kind of block."""
         size = self.frames[kind] * self.stride**2 * 3
         orthogonal, zeros, ones = (
             nn.initializers.orthogonal(),
@@ -86,10 +86,11 @@ class BlockTransform(nn.Module):
     def forward(
         self, video: Float[AnyArray, "b t h w 3"], first: bool
     ) -> Float[Array, "b t2 h2 w2 z"]:
-        """Latents of a video.
+        """Transforms a video to latents.
 
         Args:
-            video: Sizes are multiples of the strides; one frame more if it starts a clip.
+            video: Video whose sizes are multiples of the strides, with one frame more if it starts
+                a clip.
             first: Whether the video starts a clip.
         """
 
@@ -103,7 +104,7 @@ class BlockTransform(nn.Module):
     def inverse(
         self, latents: Float[AnyArray, "b t2 h2 w2 z"], first: bool
     ) -> Float[Array, "b t h w 3"]:
-        """Video of latents; undoes `forward` up to the components that are not kept."""
+        """Transforms latents to a video; undoes `forward` but for the components that it drops."""
 
         def transform(kind: str, part: Array) -> Array:
             basis, offset, scale = self.fixed[kind]
@@ -113,7 +114,7 @@ class BlockTransform(nn.Module):
 
 
 def _by_kind(transform: Callable[[str, Array], Array], x: Array, first: bool) -> Array:
-    """Applies `transform` to the first frame or latent of a clip and to the others, apart."""
+    """Applies `transform` to the first frame or latent of a clip and to the others separately."""
     if not first:
         return transform("later", x)
     head = transform("first", x[:, :1])
@@ -121,7 +122,7 @@ def _by_kind(transform: Callable[[str, Array], Array], x: Array, first: bool) ->
 
 
 def moments_of_blocks(stride: int, temporal_stride: int) -> dict[str, Moments]:
-    """Empty moments of the blocks that first and later latents stand for, for `count_blocks`."""
+    """Makes empty moments for `count_blocks`, for the blocks of first and of later latents."""
     size = 3 * stride**2
     return {"first": Moments(size), "later": Moments(size * temporal_stride)}
 
@@ -135,7 +136,7 @@ def count_blocks(
     """Adds the blocks of clips to moments.
 
     Args:
-        moments: See `moments_of_blocks`; changed in place.
+        moments: Moments from `moments_of_blocks`, which are changed in place.
         video: Clips of 1 + temporal_stride * k frames in [-1, 1]. Every temporal_stride-th frame
             serves as an example of a first frame.
         stride, temporal_stride: See `BlockTransform`.
@@ -145,21 +146,24 @@ def count_blocks(
 
 
 def fit(moments: dict[str, Moments], latent_channels: int) -> dict[str, np.ndarray]:
-    """Parameters of `BlockTransform`: the principal components of blocks.
+    """Makes the parameters of a `BlockTransform` from statistics of blocks.
 
     The basis of first frames is rotated within its span (orthogonal Procrustes problem), so that a
     still scene has about the same latents in both kinds. Later latents get a root mean square of 1.
 
     Args:
-        moments: See `count_blocks`; of more blocks than a block has values.
-        latent_channels: Components to keep.
+        moments: Moments from `count_blocks`, of more blocks than a block has values.
+        latent_channels: Number of components to keep.
+
+    Returns:
+        Parameters by name.
     """
     components, params = {}, {}
     for kind in KINDS:
         variances, vectors = moments[kind].principal_components()
         components[kind] = vectors[:, :latent_channels]
         params[f"{kind}_offset"] = moments[kind].mean
-    energy = variances[:latent_channels].mean()
+    energy = variances[:latent_channels].mean()  # of the later blocks, the last in KINDS
 
     size = len(components["first"])
     frames = len(components["later"]) // size

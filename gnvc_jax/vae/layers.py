@@ -33,7 +33,7 @@ def prepend_history(
     The last `frames` frames of the result become the module's cache.
 
     Args:
-        module: Whose cache it is.
+        module: Module that the cache belongs to.
         x: New frames.
         frames: Length of the history.
         first: Whether a clip starts here.
@@ -57,8 +57,8 @@ class ConvBase(nn.Module):
 
     Attributes:
         features: Channels of the output.
-        dtype: What the convolution is computed in.
-        kernel_init: Of the kernel.
+        dtype: Type that the convolution is computed in.
+        kernel_init: Initialiser of the kernel.
     """
 
     features: int
@@ -66,7 +66,7 @@ class ConvBase(nn.Module):
     kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
     def weights(self, x: Array, window: tuple[int, ...]) -> tuple[Array, Array]:
-        """Kernel (*window, c, features) and bias (features,) for an input (..., c)."""
+        """Makes kernel (*window, c, features) and bias (features,) for an input (..., c)."""
         shape = (*window, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -76,7 +76,7 @@ class ConvBase(nn.Module):
 def last_tap_init(
     key: Key[Array, ""], shape: tuple[int, ...], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "kt kh kw c o"]:
-    """Initial kernel that is zero but for the last tap in time, which sees the present frame.
+    """Draws a kernel that is zero but for the last tap in time, which sees the present frame.
 
     An untrained network thus treats frames one by one, and taps that short training clips never
     reach stay zero in long ones.
@@ -89,7 +89,7 @@ class CausalConv(ConvBase):
     """3-D convolution that sees the present frame and those before it.
 
     Attributes:
-        window: Taps in time, rows and columns.
+        window: Number of taps in time, rows and columns.
     """
 
     kernel_init: nn.initializers.Initializer = last_tap_init
@@ -138,7 +138,8 @@ class TemporalDownsample(ConvBase):
             x = jnp.concatenate([self.get_variable("cache", "past"), x], axis=1)
         if self.is_mutable_collection("cache"):
             self.put_variable("cache", "past", x[:, -1:])
-        # Frame 0 is the first frame that output 1 sees, so it stays in x.
+        # Frame 0 is the first frame that output 1 sees, so it stays in x. Strided outputs need one
+        # frame of history, since 2m new frames make m windows of three that overlap by one.
         y = conv_in_time(x, kernel, stride=2) + bias
         return jnp.concatenate([head, y], axis=1)
 
@@ -164,8 +165,8 @@ class TemporalUpsample(ConvBase):
 class ChannelRMSNorm(nn.Module):
     """Wan's RMS norm, x / max(|x|, 1e-12) * sqrt(c) * gamma over channels, in float32.
 
-    Unlike `flax.linen.RMSNorm` it bounds the norm from below instead of adding an epsilon. Written
-    with rsqrt so that the gradient at an all-zero channel vector is finite.
+    Unlike `flax.linen.RMSNorm` it bounds the norm from below instead of adding an epsilon. It is
+    written with rsqrt so that the gradient at an all-zero channel vector is finite.
     """
 
     @nn.compact
@@ -178,13 +179,14 @@ class ChannelRMSNorm(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """x -> s(x) + conv(silu(norm(conv(silu(norm(x)))))), s a 1x1x1 convolution if widths differ.
+    """Residual block: x -> s(x) + conv(silu(norm(conv(silu(norm(x)))))).
 
-    The last convolution starts at zero, so that an untrained network is a chain of linear maps.
+    s is a 1x1x1 convolution if widths differ, else the identity. The last convolution starts at
+    zero, so that an untrained network is a chain of linear maps.
 
     Attributes:
         features: Channels of the output.
-        dtype: What convolutions are computed in.
+        dtype: Type that convolutions are computed in.
     """
 
     features: int

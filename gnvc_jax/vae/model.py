@@ -65,7 +65,7 @@ class OutputHead(nn.Module):
 
 
 def residual(remat: bool) -> type[nn.Module]:
-    """The residual block; with remat, the backward pass computes its inside again."""
+    """Returns the residual block; with remat, the backward pass computes its inside again."""
     return nn.remat(ResidualBlock, static_argnums=(2,)) if remat else ResidualBlock
 
 
@@ -123,11 +123,11 @@ class VAE(nn.Module):
     the input starts a clip.
 
     Attributes:
-        config: sizes.
+        config: Sizes of the networks.
         remat: Whether the backward pass computes the inside of residual blocks again.
-        dtype: Of the decoder network's activations; all else is float32.
-        precision: Of the decoder network's products, see `jax.default_matmul_precision`; all others
-            are `EXACT`.
+        dtype: Type of the decoder network's activations; all else is float32.
+        precision: Precision of the decoder network's products, see `jax.default_matmul_precision`;
+            that of all others is `EXACT`.
     """
 
     config: VAEConfig
@@ -150,7 +150,7 @@ class VAE(nn.Module):
     def encode(
         self, video: Float[AnyArray, "b t h w 3"], first: bool = True
     ) -> tuple[Float[Array, "b t2 h2 w2 z"], Float[Array, "b t2 h2 w2 z"]]:
-        """Mean and log-variance of the latents."""
+        """Encodes frames to the mean and the log-variance of the latents, not normalised."""
         video = jnp.asarray(video)
         if self.config.linear:
             mean = self.klt.forward(video, first)
@@ -162,7 +162,7 @@ class VAE(nn.Module):
     def decode(
         self, latents: Float[AnyArray, "b t2 h2 w2 z"], first: bool = True
     ) -> Float[Array, "b t h w 3"]:
-        """Frames, not clipped to [-1, 1]."""
+        """Decodes latents to frames, which are not clipped to [-1, 1]."""
         if self.config.linear:
             return self.clean(self.klt.inverse(latents, first))
         with jax.default_matmul_precision(self.precision):
@@ -184,18 +184,18 @@ class VAE(nn.Module):
         detail: Float[AnyArray, "b h w 1"],
         cleaned: int | None = None,
     ) -> Float[Array, "b t height width 3"]:
-        """Frames of one later latent of a linear VAE that was coded with motion.
+        """Decodes one later latent of a linear VAE that was coded with motion.
 
         A latent holds the principal components of its frames. What these leave out of the predicted
         frames is kept, so that a copied block stays as it is instead of losing its finest detail
         with every latent. The head filters only what is fresh, for the same reason.
 
         Args:
-            latent: decoded.
+            latent: Decoded latent.
             prediction: Latent of the predicted frames.
-            predicted: Frames, one stride of pixels per latent.
+            predicted: Predicted frames, one stride of pixels per latent.
             fresh, detail: See `gnvc_jax.codec.model.DecodedLatent`.
-            cleaned: Number of last frames that the head filters, by default all.
+            cleaned: Number of frames, counted from the last, that the head filters; by default all.
 
         Returns:
             Frames, not clipped.
@@ -205,6 +205,7 @@ class VAE(nn.Module):
             side = self.config.stride
             return repeat(jnp.asarray(weights), "b h w c -> b 1 (h i) (w j) c", i=side, j=side)
 
+        # rest: the part of the predicted frames that no latent can express.
         rest = predicted - self.klt.inverse(prediction[:, None], False)
         video = self.klt.inverse(latent[:, None], False) + of_pixels(detail) * rest
         start = 0 if cleaned is None else video.shape[1] - cleaned
@@ -219,10 +220,10 @@ class VAE(nn.Module):
         latents: Float[AnyArray, "b n h2 w2 z"],
         first: bool,
     ) -> Float[Array, "b t h w 3"]:
-        """Adds to frames of a linear VAE what latents add to the latents they come from.
+        """Changes the frames of a linear VAE as a change of their latents does.
 
         Args:
-            frames: decoded.
+            frames: Decoded frames.
             latents: Change of their latents.
             first: Whether the first frame starts a group.
         """
@@ -231,5 +232,5 @@ class VAE(nn.Module):
         return jnp.asarray(frames) + self.klt.inverse(latents, first) - nothing
 
     def __call__(self, video: Float[AnyArray, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
-        """Encodes and decodes; initialises all parameters."""
+        """Encodes and decodes a video, which initialises all parameters."""
         return self.decode(self.encode(video)[0])
