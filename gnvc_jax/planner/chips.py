@@ -69,7 +69,8 @@ PEAK_FLOPS = {
 def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
     """Splits a topology such as "v5p:4x4x4" into its chip and shape (4, 4, 4).
 
-    Raises UsageError for an unknown chip, or a shape with the wrong number of axes.
+    Raises:
+        UsageError: If the chip is unknown, or the shape has the wrong number of axes.
     """
     name, _, shape = text.partition(":")
     if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
@@ -81,7 +82,11 @@ def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
 
 
 def device_count(text: str) -> int:
-    """Returns the number of devices of a topology. Raises UsageError as `parse_topology`."""
+    """Returns the number of devices of a topology.
+
+    Raises:
+        UsageError: If the topology cannot be parsed, see `parse_topology`.
+    """
     chip, sizes = parse_topology(text)
     return math.prod(sizes) * chip.devices
 
@@ -89,7 +94,8 @@ def device_count(text: str) -> int:
 def topology_devices(text: str) -> list[jax.Device]:
     """Returns devices of a topology, which programs can be compiled for, but not run on.
 
-    Raises UsageError for a topology that does not exist, and if libtpu is not installed.
+    Raises:
+        UsageError: If there is no such topology, or libtpu is not installed.
     """
     from jax.experimental import topologies
 
@@ -110,7 +116,11 @@ def topology_devices(text: str) -> list[jax.Device]:
 
 
 def libtpu_path() -> str:
-    """Path of libtpu, which compiles for TPUs on any x86 machine; UsageError if not installed."""
+    """Path of libtpu, which compiles for TPUs on any x86 machine.
+
+    Raises:
+        UsageError: If it is not installed.
+    """
     try:
         import libtpu  # pyright: ignore[reportMissingImports]
     except ImportError:

@@ -51,7 +51,7 @@ def plan_coding(experiment: Experiment, topology: str, command: str, steps: int 
         steps: Refinement steps when decoding; ignored without a refiner.
 
     Raises:
-        UsageError: Sizes that do not divide, an unknown topology, or no libtpu.
+        UsageError: If sizes do not divide, the topology is unknown, or libtpu is not installed.
     """
     chip, _ = parse_topology(topology)
     devices = topology_devices(topology)
@@ -68,6 +68,7 @@ def coding_for(
     for motion on the host, the transfers from and to it, and the programs for the first latent,
     which do less.
     """
+    # As in the coder, the columns of a frame are sharded over all devices: `context` has them all.
     data, refiner = experiment.data, experiment.refiner
     steps = steps if command == "decode" and refiner is not None else 0
     latents = 1 + (data.frames - 1) // experiment.vae.temporal_stride
@@ -198,7 +199,7 @@ def coding_programs(
 def planned(
     function: Any, arguments: tuple[Tree, ...], operations: float, chip: Chip, loaded: int
 ) -> dict:
-    """Memory and cost of a jitted function on each device.
+    """Compiles a jitted function and reads its memory and its cost on each device.
 
     Args:
         function: Jitted function of parameters and other arguments.

@@ -28,7 +28,7 @@ def count(function: Callable, *args: Any, trip_count: float = 1.0) -> float:
         expensive one counts.
 
     Raises:
-        UsageError: The function calls a Pallas kernel, which cannot be counted.
+        UsageError: If the function calls a Pallas kernel, which cannot be counted.
     """
     return _of(jax.make_jaxpr(function)(*args).jaxpr, trip_count)
 
@@ -42,6 +42,7 @@ def _of_equation(equation: Any, trip_count: float) -> float:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+        # Each element of the output is a sum of one product per contracted position.
         return 2.0 * math.prod(out) * math.prod(left[i] for i in contracted)
     if name == "conv_general_dilated":
         kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
@@ -53,6 +54,7 @@ def _of_equation(equation: Any, trip_count: float) -> float:
         raise UsageError("kernels cannot be counted; choose an attention without them")
     if name == "cond":
         return max(_of(branch.jaxpr, trip_count) for branch in params["branches"])
+    # Calls, loops and custom derivatives keep their bodies among their parameters.
     inner = [getattr(x, "jaxpr", x) for x in params.values()]
     inner = [x for x in inner if hasattr(x, "eqns")]
     times = {"scan": params.get("length"), "while": trip_count}.get(name, 1)

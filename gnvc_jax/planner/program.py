@@ -54,7 +54,7 @@ def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
 
 
 def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) -> dict:
-    """Communication of a compiled program, and the seconds that each resource takes at its peak.
+    """Reads a program's communication, and the seconds that each resource takes at its peak.
 
     A collective is taken to run in a ring along one axis of the torus, in both directions.
 
@@ -86,7 +86,7 @@ def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
         arguments: Shapes with shardings of the arguments.
 
     Raises:
-        RuntimeError: The message is about something else than memory.
+        RuntimeError: If the message is about something else than memory.
     """
     reason = message.splitlines()[0]
     if "RESOURCE_EXHAUSTED" not in reason:

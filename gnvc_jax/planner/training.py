@@ -36,13 +36,13 @@ def plan(
     Args:
         experiment: Experiment; of its clip lengths, the longest is planned.
         topology: Topology such as "v5p:4x4x4".
-        clips: Clips per epoch.
-        per_device: Clips per device along the axes data and fsdp, overriding `data.batch`, so that
-            the batch grows with the pod (weak scaling). If None, the batch stays the same (strong
-            scaling).
+        clips: Number of clips per epoch.
+        per_device: Number of clips per device along the axes data and fsdp, overriding
+            `data.batch`, so that the batch grows with the pod (weak scaling). If None, the batch
+            stays the same (strong scaling).
 
     Raises:
-        UsageError: Sizes that do not divide, an unknown topology, or no libtpu.
+        UsageError: If sizes do not divide, the topology is unknown, or libtpu is not installed.
     """
     chip, _ = parse_topology(topology)
     if per_device is not None:
@@ -151,7 +151,7 @@ def table(plans: Sequence[dict]) -> str:
 
 
 def abstract_arguments(stage: Stage, mesh: Mesh, frames: int) -> tuple[Tree, ...]:
-    """Arguments (state, frozen, batch) of the train step, as shapes with shardings."""
+    """Describes the arguments (state, frozen, batch) of the train step by shapes with shardings."""
 
     def placed(tree: Tree, places: Tree) -> Tree:
         def one(x: jax.ShapeDtypeStruct, place: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -173,7 +173,7 @@ def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
 
 
 def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: int) -> dict:
-    """Communication and time of a step.
+    """Estimates communication and time of a step.
 
     The time lies between that of the slowest resource at its peak (if everything overlaps) and the
     sum over the resources (if nothing does).

@@ -1,4 +1,10 @@
-"""What an experiment is: nested frozen dataclasses, config files and command-line overrides."""
+"""Experiments: nested frozen dataclasses, config files, and overrides on the command line.
+
+`Experiment` holds all settings of a run in groups (`data`, `optim`, ...), each a dataclass of this
+module or of the network that it sizes. `load` reads one from a config file and `override` applies
+command-line arguments, as `gnvc train --config X` does. Every dataclass checks itself, so that an
+experiment that exists is valid.
+"""
 
 import argparse
 import dataclasses
@@ -18,9 +24,9 @@ from gnvc_jax.parallel import MeshConfig, parse_mesh
 from gnvc_jax.refiner.config import PATCH, RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
-# What the stages of the package need of an experiment; stages of one's own check it themselves.
-# "motion" is a codec with motion ("codec" alone is one without), "start" a run or model with a
-# codec, "train" the choice of what trains, "frames" videos rather than cached latents.
+# Requirements of the package's stages; your own stages check theirs. "motion" is a codec with
+# motion ("codec" alone is one without), "start" a run or model with a codec, "train" the choice of
+# what trains, "frames" videos rather than cached latents.
 STAGE_NEEDS: dict[str, tuple[str, ...]] = {
     "vae": ("frames",),
     "transform": ("codec", "motion", "frames"),
@@ -33,7 +39,11 @@ STAGE_NEEDS: dict[str, tuple[str, ...]] = {
 
 
 def check_range(group: str, config: object, **ranges: tuple[float, float]) -> None:
-    """UsageError that names the first value outside its range; NaN and infinities always are."""
+    """Checks that values lie in their ranges, in which NaN and infinities never lie.
+
+    Raises:
+        UsageError: If a value is outside; the message names the first one.
+    """
     for key, (low, high) in ranges.items():
         value = getattr(config, key)
         if not (low <= value <= high and math.isfinite(value)):
@@ -41,9 +51,10 @@ def check_range(group: str, config: object, **ranges: tuple[float, float]) -> No
 
 
 def check_choices(group: str, config: object) -> None:
-    """UsageError that names the first string setting that is none of its choices, and these.
+    """Checks settings that are annotated as `Literal`, which Python itself does not check.
 
-    Choices are those of the annotation `Literal`, which a config file could pass over unnoticed.
+    Raises:
+        UsageError: If a setting is none of its choices; the message names them.
     """
     for key, hint in get_type_hints(type(config)).items():
         literal = next((t for t in (hint, *get_args(hint)) if get_origin(t) is Literal), None)
@@ -61,18 +72,18 @@ class DataConfig:
 
     Attributes:
         path: Folder of videos, list of videos (.txt), or a single video.
-        frames: Frames per clip, 1 + 4k.
+        frames: Number of frames per clip, 1 + 4k.
         clip_length_schedule: (step, frames) pairs in order; from that step on, clips have that
             length (GNVC-VD: 5, then 9, then 13).
         size: Height and width of the crop in pixels.
-        batch: Clips per step over all devices.
-        workers: Decoding processes; 0 decodes in a thread of this one.
+        batch: Number of clips per step over all devices.
+        workers: Number of decoding processes; 0 decodes in a thread of this one.
         decode_cache: Folder to keep decoded frames in.
         downscale_prob: Share of clips that are halved in size before cropping.
         latents: Folder made by `gnvc cache-latents`, read in place of videos by stages that need no
             frames.
-        statistics_batches: Batches that statistics of latents are measured on at the start of a
-            run, where the VAE does not bring them.
+        statistics_batches: Number of batches that statistics of latents are measured on at the
+            start of a run, unless the VAE brings them.
         max_left_out: Largest share of videos that may be unreadable, wholly or in part.
         seed: Seed of all draws: clips, crops, mirroring.
     """
@@ -109,19 +120,26 @@ class DataConfig:
         return (self.frames, *(frames for _, frames in self.clip_length_schedule))
 
     def frames_at(self, step: int) -> int:
-        """Frames per clip in the step after `step` others."""
+        """Number of frames per clip in the step that follows `step` others."""
         schedule = reversed(self.clip_length_schedule)
         return next((frames for first, frames in schedule if step >= first), self.frames)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, linear warm-up, cosine decay to `final_lr_ratio * lr`, and an average of the weights.
+    """AdamW with linear warm-up and cosine decay, and an average of the weights.
 
-    Weight decay acts on kernels only (see `gnvc_jax.training.batched_optimizer.is_kernel`). The
-    batch is split into `accumulate` micro-batches, whose gradients are averaged; the gradient is
-    clipped to the global norm `clip`. The average decays by min(ema, (1 + step) / (10 + step)) per
-    step.
+    Attributes:
+        lr: Largest learning rate.
+        warmup: Number of steps in which the learning rate rises from 0.
+        steps: Number of steps of the run.
+        final_lr_ratio: Learning rate at the last step, relative to `lr`.
+        betas: Decay of the first and the second moment.
+        weight_decay: Weight decay, which acts on kernels only (see
+            `gnvc_jax.training.batched_optimizer.is_kernel`).
+        accumulate: Number of micro-batches that a batch is split into; gradients are averaged.
+        clip: Largest global norm of the gradient.
+        ema: Decay of the average of the weights; step n uses min(ema, (1 + n) / (10 + n)).
     """
 
     lr: float = 1e-4
@@ -142,12 +160,18 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Where a run writes and how often.
+    """Output of a run.
 
-    out: run folder, a command repeated with the same one resumes; log_every: steps;
-    checkpoint_every_s: seconds; checkpoint_every: steps, replaces the seconds if given; keep:
-    newest checkpoints that stay; profile: first and last step of which a trace for XProf or
-    TensorBoard is written to `out`/profile.
+    Attributes:
+        out: Run folder; repeating a command with the same folder resumes the run.
+        log_every: Steps between lines of the log.
+        checkpoint_every_s: Seconds between checkpoints.
+        checkpoint_every: Steps between checkpoints, in place of seconds.
+        keep: Number of checkpoints to keep, the newest ones.
+        seed: Seed of parameters and of all noise.
+        tensorboard: Whether to log for TensorBoard, too.
+        profile: First and last step to trace; the trace for XProf or TensorBoard is written to
+            `out`/profile.
     """
 
     out: str = "runs/unnamed"
@@ -192,16 +216,16 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class InitConfig:
-    """Where a run takes its starting weights from; see `gnvc_jax.training.weights`.
+    """Sources of the starting weights; see `gnvc_jax.training.weights`.
 
-    What is None is as for the run `run`, if that is given.
-    A run and a model cannot both be given.
+    Settings that are None are taken over from the run `run`, if that is given. A run and a model
+    cannot both be given.
 
     Attributes:
         vae: Folder made by `gnvc port`, or run folder of the stage `vae`.
         dit: Folder made by `gnvc port` with the DiT of the refiner.
         prompt: File of the text condition, see `gnvc_jax.porting.checkpoint.load_prompt`; by
-            default that of the folder `dit`, or zeros.
+            default the one in the folder `dit`, or zeros.
         run: Run folder whose averaged weights to start from.
         model: Model file, or name of a shipped model, whose weights to start from.
     """
@@ -224,16 +248,16 @@ class InitConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """How one network computes.
+    """Types and precision in which one network computes.
 
-    Parameters that train are float32 whatever it says; kernels that do not train are kept in
-    `dtype`, as layers cast them to it anyway.
+    Parameters that train are always float32; kernels that do not train are kept in `dtype`, as
+    layers cast them to it anyway.
 
     Attributes:
-        dtype: Of activations and of the inputs of matrix products and convolutions.
-        precision: Of products of float32 inputs. "highest" is float32; "default" is what the
-            backend finds fastest, bfloat16 on TPUs and TF32 on GPUs; "high" lies between.
-        remat: What the backward pass computes again instead of keeping it.
+        dtype: Type of activations and of the inputs of matrix products and convolutions.
+        precision: Precision of products of float32 inputs. "highest" is float32; "default" is the
+            fastest of the backend, bfloat16 on TPUs and TF32 on GPUs; "high" lies between.
+        remat: Activations that the backward pass computes again instead of keeping them.
     """
 
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -245,24 +269,25 @@ class Policy:
 
     @property
     def jax_dtype(self) -> jnp.dtype:
-        """Its type for JAX."""
+        """The type `dtype` for JAX."""
         return jnp.dtype(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Policy):
-    """How the networks compute: `dtype`, `precision` and `remat` are those of the refiner's DiT.
+    """Types and precision of all networks; those at the top are the refiner's DiT's.
 
     The codec and encoding by the VAE have no setting: they are float32 with the precision
-    "highest", since the latents and the integers that come of them are what is coded.
+    "highest", since latents and the integers made of them are what is coded.
 
     Attributes:
-        remat: What the backward pass of the DiT computes again, see `gnvc_jax.refiner.dit.REMAT`.
-        attention: See `gnvc_jax.refiner.attention`, None for the backend's best; "ring" for keys
-            that go round the mesh axis `context`, which otherwise exchanges tokens for heads where
-            it divides these.
-        vae: Of the VAE's decoder; its remat covers the encoder, too, where that trains.
-        perceptual: Of the network that LPIPS looks through, as a loss.
+        remat: Activations that the backward pass of the DiT computes again, see
+            `gnvc_jax.refiner.dit.REMAT`.
+        attention: Implementation of attention, see `gnvc_jax.refiner.attention`; None for the
+            backend's best, "ring" for keys that go round the mesh axis `context`, which otherwise
+            exchanges tokens for heads where it divides these.
+        vae: Settings of the VAE's decoder; `remat` covers the encoder, too, where that trains.
+        perceptual: Settings of the network of LPIPS, where that is a loss.
     """
 
     remat: Literal["none", "full", "attention", "matmuls"] = "none"
@@ -271,7 +296,7 @@ class ComputeConfig(Policy):
     perceptual: Policy = Policy()
 
     def without_remat(self) -> "ComputeConfig":
-        """The same with nothing computed again."""
+        """Returns the same settings with nothing computed again."""
         keep = {"remat": "none"}
         parts = {k: dataclasses.replace(getattr(self, k), **keep) for k in ("vae", "perceptual")}
         return dataclasses.replace(self, **keep, **parts)
@@ -285,24 +310,24 @@ class Experiment:
     can combine what does not fit; stages check what only they know.
 
     Attributes:
-        stage: Name of a stage (see `gnvc_jax.training.stages`), or "module:function" of one's own.
+        stage: Name of a stage (see `gnvc_jax.training.stages`), or "module:function" of your own.
         vae: Sizes of the VAE.
         codec: Sizes of the latent codec, None for stages without one.
         refiner: Sizes of the refiner, None for models without one.
-        compute: How the networks compute.
-        init: Where starting weights come from.
-        train: Regular expressions for the paths of the parameters that train, of stages that leave
-            the choice ("codec/", "refiner/dit/groups/context").
-        lora: Rank of low-rank changes of the DiT's kernels that train besides, 0 for none.
+        compute: Types and precision of the networks.
+        init: Sources of the starting weights.
+        train: Regular expressions for the paths of the parameters that train ("codec/",
+            "refiner/dit/groups/context"), in stages that leave the choice.
+        lora: Rank of low-rank changes of the DiT's kernels that train in addition, 0 for none.
         loss: Settings of the stage's loss, a dataclass that is defined beside it.
         data: Training clips.
         optim: Optimizer.
-        mesh: Devices along each axis of the mesh.
-        run: Where the run writes and how often.
+        mesh: Number of devices along each axis of the mesh.
+        run: Output of the run.
         evaluate: Evaluation on held-out clips.
 
     Raises:
-        UsageError: Settings do not fit each other, or the stage lacks one.
+        UsageError: If settings do not fit each other, or the stage lacks one.
     """
 
     stage: str
@@ -330,7 +355,7 @@ class Experiment:
         self._check_stage()
 
     def _check_networks(self) -> None:
-        """Each network has the sizes that the others expect of it."""
+        """Checks that each network has the sizes that the others expect of it."""
         vae, codec, refiner = self.vae, self.codec, self.refiner
         channels = "vae.latent_channels", vae.latent_channels
         equal = []
@@ -354,7 +379,7 @@ class Experiment:
             )
 
     def _check_data(self) -> None:
-        """Clips consist of whole latents, and batches of whole micro-batches."""
+        """Checks that clips consist of whole latents, and batches of whole micro-batches."""
         stride = self.vae.temporal_stride
         for frames in self.data.lengths:
             if (frames - 1) % stride:
@@ -374,7 +399,7 @@ class Experiment:
             )
 
     def _check_stage(self) -> None:
-        """The experiment has what its stage needs."""
+        """Checks that the experiment has all that its stage needs."""
         needs = STAGE_NEEDS.get(self.stage, ())
         if "codec" in needs:
             if self.codec is None:
@@ -403,7 +428,7 @@ class Experiment:
             )
 
     def tokens(self, frames: int) -> int:
-        """Tokens of the refiner for a clip of so many frames; 0 without a refiner."""
+        """Number of the refiner's tokens for a clip of so many frames; 0 without a refiner."""
         if self.refiner is None:
             return 0
         grid = (side // self.vae.stride for side in self.data.size)
@@ -411,7 +436,12 @@ class Experiment:
 
 
 def load(path: str | Path) -> Experiment:
-    """The `experiment` (a value, or a function without arguments) that a config file defines."""
+    """Loads the `experiment` that a config file defines, a value or a function without arguments.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        UsageError: If the file does not define an experiment.
+    """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such config file")
     spec = importlib.util.spec_from_file_location("experiment_config", path)
@@ -427,9 +457,13 @@ def load(path: str | Path) -> Experiment:
 
 
 def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
-    """Apply `--group.key value` arguments; a wrong key or type ends the program with a message.
+    """Applies `--group.key value` arguments to an experiment.
 
-    `--mesh data=2,fsdp=4` stands for its parts. Raises UsageError for a mesh of other axes.
+    `--mesh data=2,fsdp=4` stands for its parts. A wrong key or type ends the program with a
+    message.
+
+    Raises:
+        UsageError: If the mesh has other axes, or the settings do not fit each other.
     """
     mesh = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mesh.add_argument("--mesh")
@@ -447,7 +481,7 @@ def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    """Flattens nested settings: {"optim": {"lr": 1}} becomes {"optim.lr": 1}."""
     flat = {}
     for key, value in tree.items():
         nested = isinstance(value, Mapping)

@@ -1,4 +1,4 @@
-"""What a run prints before its first step: parameters and where they lie, kernels, sizes, memory.
+"""Table that a run prints before its first step: parameters, their places, kernels, sizes, memory.
 
     latent on 8 x TPU v5p: fsdp 8
     part     state    parameters  type        MiB  per device  on the mesh
@@ -30,13 +30,13 @@ COLUMNS = ("part", "state", "parameters", "type", "MiB", "per device", "on the m
 
 
 def describe_run(experiment: Experiment, state: State, frozen: Tree, frames: int) -> str:
-    """The table of a run; to be called under its mesh.
+    """Writes the table of a run; to be called under its mesh.
 
     Args:
-        experiment: What is run.
+        experiment: Experiment of the run.
         state: Train state, arrays or shapes, with shardings.
-        frozen: What does not train, see `gnvc_jax.training.stages.frozen`; likewise.
-        frames: Frames per clip of the next step.
+        frozen: Arrays or shapes that do not train, see `gnvc_jax.training.stages.frozen`.
+        frames: Number of frames per clip of the next step.
     """
     mesh = jax.sharding.get_mesh()
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -53,7 +53,7 @@ def describe_run(experiment: Experiment, state: State, frozen: Tree, frames: int
 
 
 def parameter_rows(state: State, frozen: Tree) -> list[tuple[str, ...]]:
-    """One row for each part that trains or does not, and for the constants of the loss."""
+    """Rows of all parts that train or do not, and of the constants of the loss."""
     fixed = {name: part for name, part in frozen.items() if name != "fixed"}
     groups = (("trained", state.params), ("frozen", frozen["fixed"] | fixed))
     return [
@@ -80,7 +80,7 @@ def parameter_row(name: str, how: str, leaves: list[jax.Array]) -> tuple[str, ..
 
 
 def placement(leaves: list[Any]) -> str:
-    """How arrays lie on the mesh, in words; the percentage is of their bytes."""
+    """Says in words how arrays lie on the mesh; the percentage is of their bytes."""
     split = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
     if not split:
         return "replicated"
@@ -91,7 +91,7 @@ def placement(leaves: list[Any]) -> str:
 
 
 def step_text(experiment: Experiment, frames: int) -> str:
-    """What goes through one step."""
+    """Says how much goes through one step."""
     batch, (height, width) = experiment.data.batch, experiment.data.size
     clips = f"{batch} clips of {frames} frames of {height} x {width}"
     parts = [f"{batch * frames:,} frames"]
@@ -103,7 +103,7 @@ def step_text(experiment: Experiment, frames: int) -> str:
 
 
 def kernels_text(experiment: Experiment) -> str:
-    """Which forms of convolution and attention are used, and how the refiner computes."""
+    """Says which forms of convolution and attention are used, and how the refiner computes."""
     by = {convolution.CPU: "Winograd and sums over taps", convolution.DIRECT: "XLA"}
     parts = [f"convolutions by {by[convolution.strategy()]}"]
     if experiment.refiner is not None:
@@ -119,7 +119,7 @@ def kernels_text(experiment: Experiment) -> str:
 
 
 def memory_text(state: State, frozen: Tree) -> str:
-    """Memory of a device that holds through the whole step; that of activations depends on more."""
+    """Says how much memory a device needs throughout a step; activations are not included."""
     params = bytes_per_device(state.params)
     amounts = {
         "trained": params,
@@ -134,12 +134,12 @@ def memory_text(state: State, frozen: Tree) -> str:
 
 
 def nbytes(x: jax.Array) -> int:
-    """Bytes of an array, or of a shape, on all devices together if it lay on them once."""
+    """Bytes of an array or of a shape, counted once however many devices hold copies."""
     return math.prod(x.shape) * x.dtype.itemsize
 
 
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Rows as lines with columns of equal width; numbers at the right."""
+    """Formats rows as lines with columns of equal width, numbers flush right."""
     columns = list(zip(*rows))
     widths = [max(map(len, column)) for column in columns]
     right = [any(cell[:1].isdigit() for cell in column[1:]) for column in columns]

@@ -1,4 +1,8 @@
-"""The train state: weights, their average, optimizer moments, and the key of all randomness."""
+"""The train state: weights, their average, optimizer moments, and the key of all randomness.
+
+`init_state` makes a new one and `abstract_state` describes it before there is any; the step of
+`gnvc_jax.training.step` changes it, and `gnvc_jax.training.checkpoints` saves it.
+"""
 
 import dataclasses
 from typing import Any
@@ -22,7 +26,12 @@ Tree = Any
 class State:
     """Everything that a step changes or that makes it reproducible; arrays only.
 
-    step: int32, updates done or skipped; ema: averaged params; key: of the whole run.
+    Attributes:
+        step: Number of updates done or skipped, int32.
+        params: Parameters that train.
+        ema: Exponential moving average of the parameters.
+        opt_state: Moments of the optimizer.
+        key: Random key of the whole run.
     """
 
     step: jax.Array
@@ -33,7 +42,11 @@ class State:
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:
-    """Linear from 0 to `lr` in `warmup` steps, cosine to `final_lr_ratio * lr` at `steps`."""
+    """Learning rate by step.
+
+    It rises linearly from 0 to `lr` in `warmup` steps and falls as a cosine to
+    `final_lr_ratio * lr` at `steps`.
+    """
     end = max(config.steps, config.warmup + 1)  # a run may be shorter than its warm-up
     return optax.warmup_cosine_decay_schedule(
         0.0, config.lr, config.warmup, end, config.lr * config.final_lr_ratio
@@ -43,7 +56,9 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
 def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformation:
     """Clipping and AdamW, without the learning rate, which the step applies.
 
-    decayed: a tree of bools like the parameters or their stacks: which of them decay.
+    Args:
+        config: Settings of the optimizer.
+        decayed: Tree of bools like the parameters or their stacks: which of them decay.
     """
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -53,7 +68,7 @@ def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformatio
 
 
 def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
-    """The state before the first step."""
+    """Makes the state before the first step."""
     kernels = jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
     return State(
         step=jnp.int32(0),
@@ -65,9 +80,12 @@ def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
 
 
 def abstract_state(stage: Stage, mesh: Mesh) -> State:
-    """The train state as shapes, types and shardings: averages and moments lie as parameters do.
+    """Describes the train state by shapes, types and shardings.
 
-    Raises UsageError for parameters that the mesh does not divide.
+    Averages and moments lie as parameters do.
+
+    Raises:
+        UsageError: If the mesh does not divide a parameter that must be split.
     """
 
     def make(key: jax.Array) -> State:

@@ -1,4 +1,8 @@
-"""The train step: gradient, AdamW and the average of the weights, as one pure function."""
+"""The train step: gradient, AdamW and the average of the weights, as one pure function.
+
+`make_step` builds the function from a loss, and `jit_step` compiles it for the arrays of a stage on
+a mesh. Nothing else in training is jitted in the loop.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -21,15 +25,18 @@ Tree = Any
 
 
 def gradient(loss: Callable, parts: int) -> Callable:
-    """`jax.value_and_grad` of a stage's loss, as the mean over `parts` equal parts of the batch.
+    """Makes `jax.value_and_grad` of a loss, as the mean over equal parts of the batch.
 
-    Parts are interleaved, so that each is spread over all devices as the batch is.
+    Args:
+        loss: Function (params, frozen, batch, key, step) -> (loss, metrics).
+        parts: Number of parts, which are computed one after another to save memory.
     """
     whole = jax.value_and_grad(loss, has_aux=True)
     if parts == 1:
         return whole
 
     def divided(x: jax.Array) -> jax.Array:
+        # Parts are interleaved: clips are sharded in blocks, so each part has clips of all devices.
         return rearrange(x, "(b parts) ... -> parts b ...", parts=parts)
 
     def mean(params: Tree, frozen: Tree, batch: Tree, key: jax.Array, step: jax.Array) -> Tree:
@@ -38,7 +45,7 @@ def gradient(loss: Callable, parts: int) -> Callable:
             done = whole(params, frozen, part, jax.random.fold_in(key, i), step)
             return jax.tree.map(lambda a, b: a + b / parts, total, done), None
 
-        batch = jax.tree.map(divided, batch)
+        batch = jax.tree.map(divided, batch)  # (parts, b / parts, ...)
         first = jax.tree.map(lambda x: x[0], batch)
         like = jax.eval_shape(whole, params, frozen, first, key, step)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
@@ -50,15 +57,20 @@ def gradient(loss: Callable, parts: int) -> Callable:
 def make_step(
     config: OptimConfig, loss: Callable
 ) -> Callable[[State, Tree, Tree], tuple[State, dict[str, jax.Array]]]:
-    """The pure function (state, frozen, batch) -> (state, metrics).
+    """Makes the pure function (state, frozen, batch) -> (state, metrics).
 
-    loss: function (params, frozen, batch, key, step), see `gnvc_jax.training.stages.objective`.
     An update whose gradient norm is not finite is left out: weights, moments and average stay, only
     the step counts on, and the metric `skipped` is 1.
+
+    Args:
+        config: Settings of the optimizer.
+        loss: Function (params, frozen, batch, key, step) -> (loss, metrics), see
+            `gnvc_jax.training.stages.objective`.
     """
     schedule = learning_rate(config)
 
     def step(state: State, frozen: Tree, batch: Tree) -> tuple[State, dict[str, jax.Array]]:
+        # A function of run and step alone, so a resumed run draws the same numbers.
         key = jax.random.fold_in(state.key, state.step)
         (value, parts), grads = gradient(loss, config.accumulate)(
             state.params, frozen, batch, key, state.step
@@ -71,9 +83,12 @@ def make_step(
         update = optimizer(config, stacks.kernels).update
         updates, opt_state = update(grads, opt_state, params)
         params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+        # In the first steps the average follows closely, so that it forgets the initialisation.
         decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
 
+        # One NaN anywhere makes the norm NaN. `where` keeps the old values on the device, without a
+        # round trip to the host.
         finite = jnp.isfinite(grad_norm)
         new = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), [params, ema, opt_state], old
@@ -92,9 +107,14 @@ def make_step(
 
 
 def jit_step(stage: Stage, mesh: Mesh, state: State, frozen: Tree) -> Callable:
-    """The train step for arrays placed by the rules, to run or to compile; the state is donated.
+    """Jits the train step of a stage, to run it or to compile it; the state is donated.
 
-    state, frozen: as shapes with shardings, or arrays.
+    Args:
+        stage: The stage.
+        mesh: Mesh that the step runs on.
+        state: Train state, arrays or shapes with shardings.
+        frozen: Arrays or shapes with shardings that do not train, see
+            `gnvc_jax.training.stages.frozen`.
     """
     whole, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(BATCH))
     state, frozen = jax.tree.map(lambda x: x.sharding, (state, frozen))

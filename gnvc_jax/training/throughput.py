@@ -1,4 +1,8 @@
-"""What a step has to do, and how much of a run's time goes into steps."""
+"""Throughput of training: the work of a step, and the share of a run's time that goes into steps.
+
+`WorkPerStep` counts clips, frames, tokens and operations; divided by the time they take, they are
+the rates and the MFU in the log. `Clock` measures goodput.
+"""
 
 import dataclasses
 import time
@@ -13,13 +17,15 @@ from gnvc_jax.training.stages import Stage
 
 
 def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = False) -> float:
-    """Operations of a step over all devices, forward and backward; see `gnvc_jax.planner.flops`.
+    """Counts the operations of a step over all devices, forward and backward.
+
+    See `gnvc_jax.planner.flops` for what counts.
 
     Args:
-        stage: What is trained.
+        stage: Stage that is trained.
         device: One of the devices: layers take the form that suits its platform.
-        frames: Frames per clip.
-        remat: Whether what the backward pass computes again counts twice. False gives the number
+        frames: Number of frames per clip.
+        remat: Whether operations that the backward pass repeats count twice. False gives the number
             that MFU refers to.
     """
     experiment = stage.experiment
@@ -44,7 +50,7 @@ def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = Fals
 
 
 class WorkPerStep:
-    """What a step of a stage has to do."""
+    """Amount of work in a step of a stage."""
 
     def __init__(self, stage: Stage):
         self.stage, self.known = stage, {}
@@ -53,10 +59,10 @@ class WorkPerStep:
         """Amounts for clips of so many frames, over all devices; the first call traces the step.
 
         Returns:
-            "clips", "frames" and, with a refiner, "tokens"; "gflop": operations in 10^9, nothing
-            counted twice that is computed again; "peak_s": seconds that these would take at the
-            published peak of the devices, where that is known. Over the seconds it took, the
-            latter is the MFU (PaLM, Chowdhery et al. 2022, appendix B).
+            "clips", "frames" and, with a refiner, "tokens"; "gflop", the operations in 10^9, where
+            nothing counts twice that is computed again; "peak_s", the seconds that these would take
+            at the published peak of the devices, where that is known. "peak_s" over the seconds
+            that the step took is the MFU (PaLM, Chowdhery et al. 2022, appendix B).
         """
         if frames not in self.known:
             experiment, devices = self.stage.experiment, jax.devices()
@@ -75,35 +81,37 @@ class WorkPerStep:
 class Clock:
     """Goodput: the share of the time since a run first started that went into steps that count.
 
-    What else takes time: starting, compiling, saving, standing still, and steps that were lost
-    because they came after the checkpoint from which the run went on. (Waiting for input has a
+    The rest of the time goes into starting, compiling, saving, standing still, and steps that were
+    lost because they came after the checkpoint from which the run went on. (Waiting for input has a
     metric of its own.)
 
-    started: Unix time of the first start; trained_s: seconds of steps up to the checkpoint that the
-    run goes on from. `get_state` gives both.
+    Args:
+        started: Unix time of the first start.
+        trained_s: Seconds of steps up to the checkpoint that the run goes on from. `get_state`
+            gives both.
     """
 
     def __init__(self, started: float, trained_s: float = 0.0):
         self.started, self.trained, self.since = started, trained_s, None
 
     def run(self) -> None:
-        """From here on, time counts."""
+        """Starts the clock: from here on, time counts."""
         self.since = time.time()
 
     def trained_s(self) -> float:
-        """Seconds of steps."""
+        """Seconds that went into steps."""
         return self.trained + (0.0 if self.since is None else time.time() - self.since)
 
     def stop(self) -> None:
-        """From here on, time does not count."""
+        """Stops the clock: from here on, time does not count."""
         self.trained, self.since = self.trained_s(), None
 
     def goodput(self) -> float:
-        """The share, 0 to 1."""
+        """Share of the time that went into steps, 0 to 1."""
         return self.trained_s() / max(time.time() - self.started, 1e-9)
 
     def get_state(self) -> dict[str, float]:
-        """What the clock of a resumed run is made of; JSON-ready."""
+        """Returns the arguments of the clock of a resumed run, JSON-ready."""
         return {"started": self.started, "trained_s": self.trained_s()}
 
 

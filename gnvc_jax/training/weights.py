@@ -1,4 +1,4 @@
-"""Where the weights of a run come from: one place, described by `InitConfig`.
+"""Starting weights of a run, from all the sources that `InitConfig` describes.
 
 Each parameter of a model comes from the last of these that has it:
 
@@ -8,9 +8,10 @@ Each parameter of a model comes from the last of these that has it:
 4. the model file `init.model`, but for its VAE if `init.vae` is given;
 5. the averaged weights of the run `init.run`, after those of the runs that it started from itself.
 
-A run keeps in its checkpoints only what it trained, hence the chain of runs. What a run does not
-name is as for the run before it, so that `init.run` alone is enough to go on from a run. Only what
-is asked for is read: `load` takes shapes, with the types and shardings to read them in.
+A run keeps in its checkpoints only what it trained, hence the chain of runs. A source that a run
+does not name is the one of the run before it, so that `init.run` alone is enough to go on from a
+run. Only what is asked for is read: `load` takes shapes, with the types and shardings to read them
+in.
 """
 
 import re
@@ -55,7 +56,7 @@ class Origins(NamedTuple):
     """Folders and runs that starting weights come from.
 
     Attributes:
-        vae, dit, prompt, model: See `InitConfig`.
+        vae, dit, prompt, model: Sources as in `InitConfig`.
         runs: Run folders, oldest first.
     """
 
@@ -70,8 +71,8 @@ def origins(init: InitConfig) -> Origins:
     """Follows a run to those that it started from.
 
     Raises:
-        FileNotFoundError: A run is not there.
-        UsageError: A run leads back to itself.
+        FileNotFoundError: If a run is not there.
+        UsageError: If a run leads back to itself.
     """
     found, runs = init, []
     while init.run is not None:
@@ -86,22 +87,22 @@ def origins(init: InitConfig) -> Origins:
 
 
 def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = None) -> Tree:
-    """What the origins of an experiment have of some parameters.
+    """Loads parameters from the origins of an experiment, as far as these have them.
 
     Args:
         experiment: Experiment; `init`, `lora` and the sizes of its networks count.
         wanted: Shapes of some parameters by part, each with the type and, if it has one, the
             sharding to read it in. Each process reads its own part of an array with a sharding;
             others become NumPy arrays.
-        statistics: Statistics of the VAE's latents, for what is made of them.
+        statistics: Statistics of the VAE's latents, from which the refiner's grey latents are made.
 
     Returns:
-        Tree of those of the wanted parameters that were found.
+        Tree of the wanted parameters that were found.
 
     Raises:
-        UsageError: Shapes or architectures differ, or a run lacks a parameter of a part that it has
-            others of.
-        FileNotFoundError: A folder or run is not there.
+        UsageError: If shapes or architectures differ, or a run lacks a parameter of a part of which
+            it has others.
+        FileNotFoundError: If a folder or run is not there.
     """
     known = origins(experiment.init)
     like = wanted
@@ -113,6 +114,7 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
         found = join(found, load_model_weights(experiment, known.model, like))
     if statistics is not None and "grey" in like.get("refiner", {}):
         found = join(found, {"refiner": {"grey": whitened_grey_latents(experiment, statistics)}})
+    # From the oldest run to the newest: later ones replace what earlier ones have.
     trained_before: set[str] = set()
     kernels = {name: part for name, part in like.items() if name != "lora"}
     for run, rank, next_rank in zip(known.runs, ranks, [*ranks[1:], experiment.lora]):
@@ -136,7 +138,7 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
 
 
 def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
-    """What the folders `init.vae` and `init.dit` have of some parameters."""
+    """Loads parameters from the folders `init.vae` and `init.dit`."""
     found = {}
     if known.vae is not None and "vae" in like:
         if has_component(known.vae, "vae"):
@@ -152,7 +154,7 @@ def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
 
 
 def load_model_weights(experiment: Experiment, name: str, like: Tree) -> Tree:
-    """What the model file `init.model` has of some parameters.
+    """Loads parameters from the model file `init.model`.
 
     A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
     the same codec. The VAE is not, if `init.vae` names one: model files round theirs.
@@ -173,14 +175,18 @@ def load_model_weights(experiment: Experiment, name: str, like: Tree) -> Tree:
 
 
 def check_architecture(folder: str, component: str, expected: object) -> None:
-    """UsageError unless a ported component has the expected sizes."""
+    """Checks the sizes of a ported component.
+
+    Raises:
+        UsageError: If they are not the expected ones.
+    """
     config = read_architecture(folder, component).config
     if config != expected:
         raise UsageError(f"{folder}: holds {config}, but the experiment has {expected}")
 
 
 def add_run(found: Tree, run: str, like: Tree, rank: int, goes_on: bool) -> tuple[Tree, set[str]]:
-    """Replaces what is found so far by what a run has of it.
+    """Replaces parameters found so far by those that a run has.
 
     Args:
         found: Parameters found so far.
@@ -202,16 +208,16 @@ def add_run(found: Tree, run: str, like: Tree, rank: int, goes_on: bool) -> tupl
 
 
 def whitened_grey_latents(experiment: Experiment, statistics: Statistics) -> np.ndarray:
-    """Whitened latents (2, c) of a grey clip: of the first latent, and of one that follows."""
+    """Computes whitened latents (2, c) of a grey clip: the first one, and one that follows."""
     latents = grey_latents(VAE(experiment.vae), load_vae(experiment))
     latents = (np.asarray(latents) - statistics["mean"]) / statistics["std"]
     return latents * statistics["white"]
 
 
 def load_vae(experiment: Experiment) -> Tree:
-    """All parameters of the VAE, float32 on the host.
+    """Loads all parameters of the VAE, float32 on the host.
 
-    Errors as `load`, and UsageError if they are nowhere.
+    It raises the errors of `load`, and UsageError if a parameter is nowhere to be found.
     """
     vae = VAE(experiment.vae)
     shapes = {"vae": jax.eval_shape(lambda key: init_vae(vae, key), jax.random.key(0))}
@@ -221,7 +227,7 @@ def load_vae(experiment: Experiment) -> Tree:
 
 
 def load_text(experiment: Experiment) -> np.ndarray | None:
-    """The text condition (1, rows, width), None for a model without one."""
+    """Loads the text condition (1, rows, width), None for a model without one."""
     config, known = text_config(experiment), origins(experiment.init)
     if config is None:
         return None
@@ -247,7 +253,11 @@ def text_config(experiment: Experiment) -> DiTConfig | None:
 
 
 def check_complete(found: Tree, wanted: Tree) -> None:
-    """UsageError for parameters that neither train nor were found."""
+    """Checks that all parameters that do not train were found.
+
+    Raises:
+        UsageError: If one is missing.
+    """
     missing = sorted(flatten_dict(wanted, sep="/").keys() - flatten_dict(found, sep="/").keys())
     if missing:
         raise UsageError(
@@ -257,7 +267,10 @@ def check_complete(found: Tree, wanted: Tree) -> None:
 
 
 def kept(shapes: Tree, compute: ComputeConfig) -> Tree:
-    """Shapes in the types of parameters that do not train: what their layers compute in."""
+    """Gives shapes the types in which parameters that do not train are kept.
+
+    These are the types that their layers compute in, which saves memory and changes no result.
+    """
     kernels = {DIT_KERNELS: compute.jax_dtype, DECODER_KERNELS: compute.vae.jax_dtype}
 
     def one(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -269,9 +282,9 @@ def kept(shapes: Tree, compute: ComputeConfig) -> Tree:
 
 
 def on_mesh(shapes: Tree) -> Tree:
-    """Shapes of parameters with their shardings on the mesh in use; as they are without one.
+    """Gives shapes of parameters their shardings on the mesh in use, if there is one.
 
-    What is read into these, each process reads its own part of.
+    Each process then reads its own part of the parameters.
     """
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
@@ -280,12 +293,12 @@ def on_mesh(shapes: Tree) -> Tree:
 
 
 def placed_like(old: Tree, new: Tree) -> Tree:
-    """The arrays `new` on the devices, and in the shardings, of `old`."""
+    """Puts the arrays `new` on the devices, and in the shardings, of `old`."""
     return jax.tree.map(lambda old, new: jax.device_put(new, old.sharding), old, new)
 
 
 def agreed(tree: Tree) -> Tree:
-    """Host arrays of the first process, on all processes of a run.
+    """Replaces host arrays by those of the first process, on all processes of a run.
 
     Each process reads its own part of the data, so what they measure differs.
     """

@@ -1,7 +1,7 @@
-"""Training stages: what is trained, on what, against which loss.
+"""Training stages: what is trained, on what data, against which loss.
 
 A stage is a record of functions, made from an experiment by the function that its name stands for.
-One's own is named "module:function" in the config:
+Your own stage is named "module:function" in the config:
 
     def my_stage(experiment: Experiment) -> Stage:
         networks = make_networks(experiment)
@@ -18,9 +18,9 @@ One's own is named "module:function" in the config:
             trainable=("codec/",),
         )
 
-The rest of this module is what every stage needs around its loss: the parameters that train
-(`init_trained`), where a run starts (`start`), what stays as it is (`frozen`), and the loss as a
-function of what trains (`objective`).
+The rest of this module is common to all stages: the parameters that train (`init_trained`), their
+values at the start of a run (`start`), everything that stays as it is (`frozen`), and the loss as a
+function of the parameters that train (`objective`).
 """
 
 import dataclasses
@@ -55,29 +55,29 @@ STAGES = {
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What the training loop asks of a stage.
+    """A stage as the training loop sees it.
 
     Attributes:
-        experiment: Experiment that it was made from.
+        experiment: Experiment that the stage was made from.
         init: Function (key) -> random parameters of the whole model, a nested dictionary by part.
             It is traced, so nothing is read from disk in it.
         loss: Function (params, constants, batch, key, step) -> (scalar loss, dictionary of scalar
-            metrics). params: those of the whole model, trained and fixed; key: new in each step;
-            step: int32.
+            metrics). `params` are those of the whole model, trained and fixed; `key` is new in each
+            step; `step` is an int32.
         data: Training data.
         trainable: Regular expressions for the paths of the parameters that train; everything by
             default. See `gnvc_jax.training.partition.split`.
-        measure: Function () -> what a run learns of its data once, at its start, beside
-            parameters. Checkpoints keep it.
-        constants: Function (statistics) -> arrays beside parameters that the loss needs;
-            statistics: what `measure` gave when the run began.
-        constant_shapes: Function () -> the same as shapes, from the configuration alone. Needed
-            whenever `constants` is given: the step is also traced before there is data.
-        fit: Function (params, statistics) -> the parameters that train, started from data. Called
-            for new runs that start from no other run.
-        teacher: Patterns of those parameters of which the loss needs the starting values besides:
+        measure: Function () -> statistics of the data, which a run measures once, at its start.
+            Checkpoints keep them.
+        constants: Function (statistics) -> arrays beside parameters that the loss needs, from the
+            statistics that were measured when the run began.
+        constant_shapes: Function () -> shapes of the constants, from the configuration alone. It is
+            needed whenever `constants` is given: the step is also traced before there is data.
+        fit: Function (params, statistics) -> the parameters that train, started from data. It is
+            called for new runs that start from no other run.
+        teacher: Patterns of parameters whose starting values the loss needs, too:
             `constants["teacher"]` is then a model that has them.
-        trip_count: Of a loop in the loss whose length is drawn in each step, on average.
+        trip_count: Average length of a loop in the loss whose length is drawn in each step.
     """
 
     experiment: Experiment
@@ -94,10 +94,10 @@ class Stage:
 
 
 def make_stage(experiment: Experiment) -> Stage:
-    """The stage that an experiment names.
+    """Makes the stage that an experiment names.
 
     Raises:
-        UsageError: There is no stage of that name, or the experiment lacks what it needs.
+        UsageError: If there is no stage of that name, or the experiment lacks what it needs.
     """
     module, _, name = STAGES.get(experiment.stage, experiment.stage).partition(":")
     if not name:
@@ -106,12 +106,12 @@ def make_stage(experiment: Experiment) -> Stage:
 
 
 def model_shapes(stage: Stage) -> Tree:
-    """All parameters of the model as shapes."""
+    """Shapes of all parameters of the model."""
     return jax.eval_shape(stage.init, jax.random.key(0))
 
 
 def init_trained(stage: Stage, key: Array) -> Tree:
-    """Random values of the parameters that train, low-rank changes included; to be traced."""
+    """Draws the parameters that train, low-rank changes included; to be traced."""
     key_model, key_lora = jax.random.split(key)
     params = stage.init(key_model)
     trained, _ = partition.split(params, stage.trainable)
@@ -121,15 +121,16 @@ def init_trained(stage: Stage, key: Array) -> Tree:
 
 
 def start(stage: Stage, params: Tree, statistics: Statistics) -> Tree:
-    """What a new run starts from.
+    """Replaces random parameters by those that a new run starts from.
 
     Args:
         stage: Stage.
         params: Random parameters that train, on their devices.
-        statistics: What the stage measured.
+        statistics: Statistics that the stage measured.
 
     Returns:
-        The parameters, with what `experiment.init` names, or what the stage fits to data.
+        The parameters from the sources that `experiment.init` names, or as the stage fits them to
+        data; random ones where there is neither.
     """
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
@@ -141,13 +142,13 @@ def start(stage: Stage, params: Tree, statistics: Statistics) -> Tree:
 
 
 def fixed_shapes(stage: Stage) -> Tree:
-    """Parameters that do not train, as shapes, in the types that they are kept in."""
+    """Shapes of the parameters that do not train, in the types that they are kept in."""
     _, fixed = partition.split(model_shapes(stage), stage.trainable)
     return weights.kept(fixed, stage.experiment.compute)
 
 
 def teacher_shapes(stage: Stage) -> Tree:
-    """The teacher's own parameters as shapes: those that train; it shares the others."""
+    """Shapes of the teacher's own parameters: those that train; it shares the others."""
     whole = model_shapes(stage)
     trained, _ = partition.split(whole, stage.trainable)
     flat = flatten_dict(partition.split(whole, stage.teacher)[0], sep="/")
@@ -159,14 +160,14 @@ def teacher_shapes(stage: Stage) -> Tree:
 
 
 def frozen(stage: Stage, statistics: Statistics) -> Tree:
-    """Everything that the loss needs and that does not train.
+    """Loads everything that the loss needs and that does not train.
 
     Returns:
-        {"fixed": parameters, "constants": see `Stage.constants`} and, for a stage with a teacher,
-        {"teacher": its own parameters}.
+        A dictionary of "fixed", the parameters that do not train, "constants" (see
+        `Stage.constants`) and, for a stage with a teacher, "teacher", its own parameters.
 
     Raises:
-        UsageError: A parameter is nowhere to be found.
+        UsageError: If a parameter is nowhere to be found.
     """
     wanted = weights.on_mesh(fixed_shapes(stage))
     fixed = weights.load(stage.experiment, wanted, statistics)
@@ -176,7 +177,7 @@ def frozen(stage: Stage, statistics: Statistics) -> Tree:
 
 
 def load_teacher(stage: Stage, statistics: Statistics) -> Tree:
-    """The teacher's own parameters: the starting weights."""
+    """Loads the teacher's own parameters, the starting weights."""
     shapes = weights.on_mesh(teacher_shapes(stage))
     wanted: dict[str, Any] = flatten_dict(shapes, sep="/")
     found = flatten_dict(weights.load(stage.experiment, shapes, statistics), sep="/")
@@ -191,7 +192,7 @@ def load_teacher(stage: Stage, statistics: Statistics) -> Tree:
 
 
 def frozen_shapes(stage: Stage) -> Tree:
-    """`frozen` as shapes, from the configuration alone: nothing need be there yet."""
+    """Shapes of what `frozen` loads, from the configuration alone: nothing need be there yet."""
     found = {"fixed": fixed_shapes(stage), "constants": stage.constant_shapes()}
     return found | ({"teacher": teacher_shapes(stage)} if stage.teacher else {})
 
@@ -199,7 +200,7 @@ def frozen_shapes(stage: Stage) -> Tree:
 def objective(
     stage: Stage,
 ) -> Callable[[Tree, Tree, Tree, Array, Array], tuple[Array, dict[str, Array]]]:
-    """The loss as a function (trained parameters, frozen, batch, key, step); see `frozen`."""
+    """Makes the loss a function of (trained parameters, frozen, batch, key, step)."""
 
     def loss(
         params: Tree, frozen: Tree, batch: Tree, key: Array, step: Array

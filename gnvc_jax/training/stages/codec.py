@@ -1,4 +1,8 @@
-"""Stage `codec`: rate and latent error of the latent codec under a fixed VAE (the warm start)."""
+"""Stage `codec`: rate and latent error of the latent codec under a fixed VAE (the warm start).
+
+It precedes stage I of GNVC-VD: the codec learns alone, on latents, so that batches may come from a
+cache of latents and no DiT runs.
+"""
 
 import dataclasses
 
@@ -20,8 +24,9 @@ Tree = dict
 
 @dataclasses.dataclass(frozen=True)
 class CodecLoss:
-    """(lambda * E_c + R) / lambda^balance, see `gnvc_jax.training.losses.rate_distortion`.
+    """Settings of (lambda * E_c + R) / lambda^balance.
 
+    See `gnvc_jax.training.losses.rate_distortion`.
     R is the rate in bits per pixel of the source, E_c the mean squared error of decoded latents,
     which are normalised.
 
@@ -40,7 +45,11 @@ class CodecLoss:
 
 
 def check_lambda(low: float, high: float) -> None:
-    """UsageError unless lambda rises with quality."""
+    """Checks that lambda rises with quality.
+
+    Raises:
+        UsageError: If it does not.
+    """
     if not 0 < low < high:
         raise UsageError(
             f"loss.lambda_low: expected 0 < lambda_low < lambda_high, got {low} and {high}; equal "
@@ -49,7 +58,7 @@ def check_lambda(low: float, high: float) -> None:
 
 
 def codec_stage(experiment: Experiment) -> Stage:
-    """Rate-distortion training with a quality level drawn for every clip."""
+    """Makes the stage; a quality level is drawn for every clip."""
     networks, weights = make_networks(experiment)._replace(refiner=None), experiment.loss
 
     def loss(
@@ -74,7 +83,7 @@ def rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Array) 
     """Rate-distortion loss of a batch, a scalar.
 
     Args:
-        weights: lambda_low, lambda_high and balance; any loss settings that have them.
+        weights: Any loss settings that have `lambda_low`, `lambda_high` and `balance`.
         output: Result of the roll-out.
         distortion: Distortion of each clip, (b,).
     """
@@ -83,7 +92,7 @@ def rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Array) 
 
 
 def codec_data(experiment: Experiment) -> inputs.Data:
-    """Clips, or cached latents of the experiment's VAE."""
+    """Makes the data: clips, or cached latents of the experiment's VAE."""
 
     def fingerprint() -> str:
         return vae_fingerprint(experiment.vae, load_vae(experiment))

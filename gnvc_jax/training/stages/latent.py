@@ -1,4 +1,8 @@
-"""Stage `latent` (stage I of GNVC-VD): codec and refiner together, on latents."""
+"""Stage `latent` (stage I of GNVC-VD): codec and refiner together, on latents.
+
+A window of the decoded latents is refined by one step from a random flow time. The loss compares
+the velocity there (conditional flow matching, equations 3 and 4) and the latents it leads to.
+"""
 
 import dataclasses
 
@@ -20,7 +24,7 @@ Tree = dict
 
 @dataclasses.dataclass(frozen=True)
 class LatentLoss:
-    """(R + lambda * (refined * E_1 + decoded * E_c)) / lambda^balance + matching * L_CFM.
+    """Settings of (R + lambda (refined E_1 + decoded E_c)) / lambda^balance + matching L_CFM.
 
     R is the rate in bits per pixel; E_1 and E_c are mean squared errors of refined and of decoded
     latents, the refined ones estimated in one step from the drawn flow time; L_CFM is the error of
@@ -47,7 +51,10 @@ class LatentLoss:
 
 
 def latent_stage(experiment: Experiment) -> Stage:
-    """Starts from a codec that was trained alone; `experiment.train` says what trains."""
+    """Makes the stage, which starts from a codec that was trained alone.
+
+    `experiment.train` says which parameters train.
+    """
     loss_weights, networks = experiment.loss, make_networks(experiment)
     config = networks.refiner.config
 
@@ -71,6 +78,7 @@ def latent_stage(experiment: Experiment) -> Stage:
             tau,
             config.start,
         )
+        # E_1 is in the units of the codec's latents, as E_c is, hence not whitened.
         refined = losses.per_clip(window.unwhitened(found.estimate - clean) ** 2)
         distortion = loss_weights.refined * refined + loss_weights.decoded * output.error
         matching = found.error.mean()
@@ -91,12 +99,12 @@ def latent_stage(experiment: Experiment) -> Stage:
 
 
 def refiner_constants(experiment: Experiment, statistics: Statistics) -> Tree:
-    """Statistics of latents, and the text condition (1, rows, width) or None."""
+    """Constants of a refiner: statistics of latents, and the text condition or None."""
     return statistics | {"text": weights.load_text(experiment)}
 
 
 def refiner_constant_shapes(experiment: Experiment) -> Tree:
-    """`refiner_constants` as shapes."""
+    """Shapes of what `refiner_constants` returns."""
     text = None
     if (config := weights.text_config(experiment)) is not None:
         text = jax.ShapeDtypeStruct((1, config.text_length, config.text_width), np.float32)

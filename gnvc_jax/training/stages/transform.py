@@ -38,18 +38,18 @@ LEVELS_PER_UNIT = 127.5  # 8-bit steps per unit of pixels in [-1, 1]
 
 @dataclasses.dataclass(frozen=True)
 class TransformLoss:
-    """Mean over frames of (lambda * E + R) / lambda^balance.
+    """Settings of the mean over frames of (lambda * E + R) / lambda^balance.
 
     E is the mean squared error of frames in 8-bit steps, R the rate in bits per pixel.
 
     Attributes:
         lambda_low: Bits per pixel that a squared error of one 8-bit step is worth at quality 0.
         lambda_high: The same at quality 63, geometric between.
-        balance: 0 counts a bit alike at all levels, 1 a squared error.
+        balance: 0 counts a bit alike at all levels, 1 counts a squared error alike.
         intra_offset: Range of levels by which the first latent is better, drawn for each clip.
         pattern: Levels by which latents 1, 2, 3, 4 after the first (and so on) are better, in clips
             that have a pattern.
-        pattern_prob: Share of clips that have one.
+        pattern_prob: Share of clips that have a pattern.
     """
 
     lambda_low: float = 1e-5
@@ -66,12 +66,12 @@ class MotionOutput(NamedTuple):
     Attributes:
         latents: Latents of the source, (b, k, h, w, c).
         decoded: Decoded latents, same shape.
-        features: What the codec knows besides, (b, k, h, w, f); conditions a refiner.
+        features: Features of the codec, (b, k, h, w, f), which condition a refiner.
         bits: Differentiable rate of each latent, (b, k).
         written: Bits that a stream would hold, (b, k); no gradient.
         error: Mean squared error of the decoded frames in 8-bit steps, (b, k). Its gradient is that
             of frames without copies (see `roll_out`).
-        predicted_error: The same of the frames that motion predicts, (b, k - 1).
+        predicted_error: Mean squared error of the frames that motion predicts, (b, k - 1).
         frames: Decoded frames, (b, t, h, w, 3), not clipped.
     """
 
@@ -86,7 +86,7 @@ class MotionOutput(NamedTuple):
 
 
 def transform_stage(experiment: Experiment) -> Stage:
-    """Trains everything: the codec and the VAE's head; the VAE's basis gets no gradient."""
+    """Makes the stage, which trains the codec and the VAE's head, but not the VAE's basis."""
     networks, weights = make_networks(experiment)._replace(refiner=None), experiment.loss
     data, channels = inputs.clips(experiment, motion=True), experiment.vae.latent_channels
 
@@ -102,7 +102,7 @@ def transform_stage(experiment: Experiment) -> Stage:
         return placed_like(params, agreed(fitted))
 
     def measure() -> Statistics:
-        """Latents of a linear VAE stay as they are: the transform keeps distances."""
+        """Leaves latents of a linear VAE as they are: the transform keeps distances."""
         found = identity_statistics(channels)
         return {name: found[name] for name in ("mean", "std")}
 
@@ -121,7 +121,7 @@ def transform_stage(experiment: Experiment) -> Stage:
 def transform_loss(
     networks: Networks, weights: TransformLoss, params: Tree, batch: Tree, key: Array
 ) -> tuple[Array, dict[str, Array]]:
-    """Loss and metrics of a batch of `gnvc_jax.data.clips.with_motion`; see `TransformLoss`."""
+    """Computes loss and metrics of a batch of `gnvc_jax.data.clips.with_motion`."""
     video = to_float(batch["video"])
     _, t, h, w, _ = video.shape
     key_levels, *keys = jax.random.split(key, 2 + t // 4)
@@ -158,9 +158,17 @@ def transform_loss(
 
 
 def draw_levels(key: Array, weights: Any, q_index: Array, latents: int) -> Array:
-    """Quality level of every latent, (b, latents) int32, of clips of the levels q_index (b,).
+    """Draws the quality level of every latent.
 
-    weights: `TransformLoss`, or other settings with the same `intra_offset` and `pattern`.
+    Args:
+        key: Random key.
+        weights: `TransformLoss`, or other settings with `intra_offset`, `pattern` and
+            `pattern_prob`.
+        q_index: Quality levels of the clips, (b,).
+        latents: Number of latents per clip.
+
+    Returns:
+        Quality levels (b, latents), int32.
     """
     (b,) = q_index.shape
     key_intra, key_pattern = jax.random.split(key)
@@ -173,7 +181,7 @@ def draw_levels(key: Array, weights: Any, q_index: Array, latents: int) -> Array
 
 
 def encode_group(vae: VAE, params: Tree, video: Array, first: bool) -> Array:
-    """Latent (b, h, w, c) of one group of frames (b, t, h, w, 3)."""
+    """Encodes the frames (b, t, h, w, 3) of one latent to the latent (b, h, w, c)."""
     latents, _ = vae.apply({"params": params}, video, first, method="encode")
     return latents[:, 0]
 
@@ -196,8 +204,9 @@ def roll_out(
         vectors: Motion of the frames after the first, (b, k - 1, 4, h/16, w/16, 2).
         levels: Quality level of each latent, (b, k).
         keys: Random keys of the latents, (k,).
-        cleaned: Last frames of each latent that go through the head. One is enough for the codec,
-            since later latents depend on no other, and the head costs more than the codec.
+        cleaned: Number of frames of each latent, counted from the last, that go through the head.
+            One is enough for the codec, since later latents depend on no other, and the head costs
+            more than the codec.
     """
     vae, codec = {"params": params["vae"]}, {"params": params["codec"]}
 
@@ -277,7 +286,7 @@ def roll_out(
 def fit_to_clips(
     networks: Networks, weights: TransformLoss, params: Tree, batches: list[Tree]
 ) -> Tree:
-    """Parameters with VAE basis and codec fitted to batches of clips; networks as they are.
+    """Fits the VAE's basis and the codec to batches of clips; networks stay as they are.
 
     See `gnvc_jax.vae.klt.fit` and `gnvc_jax.codec.fit.init_from_statistics`.
     """
@@ -289,7 +298,7 @@ def fit_to_clips(
 
     @jax.jit
     def latents_of(batch: Tree) -> tuple[Array, Array, Array]:
-        """Intra latents of every fourth frame, later latents, and these minus their prediction."""
+        """Intra latents of every fourth frame, later latents, and residuals of the latter."""
         video = to_float(batch["video"])
         first = rearrange(video[:, ::4], "b t h w c -> (b t) 1 h w c")
         intra = encode_group(vae, fitted, first, True)

@@ -1,4 +1,8 @@
-"""Stage `vae`: a small VAE from scratch. Wan's own VAE is ported, never trained here."""
+"""Stage `vae`: a small VAE from scratch. Wan's own VAE is ported, never trained here.
+
+The VAE learns to reconstruct clips from a sample of its posterior (Kingma and Welling, arXiv
+1312.6114), with LPIPS as an additional loss.
+"""
 
 import dataclasses
 
@@ -28,12 +32,12 @@ class VAELoss:
     """Weights of the loss terms; pixels are in [-1, 1].
 
     Attributes:
-        l1: Of the mean absolute error.
-        mse: Of the mean squared error.
-        kl: Of the divergence of the posterior from N(0, 1), mean over latent elements.
-        lpips: Of LPIPS (AlexNet).
+        l1: Weight of the mean absolute error.
+        mse: Weight of the mean squared error.
+        kl: Weight of the divergence of the posterior from N(0, 1), mean over latent elements.
+        lpips: Weight of LPIPS (AlexNet).
         lpips_from: Step from which LPIPS is computed; before, it costs nothing.
-        lpips_frames: Random frames of each clip that LPIPS is computed on.
+        lpips_frames: Number of random frames of each clip that LPIPS is computed on.
     """
 
     l1: float = 1.0
@@ -45,7 +49,7 @@ class VAELoss:
 
 
 def vae_stage(experiment: Experiment) -> Stage:
-    """Reconstruction of clips from a sample of the posterior."""
+    """Makes the stage; for a linear VAE, the transform is fitted and only the head trains."""
     weights, vae = experiment.loss, make_networks(experiment).vae
     data = inputs.clips(experiment)
     network = load_weights("alex") if weights.lpips else None
@@ -104,7 +108,7 @@ def vae_stage(experiment: Experiment) -> Stage:
 
 
 def lpips_network(params: Tree, policy: Policy) -> losses.Perceptual:
-    """LPIPS of images (n, h, w, 3) as a function of the two, computing as `policy` says."""
+    """Makes LPIPS a function of two batches of images (n, h, w, 3), computed as `policy` says."""
 
     def measure(params: Tree, x: Array, y: Array) -> Array:
         return lpips(params, x, y, policy.jax_dtype, policy.precision)
