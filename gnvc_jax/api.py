@@ -83,7 +83,7 @@ class PretrainedVAE:
 
     @functools.cached_property
     def _chunk_functions(self) -> tuple[Callable, Callable]:
-        """As `_functions`, for the next frames or latents of a clip; uint8 frames come out."""
+        """Functions of the next frames or latents of a clip; decoding gives uint8 frames."""
         vae, params = VAE(self.config), jax.device_put(self.params)
 
         @jax.jit
@@ -329,7 +329,10 @@ def load_refiner(
 
 
 def _refiner_of_run(path: str | Path, dtype: jax.typing.DTypeLike) -> PretrainedRefiner | None:
-    """Refiner of a run and those it started from, not rounded as in a model file; None if none."""
+    """Loads the refiner of a run and of those it started from, None if there is none.
+
+    Unlike that of a model file, it is not rounded.
+    """
     from gnvc_jax.training import latent_statistics, networks, weights
     from gnvc_jax.training.checkpoints import model_of
 
@@ -349,7 +352,7 @@ def _refiner_of_run(path: str | Path, dtype: jax.typing.DTypeLike) -> Pretrained
 def _refiner_of_ported_dit(
     path: str | Path, features: int, context_every: int, dtype: jax.typing.DTypeLike, seed: int
 ) -> PretrainedRefiner:
-    """See `load_refiner`."""
+    """Makes a refiner of a ported DiT, see `load_refiner`."""
     dit = read_architecture(path, "dit").config
     assert isinstance(dit, DiTConfig)
     if not dit.context_every:
@@ -371,7 +374,7 @@ def _refiner_of_ported_dit(
 
 
 def _new_parameters(config: RefinerConfig, known: set[str], key: Key[Array, ""]) -> dict[str, Any]:
-    """Random parameters of a refiner by path, without those that are known."""
+    """Draws parameters of a refiner by path, without those that are known."""
     dit = config.dit
     latents, one = jnp.zeros((1, 1, 2, 2, dit.channels)), jnp.zeros((1,))
     features = jnp.zeros((1, 1, 2, 2, config.features))
@@ -388,7 +391,7 @@ def _new_parameters(config: RefinerConfig, known: set[str], key: Key[Array, ""])
 
 
 def _float32(params: Tree) -> Tree:
-    """Parameters of a model file, whose kernels are stored in float16, in float32."""
+    """Converts parameters of a model file, whose kernels are stored in float16, to float32."""
     return jax.tree.map(lambda x: np.asarray(x, np.float32), params)
 
 

@@ -1,4 +1,8 @@
-"""Latents of a data set by a frozen VAE: what `gnvc cache-latents` does."""
+"""Latents of a data set by a frozen VAE (`gnvc cache-latents`).
+
+`find_vae` loads a VAE from wherever it is, `frozen_encoder` makes it a function of clips, and
+`cache_latents` runs it over many videos. The folder's format is in `gnvc_jax.data.latents`.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,15 +33,15 @@ def cache_latents(
     Args:
         source: Videos, as `gnvc_jax.media.search.find_videos` finds them.
         folder: Folder to write to.
-        vae: See `find_vae`.
-        frames: Frames per clip, 1 + 4k.
+        vae: VAE, as `find_vae` takes it.
+        frames: Number of frames per clip, 1 + 4k.
         progress: Whether to show a progress bar.
 
     Returns:
         Videos that failed, each with the reason.
 
     Raises:
-        GnvcError, OSError: As `find_vae` and `gnvc_jax.data.latents.write_latents`.
+        GnvcError, OSError: If `find_vae` or `gnvc_jax.data.latents.write_latents` raises it.
     """
     encode, info = frozen_encoder(vae, frames)
     shard = jax.process_index(), jax.process_count()
@@ -48,15 +52,15 @@ def frozen_encoder(vae: str, frames: int) -> tuple[Callable[[np.ndarray], np.nda
     """Loads a VAE as an encoder of clips.
 
     Args:
-        vae: See `find_vae`.
-        frames: Frames per clip.
+        vae: VAE, as `find_vae` takes it.
+        frames: Number of frames per clip.
 
     Returns:
         Function from a clip, uint8 (t, h, w, 3), to its normalised latents (n, h2, w2, c), and the
         description of a cache of such latents.
 
     Raises:
-        UsageError: The VAE cannot encode so many frames; and as `find_vae`.
+        UsageError: If the VAE cannot encode so many frames, or `find_vae` raises it.
     """
     config, params, mean, std = find_vae(vae)
     if frames < 1 or (frames - 1) % config.temporal_stride:
@@ -90,10 +94,10 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
         Sizes and float32 parameters of the VAE; mean and standard deviation (c,) of its latents.
 
     Raises:
-        FileNotFoundError: There is none of these.
-        PortError, ModelCorrupt: The files are damaged.
-        UsageError: The run is of another stage, or its encoder is learned: the statistics of such
-            an encoder are measured by the stage that trains on it.
+        FileNotFoundError: If there is none of these.
+        PortError, ModelCorrupt: If the files are damaged.
+        UsageError: If the run is of another stage, or its encoder is learned: the statistics of
+            such an encoder are measured by the stage that trains on it.
     """
     if has_component(vae, "vae"):
         found, params = load_weights(vae, "vae", np.float32)

@@ -1,4 +1,4 @@
-"""A latent codec for any VAE from statistics alone: what `gnvc calibrate` does.
+"""A latent codec for any VAE from statistics alone (`gnvc calibrate`).
 
 Nothing is trained. The codec is the usual one with its networks at zero, and so a classical
 transform coder: the Karhunen-Loeve transform of cells of 2x2 latents, a step for each quality
@@ -67,9 +67,9 @@ def calibrate(
 
     Args:
         source: Folder of videos, list of videos (.txt), or a single video.
-        vae: See `gnvc_jax.cache_latents.find_vae`.
+        vae: VAE, as `gnvc_jax.cache_latents.find_vae` takes it.
         clips: Number of random clips to measure.
-        frames: Frames of a clip.
+        frames: Number of frames of a clip.
         size: Height and width of a clip in pixels.
         config: Sizes of the codec; by default those of the model that the VAE comes from, else the
             full size.
@@ -80,8 +80,9 @@ def calibrate(
         The model, without refiner.
 
     Raises:
-        UsageError: The size or number of frames does not suit the VAE, or no video is long enough.
-        FileNotFoundError: The VAE or the videos are not there.
+        UsageError: If the size or number of frames does not suit the VAE, or no video is long
+            enough.
+        FileNotFoundError: If the VAE or the videos are not there.
     """
     vae_config, vae_params, mean, std = find_vae(vae)
     side = vae_config.stride * LATENT_MULTIPLE
@@ -113,14 +114,14 @@ def calibrate(
 
 
 def default_config(vae: str, channels: int) -> CodecConfig:
-    """Sizes of the codec for a VAE, see `calibrate`."""
+    """Chooses the sizes of the codec for a VAE, see `calibrate`."""
     if has_component(vae, "vae") or is_run(vae):
         return CodecConfig(latent_channels=channels)
     return dataclasses.replace(find_model(vae).codec_config, motion=None, intra_offset=0)
 
 
 def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) -> Tree:
-    """Parameters of a `LatentCodec` from the covariances of latents.
+    """Makes parameters of a `LatentCodec` from the covariances of latents.
 
     Args:
         config: Sizes, without motion.
@@ -150,7 +151,7 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
 
 
 def init_codec(config: CodecConfig, key: jax.Array) -> Tree:
-    """Random parameters of a `LatentCodec`."""
+    """Draws random parameters of a `LatentCodec`."""
     latents = jnp.zeros((1, 2, LATENT_MULTIPLE, LATENT_MULTIPLE, config.latent_channels))
     return dict(LatentCodec(config).init(key, latents, jnp.zeros(1, int), key)["params"])
 
@@ -158,13 +159,13 @@ def init_codec(config: CodecConfig, key: jax.Array) -> Tree:
 def tables_from_symbols(
     config: CodecConfig, params: Tree, clips: Float[np.ndarray, "b t h w c"], progress: bool
 ) -> Tree:
-    """Parameters whose scale networks choose tables by the symbols that occur in some clips.
+    """Makes the scale networks choose tables by the symbols that occur in some clips.
 
     Clips are coded at every knot of the quality levels.
 
     Args:
         config: Sizes, without motion.
-        params: See `transforms_from_statistics`.
+        params: Parameters from `transforms_from_statistics`.
         clips: Normalised latents of clips.
         progress: Whether to show progress.
     """

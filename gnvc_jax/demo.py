@@ -29,7 +29,7 @@ COLUMNS = {  # of the table, by field of a record
 
 
 def camera_move(frames: int) -> np.ndarray:
-    """A slow pan and zoom over a photograph that matplotlib ships: uint8 (frames, 256, 256, 3)."""
+    """Makes a slow pan and zoom over a photograph of matplotlib's, uint8 (frames, 256, 256, 3)."""
     from matplotlib import cbook
     from scipy.ndimage import gaussian_filter, map_coordinates
 
@@ -48,7 +48,7 @@ def camera_move(frames: int) -> np.ndarray:
 
 
 def read_all(path: Path | str, frames: int | None = None) -> tuple[np.ndarray, Fraction]:
-    """The (first) frames of a video, uint8 (t, h, w, 3), and its frame rate."""
+    """Reads the (first) frames of a video, uint8 (t, h, w, 3), and its frame rate."""
     with open_video(str(path)) as video:
         return np.stack(list(itertools.islice(video, frames))), video.fps
 
@@ -61,7 +61,11 @@ def write_all(path: Path, video: np.ndarray, fps: Fraction) -> None:
 
 
 def gnvc(*args: object) -> float:
-    """Runs `gnvc` in a process of its own; seconds. SystemExit with its code if it fails."""
+    """Runs `gnvc` in a process of its own and returns the seconds it took.
+
+    Raises:
+        SystemExit: If it fails, with its code.
+    """
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-m", "gnvc_jax.cli", *map(str, args)], check=False)
     if done.returncode:
@@ -70,7 +74,7 @@ def gnvc(*args: object) -> float:
 
 
 def x265_like(source: np.ndarray, fps: Fraction, size: int) -> Match | None:
-    """The clip coded by x265 (veryslow, low delay) in about as many bytes.
+    """Codes the clip by x265 (veryslow, low delay) in about as many bytes.
 
     Args:
         source: Frames, (t, h, w, 3) uint8.
@@ -101,8 +105,8 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
         out: Folder for everything that is written.
 
     Raises:
-        UnwritableOutput: The clip is one of the files that would be written.
-        SystemExit: A command failed, with its code.
+        UnwritableOutput: If the clip is one of the files that would be written.
+        SystemExit: If a command fails, with its code.
     """
     for name in OUTPUTS:
         if clip is not None and is_same_file(clip, out / name):

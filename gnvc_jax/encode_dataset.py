@@ -44,8 +44,8 @@ def encode_all(
         Reasons by path of the videos that were left out.
 
     Raises:
-        MissingInput: There is nothing at `source`.
-        UsageError: `qp` or `gop` is out of range.
+        MissingInput: If there is nothing at `source`.
+        UsageError: If `qp` or `gop` is out of range.
     """
     check_gop(gop, coder.model.vae_config.temporal_stride)
     check_qp(qp)
@@ -68,7 +68,11 @@ def encode_all(
 
 
 def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> dict:
-    """Encodes one video, and returns its row of the manifest. Raises MediaError."""
+    """Encodes one video, and returns its row of the manifest.
+
+    Raises:
+        MediaError: If the video cannot be read.
+    """
     data = io.BytesIO()
     with open_video(str(video)) as frames:
         check_video_info(frames.info)

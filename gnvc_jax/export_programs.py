@@ -48,7 +48,7 @@ class Program:
     """A function to export.
 
     Attributes:
-        part: Which weights it takes: "vae", "codec", "scales/intra" or "scales/inter".
+        part: Name of the weights it takes: "vae", "codec", "scales/intra" or "scales/inter".
         function: Function (weights, inputs) -> outputs, dictionaries of arrays.
         inputs: Shapes of the inputs.
     """
@@ -78,13 +78,13 @@ def exported_arrays(model: Model) -> dict[str, np.ndarray]:
 
 
 def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, Program]]:
-    """Programs of "encoder" and "decoder" by name, for frames of one size.
+    """Makes the programs of "encoder" and "decoder" by name, for frames of one size.
 
     Args:
         model: Model.
         height: Height of the frames that the programs see, a multiple of what one hyperlatent
             stands for with motion, else of the VAE's stride.
-        width: Their width, likewise.
+        width: Width of the frames, a multiple of the same.
     """
     used, vae, cfg = codec_programs(model), model.vae_config, model.codec_config
     motion, stride = cfg.motion is not None, vae.temporal_stride
@@ -213,7 +213,7 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
 
 
 def describe(tree: Tree) -> Tree:
-    """Shapes and types of a tree of arrays, for JSON."""
+    """Describes shapes and types of a tree of arrays for JSON."""
     return jax.tree.map(lambda x: {"shape": list(x.shape), "dtype": str(np.dtype(x.dtype))}, tree)
 
 
@@ -230,7 +230,7 @@ def export_model(
         model: Model.
         out: Folder to create.
         height: Height of the frames.
-        width: Their width.
+        width: Width of the frames.
         platforms: Platforms to export for: "cpu", "cuda", "rocm", "tpu".
 
     Raises:

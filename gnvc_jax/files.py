@@ -1,4 +1,4 @@
-"""Files: output that is whole or not there, and what a file is that was taken for weights.
+"""Files: output that is whole or not there, and the nature of files that were taken for weights.
 
 `atomic_output` is the one place where the package writes under a temporary name and renames. All
 output goes through it: whole values by `write_whole` and `write_json`, large files and folders
@@ -27,10 +27,13 @@ MISTAKEN = {
 
 @contextlib.contextmanager
 def temporary_path(folder: Path, name: str) -> Iterator[Path]:
-    """A path of this name where nothing is yet, in a hidden folder that is removed afterwards.
+    """Gives a path where nothing is yet, in a hidden folder that is removed afterwards.
 
     The hidden folder lies in `folder`, thus on its file system. Its name is drawn by `tempfile`,
-    because process ids repeat between containers that share a disk. Raises OSError.
+    because process ids repeat between containers that share a disk.
+
+    Raises:
+        OSError: If the hidden folder cannot be made.
     """
     with tempfile.TemporaryDirectory(
         prefix=".", suffix=".tmp", dir=folder, ignore_cleanup_errors=True
@@ -40,11 +43,14 @@ def temporary_path(folder: Path, name: str) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_output(path: Path) -> Iterator[Path]:
-    """The path at which to make a file or folder; it replaces `path` if the block succeeds.
+    """Gives a path at which to make a file or folder; it replaces `path` if the block succeeds.
 
-    If the block fails, `path` is left as it was. A symbolic link stays one and what it points to is
-    replaced. A device or named pipe is not replaced: the block writes straight into it. The folder
-    of `path` must exist. Raises OSError.
+    If the block fails, `path` is left as it was. A symbolic link stays one, and the file that it
+    points to is replaced. A device or named pipe is not replaced: the block writes straight into
+    it. The folder of `path` must exist.
+
+    Raises:
+        OSError: If nothing can be written there.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
@@ -73,7 +79,11 @@ def is_same_file(source: str | os.PathLike | int, output: str | os.PathLike) -> 
 
 
 def write_whole(path: Path, data: bytes | str) -> None:
-    """Write a file with `atomic_output`; its folder is created if needed. Raises OSError."""
+    """Writes a file with `atomic_output`; its folder is created if needed.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
     if isinstance(data, str):  # names of files may hold bytes that are not UTF-8
         data = data.encode(errors="backslashreplace")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,19 +92,28 @@ def write_whole(path: Path, data: bytes | str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """`write_whole` of a value as JSON. ValueError for NaN and infinities, which JSON lacks."""
+    """Writes a value as JSON with `write_whole`.
+
+    Raises:
+        OSError: If the file cannot be written.
+        ValueError: If the value holds NaN or infinities, which JSON lacks.
+    """
     write_whole(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def keyed_name(name: str, key: str, limit: int = MAX_NAME) -> str:
-    """`NAME-KEY`, with the name cut to `limit` bytes so that suffixes find room behind it."""
+    """Joins name and key to `NAME-KEY`, with the name cut to `limit` bytes."""
     return f"{os.fsencode(name)[:limit].decode(errors='ignore')}-{key}"
 
 
 def not_weights(path: Path) -> str | None:
-    """What a file is that is no weights at all, such as a page in place of a download; else None.
+    """Recognises files that are not weights at all, such as a web page in place of a download.
 
-    Raises OSError.
+    Returns:
+        What the file is, in words, or None if it may hold weights.
+
+    Raises:
+        OSError: If the file cannot be read.
     """
     with open(path, "rb") as file:
         start = file.read(64).removeprefix(b"\xef\xbb\xbf")

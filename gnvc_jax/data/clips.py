@@ -40,14 +40,14 @@ class RandomRead(grain.transforms.RandomMap):
 
     Attributes:
         count: Size of the data.
-        left_out: Where failures are counted.
+        left_out: Account of data that could not be read.
     """
 
     count: int
     left_out: LeftOut
 
     def name(self, element: int) -> str:
-        """What counts as left out if this element cannot be read: a file."""
+        """Name of the file that counts as left out if this element cannot be read."""
         raise NotImplementedError
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
@@ -71,17 +71,18 @@ class RandomRead(grain.transforms.RandomMap):
 
 @dataclasses.dataclass(frozen=True)
 class RandomClip(RandomRead):
-    """Number of a frame, counted over all videos -> uint8 (frames, h, w, 3) from its video.
+    """Draws a clip, uint8 (frames, h, w, 3), from the video that a frame number belongs to.
 
-    The frames are consecutive; start, crop, downscaling and mirroring are random.
+    Frames are numbered over all videos, so that long videos are drawn more often. The frames of a
+    clip are consecutive; start, crop, downscaling and mirroring are random.
 
     Attributes:
-        videos: What to draw from, in proportion to their numbers of frames.
-        frames: Of a clip.
+        videos: Videos to draw from, in proportion to their numbers of frames.
+        frames: Number of frames of a clip.
         size: Height and width of a crop.
         downscale_prob: Probability of a crop twice as large, reduced by 2x2 means.
-        left_out: Where failures are counted.
-        motion: Whether elements are those of `with_motion`.
+        left_out: Account of data that could not be read.
+        motion: Whether elements are the dictionaries of `with_motion`.
     """
 
     videos: tuple[Video, ...]
@@ -97,11 +98,11 @@ class RandomClip(RandomRead):
 
     @property
     def count(self) -> int:
-        """Frames of all videos."""
+        """Number of frames of all videos."""
         return int(self._ends[-1])
 
     def video(self, element: int) -> Video:
-        """The video that a frame number belongs to."""
+        """Finds the video that a frame number belongs to."""
         return self.videos[int(np.searchsorted(self._ends, element, side="right"))]
 
     def name(self, element: int) -> str:
@@ -109,12 +110,12 @@ class RandomClip(RandomRead):
         return self.video(element).path
 
     def random_map(self, element: int, rng: np.random.Generator) -> np.ndarray | Sample:
-        """A clip; with motion, the dictionary of `with_motion`."""
+        """Draws a clip; with motion, the dictionary of `with_motion`."""
         clip = super().random_map(element, rng)
         return with_motion(clip, MARGIN, rng) if self.motion else clip
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
-        """A random clip of the video that frame `element` belongs to."""
+        """Reads a random clip of the video that frame `element` belongs to."""
         video, size = self.video(element), self.size
         if self.motion:
             # The search sees a little beyond the edge of the crop, as it does in whole frames.
@@ -135,12 +136,12 @@ class RandomClip(RandomRead):
 
 
 def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Sample:
-    """A training sample for codecs with motion.
+    """Makes a training sample for codecs with motion.
 
     Args:
-        clip: uint8 (1 + 4k, h + 2 * margin, w + 2 * margin, 3).
-        margin: Pixels around the sample that only the search sees.
-        rng: Draws the quality level.
+        clip: Clip, uint8 (1 + 4k, h + 2 * margin, w + 2 * margin, 3).
+        margin: Number of pixels around the sample that only the search sees.
+        rng: Generator that draws the quality level.
 
     Returns:
         A dictionary: "video" uint8 (1 + 4k, h, w, 3); "vectors" int16 (k, 4, h/16, w/16, 2) and
@@ -171,7 +172,7 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Samp
 
 
 def _halve(clip: np.ndarray) -> np.ndarray:
-    """Means of 2x2 pixels, rounded half up: (t, 2h, 2w, 3) -> (t, h, w, 3)."""
+    """Averages 2x2 pixels, rounded half up: (t, 2h, 2w, 3) -> (t, h, w, 3)."""
     rows = clip[:, 0::2].astype(np.uint16) + clip[:, 1::2]
     return ((rows[:, :, 0::2] + rows[:, :, 1::2] + 2) // 4).astype(np.uint8)
 
@@ -190,7 +191,7 @@ def clip_dataset(
     motion: bool = False,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.experimental.ElasticIterator:
-    """Endless batches uint8 (batch, frames, h, w, 3) of random clips.
+    """Makes endless batches of random clips, uint8 (batch, frames, h, w, 3).
 
     The iterator's state is the number of the next clip, {"global_next_index": n}: get_state and
     set_state resume with exactly the next batch, whatever the number of workers or of processes.
@@ -198,14 +199,14 @@ def clip_dataset(
     Args:
         index: Videos to draw from, in proportion to their numbers of frames. If a clip cannot be
             read, another is drawn, and the video is added to `index.left_out`.
-        frames: Of a clip; shorter videos are ignored.
+        frames: Number of frames of a clip; shorter videos are ignored.
         size: Height and width of a clip in pixels. A smaller video is padded below and to the right
             by its edge.
-        batch: Clips in a batch of one process.
-        seed: Of all random draws.
+        batch: Number of clips in a batch of one process.
+        seed: Seed of all random draws.
         shuffle: Whether to draw in random order.
-        num_workers: Decoding processes; with 0, one thread of this process decodes.
-        worker_buffer: Batches that each of them keeps ready.
+        num_workers: Number of decoding processes; with 0, one thread of this process decodes.
+        worker_buffer: Number of batches that each of them keeps ready.
         downscale_prob: Probability of a crop twice as large, if the video allows it, reduced by 2x2
             means.
         motion: Whether elements are the dictionaries of `with_motion`.
@@ -271,13 +272,13 @@ def endless_batches(
     worker_buffer: int = 2,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.experimental.ElasticIterator:
-    """Endless batches of what `draw` makes of the numbers 0 to count - 1.
+    """Makes endless batches of elements that `draw` makes from the numbers 0 to count - 1.
 
     Args:
         count: Number of elements in an epoch.
-        draw: Makes an element from its number and a random generator.
-        batch, seed, shuffle, num_workers, worker_buffer, shard: See `clip_dataset`, as for the
-            state of the iterator.
+        draw: Transformation that makes an element from its number and a random generator.
+        batch, seed, shuffle, num_workers, worker_buffer, shard: See `clip_dataset`, which also says
+            what the state of the iterator is.
     """
     order = grain.MapDataset.range(count).seed(seed)
     if shuffle:

@@ -47,8 +47,9 @@ class Video:
     """A video file or folder of pictures.
 
     Attributes:
-        path: Of the file or folder.
-        frames, width, height: size.
+        path: Path of the file or folder.
+        frames: Number of frames.
+        width, height: Size of a frame in pixels.
         fps: Frames per second.
         decoded: Path of the array of its frames, if there is one.
     """
@@ -61,7 +62,7 @@ class Video:
     decoded: str | None = None
 
     def read(self, start: int, count: int, crop: Crop) -> np.ndarray:
-        """Consecutive frames from `start` on, cropped: uint8 RGB (count, height, width, 3)."""
+        """Reads consecutive frames from `start` on, cropped, as uint8 RGB (count, h, w, 3)."""
         if self.decoded is None:
             return read_clip(self.path, start, count, crop)
         top, left, height, width = crop
@@ -71,7 +72,7 @@ class Video:
 
 @functools.lru_cache(maxsize=1024)
 def _mapped(path: str) -> np.ndarray:
-    """An array of frames, opened once per process."""
+    """Opens an array of frames, once per process."""
     return np.load(path, mmap_mode="r")
 
 
@@ -83,13 +84,13 @@ class ClipIndex:
             pictures; a list (.txt) with one path per line, relative to the list; or one video.
         decode_cache: Folder that keeps probing results and all decoded frames; without it every
             clip is decoded when it is drawn.
-        left_out: Collects what cannot be read; by default without a limit.
+        left_out: Account of videos that cannot be read; by default without a limit.
 
     Raises:
         MissingInput: If there is nothing at the path.
         NoFrames: If no video is readable.
-        TooMuchLeftOut: If too many are not.
-        UnwritableOutput, WriteFailed, DiskFull: For the cache.
+        TooMuchLeftOut: If too many videos cannot be read.
+        UnwritableOutput, WriteFailed, DiskFull: If the cache cannot be written.
     """
 
     def __init__(
@@ -146,7 +147,11 @@ class ClipIndex:
 
 
 def find_videos(path: Path) -> list[Path]:
-    """Video files and picture folders at, in or named by `path`."""
+    """Finds the video files and picture folders that `path` is, contains or lists.
+
+    Raises:
+        MissingInput: If there is nothing at the path.
+    """
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
         return [path.parent / line for line in lines if line and not line.startswith("#")]
@@ -158,18 +163,18 @@ def find_videos(path: Path) -> list[Path]:
 
 
 def _key(file: Path) -> str:
-    """Changes when the file does."""
+    """Key of a file in the cache, which changes when the file does."""
     stat = file.stat()
     return f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 def _record(video: Video) -> list:
-    """What `index.json` keeps of a video."""
+    """Entry of a video in `index.json`."""
     return [video.frames, video.width, video.height, str(video.fps)]
 
 
 def _probe(file: Path, known: dict[str, list]) -> Video:
-    """Size of a video, from the cache if it is known there."""
+    """Finds the size of a video, from the cache if it is known there."""
     try:
         record = known.get(_key(file))
     except OSError:
@@ -202,7 +207,7 @@ def _save_known(cache: Path, known: dict[str, list]) -> None:
 
 
 def _decode(video: Video, cache: Path) -> Video:
-    """The video with its array in the cache, which is made on first use."""
+    """Returns the video with its array in the cache, which is made on first use."""
     file = Path(video.path)
     digest = hashlib.sha256(os.fsencode(_key(file))).hexdigest()
     target = cache / f"{keyed_name(file.stem, digest[:16])}.npy"
@@ -216,7 +221,7 @@ def _decode(video: Video, cache: Path) -> Video:
 
 
 def _write_array(video: Video, target: Path) -> None:
-    """All frames as a .npy file, frame by frame; a memory map could not report a full disk."""
+    """Writes all frames to a .npy file, one by one; a memory map could not report a full disk."""
     shape = (video.frames, video.height, video.width, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open_video(video.path) as frames, open(target, "wb") as out:

@@ -1,4 +1,4 @@
-"""Jobs that make one output for each of many videos: what `encode-all` and `cache-latents` share.
+"""Jobs that make one output for each of many videos, such as `encode-all` and `cache-latents`.
 
 `for_each_video` runs them. Beside each output lies its row of the manifest, a JSON file that is
 written last. So a job can be interrupted and started again, several processes can share it, and
@@ -44,21 +44,21 @@ def for_each_video(
 
     Args:
         source: Folder, list or video, see `find_videos`.
-        folder: Where `work` writes; it must exist.
-        work: Called with a video and a name, makes the output of this name in the folder and
+        folder: Folder that `work` writes to; it must exist.
+        work: Function of a video and a name that makes the output of this name in the folder and
             returns the row.
-        columns: Of `manifest.csv`, beside `left_out`; "video" is one of them.
-        settings: JSON-ready, kept in the rows.
+        columns: Columns of `manifest.csv`, beside `left_out`; "video" is one of them.
+        settings: Settings of the job, JSON-ready, which are kept in the rows.
         shard: Number of this process, and number of processes that share the videos.
         progress: Whether to show a progress bar.
-        title: Of the progress bar.
+        title: Title of the progress bar.
 
     Returns:
         The videos that `work` failed on, with the reason.
 
     Raises:
         MissingInput: If there is nothing at the source.
-        OSError, UnwritableOutput, WriteFailed: For the output.
+        OSError, UnwritableOutput, WriteFailed: If the output cannot be written.
     """
     folder, failed = Path(folder), {}
     videos = sorted(set(find_videos(Path(source))))
@@ -94,7 +94,7 @@ def video_key(video: Path) -> str:
 
 
 def read_row(path: Path) -> dict[str, Any] | None:
-    """A row of the manifest, None if there is none."""
+    """Reads a row of the manifest, None if there is none."""
     try:
         row = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -106,9 +106,10 @@ def write_manifest(folder: Path, columns: Sequence[str], videos: Sequence[Path])
     """Writes `manifest.csv` from the rows in a folder.
 
     Args:
-        folder: With the rows.
-        columns: See `for_each_video`.
-        videos: Of this job. A failure is listed only if its video is one of them and has no output.
+        folder: Folder with the rows.
+        columns: Columns, see `for_each_video`.
+        videos: Videos of this job. A failure is listed only if its video is one of them and has no
+            output.
     """
     rows = [row for path in sorted(folder.glob("*.json")) if (row := read_row(path))]
     done = {row["video"] for row in rows if LEFT_OUT not in row}

@@ -37,9 +37,9 @@ class CacheInfo:
     """Description of the latents in a cache; caches with equal descriptions can be mixed.
 
     Attributes:
-        frames: Of video in one record, 1 + 4k.
+        frames: Number of frames of video in one record, 1 + 4k.
         vae: Fingerprint of the VAE.
-        mean, std: Per channel, by which the latents are normalised.
+        mean, std: Statistics of each channel, by which the latents are normalised.
         stride: Pixels per latent in each direction.
         temporal_stride: Frames per latent after the first.
     """
@@ -66,10 +66,10 @@ def write_latents(
     consecutive clips; what is left at the end is dropped.
 
     Args:
-        source: See `for_each_video`.
-        folder: Of the cache; may hold latents of the same description.
+        source: Folder, list or video, see `for_each_video`.
+        folder: Folder of the cache, which may hold latents of the same description.
         info: Description of the latents.
-        encode: uint8 (frames, h, w, 3) -> normalised latents, float (t, h2, w2, c).
+        encode: Function from uint8 (frames, h, w, 3) to normalised latents, float (t, h2, w2, c).
         shard: Number of this process, and number of processes that share the videos.
         progress: Whether to show a progress bar.
 
@@ -107,7 +107,7 @@ def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -
 
 
 def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
-    """Consecutive clips of a video, cropped to multiples of `multiple` pixels."""
+    """Yields consecutive clips of a video, cropped to multiples of `multiple` pixels."""
     with open_video(str(path)) as video:
         h, w = (size - size % multiple for size in (video.height, video.width))
         clip: list[np.ndarray] = []
@@ -119,7 +119,11 @@ def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
 
 
 def _claim(folder: Path, info: CacheInfo) -> None:
-    """Writes the description, or raises UsageError if the folder holds other latents."""
+    """Writes the description of the cache.
+
+    Raises:
+        UsageError: If the folder holds other latents.
+    """
     path = folder / "cache.json"
     if path.exists():
         known = read_info(folder)
@@ -153,14 +157,14 @@ def read_info(folder: str | Path) -> CacheInfo:
 
 @dataclasses.dataclass(frozen=True)
 class RandomLatents(RandomRead):
-    """Number of a record -> float32 (t, h, w, c): a random crop of its first t latents.
+    """Draws a random crop, float32 (t, h, w, c), of the first t latents of a record.
 
     Attributes:
-        paths: Of the ArrayRecord files.
-        records: Number of records in each.
-        latents: t.
-        size: H and w, in latents.
-        left_out: Where failures are counted.
+        paths: Paths of the ArrayRecord files.
+        records: Number of records in each file.
+        latents: Number t of latents to take.
+        size: Height and width of the crop, in latents.
+        left_out: Account of data that could not be read.
     """
 
     paths: tuple[str, ...]
@@ -184,7 +188,11 @@ class RandomLatents(RandomRead):
         return self.paths[int(np.searchsorted(np.cumsum(self.records), element, side="right"))]
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
-        """A random crop of a record; UsageError if the record is damaged or too small."""
+        """Reads a random crop of a record.
+
+        Raises:
+            UsageError: If the record is damaged or too small.
+        """
         record = self._source[element]
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
             raise UsageError("damaged record")
@@ -199,7 +207,7 @@ class RandomLatents(RandomRead):
 
 
 def _count_records(path: str, left_out: LeftOut) -> int:
-    """Number of records in a file, 0 if it cannot be opened, as when its end is missing."""
+    """Counts the records in a file; 0 if it cannot be opened, as when its end is missing."""
     try:
         with contextlib.closing(ArrayRecordReader(path)) as reader:
             return reader.num_records()
@@ -218,20 +226,20 @@ def latent_dataset(
     left_out: LeftOut | None = None,
     **options: Any,
 ) -> grain.experimental.ElasticIterator:
-    """Endless batches float32 (batch, t, h, w, c) of normalised latents from a cache.
+    """Makes endless batches of normalised latents from a cache, float32 (batch, t, h, w, c).
 
     Args:
-        folder: Of the cache.
-        frames, size: Of the clips that the latents stand for, in frames and pixels.
-        batch: Latents in a batch of one process.
-        seed: Of all random draws.
-        left_out: Collects the files of records that are damaged or too small, in place of which
-            others are drawn.
-        **options: See `endless_batches`.
+        folder: Folder of the cache.
+        frames, size: Size of the clips that the latents stand for, in frames and pixels.
+        batch: Number of clips in a batch of one process.
+        seed: Seed of all random draws.
+        left_out: Account of records that are damaged or too small, in place of which others are
+            drawn.
+        **options: Options of `endless_batches`.
 
     Raises:
         FileNotFoundError: If the cache is empty.
-        UsageError: If its clips are shorter.
+        UsageError: If the clips in the cache are shorter.
         TooMuchLeftOut: If too much of it cannot be read; the iterator may raise it, too.
     """
     info, folder = read_info(folder), Path(folder)

@@ -16,7 +16,7 @@ from gnvc_jax.errors import GnvcError
 
 log = logging.getLogger(__name__)
 
-MAX_SHARE = 0.1  # accepted by default
+MAX_SHARE = 0.1  # share of the data that may be left out by default
 
 
 class TooMuchLeftOut(GnvcError):
@@ -27,15 +27,15 @@ class TooMuchLeftOut(GnvcError):
 
 @dataclasses.dataclass(eq=False)
 class LeftOut:
-    """Names and reasons of what was left out.
+    """Names of data that were left out, with the reasons.
 
     Copies in decoding processes share the list through `file`, one JSON object per line.
 
     Attributes:
         limit: Largest share of `total` that may be left out.
-        file: Where the list is kept; None to keep it in this object alone.
+        file: File that keeps the list; None to keep it in this object alone.
         total: Number of videos or files in all.
-        reasons: By name, as far as this object has added them.
+        reasons: Reasons by name, as far as this object has added them.
     """
 
     limit: float = MAX_SHARE
@@ -52,10 +52,10 @@ class LeftOut:
             self.file.unlink(missing_ok=True)
 
     def add(self, name: str, error: Exception) -> None:
-        """Counts and logs what was left out, once per name.
+        """Counts and logs data that was left out, once per name.
 
         Raises:
-            TooMuchLeftOut: If it is more than the accepted share.
+            TooMuchLeftOut: If more than the accepted share was left out.
         """
         if name not in self.reasons:
             self.reasons[name] = reason(name, error)
@@ -72,7 +72,7 @@ class LeftOut:
             )
 
     def read(self) -> dict[str, str]:
-        """Reasons by name, including those that copies of this object have added."""
+        """Reads reasons by name, including those that copies of this object have added."""
         if self.file is None or not self.file.exists():
             return dict(self.reasons)
         lines = self.file.read_text(encoding="utf-8").splitlines()
@@ -81,7 +81,7 @@ class LeftOut:
 
 
 def reason(name: str, error: Exception) -> str:
-    """Why something was left out, in one line that names it."""
+    """Says in one line, which names it, why something was left out."""
     text = " ".join(str(error).split())
     text = text if isinstance(error, GnvcError) else f"{type(error).__name__}: {text}"
     return text if name in text else f"{name}: {text}"
