@@ -143,6 +143,22 @@ class PretrainedVAE:
         size = size or (self.config.stride * shape[2], self.config.stride * shape[3])
         return self._functions[1](self.params, jnp.asarray(latents), frames, tuple(size))
 
+    def decode_frames(
+        self, latents: Float[AnyArray, "1 n h2 w2 c"]
+    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Decodes a clip latent by latent, so that only a few frames are in memory.
+
+        Args:
+            latents: Normalised latents.
+
+        Yields:
+            RGB frames, all that the latents stand for.
+        """
+        cache = None
+        for i in range(latents.shape[1]):
+            frames, cache = self._chunk_functions[1](cache, latents[:, i : i + 1])
+            yield from np.asarray(frames[0])
+
     def reconstruct(
         self, frames: Iterable[UInt8[np.ndarray, "h w 3"]]
     ) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]]:

@@ -36,6 +36,7 @@ COMMANDS = {
     "plan": ("training:plan", "Predict the cost of training or coding on a TPU pod."),
     "port": ("weights:port", "Convert public weights to a checkpoint folder."),
     "reconstruct": ("networks:reconstruct", "Pass a video through a VAE alone."),
+    "generate": ("networks:generate", "Generate a video from the embedding of a prompt."),
     "calibrate": ("weights:calibrate", "Fit a latent codec to a VAE, without training."),
     "export": ("weights:export", "Convert a checkpoint folder to diffusers' layout."),
     "export-programs": ("weights:export_programs", "Write a model as StableHLO programs."),

@@ -1,13 +1,23 @@
-"""Commands that run the networks of a codec without the codec: reconstruct."""
+"""Commands that run the networks of a codec without the codec: reconstruct, generate."""
 
 import itertools
 import sys
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from tqdm import tqdm
 from tyro.conf import Positional
 
-from gnvc_jax.commands.coding import AUDIO_NOTE, progress_bar, refuse_same_file
+from gnvc_jax.commands.coding import (
+    AUDIO_NOTE,
+    parse_rate,
+    parse_size,
+    progress_bar,
+    refuse_same_file,
+)
 from gnvc_jax.commands.options import Force, check_range
+from gnvc_jax.errors import UsageError
 
 
 def reconstruct(
@@ -61,4 +71,84 @@ def reconstruct(
     mean, low = np.mean(decibels), np.min(decibels)
     text = f"{output}: {len(decibels)} frames, PSNR {mean:.2f} dB (lowest frame {low:.2f} dB)"
     print(text, file=sys.stderr if output == "-" else sys.stdout)
+    return 0
+
+
+def generate(
+    output: Positional[str],
+    *,
+    weights: str,
+    vae: str | None = None,
+    prompt: str | None = None,
+    negative: str | None = None,
+    size: str = "832x480",
+    frames: int = 81,
+    fps: str = "16",
+    steps: int = 50,
+    guidance: float = 5.0,
+    shift: float = 5.0,
+    sampler: Literal["unipc", "euler"] = "unipc",
+    seed: int = 0,
+    force: Force = False,
+    no_progress: bool = False,
+) -> int:
+    """Generate a video from the embedding of a prompt, with ported weights of Wan2.1.
+
+    Example: gnvc generate cat.mp4 --weights weights/t2v --prompt cat.npy --negative negative.npy
+
+    Args:
+        output: Video to write: .mp4, .mkv (lossless), .y4m, a folder of PNG images, or - for y4m
+            on stdout.
+        weights: Folder made by `gnvc port`, with a text-to-video DiT or VACE.
+        vae: VAE of the DiT; if not given, the one in the same folder. A folder made by `gnvc port`,
+            run folder, name of a shipped model, or path of a model file.
+        prompt: Embedding of the prompt, a .npy or .safetensors file; if not given, the one stored
+            with the weights.
+        negative: Embedding of the negative prompt; not needed with --guidance 1.
+        size: Size of the video, WIDTHxHEIGHT, multiples of 16.
+        frames: Number of frames, 1 + 4k.
+        fps: Frame rate to write; Wan2.1 was trained on 16 frames/s.
+        steps: Steps of the sampler.
+        guidance: Scale of classifier-free guidance; 1 for none.
+        shift: Shift of the noise schedule.
+        sampler: Sampler of the flow.
+        seed: Seed of the noise.
+        force: Overwrite an existing output.
+        no_progress: Hide the progress bars.
+    """
+    from gnvc_jax.generate import load_generator
+    from gnvc_jax.media.writer import open_writer
+    from gnvc_jax.porting.checkpoint import PROMPT, load_prompt
+
+    width, height = parse_size(size)
+    check_range("--steps", steps, 1)
+    stored = Path(weights) / PROMPT
+    if prompt is None and not stored.is_file():
+        raise UsageError(f"{weights} has no prompt of its own; name one with --prompt FILE")
+    if negative is None and guidance != 1.0:
+        raise UsageError(
+            f"--guidance {guidance:g} needs --negative FILE, the embedding of a negative prompt; "
+            "without one, use --guidance 1"
+        )
+    generator = load_generator(weights, vae)
+    text = load_prompt(prompt or stored, generator.dit)
+    other = None if negative is None else load_prompt(negative, generator.dit)
+    noise = generator.noise(frames, height, width, seed)
+    with open_writer(output, width, height, parse_rate(fps), force=force) as out:
+        with tqdm(total=steps, desc="sampling", unit="step", disable=no_progress or None) as bar:
+            latents = generator.sample(
+                noise,
+                text,
+                other,
+                steps=steps,
+                guidance=guidance,
+                shift=shift,
+                sampler=sampler,
+                progress=bar.update,
+            )
+        with progress_bar(frames, "decoding", no_progress) as progress:
+            for frame in generator.vae.decode_frames(latents):
+                out.write(frame)
+                progress.update(1)
+    print(f"{output}: {frames} frames", file=sys.stderr)
     return 0

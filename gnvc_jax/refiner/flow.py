@@ -18,12 +18,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from gnvc_jax.errors import UsageError
 
 # For functions of a flow time alone, which may be a plain number.
-Time = TypeVar("Time", Array, float)
+Time = TypeVar("Time", Array, np.ndarray, float)
 
 START = 0.7  # t_N: flow time at which refinement begins
 TIMESTEPS = 1000.0  # Wan's timestep of pure noise
