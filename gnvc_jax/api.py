@@ -25,7 +25,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int, Key, UInt8
 
-from gnvc_jax.arrays import AnyArray
+from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import as_network_input, to_uint8
 from gnvc_jax.porting.checkpoint import (
@@ -38,7 +38,7 @@ from gnvc_jax.porting.checkpoint import (
 )
 from gnvc_jax.pretrained import find_model, is_run
 from gnvc_jax.reconstruct import reconstruct_frames
-from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, refine
+from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, init_refiner, refine
 from gnvc_jax.refiner.config import PATCH
 from gnvc_jax.vae import (
     VAE,
@@ -49,8 +49,6 @@ from gnvc_jax.vae import (
     encode_clip,
     grey_latents,
 )
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -349,14 +347,14 @@ def _refiner_of_run(path: str | Path, dtype: jax.typing.DTypeLike) -> Pretrained
 
     Unlike that of a model file, it is not rounded.
     """
-    from gnvc_jax.training import latent_statistics, networks, weights
+    from gnvc_jax.training import latent_statistics, weights
     from gnvc_jax.training.checkpoints import model_of
 
     experiment = model_of(path)
     if experiment.refiner is None:
         return None
     refiner = Refiner(experiment.refiner)
-    shapes = jax.eval_shape(lambda key: networks.init_refiner(refiner, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_refiner(refiner, key), jax.random.key(0))
     statistics = latent_statistics.of_run(path, experiment)
     found = weights.load(experiment, {"refiner": shapes}, statistics)
     weights.check_complete(found, {"refiner": shapes})
@@ -391,15 +389,10 @@ def _refiner_of_ported_dit(
 
 def _new_parameters(config: RefinerConfig, known: set[str], key: Key[Array, ""]) -> dict[str, Any]:
     """Draws parameters of a refiner by path, without those that are known."""
-    dit = config.dit
-    latents, one = jnp.zeros((1, 1, 2, 2, dit.channels)), jnp.zeros((1,))
-    features = jnp.zeros((1, 1, 2, 2, config.features))
-    text = jnp.zeros((1, 1, dit.text_width)) if dit.text_length else None
 
     @jax.jit
     def init(key: Array) -> dict[str, Any]:
-        inputs = latents, one, latents, features, one.astype(jnp.int32), text
-        params = flatten_dict(Refiner(config).init(key, *inputs)["params"], sep="/")
+        params = flatten_dict(init_refiner(Refiner(config), key), sep="/")
         # The compiler drops what is not returned, so a DiT never exists twice in memory.
         return {path: x for path, x in params.items() if path not in known}
 

@@ -6,23 +6,19 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.data.latents import CacheInfo, write_latents
 from gnvc_jax.errors import UsageError
+from gnvc_jax.frames import to_float
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.training.checkpoints import config_of, load_params
-from gnvc_jax.training.networks import init_vae
-from gnvc_jax.vae import VAE, VAEConfig, encode_stream
-
-Array = jax.Array
-Tree = dict[str, Any]
+from gnvc_jax.vae import VAE, VAEConfig, encode_stream, init_vae
 
 
 def cache_latents(
@@ -69,7 +65,7 @@ def frozen_encoder(vae: str, frames: int) -> tuple[Callable[[np.ndarray], np.nda
 
     @jax.jit
     def run(params: Tree, clip: Array) -> Array:
-        latents = encode_stream(module, params, clip[None].astype(jnp.float32) / 127.5 - 1.0)
+        latents = encode_stream(module, params, to_float(clip)[None])
         return (latents[0] - mean) / std
 
     info = CacheInfo(

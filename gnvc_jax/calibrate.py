@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float
 from tqdm import tqdm
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.cache_latents import find_vae, frozen_encoder
 from gnvc_jax.codec.config import KNOTS, LATENT_MULTIPLE, QUALITIES, CodecConfig
 from gnvc_jax.codec.fit import (
@@ -32,7 +33,7 @@ from gnvc_jax.codec.fit import (
     worth_of_step,
 )
 from gnvc_jax.codec.layers import space_to_depth
-from gnvc_jax.codec.model import LatentCodec, LatentCodecOutput
+from gnvc_jax.codec.model import LatentCodec, LatentCodecOutput, init_codec
 from gnvc_jax.codec.quality import SPACING
 from gnvc_jax.data.clips import clip_dataset
 from gnvc_jax.data.index import ClipIndex
@@ -43,7 +44,6 @@ from gnvc_jax.moments import Moments
 from gnvc_jax.porting.checkpoint import has_component
 from gnvc_jax.pretrained import find_model, is_run
 
-Tree = dict
 Latents = Float[np.ndarray, "t h w c"]
 
 # Steps of the quantiser at the lowest and at the best quality level, in units of the latents, whose
@@ -141,19 +141,14 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
     if not plain["inter"].count:
         raise UsageError("there are no latents to measure")
     worth = worth_of_step(COARSEST), worth_of_step(FINEST)
-    params = jax.device_get(jax.jit(lambda key: init_codec(config, key))(jax.random.key(0)))
+    init = jax.jit(lambda key: init_codec(LatentCodec(config), key))
+    params = jax.device_get(init(jax.random.key(0)))
     for kind in kinds:
         variances = np.diag(plain[kind].covariance)
         part = init_from_statistics(params, config, kind, cells[kind], variances, *worth)
         part["entropy"] = quiet_hyperprior(part["entropy"])
         params = {**params, kind: part}
     return params
-
-
-def init_codec(config: CodecConfig, key: jax.Array) -> Tree:
-    """Draws random parameters of a `LatentCodec`."""
-    latents = jnp.zeros((1, 2, LATENT_MULTIPLE, LATENT_MULTIPLE, config.latent_channels))
-    return dict(LatentCodec(config).init(key, latents, jnp.zeros(1, int), key)["params"])
 
 
 def tables_from_symbols(

@@ -28,6 +28,7 @@ from flax.traverse_util import unflatten_dict
 from jax import export
 from safetensors.numpy import save_file
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.codec import scales
 from gnvc_jax.codec.config import LATENT_MULTIPLE
 from gnvc_jax.codec.entropy import LatentSymbols
@@ -37,8 +38,6 @@ from gnvc_jax.files import atomic_output
 from gnvc_jax.functions import codec_programs
 from gnvc_jax.model import KINDS, Model, to_arrays
 
-Array = jax.Array
-Tree = Any
 FORMAT = "gnvc-programs/1"
 PLATFORMS = ("cpu", "cuda", "tpu")
 

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, UInt8
 
 from gnvc_jax.errors import UsageError
 
-HALF_RANGE = 127.5  # of 8 bits: 0 is -1, 255 is 1
+HALF_RANGE = 127.5  # 8-bit steps per unit: 0 is -1, 255 is 1
 
 
 def to_float(frames: Any) -> Any:

@@ -13,7 +13,7 @@ codec go in and come out.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.bitstream.errors import DeviceNotExact
 from gnvc_jax.codec import scales
 from gnvc_jax.codec.entropy import LatentSymbols
@@ -33,8 +34,6 @@ from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.refiner import Refiner, refine
 from gnvc_jax.vae import VAE, decode_chunk, encode_chunk
 
-Array = jax.Array
-Tree = Any
 # (tables, q_index, z, previous y, previous indices) -> table indices, in exact arithmetic.
 ScaleNetwork = Callable[..., np.ndarray]
 

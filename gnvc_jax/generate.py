@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gnvc_jax.api import PretrainedVAE, load_vae
+from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import backend
 from gnvc_jax.porting.checkpoint import load_weights, read_architecture
@@ -29,7 +30,6 @@ from gnvc_jax.refiner.model import latent_noise
 from gnvc_jax.refiner.sampling import SAMPLERS
 from gnvc_jax.vae import VAE, encode_stream
 
-Tree = Any
 Latents = Float[Array, "1 t h w c"]
 Text = Float[np.ndarray, "1 rows width"]
 

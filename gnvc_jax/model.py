@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.bitstream import Tables, frequencies_from_probabilities, gaussian_frequencies
 from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
@@ -25,7 +26,6 @@ from gnvc_jax.motion import coding as motion_coding
 from gnvc_jax.refiner import RefinerConfig
 from gnvc_jax.vae import VAEConfig
 
-Tree = dict[str, Any]  # parameters by name, nested
 KINDS = ("intra", "inter")
 REFINER = ("refiner/", "text", "white")  # names of arrays that belong to the refiner
 

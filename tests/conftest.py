@@ -43,13 +43,12 @@ def tiny_model(tiny_codec):
     VAE and block motion.
     """
     import jax
-    import jax.numpy as jnp
 
     from gnvc_jax import model as models
     from gnvc_jax.codec import scales
-    from gnvc_jax.codec.model import LatentCodec
-    from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig
-    from gnvc_jax.vae import VAE, VAEConfig
+    from gnvc_jax.codec.model import LatentCodec, init_codec
+    from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, init_refiner
+    from gnvc_jax.vae import VAE, VAEConfig, init_vae
 
     vae_config = VAEConfig(base=4, multipliers=(1, 1, 1, 1), blocks=1, latent_channels=4)
     codec_config = tiny_codec
@@ -58,20 +57,10 @@ def tiny_model(tiny_codec):
     starts = {layer.name: layer.start for layer in scales.scale_layers(codec_config)}
 
     def init(k, vae, codec):
-        q_index, latents = jnp.zeros((1,), jnp.int32), jnp.zeros((1, 2, 8, 8, 4))
-        return {
-            "vae": VAE(vae).init(k, jnp.zeros((1, 5, 16, 16, 3)))["params"],
-            "codec": LatentCodec(codec).init(k, latents, q_index, k)["params"],
-        }
+        return {"vae": init_vae(VAE(vae), k), "codec": init_codec(LatentCodec(codec), k)}
 
     dit = DiTConfig(16, 16, 2, 2, 8, 4, text_length=0, context_every=1, context_channels=4)
     refiner_config = RefinerConfig(dit, codec_config.width, 2, 1, deviation=0.3)
-
-    def init_refiner(k):
-        latents, one = jnp.zeros((1, 1, 2, 2, 4)), jnp.zeros(1)
-        features = jnp.zeros((1, 1, 2, 2, codec_config.width))
-        inputs = latents, one, latents, features, one.astype(int)
-        return Refiner(refiner_config).init(k, *inputs)["params"]
 
     def shapes_of(*configs):
         return jax.eval_shape(lambda k: init(k, *configs), jax.random.key(0))
@@ -80,7 +69,9 @@ def tiny_model(tiny_codec):
         False: shapes_of(vae_config, codec_config),
         True: shapes_of(linear_config, motion_config),
     }
-    refiner_shapes = jax.eval_shape(init_refiner, jax.random.key(0))
+    refiner_shapes = jax.eval_shape(
+        lambda k: init_refiner(Refiner(refiner_config), k), jax.random.key(0)
+    )
 
     def make(seed: int = 0, refiner: bool = False, motion: bool = False) -> models.Model:
         rng = np.random.default_rng(seed)

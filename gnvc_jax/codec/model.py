@@ -31,7 +31,7 @@ from einops import repeat
 from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
-from gnvc_jax.arrays import AnyArray
+from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.codec.config import LATENT_MULTIPLE, CodecConfig
 from gnvc_jax.codec.entropy import EntropyModel, LatentSymbols
 from gnvc_jax.codec.layers import (
@@ -405,3 +405,11 @@ class LatentCodec(nn.Module):
         return jax.tree.map(
             lambda a, b: jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], axis=1), first, rest
         )
+
+
+def init_codec(codec: LatentCodec, key: Key[Array, ""]) -> Tree:
+    """Draws random parameters of a latent codec."""
+    key_params, key_noise = jax.random.split(key)
+    # Two latents, so that both transforms are called, of the smallest size.
+    latents = jnp.zeros((1, 2, LATENT_MULTIPLE, LATENT_MULTIPLE, codec.config.latent_channels))
+    return codec.init(key_params, latents, jnp.zeros((1,), jnp.int32), key_noise)["params"]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gnvc_jax.evaluation.vmaf import vmaf
+from gnvc_jax.frames import to_float
 from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.clip import clip_measures, load_clip
@@ -180,7 +181,7 @@ class QualityMeter:
 
 
 def _lpips(params: dict, x: jax.Array, y: jax.Array) -> jax.Array:
-    return lpips(params, x.astype(jnp.float32) / 127.5 - 1, y.astype(jnp.float32) / 127.5 - 1)
+    return lpips(params, to_float(x), to_float(y))
 
 
 _FUNCTIONS = {  # (weights, source, output) -> value per frame, or dictionary for the clip

@@ -18,9 +18,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
-
-Tree = Any  # nested containers of arrays
 
 BATCH = ("data", "fsdp")  # axes that divide clips
 

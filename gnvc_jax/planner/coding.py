@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.bitstream.tables import Tables
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.coder import check_columns
@@ -29,8 +30,6 @@ from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.refiner.model import window_starts
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import init_networks, make_networks
-
-Tree = Any
 
 # Programs that run for each latent after the first, by command and whether the codec has motion.
 PROGRAMS = {

@@ -13,10 +13,9 @@ from typing import Any
 
 import jax
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.planner import hlo
 from gnvc_jax.planner.chips import Chip
-
-Tree = Any
 
 
 def bytes_per_device(tree: Tree) -> int:

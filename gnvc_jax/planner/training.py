@@ -8,12 +8,12 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
@@ -24,8 +24,6 @@ from gnvc_jax.training.stages import Stage, frozen_shapes, make_stage
 from gnvc_jax.training.state import abstract_state
 from gnvc_jax.training.step import jit_step
 from gnvc_jax.training.throughput import operations
-
-Tree = Any
 
 
 def plan(

@@ -11,14 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.names import Tensor, dit_tensors, vae_tensors
 from gnvc_jax.porting.sources import Source
 from gnvc_jax.refiner import DiT, DiTConfig
 from gnvc_jax.refiner.config import PATCH
 from gnvc_jax.vae import VAE, VAEConfig
-
-Tree = Any
 
 # Statistics of Wan2.1's latents, per channel (diffusers' configuration of the VAE).
 WAN_MEAN = (

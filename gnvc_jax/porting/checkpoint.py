@@ -24,13 +24,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.files import atomic_output
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.sources import check_kind
 from gnvc_jax.refiner import DiTConfig
-
-Tree = Any
 
 COMPONENTS = ("vae", "dit")
 PROMPT = "prompt.npy"

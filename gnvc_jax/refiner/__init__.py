@@ -19,7 +19,7 @@ from gnvc_jax.refiner.config import (
     RefinerConfig,
 )
 from gnvc_jax.refiner.dit import DiT
-from gnvc_jax.refiner.model import Refiner, per_latent_factors, refine
+from gnvc_jax.refiner.model import Refiner, init_refiner, per_latent_factors, refine
 
 __all__ = [
     "VACE_1_3B",
@@ -30,6 +30,7 @@ __all__ = [
     "DiTConfig",
     "Refiner",
     "RefinerConfig",
+    "init_refiner",
     "per_latent_factors",
     "refine",
 ]

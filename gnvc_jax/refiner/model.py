@@ -19,11 +19,11 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from gnvc_jax.arrays import AnyArray
+from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.codec.config import KNOTS
 from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.refiner import flow
-from gnvc_jax.refiner.config import MASKS, RefinerConfig
+from gnvc_jax.refiner.config import MASKS, PATCH, RefinerConfig
 from gnvc_jax.refiner.dit import DiT, patchify
 
 
@@ -96,6 +96,16 @@ class Refiner(nn.Module):
             inputs = state, decoded, time, self.config.deviation, self.config.start
             velocity += flow.linear_velocity(*inputs)
         return velocity
+
+
+def init_refiner(refiner: Refiner, key: Key[Array, ""]) -> Tree:
+    """Draws random parameters of a refiner."""
+    config = refiner.config
+    latents = jnp.zeros((1, 1, PATCH, PATCH, config.dit.channels))
+    features = jnp.zeros((1, 1, PATCH, PATCH, config.features))
+    text = jnp.zeros((1, 1, config.dit.text_width)) if config.dit.text_length else None
+    tau, q_index = jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+    return refiner.init(key, latents, tau, latents, features, q_index, text)["params"]
 
 
 def vace_context(

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.parallel import rules
-
-Tree = Any
 
 # Kernels of layers ("codec/intra/out/kernel") and of the integer scale networks ("P0_kernel"), and
 # the two factors of a low-rank change of a kernel ("kernel/a").

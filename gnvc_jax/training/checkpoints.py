@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
@@ -32,7 +33,6 @@ from gnvc_jax.refiner.config import DiTConfig, RefinerConfig
 from gnvc_jax.training.config import Experiment, InitConfig, RunConfig, flatten
 from gnvc_jax.vae.config import VAEConfig
 
-Tree = Any
 log = logging.getLogger(__name__)
 
 # Settings that a resumed run may change: where and how it computes, writes and reads, not what.

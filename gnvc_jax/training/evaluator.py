@@ -18,12 +18,12 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.data.index import find_videos
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
@@ -43,8 +43,6 @@ from gnvc_jax.training.metrics import say
 from gnvc_jax.training.release import model_of_parts
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics
-
-Tree = Any
 
 QPS = (0, 21, 42, 63)
 

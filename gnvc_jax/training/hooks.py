@@ -19,11 +19,11 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
+from gnvc_jax.arrays import Array
 from gnvc_jax.errors import TrainingDiverged
 from gnvc_jax.training import inputs
 from gnvc_jax.training.checkpoints import Checkpoints
@@ -34,9 +34,6 @@ from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.state import State
 from gnvc_jax.training.throughput import Clock, WorkPerStep, device_memory
 from gnvc_jax.training.weights import Statistics
-
-Array = jax.Array
-Tree = Any
 
 # A run whose gradients stay non-finite this long will not recover.
 MAX_SKIPPED_IN_A_ROW = 100

@@ -7,20 +7,19 @@ order and with clips that grow.
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
 import numpy as np
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.data.clips import clip_dataset
 from gnvc_jax.data.index import ClipIndex
 from gnvc_jax.data.latents import latent_dataset, read_info
 from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.errors import UsageError
 from gnvc_jax.training.config import DataConfig, Experiment
-
-Tree = Any
 
 
 class Data(NamedTuple):

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
@@ -30,8 +31,6 @@ from gnvc_jax.training.state import State, abstract_state, init_state
 from gnvc_jax.training.step import jit_step
 from gnvc_jax.training.throughput import Clock
 from gnvc_jax.training.weights import Statistics, agreed
-
-Tree = Any
 
 
 def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
-
-Tree = Any
 
 TARGETS = r"refiner/dit/groups/.*/(q|k|v|o|ffn_in|ffn_out)/kernel"
 

@@ -17,17 +17,16 @@ II; Kingma and Welling (arXiv 1312.6114) appendix B for the divergence.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.refiner import flow
 
-Array = jax.Array
-Tree = Any
 Velocity = Callable[[Array, Array], Array]
 Perceptual = Callable[[Array, Array], Array]
 

@@ -7,15 +7,12 @@ Flax modules, which hold sizes and how to compute, and no arrays.
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from gnvc_jax.codec.model import LatentCodec
-from gnvc_jax.refiner import Refiner
+from gnvc_jax.arrays import Array, Tree
+from gnvc_jax.codec.model import LatentCodec, init_codec
+from gnvc_jax.refiner import Refiner, init_refiner
 from gnvc_jax.training.config import Experiment
-from gnvc_jax.vae import VAE
-
-Array = jax.Array
-Tree = Any
+from gnvc_jax.vae import VAE, init_vae
 
 
 class Networks(NamedTuple):
@@ -61,27 +58,3 @@ def init_networks(networks: Networks, key: Array) -> Tree:
     if networks.refiner is not None:
         parts["refiner"] = init_refiner(networks.refiner, key_refiner)
     return parts
-
-
-def init_vae(vae: VAE, key: Array) -> Tree:
-    """Draws random parameters of a VAE."""
-    side = 2 * vae.config.stride
-    video = jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3))
-    return vae.init(key, video)["params"]
-
-
-def init_codec(codec: LatentCodec, key: Array) -> Tree:
-    """Draws random parameters of a latent codec."""
-    key_params, key_noise = jax.random.split(key)
-    latents = jnp.zeros((1, 2, 8, 8, codec.config.latent_channels))
-    return codec.init(key_params, latents, jnp.zeros((1,), jnp.int32), key_noise)["params"]
-
-
-def init_refiner(refiner: Refiner, key: Array) -> Tree:
-    """Draws random parameters of a refiner."""
-    config = refiner.config
-    latents = jnp.zeros((1, 1, 2, 2, config.dit.channels))
-    features = jnp.zeros((1, 1, 2, 2, config.features))
-    text = jnp.zeros((1, 1, config.dit.text_width)) if config.dit.text_length else None
-    tau, q_index = jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
-    return refiner.init(key, latents, tau, latents, features, q_index, text)["params"]

@@ -12,14 +12,12 @@ Only what trains has gradients, optimizer moments and a place in checkpoints. Lo
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.training import lora
-
-Tree = Any
 
 EVERYTHING = ("",)  # the pattern that fits every path
 

@@ -11,10 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.refiner import per_latent_factors
-
-Array = jax.Array
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)

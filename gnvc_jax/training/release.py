@@ -9,11 +9,11 @@ statistics of the latents.
 """
 
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from gnvc_jax import model
+from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model
 from gnvc_jax.model_file import save_model
@@ -22,8 +22,6 @@ from gnvc_jax.training.checkpoints import model_of
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.weights import Statistics
-
-Tree = Any
 
 
 def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:

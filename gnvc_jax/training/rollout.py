@@ -1,23 +1,26 @@
 """The codec's roll-out: a batch of clips becomes decoded latents, rates and errors.
 
-Stages take it from here: the rate and the error of latents are the loss of the stage `codec`, and
-what a refiner corrects are the decoded latents.
+There are two, since prediction differs. `roll_out` is for codecs without motion, whose latents are
+predicted from the latent before; the stages `codec`, `latent`, `pixel` and `distill` use it.
+`roll_out_with_motion` is for codecs with motion, whose latents are predicted from the last decoded
+frame; the stages `transform` and `refine` use it.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
-from gnvc_jax.frames import to_float
-from gnvc_jax.parallel import constrain
+from gnvc_jax.arrays import Array, Tree
+from gnvc_jax.codec.quantise import straight_through
+from gnvc_jax.frames import HALF_RANGE, to_float
+from gnvc_jax.motion.warp import predict, to_eight_bits
+from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.training import losses
 from gnvc_jax.training.networks import Networks
 from gnvc_jax.vae import VAE, encode_clip
-
-Array = jax.Array
-Tree = Any
 
 
 @jax.tree_util.register_dataclass
@@ -42,6 +45,31 @@ class CodecOutput:
     rate: Array
     error: Array
     metrics: dict[str, Array]
+
+
+class MotionOutput(NamedTuple):
+    """Clips after the codec with motion, in training form; k latents of each of b clips.
+
+    Attributes:
+        latents: Latents of the source, (b, k, h, w, c).
+        decoded: Decoded latents, same shape.
+        features: Features of the codec, (b, k, h, w, f), which condition a refiner.
+        bits: Differentiable rate of each latent, (b, k).
+        written: Bits that a stream would hold, (b, k); no gradient.
+        error: Mean squared error of the decoded frames in 8-bit steps, (b, k). Its gradient is that
+            of frames without copies (see `roll_out_with_motion`).
+        predicted_error: Mean squared error of the frames that motion predicts, (b, k - 1).
+        frames: Decoded frames, (b, t, h, w, 3), not clipped.
+    """
+
+    latents: Array
+    decoded: Array
+    features: Array
+    bits: Array
+    written: Array
+    error: Array
+    predicted_error: Array
+    frames: Array
 
 
 def normalised_latents(vae: VAE, params: Tree, statistics: Tree, batch: Array) -> Array:
@@ -96,3 +124,106 @@ def roll_out(
     return CodecOutput(
         latents, coded.latent, coded.feature, q_index, bits.sum(1) / size, error, metrics
     )
+
+
+def encode_latent(vae: VAE, params: Tree, video: Array, first: bool) -> Array:
+    """Encodes the frames (b, t, h, w, 3) of one latent to the latent (b, h, w, c)."""
+    latents, _ = vae.apply({"params": params}, video, first, method="encode")
+    return latents[:, 0]
+
+
+def roll_out_with_motion(
+    networks: Networks,
+    params: Tree,
+    video: Array,
+    vectors: Array,
+    levels: Array,
+    keys: Array,
+    cleaned: int = 1,
+) -> MotionOutput:
+    """Codes clips in training form, each latent predicted from the last decoded frame.
+
+    Args:
+        networks: A linear VAE and a codec with motion.
+        params: Parameters by part.
+        video: Frames (b, t, h, w, 3) in [-1, 1], t = 1 + 4 (k - 1).
+        vectors: Motion of the frames after the first, (b, k - 1, 4, h/16, w/16, 2).
+        levels: Quality level of each latent, (b, k).
+        keys: Random keys of the latents, (k,).
+        cleaned: Number of frames of each latent, counted from the last, that go through the head.
+            One is enough for the codec, since later latents depend on no other, and the head costs
+            more than the codec.
+    """
+    vae, codec = {"params": params["vae"]}, {"params": params["codec"]}
+
+    def error(a: Array, b: Array) -> Array:
+        return losses.squared_error(a, b) * HALF_RANGE**2  # in 8-bit steps
+
+    def result(
+        latent: Array,
+        coded: Any,
+        decoded: Array,
+        compared: Array,
+        frames: Array,
+        predicted_error: Any,
+    ) -> MotionOutput:
+        bits = coded.y_bits + coded.z_bits
+        return MotionOutput(
+            latent,
+            coded.latent,
+            coded.feature,
+            bits,
+            coded.written_bits,
+            straight_through(error(decoded, frames), error(compared, frames)),
+            predicted_error,
+            decoded,
+        )
+
+    latent = encode_latent(networks.vae, params["vae"], video[:, :1], True)
+    state, coded = networks.codec.apply(codec, latent, None, levels[:, 0], keys[0], method="train")
+    decoded = networks.vae.apply(vae, coded.latent[:, None], method="decode")
+    first = result(latent, coded, decoded, decoded, video[:, :1], None)
+
+    def step(carry: Tree, xs: Tree) -> tuple[Tree, MotionOutput]:
+        last, state = carry
+        frames, vectors, q_index, key = xs
+        # The picture that a decoder has. It passes no gradients on to the past: cells without
+        # symbols copy it, so the straight-through gradient of one zero would count once for every
+        # latent that copies, and the codec would learn to spend far too many bits.
+        predicted = predict(to_eight_bits(last), vectors)
+        prediction = encode_latent(networks.vae, params["vae"], predicted, False)
+        latent = encode_latent(networks.vae, params["vae"], frames, False)
+        state, coded = networks.codec.apply(
+            codec, latent, state, q_index, key, prediction, method="train"
+        )
+        given = coded.latent, prediction, predicted, coded.fresh, coded.detail, cleaned
+        decoded = networks.vae.apply(vae, *given, method="compensate")
+        # A copy has no gradient. The codec learns from what its cells would be if they were coded.
+        # (To give copies that gradient with their own error would reward symbols that mend nothing,
+        # since the mean of a copied cell is not used: files grew until training diverged.)
+        skipped = coded.skipped[:, None]
+        compared = networks.vae.apply(vae, decoded, skipped, False, method="add_latents")
+        done = result(latent, coded, decoded, compared, frames, error(predicted, frames))
+        return (decoded[:, -1], state), done
+
+    steps = (
+        rearrange(video[:, 1:], "b (k f) h w c -> k b f h w c", f=4),
+        jnp.moveaxis(vectors, 1, 0),
+        levels[:, 1:].T,
+        keys[1:],
+    )
+    # XLA's CPU code takes about half the time outside loops; the price is compilation.
+    unroll = len(keys) - 1 if backend() == "cpu" else 1
+    carry = decoded[:, -1], state
+    _, later = jax.lax.scan(step, carry, steps, unroll=max(1, unroll))
+    later = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1), later
+    )  # (k - 1, b, ...) -> (b, k - 1, ...)
+    # Frames (b, k - 1, 4, h, w, 3) follow each other without a border.
+    frames = rearrange(later.frames, "b k f h w c -> b (k f) h w c")
+    frames = jnp.concatenate([first.frames, frames], axis=1)
+    joined = [
+        b if a is None else jnp.concatenate([a[:, None], b], axis=1)
+        for a, b in zip(first[:-1], later[:-1])
+    ]
+    return MotionOutput._make([*joined, frames])

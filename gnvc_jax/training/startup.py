@@ -18,12 +18,11 @@ from typing import Any
 import jax
 
 from gnvc_jax import convolution
+from gnvc_jax.arrays import Tree
 from gnvc_jax.planner.program import bytes_per_device
 from gnvc_jax.refiner import attention
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.state import State
-
-Tree = Any
 
 MIB = 2**20
 COLUMNS = ("part", "state", "parameters", "type", "MiB", "per device", "on the mesh")

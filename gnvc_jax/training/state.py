@@ -5,20 +5,18 @@
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.parallel import shardings
 from gnvc_jax.training import stages
 from gnvc_jax.training.batched_optimizer import is_kernel
 from gnvc_jax.training.config import OptimConfig
 from gnvc_jax.training.stages import Stage
-
-Tree = Any
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,6 @@ a mesh. Nothing else in training is jitted in the loop.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,13 @@ from einops import rearrange
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gnvc_jax.arrays import Tree
 from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import stages
 from gnvc_jax.training.batched_optimizer import StackedParameters
 from gnvc_jax.training.config import OptimConfig
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.state import State, learning_rate, optimizer
-
-Tree = Any
 
 
 def gradient(loss: Callable, parts: int) -> Callable:

@@ -24,6 +24,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import shardings
 from gnvc_jax.porting.checkpoint import (
@@ -38,12 +39,9 @@ from gnvc_jax.refiner.config import DiTConfig
 from gnvc_jax.training import lora
 from gnvc_jax.training.checkpoints import config_of, load_params
 from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
-from gnvc_jax.training.networks import init_vae
 from gnvc_jax.training.partition import join
-from gnvc_jax.vae import VAE, grey_latents
+from gnvc_jax.vae import VAE, grey_latents, init_vae
 
-Array = jax.Array
-Tree = Any
 Statistics = dict[str, np.ndarray]
 
 # Kernels of the layers that compute in `compute.dtype` and `compute.vae.dtype`: where they do not

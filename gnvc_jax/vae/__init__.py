@@ -20,7 +20,7 @@ from gnvc_jax.vae.drivers import (
     grey_latents,
     pad_video,
 )
-from gnvc_jax.vae.model import VAE
+from gnvc_jax.vae.model import VAE, init_vae
 
 __all__ = [
     "VAE",
@@ -32,5 +32,6 @@ __all__ = [
     "encode_clip",
     "encode_stream",
     "grey_latents",
+    "init_vae",
     "pad_video",
 ]

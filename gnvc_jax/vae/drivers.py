@@ -10,17 +10,15 @@ The frames 1 + 4 + 4 + ... of a clip become one latent each. Videos (b, t, h, w,
 h2 = ceil(h / 8), w2 = ceil(w / 8) for the strides of Wan2.1.
 """
 
-from typing import Any, cast
+from typing import cast
 
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 from jaxtyping import Array, Float
 
-from gnvc_jax.arrays import AnyArray
+from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.vae.model import VAE
-
-Tree = Any  # nested dictionaries of arrays
 
 
 def pad_video(

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 from einops import repeat
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
-from gnvc_jax.arrays import AnyArray
+from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.vae.config import VAEConfig
 from gnvc_jax.vae.head import DeblockingHead
 from gnvc_jax.vae.klt import EXACT, BlockTransform, from_blocks, to_blocks
@@ -234,3 +234,10 @@ class VAE(nn.Module):
     def __call__(self, video: Float[AnyArray, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
         """Encodes and decodes a video, which initialises all parameters."""
         return self.decode(self.encode(video)[0])
+
+
+def init_vae(vae: VAE, key: Key[Array, ""]) -> Tree:
+    """Draws random parameters of a VAE."""
+    side = 2 * vae.config.stride
+    video = jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3))
+    return vae.init(key, video)["params"]

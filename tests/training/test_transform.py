@@ -11,8 +11,9 @@ from gnvc_jax.demo import camera_move
 from gnvc_jax.motion import expand
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.networks import make_networks
+from gnvc_jax.training.rollout import roll_out_with_motion
 from gnvc_jax.training.stages import make_stage
-from gnvc_jax.training.stages.transform import TransformLoss, draw_levels, roll_out
+from gnvc_jax.training.stages.transform import TransformLoss, draw_levels
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,9 @@ def test_logged_rate_is_that_of_the_file(codec, stage):
     params = {"vae": model.vae, "codec": model.codec}
     params = jax.tree.map(lambda x: jax.numpy.asarray(x, np.float32), params)
     code = jax.jit(
-        lambda clip: roll_out(networks, params, *clip, jax.random.split(jax.random.key(0), 5))
+        lambda clip: roll_out_with_motion(
+            networks, params, *clip, jax.random.split(jax.random.key(0), 5)
+        )
     )
     for q_index in (0, 21, 42, 63):
         with StreamReader(codec.encode(video, qp=63 - q_index)) as reader:

@@ -32,14 +32,12 @@ import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.training import lora, partition, weights
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.inputs import Data
 from gnvc_jax.training.weights import Statistics
-
-Array = jax.Array
-Tree = Any
 
 # Resolved on first use, so that one stage does not import the networks of the others.
 STAGES = {

@@ -6,9 +6,9 @@ cache of latents and no DiT runs.
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.training import inputs, latent_statistics, losses
@@ -17,9 +17,6 @@ from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.rollout import CodecOutput, roll_out
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import load_vae
-
-Array = jax.Array
-Tree = dict
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +31,9 @@ class CodecLoss:
         lambda_low: Lambda at quality 0.
         lambda_high: Lambda at quality 63, geometric between.
         balance: Weight of good levels against bad ones; 0 is the paper's sum.
+
+    Raises:
+        UsageError: If lambda does not rise with quality.
     """
 
     lambda_low: float = 0.05
@@ -41,20 +41,12 @@ class CodecLoss:
     balance: float = 0.5
 
     def __post_init__(self) -> None:
-        check_lambda(self.lambda_low, self.lambda_high)
-
-
-def check_lambda(low: float, high: float) -> None:
-    """Checks that lambda rises with quality.
-
-    Raises:
-        UsageError: If it does not.
-    """
-    if not 0 < low < high:
-        raise UsageError(
-            f"loss.lambda_low: expected 0 < lambda_low < lambda_high, got {low} and {high}; equal "
-            "ones would make all quality levels the same"
-        )
+        low, high = self.lambda_low, self.lambda_high
+        if not 0 < low < high:
+            raise UsageError(
+                f"loss.lambda_low: expected 0 < lambda_low < lambda_high, got {low} and {high}; "
+                "equal ones would make all quality levels the same"
+            )
 
 
 def codec_stage(experiment: Experiment) -> Stage:
@@ -65,7 +57,7 @@ def codec_stage(experiment: Experiment) -> Stage:
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         output = roll_out(networks, params, constants, batch, key)
-        return rate_distortion(weights, output, output.error), output.metrics
+        return mean_rate_distortion(weights, output, output.error), output.metrics
 
     return Stage(
         experiment,
@@ -79,11 +71,11 @@ def codec_stage(experiment: Experiment) -> Stage:
     )
 
 
-def rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Array) -> Array:
+def mean_rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Array) -> Array:
     """Rate-distortion loss of a batch, a scalar.
 
     Args:
-        weights: Any loss settings that have `lambda_low`, `lambda_high` and `balance`.
+        weights: Settings of the loss; those of other stages are settings of this one, too.
         output: Result of the roll-out.
         distortion: Distortion of each clip, (b,).
     """

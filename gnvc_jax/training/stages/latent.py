@@ -9,21 +9,19 @@ import dataclasses
 import jax
 import numpy as np
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.training import latent_statistics, losses, weights
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import Stage
-from gnvc_jax.training.stages.codec import check_lambda, codec_data, rate_distortion
+from gnvc_jax.training.stages.codec import CodecLoss, codec_data, mean_rate_distortion
 from gnvc_jax.training.weights import Statistics
-
-Array = jax.Array
-Tree = dict
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentLoss:
+class LatentLoss(CodecLoss):
     """Settings of (R + lambda (refined E_1 + decoded E_c)) / lambda^balance + matching L_CFM.
 
     R is the rate in bits per pixel; E_1 and E_c are mean squared errors of refined and of decoded
@@ -31,23 +29,14 @@ class LatentLoss:
     the velocity there (GNVC-VD, stage I).
 
     Attributes:
-        lambda_low: Lambda at quality 0.
-        lambda_high: Lambda at quality 63, geometric between.
-        balance: Weight of good levels against bad ones; 0 is the paper's sum.
         refined: Weight of E_1.
         decoded: Weight of E_c.
         matching: Weight of L_CFM.
     """
 
-    lambda_low: float = 0.05
-    lambda_high: float = 0.5
-    balance: float = 0.5
     refined: float = 1.0
     decoded: float = 0.1
     matching: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_lambda(self.lambda_low, self.lambda_high)
 
 
 def latent_stage(experiment: Experiment) -> Stage:
@@ -82,7 +71,7 @@ def latent_stage(experiment: Experiment) -> Stage:
         refined = losses.per_clip(window.unwhitened(found.estimate - clean) ** 2)
         distortion = loss_weights.refined * refined + loss_weights.decoded * output.error
         matching = found.error.mean()
-        total = rate_distortion(loss_weights, output, distortion)
+        total = mean_rate_distortion(loss_weights, output, distortion)
         metrics = output.metrics | {"flow": matching, "refined": refined.mean()}
         return total + loss_weights.matching * matching, metrics
 

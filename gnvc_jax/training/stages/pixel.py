@@ -10,6 +10,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
@@ -19,17 +20,14 @@ from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import Stage
-from gnvc_jax.training.stages.codec import check_lambda, rate_distortion
+from gnvc_jax.training.stages.codec import CodecLoss, mean_rate_distortion
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
 from gnvc_jax.training.stages.vae import lpips_network
 from gnvc_jax.training.weights import Statistics
 
-Array = jax.Array
-Tree = dict
-
 
 @dataclasses.dataclass(frozen=True)
-class PixelLoss:
+class PixelLoss(CodecLoss):
     """Settings of (R + lambda * D) / lambda^balance, for the stages `pixel` and `distill`.
 
     The distortion D is mse * E + lpips * LPIPS + decoded * E_c + refined * E_1 + distill * E_t.
@@ -40,9 +38,6 @@ class PixelLoss:
     `steps` steps.
 
     Attributes:
-        lambda_low: Lambda at quality 0.
-        lambda_high: Lambda at quality 63, geometric between.
-        balance: Weight of good levels against bad ones; 0 is the paper's sum.
         refined: Weight of E_1.
         decoded: Weight of E_c.
         mse: Weight of E.
@@ -55,9 +50,6 @@ class PixelLoss:
         distill: Weight of E_t; for the stage `distill` only.
     """
 
-    lambda_low: float = 0.05
-    lambda_high: float = 0.5
-    balance: float = 0.5
     refined: float = 1.0
     decoded: float = 1.0
     mse: float = 1.0
@@ -70,7 +62,7 @@ class PixelLoss:
     distill: float = 0.0
 
     def __post_init__(self) -> None:
-        check_lambda(self.lambda_low, self.lambda_high)
+        super().__post_init__()
         check_choices("loss", self)
 
 
@@ -159,7 +151,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
             "lpips_lowest": errors.perceptual[0],
             "lpips_highest": errors.perceptual[-1],
         }
-        return rate_distortion(weights, output, distortion), metrics
+        return mean_rate_distortion(weights, output, distortion), metrics
 
     def constants(statistics: Statistics) -> Tree:
         return refiner_constants(experiment, statistics) | {"lpips": perceptual_weights}

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
@@ -21,13 +22,11 @@ from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
+from gnvc_jax.training.rollout import roll_out_with_motion
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
-from gnvc_jax.training.stages.transform import draw_levels, roll_out
+from gnvc_jax.training.stages.transform import draw_levels
 from gnvc_jax.training.weights import Statistics
-
-Array = jax.Array
-Tree = dict
 
 PAIR = 2  # latents whose frames are compared: two, so that differences cross their border
 
@@ -143,7 +142,8 @@ def refined_frames(
     levels = draw_levels(key_levels, weights, batch["q_index"], count)
     keys = jax.random.split(key_code, count)
     # All four frames of each latent go through the head: any of them may be shown.
-    coded = stop(roll_out(networks, params, video, batch["vectors"], levels, keys, cleaned=4))
+    vectors = batch["vectors"]
+    coded = stop(roll_out_with_motion(networks, params, video, vectors, levels, keys, cleaned=4))
 
     window = random_window(key_window, constants["white"], count, config.window)
     # `of` cuts and whitens, `cut` only cuts.

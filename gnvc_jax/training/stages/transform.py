@@ -1,39 +1,35 @@
 """Stage `transform`: the codec of a linear VAE with motion, on squared error of pixels.
 
 A new run starts from statistics of training clips (`fit_to_clips`), so that its first step already
-codes. In `roll_out`, the last frame of each latent goes through the VAE's head and becomes the
+codes. In the roll-out, the last frame of each latent goes through the VAE's head and becomes the
 reference of the next latent's motion, as it will in use; codec and head train together.
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import init_from_statistics
 from gnvc_jax.codec.model import space_to_depth
-from gnvc_jax.codec.quantise import straight_through
-from gnvc_jax.frames import to_float
+from gnvc_jax.frames import HALF_RANGE, to_float
 from gnvc_jax.moments import Moments
-from gnvc_jax.motion.warp import predict, to_eight_bits
-from gnvc_jax.parallel import backend
+from gnvc_jax.motion.warp import predict
 from gnvc_jax.training import inputs, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.latent_statistics import identity_statistics, shapes
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
+from gnvc_jax.training.rollout import encode_latent, roll_out_with_motion
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics, agreed, placed_like
-from gnvc_jax.vae import VAE, klt
-
-Array = jax.Array
-Tree = Any
+from gnvc_jax.vae import klt
 
 LOSS_SCALE = 0.03  # keeps the norm of gradients well below `optim.clip`
-LEVELS_PER_UNIT = 127.5  # 8-bit steps per unit of pixels in [-1, 1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,31 +54,6 @@ class TransformLoss:
     intra_offset: tuple[int, int] = (17, 33)
     pattern: tuple[int, ...] = (-4, -2, -4, 4)
     pattern_prob: float = 0.5
-
-
-class MotionOutput(NamedTuple):
-    """Clips after the codec with motion, in training form; k latents of each of b clips.
-
-    Attributes:
-        latents: Latents of the source, (b, k, h, w, c).
-        decoded: Decoded latents, same shape.
-        features: Features of the codec, (b, k, h, w, f), which condition a refiner.
-        bits: Differentiable rate of each latent, (b, k).
-        written: Bits that a stream would hold, (b, k); no gradient.
-        error: Mean squared error of the decoded frames in 8-bit steps, (b, k). Its gradient is that
-            of frames without copies (see `roll_out`).
-        predicted_error: Mean squared error of the frames that motion predicts, (b, k - 1).
-        frames: Decoded frames, (b, t, h, w, 3), not clipped.
-    """
-
-    latents: Array
-    decoded: Array
-    features: Array
-    bits: Array
-    written: Array
-    error: Array
-    predicted_error: Array
-    frames: Array
 
 
 def transform_stage(experiment: Experiment) -> Stage:
@@ -126,7 +97,7 @@ def transform_loss(
     _, t, h, w, _ = video.shape
     key_levels, *keys = jax.random.split(key, 2 + t // 4)
     levels = draw_levels(key_levels, weights, batch["q_index"], len(keys))
-    coded = roll_out(networks, params, video, batch["vectors"], levels, jnp.stack(keys))
+    coded = roll_out_with_motion(networks, params, video, batch["vectors"], levels, jnp.stack(keys))
 
     counts, size = jnp.asarray([1.0] + [4.0] * (t // 4)), h * w  # frames per latent; pixels
     rd_lambda = losses.rd_lambda(levels, weights.lambda_low, weights.lambda_high)
@@ -180,109 +151,6 @@ def draw_levels(key: Array, weights: Any, q_index: Array, latents: int) -> Array
     return jnp.clip(q_index[:, None] + offsets, 0, QUALITIES - 1)
 
 
-def encode_group(vae: VAE, params: Tree, video: Array, first: bool) -> Array:
-    """Encodes the frames (b, t, h, w, 3) of one latent to the latent (b, h, w, c)."""
-    latents, _ = vae.apply({"params": params}, video, first, method="encode")
-    return latents[:, 0]
-
-
-def roll_out(
-    networks: Networks,
-    params: Tree,
-    video: Array,
-    vectors: Array,
-    levels: Array,
-    keys: Array,
-    cleaned: int = 1,
-) -> MotionOutput:
-    """Codes clips in training form, each latent predicted from the last decoded frame.
-
-    Args:
-        networks: A linear VAE and a codec with motion.
-        params: Parameters by part.
-        video: Frames (b, t, h, w, 3) in [-1, 1], t = 1 + 4 (k - 1).
-        vectors: Motion of the frames after the first, (b, k - 1, 4, h/16, w/16, 2).
-        levels: Quality level of each latent, (b, k).
-        keys: Random keys of the latents, (k,).
-        cleaned: Number of frames of each latent, counted from the last, that go through the head.
-            One is enough for the codec, since later latents depend on no other, and the head costs
-            more than the codec.
-    """
-    vae, codec = {"params": params["vae"]}, {"params": params["codec"]}
-
-    def error(a: Array, b: Array) -> Array:
-        return losses.squared_error(a, b) * LEVELS_PER_UNIT**2
-
-    def result(
-        latent: Array,
-        coded: Any,
-        decoded: Array,
-        compared: Array,
-        frames: Array,
-        predicted_error: Any,
-    ) -> MotionOutput:
-        bits = coded.y_bits + coded.z_bits
-        return MotionOutput(
-            latent,
-            coded.latent,
-            coded.feature,
-            bits,
-            coded.written_bits,
-            straight_through(error(decoded, frames), error(compared, frames)),
-            predicted_error,
-            decoded,
-        )
-
-    latent = encode_group(networks.vae, params["vae"], video[:, :1], True)
-    state, coded = networks.codec.apply(codec, latent, None, levels[:, 0], keys[0], method="train")
-    decoded = networks.vae.apply(vae, coded.latent[:, None], method="decode")
-    first = result(latent, coded, decoded, decoded, video[:, :1], None)
-
-    def step(carry: Tree, xs: Tree) -> tuple[Tree, MotionOutput]:
-        last, state = carry
-        frames, vectors, q_index, key = xs
-        # The picture that a decoder has. It passes no gradients on to the past: cells without
-        # symbols copy it, so the straight-through gradient of one zero would count once for every
-        # latent that copies, and the codec would learn to spend far too many bits.
-        predicted = predict(to_eight_bits(last), vectors)
-        prediction = encode_group(networks.vae, params["vae"], predicted, False)
-        latent = encode_group(networks.vae, params["vae"], frames, False)
-        state, coded = networks.codec.apply(
-            codec, latent, state, q_index, key, prediction, method="train"
-        )
-        given = coded.latent, prediction, predicted, coded.fresh, coded.detail, cleaned
-        decoded = networks.vae.apply(vae, *given, method="compensate")
-        # A copy has no gradient. The codec learns from what its cells would be if they were coded.
-        # (To give copies that gradient with their own error would reward symbols that mend nothing,
-        # since the mean of a copied cell is not used: files grew until training diverged.)
-        skipped = coded.skipped[:, None]
-        compared = networks.vae.apply(vae, decoded, skipped, False, method="add_latents")
-        done = result(latent, coded, decoded, compared, frames, error(predicted, frames))
-        return (decoded[:, -1], state), done
-
-    steps = (
-        rearrange(video[:, 1:], "b (k f) h w c -> k b f h w c", f=4),
-        jnp.moveaxis(vectors, 1, 0),
-        levels[:, 1:].T,
-        keys[1:],
-    )
-    # XLA's CPU code takes about half the time outside loops; the price is compilation.
-    unroll = len(keys) - 1 if backend() == "cpu" else 1
-    carry = decoded[:, -1], state
-    _, later = jax.lax.scan(step, carry, steps, unroll=max(1, unroll))
-    later = jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 1), later
-    )  # (k - 1, b, ...) -> (b, k - 1, ...)
-    # Frames (b, k - 1, 4, h, w, 3) follow each other without a border.
-    frames = rearrange(later.frames, "b k f h w c -> b (k f) h w c")
-    frames = jnp.concatenate([first.frames, frames], axis=1)
-    joined = [
-        b if a is None else jnp.concatenate([a[:, None], b], axis=1)
-        for a, b in zip(first[:-1], later[:-1])
-    ]
-    return MotionOutput._make([*joined, frames])
-
-
 def fit_to_clips(
     networks: Networks, weights: TransformLoss, params: Tree, batches: list[Tree]
 ) -> Tree:
@@ -301,12 +169,12 @@ def fit_to_clips(
         """Intra latents of every fourth frame, later latents, and residuals of the latter."""
         video = to_float(batch["video"])
         first = rearrange(video[:, ::4], "b t h w c -> (b t) 1 h w c")
-        intra = encode_group(vae, fitted, first, True)
+        intra = encode_latent(vae, fitted, first, True)
         groups = rearrange(video[:, 1:], "b (k f) h w c -> (b k) f h w c", f=4)
         reference = rearrange(video[:, :-1:4], "b k h w c -> (b k) h w c")
         vectors = rearrange(batch["vectors"], "b k f h w c -> (b k) f h w c")
-        later = encode_group(vae, fitted, groups, False)
-        prediction = encode_group(vae, fitted, predict(reference, vectors), False)
+        later = encode_latent(vae, fitted, groups, False)
+        prediction = encode_latent(vae, fitted, predict(reference, vectors), False)
         return intra, later, later - prediction
 
     channels = config.latent_channels
@@ -322,7 +190,7 @@ def fit_to_clips(
     for kind, scale in scales.items():
         # One latent unit is 1 / scale of an orthonormal coefficient of pixels; the squared error of
         # a pixel is the mean of three colours.
-        worth = (LEVELS_PER_UNIT / fitted["klt"][scale]) ** 2 / 3.0
+        worth = (HALF_RANGE / fitted["klt"][scale]) ** 2 / 3.0
         codec[kind] = init_from_statistics(
             codec,
             config,

@@ -11,18 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.training import inputs, losses
 from gnvc_jax.training.config import Experiment, Policy
-from gnvc_jax.training.networks import init_vae, make_networks
+from gnvc_jax.training.networks import make_networks
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics, agreed, placed_like
-from gnvc_jax.vae import klt
-
-Array = jax.Array
-Tree = dict
+from gnvc_jax.vae import init_vae, klt
 
 KLT_BLOCKS = 40_000  # blocks of later frames that the linear transform of a VAE is fitted to
 
