@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,11 +53,10 @@ def test_rate_is_close_to_that_of_an_ideal_coder(tiny_codec, latents, fitted):
     """Bits of the chosen tables against those of each coefficient's own Gaussian."""
     from gnvc_jax.codec.model import LatentCodec
 
+    code = jax.jit(LatentCodec(tiny_codec).apply)
     for q_index in (16, 40, 60):
-        levels, key = jnp.full(12, q_index), calibrate.jax.random.key(0)
-        output = LatentCodec(tiny_codec).apply(
-            {"params": fitted}, jnp.asarray(latents), levels, key
-        )
+        levels, key = jnp.full(12, q_index), jax.random.key(0)
+        output = code({"params": fitted}, jnp.asarray(latents), levels, key)
         assert np.abs(output.symbols.z).max() == 0
         for kind, part in (("intra", np.s_[:, :1]), ("inter", np.s_[:, 1:])):
             symbols = np.asarray(output.symbols.y[part]).reshape(-1, tiny_codec.y_channels)

@@ -283,6 +283,7 @@ def four_devices():
         yield
 
 
+@pytest.mark.slow
 def test_devices_share_frames(coder, tiny_model, four_devices):
     """Another number of devices reads the same integers, and frames that differ by rounding."""
     video = np.random.default_rng(1).integers(0, 256, (5, 40, 64, 3), np.uint8)
@@ -470,9 +471,9 @@ def test_strides_are_those_of_the_vae(tiny_codec):
     )  # fmt: skip
     assert (config.stride, config.temporal_stride) == (16, 2)
     key, q_index = jax.random.key(0), np.zeros(1, np.int32)
-    vae = VAE(config).init(key, np.zeros((1, 3, 32, 32, 3), np.float32))["params"]
+    vae = jax.jit(VAE(config).init)(key, np.zeros((1, 3, 32, 32, 3), np.float32))["params"]
     latents = np.zeros((1, 2, 8, 8, 4), np.float32)
-    codec = LatentCodec(tiny_codec).init(key, latents, q_index, key)["params"]
+    codec = jax.jit(LatentCodec(tiny_codec).init)(key, latents, q_index, key)["params"]
     model = models.build("wide", config, tiny_codec, vae, codec, np.zeros(4), np.ones(4))
     coder, video = Coder(model), pan(6, 40, 150)
     stream, frames = through(coder, video, gop=5)

@@ -98,11 +98,15 @@ def test_untrained_codec_is_a_transform_coder():
     codec = LatentCodec(TINY)
     latents = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 4))
     q_index, key = jnp.asarray([0, 63]), jax.random.key(1)
-    params = codec.init(jax.random.key(2), latents, q_index, key)["params"]
-    state, first = codec.apply(
-        {"params": params}, latents[:, 0], None, q_index, key, method="train"
-    )
-    _, second = codec.apply({"params": params}, latents[:, 1], state, q_index, key, method="train")
+    params = jax.jit(codec.init)(jax.random.key(2), latents, q_index, key)["params"]
+
+    @jax.jit
+    def both(params):
+        given = {"params": params}
+        state, first = codec.apply(given, latents[:, 0], None, q_index, key, method="train")
+        return first, codec.apply(given, latents[:, 1], state, q_index, key, method="train")[1]
+
+    first, second = both(params)
     gains = np.exp([0.0, GAIN_SLOPE])[:, None, None, None]
     for part, coded, residual in (
         ("intra", first, latents[:, 0]),
@@ -203,9 +207,8 @@ def test_cells_without_symbols_copy_the_prediction():
     config = dataclasses.replace(TINY, motion="blocks")
     codec, q_index = LatentCodec(config), jnp.asarray([30])
     latents = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
-    drawn = codec.init(jax.random.key(1), latents, q_index, jax.random.key(2))["params"]
     rng = np.random.default_rng(4)
-    drawn = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), drawn)
+    drawn = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(np.float32), shapes(config))
     symbols = np.zeros((1, 4, 4, config.y_channels), np.float32)
     symbols[0, 1, 2, 3] = 1
     z = np.zeros((1, 1, 1, config.z_channels), np.float32)
@@ -229,13 +232,15 @@ def test_copies_learn_as_if_they_were_coded():
     config = dataclasses.replace(TINY, motion="blocks")
     codec, q_index, key = LatentCodec(config), jnp.asarray([40]), jax.random.key(5)
     latents = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
-    drawn = codec.init(jax.random.key(1), latents, q_index, key)["params"]
-    state, _ = codec.apply({"params": drawn}, latents[:, 0], None, q_index, key, method="train")
+    drawn = jax.jit(codec.init)(jax.random.key(1), latents, q_index, key)["params"]
     prediction = latents[:, 1].at[:, 2:4, 4:6].add(20.0)  # to be coded; the rest is right
 
+    @jax.jit
     def decoded(latent):
+        given = {"params": drawn}
+        state, _ = codec.apply(given, latents[:, 0], None, q_index, key, method="train")
         arguments = latent, state, q_index, key, prediction
-        return codec.apply({"params": drawn}, *arguments, method="train")[1]
+        return codec.apply(given, *arguments, method="train")[1]
 
     output = decoded(latents[:, 1])
     fresh = np.asarray(output.fresh)
@@ -244,12 +249,11 @@ def test_copies_learn_as_if_they_were_coded():
     np.testing.assert_array_equal(fresh * output.skipped, 0)
 
     weights = jax.random.normal(key, prediction.shape)
-    got = jax.grad(lambda x: jnp.vdot(weights, decoded(x).latent + decoded(x).skipped))(
-        latents[:, 1]
-    )
+    _, pullback = jax.vjp(lambda x: (decoded(x).latent, decoded(x).skipped), latents[:, 1])
+    (got,) = pullback((weights, weights))
     cells = rearrange(np.asarray(weights), "b (h i) (w j) c -> b h w (i j c)", i=2, j=2)
     basis = np.asarray(drawn["inter"]["basis"])
     expected = rearrange(cells @ basis @ basis.T, "b h w (i j c) -> b (h i) (w j) c", i=2, j=2, c=4)
     np.testing.assert_allclose(got, expected, atol=1e-4)
-    copied = jax.grad(lambda x: jnp.vdot(weights * (1 - fresh), decoded(x).latent))(latents[:, 1])
+    (copied,) = pullback((weights * (1 - fresh), jnp.zeros_like(weights)))
     np.testing.assert_array_equal(copied, 0)

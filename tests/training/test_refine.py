@@ -1,7 +1,5 @@
 """The stage `refine`: what it shows to its losses, and what these are."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,10 +34,17 @@ def experiment():
 def test_untrained_refiner_leaves_frames_as_they_are(experiment):
     """In whatever window; one with random weights in its last layer changes them."""
     networks, model = make_networks(experiment), gnvc_jax.load_pretrained("small").model
-    params = init_networks(networks, jax.random.key(0))
-    params |= jax.tree.map(
-        lambda x: jnp.asarray(x, jnp.float32), {"vae": model.vae, "codec": model.codec}
-    )
+    shapes = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
+    draw = np.random.default_rng(0).normal
+    params = {
+        "vae": model.vae,
+        "codec": model.codec,
+        "refiner": jax.tree.map(lambda x: draw(0, 0.1, x.shape), shapes["refiner"]),
+    }
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params)
+    head = params["refiner"]["dit"]["head"]
+    last, head["kernel"] = head["kernel"], jnp.zeros_like(head["kernel"])
+    head["bias"] = jnp.zeros_like(head["bias"])
     constants = {"white": np.full((2, 96), 2.0, np.float32), "text": None}
     batch = {
         "video": camera_move(13)[None, :, 64:128, 64:128],
@@ -58,27 +63,35 @@ def test_untrained_refiner_leaves_frames_as_they_are(experiment):
         np.testing.assert_allclose(frames.first[0], frames.first[1], atol=1e-5)
         # Decoded frames are those of the source that they stand for.
         assert np.mean((frames.decoded - frames.source) ** 2) < 0.05
-    head = params["refiner"]["dit"]["head"]["kernel"]
-    head = head + np.random.default_rng(0).normal(0, 0.1, head.shape).astype(np.float32)
-    params["refiner"]["dit"]["head"]["kernel"] = head
+    head["kernel"] = last
     frames = show(params, batch, jax.random.key(0))
     assert np.abs(frames.refined - frames.decoded).max() > 1e-2
 
 
-def test_loss_of_perfect_frames_is_zero_and_that_of_others_is_not():
+def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_others():
     rng = np.random.default_rng(1)
     source = np.float32(camera_move(9)[None, :, :64, :64]) / 127.5 - 1
     constants = {"alex": load_weights("alex"), "dists": load_dists()}
 
-    def loss(weights, noise, error):
-        refined = source + noise * rng.normal(size=source.shape).astype(np.float32)
+    @jax.jit
+    def loss(refined, error):
         first = refined[:, :1], source[:, :1], source[:, :1]
-        frames = RefinedFrames(
-            refined[:, 1:], source[:, 1:], source[:, 1:], first, jnp.full((1,), error)
-        )
-        return float(refine_loss(weights, constants, frames, jax.random.key(0))[0])
+        frames = RefinedFrames(refined[:, 1:], source[:, 1:], source[:, 1:], first, error)
+        return refine_loss(RefineLoss(), constants, frames, jax.random.key(0))
 
-    assert loss(RefineLoss(), 0.0, 0.0) == pytest.approx(0.0, abs=1e-5)
-    nothing = RefineLoss(0.0, 0.0, 0.0, 0.0, 0.0)
-    for term in ("squared", "lpips", "dists", "temporal", "latent"):
-        assert loss(dataclasses.replace(nothing, **{term: 1.0}), 0.05, 1.0) > 1e-3, term
+    assert loss(source, jnp.zeros(1))[0] == pytest.approx(0.0, abs=1e-5)
+    noise = 0.05 * rng.normal(size=source.shape).astype(np.float32)
+    total, terms = loss(source + noise, jnp.ones(1))
+    squared = np.mean((np.clip(source + noise, -1, 1) - source) ** 2)
+    temporal = np.mean(np.diff(noise[:, 1:], axis=1) ** 2)
+    assert terms["temporal"] == pytest.approx(temporal, rel=1e-3)
+    assert terms["lpips"] > 1e-3 and terms["dists"] > 1e-3
+    weights = RefineLoss()
+    expected = (
+        weights.squared * squared
+        + weights.lpips * terms["lpips"]
+        + weights.dists * terms["dists"]
+        + weights.temporal * temporal
+        + weights.latent
+    )
+    assert float(total) == pytest.approx(float(expected), rel=1e-3)
