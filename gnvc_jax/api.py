@@ -7,6 +7,8 @@
     refiner = gnvc_jax.load_refiner("weights")  # a folder of `gnvc port`, a model file or a run
     refined = refiner.refine(decoded, features, q_index=32, steps=5)
 
+    codec = Codec(with_refiner(model, "weights"))       # a model with another refiner
+
 Each object holds a configuration and a tree of parameters, and calls pure functions with them:
 `gnvc_jax.vae.encode_clip` and `decode_clip`, the Flax module `gnvc_jax.refiner.Refiner` and
 `gnvc_jax.refiner.refine`. To differentiate, shard or train, use these with `params`. The whole
@@ -28,6 +30,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import as_network_input, to_uint8
+from gnvc_jax.model import Model
 from gnvc_jax.porting.checkpoint import (
     COMPONENTS,
     PROMPT,
@@ -49,6 +52,9 @@ from gnvc_jax.vae import (
     encode_clip,
     grey_latents,
 )
+
+# Where a ported DiT begins, and its steps, as long as it has not been trained for a codec.
+UNTRAINED = {"start": 0.8, "steps": 5}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -315,7 +321,9 @@ def load_refiner(
     Args:
         path: Name of a shipped model, model file, run folder, or folder of `gnvc port` with a DiT.
         features: Channels of the codec's features, for a ported DiT.
-        context_every: Blocks per new context block, for a ported DiT without an adapter.
+        context_every: Blocks per new context block, for a ported DiT without an adapter; 0 for no
+            context blocks. The DiT then sees decoded latents only in the state that refinement
+            begins with.
         dtype: Type of matrix products and attention.
         seed: Seed of new parameters.
 
@@ -340,6 +348,80 @@ def load_refiner(
             "a DiT"
         )
     return found
+
+
+def with_refiner(model: Model, path: str | Path, start: float | None = None) -> Model:
+    """Gives a model another refiner. Its streams stay valid, since they do not depend on it.
+
+    A ported DiT serves without training, as in the restoration of images by generative priors
+    (SDEdit, Meng et al. 2022, arXiv 2108.01073): noise drowns the coding errors, and the pretrained
+    flow leads back to natural latents. Its text condition is the one stored by `gnvc port`.
+
+    Args:
+        model: Model whose VAE is the one that the DiT was trained with.
+        path: See `load_refiner`.
+        start: Flow time at which refinement begins, 0 (from noise alone) to 1 (unchanged); by
+            default what the refiner was trained for, and `UNTRAINED` for a ported DiT.
+
+    Returns:
+        The model with this refiner.
+
+    Raises:
+        UsageError: If the latents of the model are not those of the refiner, or `start` is outside
+            [0, 1).
+        FileNotFoundError, PortError, ModelCorrupt: See `load_refiner`.
+    """
+    if start is not None and not 0.0 <= start < 1.0:
+        raise UsageError(f"refinement must begin at a flow time in [0, 1), got {start:g}")
+    ported = has_component(path, "dit")
+    if ported:  # before gigabytes are read
+        dit = read_architecture(path, "dit").config
+        assert isinstance(dit, DiTConfig)
+        check_channels(dit, path, model.vae_config.latent_channels, model.name)
+        _check_statistics(model, path)
+    refiner = load_refiner(path, features=model.codec_config.width, context_every=0)
+    config = refiner.config
+    check_channels(config.dit, path, model.vae_config.latent_channels, model.name)
+    if config.dit.context_every and config.features != model.codec_config.width:
+        raise UsageError(
+            f"the refiner of {path} takes {config.features} features of a codec, {model.name} has "
+            f"{model.codec_config.width}"
+        )
+    if ported:
+        config = dataclasses.replace(config, **UNTRAINED)
+    if start is not None:
+        config = dataclasses.replace(config, start=start)
+    parts = {"refiner": refiner.params, "text": refiner.text, "white": refiner.white}
+    return dataclasses.replace(model, refiner_config=config, **parts)
+
+
+def _check_statistics(model: Model, path: str | Path) -> None:
+    """Raises UsageError if latents are normalised unlike those of the VAE ported with a DiT."""
+    if not has_component(path, "vae"):
+        return
+    known = read_architecture(path, "vae")
+    expected = np.array([known.latents_mean, known.latents_std], np.float32)
+    if not np.allclose([model.mean, model.std], expected, rtol=1e-3, atol=1e-3):
+        raise UsageError(
+            f"{model.name} normalises latents unlike the VAE in {path}; use a model with that VAE, "
+            f"such as `gnvc calibrate --vae {path}` makes"
+        )
+
+
+def check_channels(dit: DiTConfig, path: str | Path, channels: int, vae: str | Path) -> None:
+    """Raises UsageError unless a DiT and a VAE have latents of as many channels.
+
+    Args:
+        dit: Sizes of the DiT.
+        path: Where it comes from, for the message.
+        channels: Channels of the VAE's latents.
+        vae: Where that comes from.
+    """
+    if dit.channels != channels:
+        raise UsageError(
+            f"the DiT of {path} works on latents of {dit.channels} channels, those of {vae} have "
+            f"{channels}; use the VAE that the DiT was trained with"
+        )
 
 
 def _refiner_of_run(path: str | Path, dtype: jax.typing.DTypeLike) -> PretrainedRefiner | None:
@@ -369,7 +451,7 @@ def _refiner_of_ported_dit(
     """Makes a refiner of a ported DiT, see `load_refiner`."""
     dit = read_architecture(path, "dit").config
     assert isinstance(dit, DiTConfig)
-    if not dit.context_every:
+    if context_every and not dit.context_every:
         new = {"context_every": context_every, "context_channels": dit.channels}
         dit = dataclasses.replace(dit, **new)
     config = RefinerConfig(dit, features=features)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gnvc_jax.api import PretrainedVAE, load_vae
+from gnvc_jax.api import PretrainedVAE, check_channels, load_vae
 from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import backend
@@ -159,19 +159,3 @@ def load_generator(path: str | Path, vae: str | Path | None = None) -> Generator
     loaded = load_vae(vae or path)
     check_channels(dit, path, loaded.config.latent_channels, vae or path)
     return Generator(path, dit, loaded)
-
-
-def check_channels(dit: DiTConfig, path: str | Path, channels: int, vae: str | Path) -> None:
-    """Raises UsageError unless a DiT and a VAE have latents of as many channels.
-
-    Args:
-        dit: Sizes of the DiT.
-        path: Where it comes from, for the message.
-        channels: Channels of the VAE's latents.
-        vae: Where that comes from.
-    """
-    if dit.channels != channels:
-        raise UsageError(
-            f"the DiT of {path} works on latents of {dit.channels} channels, those of {vae} have "
-            f"{channels}; use the VAE that the DiT was trained with"
-        )

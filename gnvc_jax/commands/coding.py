@@ -124,6 +124,8 @@ def decode(
     max_pixels: int | None = None,
     devices: int = 1,
     model: str = "small",
+    refiner: str | None = None,
+    t_start: float | None = None,
     force: Force = False,
     no_progress: bool = False,
 ) -> int:
@@ -141,23 +143,32 @@ def decode(
         max_pixels: Refuse streams whose frames have more pixels; 33554432 (8K) if not given.
         devices: Number of devices to shard each frame over (for large frames).
         model: Name of a shipped model, or path of a model file.
+        refiner: Refiner to use in place of the model's: a folder made by `gnvc port` with a DiT of
+            the model's VAE, which then refines without training, or a model file or a run.
+        t_start: Flow time at which --refiner begins, from 0 (pure noise) to below 1 (decoded
+            latents unchanged); 0.8 for a ported DiT if not given.
         force: Overwrite an existing output.
         no_progress: Hide the progress bar.
     """
+    from gnvc_jax.api import with_refiner
     from gnvc_jax.coder import MAX_PIXELS
     from gnvc_jax.media.writer import open_writer
-    from gnvc_jax.pretrained import load_pretrained
+    from gnvc_jax.pretrained import Codec, load_pretrained
 
     refuse_same_file(input, output)
     source = sys.stdin.buffer if input == "-" else input
     damaged: list[BitstreamError] = []
     check_range("--steps", steps, 0, MAX_STEPS)
+    if t_start is not None and refiner is None:
+        raise UsageError("--t-start needs --refiner")
     with frames_over(devices), StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(model)
-        if steps not in (None, 0, coder.steps) and coder.steps:
+        coder.check(header, MAX_PIXELS if max_pixels is None else max_pixels)
+        if refiner is not None:
+            coder = Codec(with_refiner(coder.model, refiner, t_start))
+        elif steps not in (None, 0, coder.steps) and coder.steps:
             trained = f"{coder.steps} step{'s' * (coder.steps > 1)}"
             print(f"gnvc: --steps {steps}: {model} was trained for {trained}", file=sys.stderr)
-        coder.check(header, MAX_PIXELS if max_pixels is None else max_pixels)
         fps = Fraction(*header.fps)
         colour = Colour.from_code_points(*header.colour)
         with open_writer(

@@ -116,7 +116,8 @@ class RefinerConfig:
 
     Attributes:
         dit: Sizes of the DiT. Its context has VACE's 96 channels, or as many as latents have
-            (decoded latents alone).
+            (decoded latents alone). Without context blocks it is a prior of videos, which sees
+            the decoded latents only in the state that refinement begins with.
         features: Channels of the codec's features.
         window: Number of latents that are refined together.
         overlap: Number of latents that neighbouring windows share.
@@ -129,7 +130,7 @@ class RefinerConfig:
         steps: Number of steps that decoding takes, for which the refiner was trained.
 
     Raises:
-        UsageError: If the DiT lacks a suitable adapter, or `steps` or `overlap` are out of range.
+        UsageError: If the DiT's adapter does not suit, or `steps` or `overlap` are out of range.
     """
 
     dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))
@@ -143,7 +144,7 @@ class RefinerConfig:
 
     def __post_init__(self) -> None:
         known = self.dit.channels, self.vace_channels
-        if not self.dit.context_every or self.dit.context_channels not in known:
+        if self.dit.context_every and self.dit.context_channels not in known:
             raise UsageError(
                 f"the refiner needs context blocks with {known[0]} or {known[1]} channels, got "
                 f"{self.dit.context_channels} channels every {self.dit.context_every} blocks"
@@ -163,7 +164,7 @@ class RefinerConfig:
     @property
     def vace_layout(self) -> bool:
         """Whether the DiT's context is VACE's, rather than the decoded latents alone."""
-        return self.dit.context_channels == self.vace_channels
+        return self.dit.context_every > 0 and self.dit.context_channels == self.vace_channels
 
 
 WAN_1_3B = DiTConfig()

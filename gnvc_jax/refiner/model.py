@@ -68,13 +68,17 @@ class Refiner(nn.Module):
         """
         cfg, zeros = self.config.dit, nn.initializers.zeros
         state, decoded, tau = jnp.asarray(state), jnp.asarray(decoded), jnp.asarray(tau)
-        condition = decoded
+        condition, extra = None, 0.0  # without an adapter, decoded latents are in the state alone
+        if cfg.context_every:
+            condition = decoded
+            # (b, n, 4f) -> (b, n, d)
+            embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
+            extra = embed(patchify(features))
         if self.config.vace_layout:
             # Latents of a grey clip, a first and a later one: nothing to keep, for VACE.
             grey = self.param("grey", zeros, (2, cfg.channels), jnp.float32)
             condition = vace_context(decoded, grey)
         dit = DiT(cfg, self.dtype, self.attention, self.remat, name="dit")
-        embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
         # The quality level enters where time does, so that it scales and shifts every block.
         knots = self.param("quality", zeros, (KNOTS, cfg.width), jnp.float32)
         # The TPU kernel of attention takes bfloat16 with the default precision only.
@@ -86,7 +90,7 @@ class Refiner(nn.Module):
                 text,
                 condition,
                 time_extra=interpolate_levels(knots)[q_index],
-                context_extra=embed(patchify(features)),  # (b, n, 4f) -> (b, n, d)
+                context_extra=extra,
             )
         velocity = flow.velocity_from_wan(velocity)
         if self.config.deviation:

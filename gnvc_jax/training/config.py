@@ -412,6 +412,10 @@ class Experiment:
                 )
         if "refiner" in needs and self.refiner is None:
             raise UsageError(f"refiner: the stage `{self.stage}` needs one, got None")
+        if self.refiner is not None and not self.refiner.dit.context_every:
+            raise UsageError(
+                "refiner.dit.context_every: must be positive; training needs an adapter"
+            )
         if "start" in needs and not self.init.has_codec:
             raise UsageError(
                 f"init: the stage `{self.stage}` starts from a codec, give init.run or init.model"

@@ -1,5 +1,7 @@
 """The public loaders, against what diffusers gave with the same weights and against the coder."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from einops import rearrange
 
 import gnvc_jax
+from gnvc_jax.api import with_refiner
 from gnvc_jax.errors import UsageError
 from gnvc_jax.functions import CodecFunctions
 from gnvc_jax.model_file import save_model
@@ -54,6 +57,42 @@ def test_ported_refiner_starts_as_the_reference(name, public, golden, tmp_path):
         expected = -last(arrays["output"])
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
     assert np.isfinite(got).all()
+
+
+def test_ported_dit_refines_without_context_blocks(public, golden, tmp_path):
+    """For zero-shot refinement: its own velocity, at its own cost, with nothing that is new."""
+    arrays, _, _ = golden("dit")
+    port(public("dit"), tmp_path / "ported", progress=False)
+    refiner = gnvc_jax.load_refiner(tmp_path / "ported", features=3, context_every=0)
+    assert set(refiner.params) == {"dit", "quality"} and not refiner.config.dit.context_every
+    refiner = type(refiner)(refiner.config, refiner.params, arrays["encoder_hidden_states"])
+    state, tau = last(arrays["hidden_states"]), np.float32(1.0 - arrays["timestep"] / 1000.0)
+    features = np.ones((*state.shape[:-1], 3), np.float32)
+    got = refiner.velocity(state, tau, 0 * state, features, np.full(len(state), 20))
+    expected = -last(arrays["output"])
+    np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_only_a_refiner_of_the_same_latents_is_taken(public, tiny_model, model_file, tmp_path):
+    """Of a model, its VAE and its codec; what does not fit is said before weights are read."""
+    public("vae")
+    port(public("dit"), tmp_path / "ported", progress=False)
+    model = tiny_model(0)
+    with pytest.raises(UsageError, match="latents of 16 channels, those of test have 4; use the"):
+        with_refiner(model, tmp_path / "ported")
+    with pytest.raises(UsageError, match="test normalises latents unlike the VAE in"):
+        wide = dataclasses.replace(model.vae_config, latent_channels=16)
+        statistics = {"mean": np.zeros(16), "std": np.ones(16)}
+        with_refiner(dataclasses.replace(model, vae_config=wide, **statistics), tmp_path / "ported")
+    with pytest.raises(UsageError, match=r"flow time in \[0, 1\), got 1"):
+        with_refiner(model, model_file, start=1.0)
+    wide = dataclasses.replace(model.codec_config, width=12)
+    with pytest.raises(UsageError, match="takes 8 features of a codec, test has 12"):
+        with_refiner(dataclasses.replace(model, codec_config=wide), model_file)
+    # A refiner that was trained for another model of the same VAE keeps what it was trained for.
+    taken, trained = with_refiner(model, model_file), tiny_model(3, refiner=True)
+    assert taken.refiner_config == trained.refiner_config
+    assert taken.fingerprints == model.fingerprints != trained.fingerprints
 
 
 def test_refiner_of_a_model_file_refines_as_the_coder_does(model_file, tiny_model):

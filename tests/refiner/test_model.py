@@ -161,7 +161,6 @@ def test_impossible_configurations_are_refused():
     for wrong in (
         {"overlap": 7},
         {"overlap": -1},
-        {"dit": dataclasses.replace(DIT, context_every=0)},
         {"dit": dataclasses.replace(DIT, context_channels=10)},
     ):
         with pytest.raises(ValueError):

@@ -188,6 +188,11 @@ PIXEL = dataclasses.replace(LATENT, stage="pixel", loss=PixelLoss())
         (LATENT, {"refiner": None}, "refiner: the stage `latent` needs one, got None"),
         (
             LATENT,
+            {"refiner": RefinerConfig(dataclasses.replace(DIT, context_every=0), features=8)},
+            "refiner.dit.context_every: must be positive",
+        ),
+        (
+            LATENT,
             {"init": InitConfig(vae="a", dit="b")},
             "init: the stage `latent` starts from a codec, give init.run or init.model",
         ),
