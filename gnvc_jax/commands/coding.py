@@ -151,7 +151,7 @@ def decode(
         no_progress: Hide the progress bar.
     """
     from gnvc_jax.api import with_refiner
-    from gnvc_jax.coder import MAX_PIXELS
+    from gnvc_jax.decoder import MAX_PIXELS
     from gnvc_jax.media.writer import open_writer
     from gnvc_jax.pretrained import Codec, load_pretrained
 
@@ -254,7 +254,8 @@ def demo(
 def frames_over(devices: int) -> contextlib.AbstractContextManager:
     """Context in which frames are sharded over a number of devices.
 
-    Raises UsageError where there are fewer devices.
+    Raises:
+        UsageError: If there are fewer devices.
     """
     if devices == 1:
         return contextlib.nullcontext()
@@ -338,7 +339,11 @@ class CountingFile:
 
 
 def refuse_same_file(source: str, output: str) -> None:
-    """Raises UnwritableOutput if the output is the input, by links or a redirected stdin too."""
+    """Refuses an output that is the input, by links or a redirected stdin, too.
+
+    Raises:
+        UnwritableOutput: If the two are one file.
+    """
     if output != "-" and is_same_file(0 if source == "-" else source, output):
         raise UnwritableOutput(output, "is the input; name another output")
 
@@ -352,8 +357,8 @@ def binary_output(path: str, force: bool) -> Iterator[CountingFile]:
         force: Whether to replace an existing file.
 
     Raises:
-        OutputExists: The file exists and `force` is not given.
-        UnwritableOutput: The path is a folder, or nothing can be created there.
+        OutputExists: If the file exists and `force` is not given.
+        UnwritableOutput: If the path is a folder, or nothing can be created there.
     """
     if path == "-":
         yield CountingFile(sys.stdout.buffer)

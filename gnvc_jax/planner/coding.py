@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from gnvc_jax.arrays import Tree
 from gnvc_jax.bitstream.tables import Tables
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.coder import check_columns
+from gnvc_jax.decoder import check_columns
 from gnvc_jax.errors import UsageError
 from gnvc_jax.functions import codec_programs
 from gnvc_jax.model import Model, stored_dtype

@@ -12,7 +12,8 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from gnvc_jax.bitstream import StreamReader
-from gnvc_jax.coder import DEFAULT_GOP, Coder, DecodedGroup
+from gnvc_jax.coder import DEFAULT_GOP, Coder
+from gnvc_jax.decoder import DecodedGroup
 from gnvc_jax.frames import check_video
 from gnvc_jax.model import Model
 from gnvc_jax.model_file import load_model
