@@ -487,6 +487,10 @@ def _float32(params: Tree) -> Tree:
 
 
 def _refuse_other_components(path: str | Path, wanted: str) -> None:
-    """Raises FileNotFoundError for a folder of `gnvc port` that lacks the wanted component."""
+    """Refuses a folder of `gnvc port` that lacks the wanted component.
+
+    Raises:
+        FileNotFoundError: If the folder holds other components only.
+    """
     if others := [name for name in COMPONENTS if has_component(path, name)]:
         raise FileNotFoundError(f"{path}: holds {', '.join(others)}, but no ported {wanted}")

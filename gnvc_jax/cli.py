@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, Callable[[], int]]:
 
 
 def _deferred(function: Callable[..., int]) -> Callable[..., functools.partial[int]]:
-    """A function of the same signature that returns the call instead of making it.
+    """Makes a function of the same signature that returns the call instead of making it.
 
     tyro calls what it parses for, and reports a ValueError from inside as a usage error; a command
     must run outside.
@@ -131,7 +131,9 @@ def expand_files(arguments: Sequence[str]) -> list[str]:
     """Replaces each @FILE by the arguments in the file, quoted as in a shell; # begins a comment.
 
     FILE may also be the name of a shipped file of arguments, see `gnvc_jax.shipped_configs`.
-    Raises UsageError for a file that is not there.
+
+    Raises:
+        UsageError: If a file is not there.
     """
     expanded = []
     for argument in arguments:
@@ -147,7 +149,7 @@ def expand_files(arguments: Sequence[str]) -> list[str]:
 
 
 def _described(text: str) -> Callable[[], None]:
-    """A stand-in for a command in the list of commands: it has a description and no options."""
+    """Makes a stand-in for a command in the list of commands, with a description and no options."""
 
     def command() -> None:
         pass

@@ -80,8 +80,8 @@ class Generator:
         Args:
             noise: See `noise`.
             prompt: Text condition, see `gnvc_jax.porting.checkpoint.load_prompt`.
-            negative: What to keep away from; not needed for guidance 1.
-            steps: Steps of the sampler.
+            negative: Text condition to keep away from; not needed for guidance 1.
+            steps: Number of steps of the sampler.
             guidance: Factor of the difference that the prompt makes: 1 for none of it added.
             shift: Wan's shift; above 1, more steps are taken where there is much noise.
             sampler: Key of `gnvc_jax.refiner.sampling.SAMPLERS`.
@@ -147,7 +147,7 @@ def load_generator(path: str | Path, vae: str | Path | None = None) -> Generator
 
     Args:
         path: Folder of `gnvc port` with a DiT.
-        vae: What `gnvc_jax.load_vae` takes, by default the VAE in the same folder.
+        vae: VAE as `gnvc_jax.load_vae` takes it, by default the one in the same folder.
 
     Raises:
         FileNotFoundError: If there is no DiT or no VAE.

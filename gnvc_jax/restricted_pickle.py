@@ -42,13 +42,21 @@ class RestrictedUnpickler(pickle.Unpickler):
         self._known, self._persistent = known, persistent
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns the object known under this name. Raises UnpicklingError for any other."""
+        """Returns the object known under this name.
+
+        Raises:
+            UnpicklingError: If the name is not allowed.
+        """
         if (module, name) not in self._known:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which is not allowed")
         return self._known[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Returns the object of a persistent id. Raises UnpicklingError if none are expected."""
+        """Returns the object of a persistent id.
+
+        Raises:
+            UnpicklingError: If none are expected.
+        """
         if self._persistent is None:
             raise pickle.UnpicklingError(f"unexpected persistent id {pid!r}")
         return self._persistent(pid)

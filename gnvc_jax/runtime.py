@@ -1,4 +1,4 @@
-"""Settings of the process that the programs share."""
+"""Process setup that the programs share: compilation cache and distributed initialisation."""
 
 import importlib.util
 import os
@@ -11,12 +11,12 @@ from gnvc_jax.errors import UsageError
 
 
 def cache_folder() -> Path:
-    """The project's folder below the user's cache folder."""
+    """Folder of the project below the user's cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gnvc_jax"
 
 
-# What a process finds in its environment if others were started with it: the number of processes
-# and a variable that `srun` sets and an allocation's shell lacks, and so on.
+# Variables in the environment of a process if others were started with it: the number of processes
+# and, for Slurm, a variable that `srun` sets and an allocation's shell lacks.
 SLURM = ("SLURM_NTASKS", "SLURM_STEP_NODELIST")
 OPEN_MPI = ("OMPI_COMM_WORLD_SIZE",)
 KUBERNETES = ("KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX")  # of an indexed job
@@ -25,12 +25,15 @@ GANG_SECONDS = 1800  # in which all processes of a large run start
 
 
 def join_processes() -> None:
-    """Make the processes of one run one JAX program; before anything else of JAX is used.
+    """Makes the processes of one run one JAX program; call it before anything else of JAX.
 
     On TPU slices, under Slurm, Open MPI and in Kubernetes jobs JAX finds the others by itself; by
     hand, the variables BY_HAND name HOST:PORT of the first process, the number of processes and
-    that of this one. A process that is alone goes on by itself. Raises UsageError if some of the
-    variables are missing, RuntimeError if the others do not come.
+    that of this one. A process that is alone goes on by itself.
+
+    Raises:
+        UsageError: If some of the variables are missing.
+        RuntimeError: If the other processes do not come.
     """
     address, count, number = (os.environ.get(name) for name in BY_HAND)
     if address or count or number:
@@ -61,6 +64,6 @@ def on_tpu_host() -> bool:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between runs: in JAX_COMPILATION_CACHE_DIR, or in the user's cache."""
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or the user's cache."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "xla"))

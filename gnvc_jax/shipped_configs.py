@@ -24,7 +24,7 @@ def find_config(name: str, suffix: str = ".py") -> Path:
             arguments of evaluations.
 
     Raises:
-        FileNotFoundError: Neither a file nor a shipped config; the message lists these.
+        FileNotFoundError: If it is neither a file nor a shipped config; the message lists these.
     """
     if Path(name).is_file():
         return Path(name)

@@ -126,7 +126,7 @@ class StreamReader:
     and needs no index; `group(n)` needs a file that can seek.
 
     Raises:
-        BitstreamError: One of its kinds, if the header is damaged.
+        BitstreamError: If the header is damaged; one of its kinds.
     """
 
     def __init__(self, source: str | Path | bytes | BinaryIO) -> None:
@@ -169,7 +169,8 @@ class StreamReader:
                 from the header or index, or else from the first fields of the damaged group.
 
         Raises:
-            BitstreamError: One of its kinds; Truncated at the end of a file that ends early.
+            BitstreamError: If the stream is damaged; Truncated at the end of a file that ends
+                early.
         """
         if not tolerant:
             yield from self._groups(None)
@@ -401,7 +402,7 @@ class StreamReader:
 
         Raises:
             IndexError: If there is no such group.
-            BitstreamError: One of its kinds, if it is damaged.
+            BitstreamError: If the group is damaged; one of its kinds.
         """
         if not 0 <= number < len(self.index()):
             raise IndexError(f"group {number}: the stream has {len(self.index())}")

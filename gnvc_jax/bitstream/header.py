@@ -179,7 +179,7 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
         The header, and its size in bytes.
 
     Raises:
-        BitstreamError: One of its kinds, see docs/bitstream.md, section 6.
+        BitstreamError: If the header is damaged; see docs/bitstream.md, section 6, for the kinds.
     """
     data = read(FIXED.size + 4)
     if data[: len(MAGIC)] != MAGIC:

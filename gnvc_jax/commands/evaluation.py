@@ -36,7 +36,11 @@ EXIT_FAILED = 1
 
 
 def metric_files(texts: list[str]) -> tuple[tuple[str, Path], ...]:
-    """Converts METRIC=FILE arguments. Raises ValueError for metrics that need no weights."""
+    """Converts METRIC=FILE arguments.
+
+    Raises:
+        ValueError: If a metric needs no weights.
+    """
     pairs = []
     for text in texts:
         name, _, file = text.partition("=")

@@ -63,7 +63,11 @@ def _one_text(
 
 
 def check_range(option: str, value: Any, low: float, high: float = math.inf) -> None:
-    """Raises UsageError unless low <= value <= high; None passes."""
+    """Checks that low <= value <= high; None passes.
+
+    Raises:
+        UsageError: If the value is outside.
+    """
     if value is not None and not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise UsageError(f"{option} must be {bounds}, got {value}")

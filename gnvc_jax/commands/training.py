@@ -28,8 +28,8 @@ def load_experiment(
         devices: Number of devices that there are; of no use without `hardware`.
 
     Raises:
-        FileNotFoundError: There is no such config.
-        UsageError: A value is wrong.
+        FileNotFoundError: If there is no such config.
+        UsageError: If a value is wrong.
         SystemExit: After a message for settings that do not exist, and after help for --help.
     """
     from gnvc_jax import shipped_configs

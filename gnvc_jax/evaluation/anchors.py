@@ -141,7 +141,7 @@ class Anchor:
             colour: Colour space of the YUV that is coded.
 
         Raises:
-            ValueError: Another codec or another shape.
+            ValueError: If the results are of another codec or of another shape.
         """
         if codec not in ENCODERS:
             raise ValueError(f"unknown anchor '{codec}', expected one of {', '.join(ANCHORS)}")
@@ -249,7 +249,9 @@ def anchor_identity(codec: str) -> dict[str, str | list[float]]:
 def encode_anchor(codec: str, frames: np.ndarray, fps: Fraction, crf: float) -> AnchorResult:
     """Encodes (t, h, w, 3) uint8 RGB with one of ANCHORS at a constant rate factor.
 
-    Raises ValueError for wrong input and AnchorError where the codec fails.
+    Raises:
+        ValueError: If the input is wrong.
+        AnchorError: If the codec fails.
     """
     return Anchor(codec, frames, fps).encode(crf)
 
@@ -279,7 +281,7 @@ def bisect_crf(
         The factor, and whether the size at the largest one is still above the target.
 
     Raises:
-        ValueError: The target is not positive.
+        ValueError: If the target is not positive.
     """
     if target <= 0:
         raise ValueError(f"target of {target} bytes")
@@ -314,7 +316,7 @@ def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> b
         Contents of the output file; empty if there is none.
 
     Raises:
-        AnchorError: Ffmpeg failed.
+        AnchorError: If ffmpeg fails.
     """
     with tempfile.TemporaryDirectory(prefix="gnvc-anchor-") as folder:
         for name, data in inputs.items():

@@ -57,7 +57,7 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
         Paths by name.
 
     Raises:
-        FileNotFoundError: A path does not exist, or there are no videos.
+        FileNotFoundError: If a path does not exist, or there are no videos.
     """
     found = []
     for path in paths:

@@ -52,7 +52,7 @@ def sequences(name: str, clips: Mapping[str, Path]) -> dict[str, Path]:
         The clips of the set, in its order.
 
     Raises:
-        UsageError: A sequence is missing, or several clips match it.
+        UsageError: If a sequence is missing, or several clips match it.
     """
     chosen = {}
     for sequence in SEQUENCES[name]:

@@ -22,7 +22,7 @@ SOURCE = "source"
 
 @dataclasses.dataclass(frozen=True)
 class View:
-    """What the report shows of a clip.
+    """Frames and enlarged square of a clip that the report shows.
 
     Attributes:
         frames: Indices of whole frames.

@@ -188,13 +188,21 @@ def group_starts(path: Path) -> list[int]:
 
 
 def model_identity(model: str) -> dict[str, str]:
-    """Name and SHA-256 of a shipped model or model file. Raises FileNotFoundError."""
+    """Finds name and SHA-256 of a shipped model or model file.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+    """
     path = _model_path(model)
     return {"model": path.stem, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def model_parameters(model: str) -> int:
-    """Number of parameters in VAE, codec and refiner of a model. Raises FileNotFoundError."""
+    """Counts the parameters in VAE, codec and refiner of a model.
+
+    Raises:
+        FileNotFoundError: If there is no such model.
+    """
     with safe_open(_model_path(model), framework="numpy") as file:
         names = [name for name in file.keys() if name.startswith(("vae/", "codec/", "refiner/"))]
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
@@ -231,7 +239,11 @@ def _anchor(codec: str, clip: Clip) -> Anchor:
 
 
 def _run_tool(arguments: list) -> float:
-    """Runs `gnvc` in a new process; returns the seconds it took. Raises CodingError."""
+    """Runs `gnvc` in a new process; returns the seconds it took.
+
+    Raises:
+        CodingError: If it fails.
+    """
     start = time.perf_counter()
     done = subprocess.run(
         [*TOOL, *map(str, arguments)],

@@ -83,7 +83,7 @@ class QualityMeter:
                 missing.
 
         Raises:
-            ValueError: An unknown name.
+            ValueError: If a name is unknown.
         """
         weights = dict(weights or {})
         for names, known in ((metrics, METRICS), (weights, WITH_WEIGHTS)):
@@ -121,7 +121,7 @@ class QualityMeter:
             The results; `missing` lists metrics that frame size or installation do not allow.
 
         Raises:
-            ValueError: The clips differ in shape or are not uint8.
+            ValueError: If the clips differ in shape or are not uint8.
         """
         if source.shape != output.shape or source.dtype != np.uint8 or output.dtype != np.uint8:
             raise ValueError(

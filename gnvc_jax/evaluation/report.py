@@ -54,7 +54,7 @@ def write_report(out: Path, results: dict) -> Path:
 
     Args:
         out: Folder of a sweep, with frames, bitstreams and pictures beside the records.
-        results: What `tables.write_results` put into results.json.
+        results: Contents of results.json, as `tables.write_results` writes it.
 
     Returns:
         The path of the report.
@@ -158,7 +158,7 @@ def _title(records: Sequence[dict]) -> str:
 
 
 def _facts(results: dict, finished: Sequence[dict]) -> dict[str, str]:
-    """What the run was made with, as far as it is known."""
+    """Says what the run was made with, as far as it is known."""
     env = results["env"]
     packages, git = env.get("packages") or {}, env.get("git") or {}
     models = {
@@ -201,7 +201,7 @@ def _mean_tables(records: Sequence[dict], paper: dict | None) -> list[Table]:
 def _clip(
     key: str, records: list[dict], drawings: Mapping[str, str], pictures: Pictures
 ) -> dict[str, Any]:
-    """What the page shows of one clip.
+    """Gathers what the page shows of one clip.
 
     Args:
         key: Identifier of the section in the page.
@@ -245,7 +245,7 @@ def _clip(
 
 
 def _gaps(records: Sequence[dict]) -> dict[str, list[tuple[str, str, str]]]:
-    """What is missing, as (name, reason, clips concerned) below headings."""
+    """Lists what is missing, as (name, reason, clips concerned) below headings."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for record in records:
         for name, reason in record.get("not_measured", {}).items():

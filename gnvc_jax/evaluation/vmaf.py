@@ -25,7 +25,7 @@ def vmaf(source: np.ndarray, output: np.ndarray, colour: Colour = BT709) -> dict
         vmaf and vmaf_neg, each (t,), from 0 to 100.
 
     Raises:
-        ValueError: A side is below 16, or ffmpeg has no libvmaf.
+        ValueError: If a side is below 16, or ffmpeg has no libvmaf.
     """
     t, h, w, _ = source.shape
     if min(h, w) < MIN_SIDE:

@@ -37,7 +37,7 @@ def run_in_processes(
         anchors: Names of standard codecs.
 
     Raises:
-        BrokenProcessPool: A process was killed.
+        BrokenProcessPool: If a process was killed.
     """
     context = multiprocessing.get_context("spawn")
     said = context.Queue()

@@ -203,7 +203,7 @@ def yuv_to_rgb(
         crop: (top, left, height, width); only this part is converted.
 
     Raises:
-        ValueError: Planes that do not fit together, or a crop outside of the picture.
+        ValueError: If planes do not fit together, or the crop reaches outside of the picture.
     """
     chroma_planes = None if u is None or v is None else (u, v)
     if chroma_planes is not None:

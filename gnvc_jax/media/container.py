@@ -188,8 +188,8 @@ def _decode(
         findings: Receives the notes.
 
     Raises:
-        DamagedVideo: A frame before the last one is damaged.
-        TruncatedVideo: Frames are missing at the end.
+        DamagedVideo: If a frame before the last one is damaged.
+        TruncatedVideo: If frames are missing at the end.
     """
     findings = findings or Findings()
     stream.codec_context.copy_opaque = True  # frames carry the number of their packet

@@ -28,7 +28,7 @@ class MediaError(GnvcError):
 
     Attributes:
         name: Path of the video.
-        reason: What is wrong, in one line.
+        reason: Reason of the failure, in one line.
         exit_code: Exit code of the program.
     """
 

@@ -17,7 +17,11 @@ from gnvc_jax.media.video import DEFAULT_FPS, Crop, VideoInfo, VideoReader, crop
 
 
 def frame_files(path: str | os.PathLike) -> list[Path]:
-    """The .png files of a folder in natural order: 2 before 10. Raises NoFrames if it has none."""
+    """Lists the .png files of a folder in natural order: 2 before 10.
+
+    Raises:
+        NoFrames: If there is none.
+    """
     files = [
         file
         for file in Path(path).iterdir()

@@ -1,4 +1,4 @@
-"""What a container tells about its video without decoding: stream, frames, times, missing data.
+"""Facts about a video that its container tells without decoding: stream, frames, times, gaps.
 
 `open_stream` chooses the stream. `Timeline` holds the times of all frames, from the index of the
 container if it is complete (mp4, avi), otherwise from reading every packet once; rates, seeking and
@@ -62,9 +62,9 @@ def open_stream(
             default; of several or none, the one with the largest pictures.
 
     Raises:
-        MissingInput: The file cannot be read.
-        NotAVideo: The file is not a video, or has no such stream.
-        AudioOnly: The file has sound but no pictures.
+        MissingInput: If the file cannot be read.
+        NotAVideo: If the file is not a video, or has no such stream.
+        AudioOnly: If the file has sound but no pictures.
     """
     name = os.fspath(path)
     with named_errors(name):
@@ -167,7 +167,8 @@ def promised_frames(
 ) -> int | None:
     """Number of frames that a container states; None if it states none.
 
-    Raises TruncatedVideo if data of some of them is missing.
+    Raises:
+        TruncatedVideo: If data of some of them is missing.
     """
     if not has_complete_index(stream):
         dropped = _is_avi(stream) and not missing_data_note(name, container)
@@ -202,7 +203,7 @@ class Timeline:
     Attributes:
         count: Number of frames.
         times: int64 (count,), ascending; None if packets have no times or times repeat.
-        keys: Those of `times` at which decoding can start.
+        keys: Times, of those in `times`, at which decoding can start.
         end: Time at which the last frame ends.
         tick: Seconds per unit of time.
     """

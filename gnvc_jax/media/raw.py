@@ -202,7 +202,11 @@ def _y4m_header(file: BinaryIO, name: str) -> _RawVideo:
 
 
 def _ratio(text: str) -> Fraction | None:
-    """Converts "a:b" to a / b; None if a or b is zero, which means unknown. Raises ValueError."""
+    """Converts "a:b" to a / b; None if a or b is zero, which means unknown.
+
+    Raises:
+        ValueError: If the text has another form.
+    """
     over, under = map(int, text.split(":"))
     return Fraction(over, under) if over > 0 and under > 0 else None
 

@@ -73,8 +73,8 @@ def open_video(
             with a note, instead of raising DamagedVideo or TruncatedVideo.
 
     Raises:
-        MediaError: The video cannot be read.
-        ValueError: The rate is not positive.
+        MediaError: If the video cannot be read.
+        ValueError: If the rate is not positive.
     """
     if fps is not None:
         fps = Fraction(fps).limit_denominator(1_000_000)
@@ -108,9 +108,9 @@ def read_clip(
         uint8 RGB (count, h, w, 3).
 
     Raises:
-        MediaError: The video cannot be read.
-        TruncatedVideo: It has fewer frames.
-        ValueError: The crop reaches outside of the picture.
+        MediaError: If the video cannot be read.
+        TruncatedVideo: If it has fewer frames.
+        ValueError: If the crop reaches outside of the picture.
     """
     if start < 0 or count < 1:
         raise ValueError(f"cannot read {count} frames from frame {start}")
@@ -144,7 +144,7 @@ def probe(
         stream: See `open_video`.
 
     Raises:
-        MediaError: The video cannot be read; MissingInput for "-", which can be read only once.
+        MediaError: If the video cannot be read; MissingInput for "-", which can be read only once.
     """
     if os.fspath(path) == "-":
         raise MissingInput(path, "standard input cannot be read twice")

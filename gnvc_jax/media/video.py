@@ -1,4 +1,4 @@
-"""What every kind of video source provides: a description, and an iterator of RGB frames."""
+"""Interface of all kinds of video sources: a description, and an iterator of RGB frames."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class VideoInfo:
 
 @dataclasses.dataclass
 class Findings:
-    """What a reader noticed that a user should know.
+    """Notes of a reader that a user should know.
 
     Attributes:
         notes: Lines without the name of the file.

@@ -67,7 +67,12 @@ class VideoWriter:
         self._sink = sink
 
     def write(self, frame: np.ndarray) -> None:
-        """Appends a frame. Raises ValueError for another shape or type, WriteFailed or DiskFull."""
+        """Appends a frame.
+
+        Raises:
+            ValueError: If the frame has another shape or type.
+            WriteFailed, DiskFull: If it cannot be written.
+        """
         if frame.shape != self._shape or frame.dtype != np.uint8:
             raise ValueError(
                 f"{self.name}: expected a frame uint8{self._shape}, got {frame.dtype}{frame.shape}"
@@ -252,10 +257,10 @@ def open_writer(
         chroma: "420" or "444", for .y4m.
 
     Raises:
-        OutputExists: The output exists, and `force` is not given.
-        UnwritableOutput: The output cannot be created.
-        WriteFailed: Writing failed, or there were no frames.
-        DiskFull: The disk is full.
+        OutputExists: If the output exists, and `force` is not given.
+        UnwritableOutput: If the output cannot be created.
+        WriteFailed: If writing fails, or there are no frames.
+        DiskFull: If the disk is full.
     """
     name = os.fspath(path)
     fps = Fraction(fps).limit_denominator(100_000)

@@ -63,8 +63,8 @@ def check_images(metric: str, x: Array | np.ndarray, y: Array | np.ndarray, valu
         values: Range of values that the metric expects, for messages.
 
     Raises:
-        ValueError: Not two arrays (b, h, w, 3) with sides of at least MIN_SIDE.
-        TypeError: Not floating point.
+        ValueError: If the images are not two arrays (b, h, w, 3) with sides of at least MIN_SIDE.
+        TypeError: If they are not floating point.
     """
     if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
         raise ValueError(f"{metric} needs two (b, h, w, 3) arrays, got {x.shape} and {y.shape}")
@@ -131,8 +131,8 @@ def load_weights(net: str, path: str | Path | None = None) -> dict:
         {"backbone": ..., "lins": five arrays (channels,)}, float32.
 
     Raises:
-        ValueError: Unknown network, or a file with wrong contents.
-        FileNotFoundError: The file is missing, or the package is not installed.
+        ValueError: If the network is unknown, or the file has wrong contents.
+        FileNotFoundError: If the file is missing, or the package is not installed.
     """
     if net not in _PACKAGE_FILES:
         raise ValueError(f"unknown LPIPS network '{net}', expected 'alex' or 'vgg'")

@@ -158,7 +158,7 @@ def clip_measures(encoder: ClipEncoder, source: np.ndarray, output: np.ndarray) 
         clip_f, clip_f_source and cmmd.
 
     Raises:
-        ValueError: The clip has a single frame.
+        ValueError: If the clip has a single frame.
     """
     x, y = (
         np.concatenate(
@@ -173,7 +173,11 @@ def clip_measures(encoder: ClipEncoder, source: np.ndarray, output: np.ndarray) 
 
 
 def clip_f(embeddings: np.ndarray) -> float:
-    """Mean cosine of adjacent unit vectors (t, channels). Raises ValueError for fewer than two."""
+    """Mean cosine of adjacent unit vectors (t, channels).
+
+    Raises:
+        ValueError: If there are fewer than two.
+    """
     if len(embeddings) < 2:
         raise ValueError("clip_f needs 2 frames")
     x = np.asarray(embeddings, np.float64)
@@ -201,8 +205,8 @@ def load_clip(path: Path) -> ClipEncoder:
         path: .safetensors file of Hugging Face.
 
     Raises:
-        FileNotFoundError: The file is missing.
-        ValueError: The file is damaged, or tensors are missing or of another shape; the message
+        FileNotFoundError: If the file is missing.
+        ValueError: If the file is damaged, or tensors are missing or of another shape; the message
             lists all of them.
     """
     if not path.is_file():

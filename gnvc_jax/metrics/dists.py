@@ -34,8 +34,8 @@ def dists(params: dict, x: Array | np.ndarray, y: Array | np.ndarray) -> Float32
         (b,) float32, 0 for identical images, larger is worse.
 
     Raises:
-        ValueError: Wrong shape, or a side shorter than 32.
-        TypeError: Integer images.
+        ValueError: If the shape is wrong, or a side is shorter than 32.
+        TypeError: If the images are integers.
     """
     check_images("dists", x, y, "[0, 1]")
     structure, texture = [], []

@@ -41,8 +41,8 @@ def lpips(
         (b,) float32, 0 for identical images, larger is worse.
 
     Raises:
-        ValueError: Wrong shape, or a side shorter than 32.
-        TypeError: Integer images.
+        ValueError: If the shape is wrong, or a side is shorter than 32.
+        TypeError: If the images are integers.
     """
     check_images("lpips", x, y, "[-1, 1]")
     # Two passes rather than one on the concatenation: where only one side is differentiated,

@@ -35,7 +35,7 @@ def ssim(
         (b,) float32, 1 for identical frames.
 
     Raises:
-        ValueError: Different shapes, not four axes, or a side that is too short.
+        ValueError: If the shapes differ, there are not four axes, or a side is too short.
     """
     _check(x, y, TAPS)
     return jnp.mean(_similarity(_planes(x), _planes(y), data_range)[0], axis=1)

@@ -18,8 +18,8 @@ def mean_squared_error(x: Array | np.ndarray, y: Array | np.ndarray) -> Float32[
         (b,) float32. Rows are summed as integers, so that large frames lose no precision.
 
     Raises:
-        ValueError: Different shapes, or not four axes.
-        TypeError: Not uint8.
+        ValueError: If the shapes differ, or there are not four axes.
+        TypeError: If the videos are not uint8.
     """
     if x.shape != y.shape or x.ndim != 4:
         raise ValueError(f"expected two (b, h, w, c) arrays, got {x.shape} and {y.shape}")

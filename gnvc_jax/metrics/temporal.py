@@ -42,7 +42,7 @@ def temporal(x: Array | np.ndarray, y: Array | np.ndarray) -> dict[str, jax.Arra
         the D of `seam`.
 
     Raises:
-        ValueError: Wrong shapes.
+        ValueError: If the shapes are wrong.
     """
     if x.shape != y.shape or x.ndim != 4 or x.shape[-1] != 3:
         raise ValueError(f"expected two (t, h, w, 3) arrays, got {x.shape} and {y.shape}")

@@ -42,8 +42,8 @@ def warping_error(
         is still and the output is not, and 1 if both are still.
 
     Raises:
-        ValueError: The clip is too small, or the flow does not fit it.
-        FileNotFoundError: A file with flow is missing.
+        ValueError: If the clip is too small, or the flow does not fit it.
+        FileNotFoundError: If a file with flow is missing.
     """
     if len(source) < 2 or min(source.shape[1:3]) < MIN_SIDE:
         raise ValueError(
@@ -79,8 +79,8 @@ def flow_of_files(folder: Path, shape: tuple[int, ...]) -> Iterator[tuple[np.nda
         shape: Shape of the clip, (t, h, w, ...).
 
     Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: A file is not a .flo file, or of another size.
+        FileNotFoundError: If a file is missing.
+        ValueError: If a file is not a .flo file, or of another size.
     """
 
     def read(path: Path) -> np.ndarray:

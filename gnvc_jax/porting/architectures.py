@@ -105,7 +105,7 @@ class Architecture:
     def from_json(cls, facts: dict) -> "Architecture":
         """Restores an architecture.
 
-        Raises KeyError, TypeError or ValueError for anything that `to_json` did not make.
+        It raises KeyError, TypeError or ValueError for anything that `to_json` did not make.
         """
         kind = VAEConfig if facts["component"] == "vae" else DiTConfig
 
@@ -127,7 +127,7 @@ def recognise(source: Source, heads: int | None = None) -> Architecture:
             the number of heads of width 128, the width in all Wan models.
 
     Raises:
-        PortError: A variant other than text-to-video or VACE of Wan2.1.
+        PortError: If the variant is not text-to-video or VACE of Wan2.1.
     """
     strange = [
         f"{key} = {source.facts[key]!r} (only {value!r})"

@@ -41,7 +41,8 @@ CHUNK_BYTES = 64 << 20  # a host reads only the chunks that its devices need
 def new_folder(target: str | Path) -> Iterator[Path]:
     """Context with a new folder, which becomes `target` if the block succeeds.
 
-    Raises FileExistsError if the target exists.
+    Raises:
+        FileExistsError: If the target exists.
     """
     target = Path(target)
     if target.exists():
@@ -94,8 +95,9 @@ def has_component(folder: str | Path, component: str) -> bool:
 def read_architecture(folder: str | Path, component: str) -> Architecture:
     """Reads the architecture of a component of a checkpoint folder.
 
-    Raises FileNotFoundError if the folder has no such component, PortError if its description is
-    damaged.
+    Raises:
+        FileNotFoundError: If the folder has no such component.
+        PortError: If its description is damaged.
     """
     path = Path(folder) / component / "architecture.json"
     if not has_component(folder, component):
@@ -129,8 +131,8 @@ def load_weights(
         The architecture, and the parameters as a nested dictionary.
 
     Raises:
-        FileNotFoundError: The folder has no such component.
-        PortError: The description is damaged, or does not match the parameters.
+        FileNotFoundError: If the folder has no such component.
+        PortError: If the description is damaged, or does not match the parameters.
     """
     architecture = read_architecture(folder, component)
     saved, like = open_weights(folder, component, architecture)
@@ -163,7 +165,7 @@ def open_weights(
         Path of the checkpoint, and the metadata (shape, dtype) of its arrays by path.
 
     Raises:
-        PortError: The weights are missing or do not match.
+        PortError: If the weights are missing or do not match.
     """
     saved = Path(folder).absolute() / component / "weights"
     if not saved.is_dir():
@@ -194,8 +196,8 @@ def load_prompt(path: str | Path, config: DiTConfig | None = None) -> np.ndarray
         Text condition (1, rows, width), float32.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        PortError: The file cannot be read or does not fit.
+        FileNotFoundError: If there is no such file.
+        PortError: If the file cannot be read or does not fit.
     """
     config = config or DiTConfig()
     path = Path(path)

@@ -1,4 +1,4 @@
-"""What can be wrong with weights from elsewhere."""
+"""Errors of weights from elsewhere."""
 
 from gnvc_jax.errors import GnvcError
 

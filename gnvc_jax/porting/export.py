@@ -42,8 +42,8 @@ def export(
         The folders that were written.
 
     Raises:
-        FileNotFoundError: The folder holds no component.
-        FileExistsError: The target exists.
+        FileNotFoundError: If the folder holds no component.
+        FileExistsError: If the target exists.
     """
     components = [c for c in COMPONENTS if has_component(folder, c)]
     if not components:

@@ -154,7 +154,11 @@ def block(cfg: DiTConfig, name: str, path: str, index: int) -> Iterator[Tensor]:
 
 
 def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
-    """All tensors of the VAE. Raises UsageError for a VAE of another architecture than Wan2.1's."""
+    """Lists all tensors of the VAE.
+
+    Raises:
+        UsageError: If the architecture is another than Wan2.1's.
+    """
     if cfg.linear or cfg.patch != 1:
         raise UsageError("only a VAE of Wan2.1's architecture has public names")
     z, widths, window = cfg.latent_channels, cfg.widths, (3, 3, 3)

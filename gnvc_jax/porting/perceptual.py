@@ -34,8 +34,8 @@ def open_perceptual(path: str | Path) -> dict[str, TensorEntry]:
     linear weights, and a state dictionary of the package's module has both.
 
     Raises:
-        FileNotFoundError: There is nothing at `path`.
-        PortError: A file is damaged, or two files hold the same tensor.
+        FileNotFoundError: If there is nothing at `path`.
+        PortError: If a file is damaged, or two files hold the same tensor.
     """
     path = Path(path)
     if not path.exists():
@@ -56,8 +56,8 @@ def port_perceptual(path: str | Path, target: str | Path) -> Path:
     The network is recognised by the shape of its first convolution.
 
     Raises:
-        FileExistsError: The target exists.
-        PortError: Tensors are missing or of another shape (all are listed), or contain NaN or
+        FileExistsError: If the target exists.
+        PortError: If tensors are missing or of another shape (all are listed), or contain NaN or
             infinities (the first one is named). Nothing is written.
     """
     found = open_perceptual(path)

@@ -32,7 +32,7 @@ class Ported:
 
     Attributes:
         architecture: Architecture of the component.
-        source: Where the weights came from.
+        source: Origin of the weights.
         tensors: Number of public tensors.
         parameters: Number of parameters.
         bytes: Bytes written.
@@ -70,10 +70,10 @@ def port(
         A summary of each component.
 
     Raises:
-        FileNotFoundError: There is nothing at `path`.
-        FileExistsError: The target exists.
-        PortError: Tensors are missing, unexpected or of a wrong shape (all of them are listed), or
-            contain NaN or infinities (the first one is named). Nothing is written.
+        FileNotFoundError: If there is nothing at `path`.
+        FileExistsError: If the target exists.
+        PortError: If tensors are missing, unexpected or of a wrong shape (all of them are listed),
+            or contain NaN or infinities (the first one is named). Nothing is written.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
@@ -90,7 +90,11 @@ def port(
 
 
 def check(source: Source, architecture: Architecture) -> None:
-    """Raises PortError with all tensors that are missing, unexpected or do not fit."""
+    """Checks that a source has just the tensors of an architecture.
+
+    Raises:
+        PortError: If tensors are missing, unexpected or do not fit; all of them are listed.
+    """
     wanted = {t.name(source.scheme): t for t in architecture.tensors}
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - source.entries.keys())]
     problems += [f"unexpected: {name}" for name in sorted(source.entries.keys() - wanted.keys())]
@@ -109,7 +113,11 @@ def check(source: Source, architecture: Architecture) -> None:
 
 
 def check_finite(entry: TensorEntry, name: str, array: np.ndarray) -> None:
-    """Raises PortError with the name of a tensor if the converted array is not finite."""
+    """Checks that a converted array is finite.
+
+    Raises:
+        PortError: If it is not; the message names the tensor.
+    """
     bad = array.size - np.count_nonzero(np.isfinite(array))
     if bad:
         raise PortError(

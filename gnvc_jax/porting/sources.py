@@ -82,8 +82,8 @@ def open_sources(path: str | Path) -> list[Source]:
     """Finds the components in a file or folder.
 
     Raises:
-        FileNotFoundError: There is nothing at `path`.
-        PortError: It holds no known component, or one of them twice.
+        FileNotFoundError: If there is nothing at `path`.
+        PortError: If it holds no known component, or one of them twice.
     """
     path = Path(path)
     if not path.exists():
@@ -133,7 +133,11 @@ def open_folder(folder: Path) -> list[Source]:
 
 
 def index_files(index: Path) -> list[Path]:
-    """Files that an index lists. Raises PortError if it is unreadable or one of them is missing."""
+    """Reads the files that an index lists.
+
+    Raises:
+        PortError: If the index is unreadable or one of the files is missing.
+    """
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
         files = sorted(index.parent / name for name in names)
@@ -156,7 +160,7 @@ def shards_without_index(folder: Path, known: set[Path]) -> dict[Path, list[Path
         The files of each set, by the path where their index should be.
 
     Raises:
-        PortError: A set is incomplete.
+        PortError: If a set is incomplete.
     """
     sets: dict[tuple[str, int], dict[int, Path]] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -192,7 +196,11 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
 
 
 def list_tensors(file: Path) -> dict[str, TensorEntry]:
-    """Lists the tensors of a file. Raises PortError if it is damaged or not a weight file."""
+    """Lists the tensors of a file.
+
+    Raises:
+        PortError: If the file is damaged or not a weight file.
+    """
     check_kind(file)
     if file.suffix in (".pth", ".pt"):
         return {
@@ -221,7 +229,11 @@ def list_tensors(file: Path) -> dict[str, TensorEntry]:
 
 
 def check_kind(file: Path) -> None:
-    """Raises PortError if the file is something that often is found in place of weights."""
+    """Refuses files that are often found in place of weights.
+
+    Raises:
+        PortError: If the file is one of these.
+    """
     if kind := not_weights(file):
         raise PortError(f"{file}: {kind}")
 
@@ -233,7 +245,11 @@ def read_safetensor(file: Path, name: str) -> np.ndarray:
 
 
 def read_facts(path: Path) -> dict:
-    """Reads the config.json of a model folder; empty if there is none. Raises PortError."""
+    """Reads the config.json of a model folder; empty if there is none.
+
+    Raises:
+        PortError: If the file is damaged.
+    """
     if not path.is_file():
         return {}
     try:

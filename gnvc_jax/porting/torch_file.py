@@ -102,7 +102,11 @@ def load_pickle(file: IO[bytes]) -> Any:
 
 
 def read_descriptions(path: Path) -> dict[str, TensorLocation]:
-    """Lists the tensors of a file. Raises PortError if it is not a plain dictionary of tensors."""
+    """Lists the tensors of a file.
+
+    Raises:
+        PortError: If it is not a plain dictionary of tensors.
+    """
     try:
         return (read_zip if zipfile.is_zipfile(path) else read_old)(path)
     except zipfile.BadZipFile as error:
@@ -152,7 +156,11 @@ def skip_storage(file: IO[bytes], tensor: TensorLocation) -> int:
 
 
 def named_tensors(found: object) -> dict[str, TensorLocation]:
-    """Returns what a pickle held. Raises UnpicklingError if it is not a dictionary of tensors."""
+    """Returns the contents of a pickle.
+
+    Raises:
+        UnpicklingError: If it is not a dictionary of tensors.
+    """
     if not isinstance(found, dict) or not all(
         isinstance(k, str) and isinstance(v, TensorLocation) for k, v in found.items()
     ):
@@ -161,7 +169,11 @@ def named_tensors(found: object) -> dict[str, TensorLocation]:
 
 
 def read_tensor(path: Path, tensor: TensorLocation) -> np.ndarray:
-    """Reads one tensor; only its storage is held in memory. Raises PortError if it is damaged."""
+    """Reads one tensor; only its storage is held in memory.
+
+    Raises:
+        PortError: If it is damaged.
+    """
     try:
         if tensor.place is None:
             with zipfile.ZipFile(path) as archive:
@@ -178,7 +190,11 @@ def read_tensor(path: Path, tensor: TensorLocation) -> np.ndarray:
 
 
 def member(archive: zipfile.ZipFile, name: str) -> str:
-    """Full name of a member: all are in one folder of any name. Raises KeyError if absent."""
+    """Finds the full name of a member: all are in one folder of any name.
+
+    Raises:
+        KeyError: If there is no such member.
+    """
     for full in archive.namelist():
         if full.partition("/")[2] == name:
             return full

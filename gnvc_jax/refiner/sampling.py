@@ -37,11 +37,11 @@ def euler_times(steps: int, shift: float) -> Times:
 
 
 def euler(velocity: Velocity, noise: Array, steps: int, shift: float) -> Array:
-    """Euler's method.
+    """Integrates the flow by Euler's method.
 
     Args:
-        velocity: (state, flow time) -> velocity.
-        noise: Where to begin, standard normal.
+        velocity: Function (state, flow time) -> velocity.
+        noise: State to begin with, standard normal noise.
         steps: Number of calls of `velocity`.
         shift: Wan's shift, see `flow.shift_time`.
 
@@ -92,10 +92,10 @@ def unipc_step(
     order: int,
     ahead: Array | None = None,
 ) -> Array:
-    """One step of UniPC with B(h) = exp(-h) - 1, a combination of data estimates.
+    """Takes one step of UniPC with B(h) = exp(-h) - 1, a combination of data estimates.
 
     Args:
-        state: At times[-2].
+        state: State at times[-2].
         estimates: Data estimated at times[-2], times[-3] and so on.
         times: Flow times up to times[-1], where the step ends.
         order: 1 or 2: number of estimates to use.
