@@ -12,7 +12,8 @@ from gnvc_jax.errors import UsageError
 def port(
     *,
     source: Source,
-    to: str,
+    to: str | None = None,
+    check: bool = False,
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
     prompt: str | None = None,
     heads: int | None = None,
@@ -26,6 +27,7 @@ def port(
         source: Weight file, or folder in the layout of Wan-AI or diffusers that holds a VAE, a DiT
             or both; for LPIPS, a folder with the files of torchvision and lpips.
         to: Folder to create.
+        check: Read and check all weights as for --to, but write nothing.
         dtype: Type of the converted weights; "stored" keeps the type of each tensor.
         prompt: Text condition to store with the DiT, a .npy or .safetensors file.
         heads: Number of attention heads; needed only if config.json is missing.
@@ -34,14 +36,20 @@ def port(
     from gnvc_jax.porting import port as porting
     from gnvc_jax.porting.perceptual import open_perceptual, port_perceptual
 
+    if (to is None) != check:
+        raise UsageError("expected either --to FOLDER or --check")
     if open_perceptual(source):
-        if prompt or heads is not None or dtype != "stored":
-            raise UsageError("--dtype, --prompt and --heads do not apply to weights of LPIPS")
+        if to is None or prompt or heads is not None or dtype != "stored":
+            raise UsageError(
+                "--check, --dtype, --prompt and --heads do not apply to weights of LPIPS"
+            )
         print(port_perceptual(source, to))
         return 0
     for part in porting.port(source, to, dtype, heads, prompt, progress=not no_progress):
+        component = part.architecture.component
+        place = f"{component}: can be ported" if to is None else f"{to}/{component}"
         print(
-            f"{to}/{part.architecture.component}: {part.tensors} tensors, "
+            f"{place}: {part.tensors} tensors, "
             f"{part.parameters} parameters, {part.bytes / 2**30:.2f} GiB, "
             f"from {part.source.path} ({part.source.scheme} names)"
         )

@@ -35,7 +35,7 @@ class Ported:
         source: Origin of the weights.
         tensors: Number of public tensors.
         parameters: Number of parameters.
-        bytes: Bytes written.
+        bytes: Size of the parameters in bytes.
     """
 
     architecture: Architecture
@@ -47,7 +47,7 @@ class Ported:
 
 def port(
     path: str | Path,
-    target: str | Path,
+    target: str | Path | None,
     dtype: str = "stored",
     heads: int | None = None,
     prompt: str | Path | None = None,
@@ -59,7 +59,7 @@ def port(
 
     Args:
         path: File or folder with public weights.
-        target: Folder to create.
+        target: Folder to create; None to check everything, every value included, and write nothing.
         dtype: "stored" keeps the type of each tensor, so that `export` gives the same bytes;
             "float32" and "bfloat16" convert.
         heads: Number of attention heads, see `recognise`.
@@ -83,6 +83,8 @@ def port(
         check(source, architecture)
     dits = [a.config for _, a in found if isinstance(a.config, DiTConfig)]
     text = load_prompt(prompt, *dits) if prompt else None
+    if target is None:
+        return [port_one(s, a, None, dtype, progress) for s, a in found]
     with new_folder(target) as folder:
         if text is not None:
             np.save(folder / PROMPT, text)
@@ -127,9 +129,9 @@ def check_finite(entry: TensorEntry, name: str, array: np.ndarray) -> None:
 
 
 def port_one(
-    source: Source, architecture: Architecture, folder: Path, dtype: str, progress: bool
+    source: Source, architecture: Architecture, folder: Path | None, dtype: str, progress: bool
 ) -> Ported:
-    """Writes one component whose tensors have been checked."""
+    """Writes one component whose tensors fit, or only reads it if there is no folder."""
     shapes = {k: x.shape for k, x in leaves_by_path(architecture.abstract()).items()}
     report, size = [], 0
 
@@ -158,9 +160,13 @@ def port_one(
         desc=source.component,
         disable=not progress or None,
     ) as bar:
-        write_component(folder, architecture, arrays())
-    with open(folder / "report.csv", "w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *report])
+        if folder is None:
+            for _ in arrays():
+                pass
+        else:
+            write_component(folder, architecture, arrays())
+            with open(folder / "report.csv", "w", newline="") as file:
+                csv.writer(file).writerows([COLUMNS, *report])
     parameters = sum(int(np.prod(shape)) for shape in shapes.values())
     return Ported(architecture, source, len(report), parameters, size)
 

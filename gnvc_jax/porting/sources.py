@@ -24,6 +24,7 @@ from gnvc_jax.porting.errors import PortError
 log = logging.getLogger(__name__)
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 INDEX = ".safetensors.index.json"
 SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -32,6 +33,10 @@ PREFIX = re.compile(r"^(model\.diffusion_model|diffusion_model|model|module)\.")
 
 # The second expert of Wan2.2's A14B models, as diffusers and as Wan-AI name its folder.
 SECOND_EXPERTS = {"transformer_2": "transformer", "low_noise_model": "high_noise_model"}
+
+# What ComfyUI puts beside tensors of 8 bits: a factor for each, a scale of activations, which only
+# its own kernels use, and an empty tensor that marks the file.
+SCALE, UNUSED = ".scale_weight", (".scale_input", "scaled_fp8")
 
 # (component, scheme) by the prefix of a tensor that only it has.
 MARKS = {
@@ -187,12 +192,38 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
             if name in entries:
                 raise PortError(f"{path}: {name} is in {entries[name].file} and in {file}")
             entries[name] = entry
+    entries = dequantised(path, entries)
     kinds = {kind for mark, kind in MARKS.items() if any(n.startswith(mark) for n in entries)}
     if not kinds:
         return None
     if len(kinds) > 1:
         raise PortError(f"{path}: holds tensors of several components or naming schemes")
     return Source(path, *kinds.pop(), read_facts(folder / "config.json"), entries)
+
+
+def dequantised(path: Path, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Replaces tensors of 8 bits by float32, multiplied by their scales if they have some.
+
+    Raises PortError for a scale without its tensor.
+    """
+    small = [name for name, entry in entries.items() if entry.dtype.startswith("float8")]
+    scales = {n.removesuffix(SCALE) + ".weight": e for n, e in entries.items() if n.endswith(SCALE)}
+    if lonely := scales.keys() - entries.keys():
+        raise PortError(f"{path}: has a scale for {min(lonely)}, but no such tensor")
+
+    def read(entry: TensorEntry, scale: TensorEntry | None) -> np.ndarray:
+        array = entry.read().astype(np.float32)
+        return array if scale is None else array * scale.read().astype(np.float32)
+
+    found = {k: e for k, e in entries.items() if not k.endswith((SCALE, *UNUSED))}
+    changed = found.keys() & {*small, *scales}
+    for name in changed:
+        entry = found[name]
+        reader = functools.partial(read, entry, scales.get(name))
+        found[name] = dataclasses.replace(entry, dtype="float32", read=reader)
+    if changed:
+        log.warning("%s: %d tensors of 8 bits are dequantised to float32", path, len(changed))
+    return found
 
 
 def list_tensors(file: Path) -> dict[str, TensorEntry]:
@@ -241,7 +272,23 @@ def check_kind(file: Path) -> None:
 def read_safetensor(file: Path, name: str) -> np.ndarray:
     """Reads one tensor. The file is opened anew each time, so that no page of it stays mapped."""
     with safe_open(file, framework="numpy") as opened:
-        return opened.get_tensor(name)
+        kind = DTYPES.get(str(opened.get_slice(name).get_dtype()), "")
+        if not kind.startswith("float8"):
+            return opened.get_tensor(name)
+    return read_raw_safetensor(file, name, kind)
+
+
+def read_raw_safetensor(file: Path, name: str, dtype: str) -> np.ndarray:
+    """Reads one tensor of a type that the library cannot give to NumPy, but ml_dtypes has.
+
+    Layout: length of the header in 8 bytes, a JSON header with places relative to its end, data.
+    """
+    with open(file, "rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        facts = json.loads(opened.read(length))[name]
+        start, end = facts["data_offsets"]
+        opened.seek(8 + length + start)
+        return np.frombuffer(opened.read(end - start), dtype).reshape(facts["shape"])
 
 
 def read_facts(path: Path) -> dict:

@@ -18,6 +18,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
+from gnvc_jax import cli
 from gnvc_jax.porting.checkpoint import load_prompt, load_weights
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.export import export
@@ -272,6 +273,54 @@ def test_prefixes_of_other_programs(prefix, public, golden, to_original, tmp_pat
     port(public("dit"), tmp_path / "plain", progress=False)
     one, two = (load_weights(tmp_path / f, "dit")[1] for f in ("ported", "plain"))
     jax.tree.map(np.testing.assert_array_equal, one, two)
+
+
+def test_scaled_tensors_of_8_bits_are_dequantised(golden, to_original, tmp_path, caplog):
+    """As ComfyUI stores them: a factor for each matrix, and a mark for the file."""
+    tensors = to_original(golden("dit")[2])
+    float8, path = ml_dtypes.float8_e4m3fn, "blocks.1.ffn.2.weight"
+    stored, expected = {"scaled_fp8": np.zeros(0, float8)}, {}
+    for name, x in tensors.items():
+        if name.startswith("blocks.") and x.ndim == 2 and name.endswith("weight"):
+            scale = np.abs(x).max() / 448  # the largest number of this type
+            stored[name] = (x / scale).astype(float8)
+            stored[name.replace("weight", "scale_weight")] = np.array([scale], np.float32)
+            stored[name.replace("weight", "scale_input")] = np.ones(1, np.float32)
+            expected[name] = scale * stored[name].astype(np.float32)
+        else:
+            stored[name] = x.astype(float8) if name == "head.head.weight" else x
+    stored = {f"model.diffusion_model.{k}": x for k, x in stored.items()}
+    save_file(stored, tmp_path / "w.safetensors")
+    port(tmp_path / "w.safetensors", tmp_path / "ported", heads=2, progress=False)
+    _, params = load_weights(tmp_path / "ported", "dit")
+    got = params["groups"]["block_0"]["ffn_out"]["kernel"][1].T
+    np.testing.assert_allclose(got, expected[path], rtol=1e-6)
+    assert got.dtype == np.float32 and 0.001 < np.abs(got - tensors[path]).max() < 0.2
+    head = tensors["head.head.weight"].astype(float8).astype(np.float32)
+    np.testing.assert_array_equal(params["head"]["kernel"].T, head)
+    assert f"{len(expected) + 1} tensors of 8 bits are dequantised to float32" in caplog.text
+
+    del stored[f"model.diffusion_model.{path}"]
+    save_file(stored, tmp_path / "w.safetensors")
+    with pytest.raises(PortError, match=rf"has a scale for {re.escape(path)}, but no such tensor"):
+        port(tmp_path / "w.safetensors", tmp_path / "again", heads=2, progress=False)
+
+
+def test_check_reads_everything_and_writes_nothing(public, golden, tmp_path, capsys):
+    folder = public("dit")
+    before = sorted(tmp_path.rglob("*"))
+    check = ["port", "--from", str(folder), "--check", "--no-progress"]
+    assert cli.main(check) == 0
+    assert "dit: can be ported: 123 tensors" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    tensors = dict(golden("dit")[2])
+    tensors["proj_out.bias"] = tensors["proj_out.bias"] + np.inf
+    save_file(tensors, folder / "transformer" / WEIGHTS)
+    assert cli.main(check) == 25
+    assert "proj_out.bias has 64 of 64 values that are NaN" in capsys.readouterr().err
+    for wrong in (check[:-2], [*check, "--to", str(tmp_path / "x")]):
+        assert cli.main(wrong) == 2
+        assert "expected either --to FOLDER or --check" in capsys.readouterr().err
 
 
 def test_shards_without_their_index(public, tmp_path, caplog):
