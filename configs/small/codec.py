@@ -1,6 +1,6 @@
 """First stage of the small model: codec and head, from statistics, on squared error.
 
-python train.py --config configs/small/codec.py --data.path CLIPS
+gnvc train --config small/codec --data.path CLIPS
 
 On two CPU cores: two minutes of compilation, then 0.8 s per step. `rollout.py` follows.
 """

@@ -1,6 +1,6 @@
 """Second stage of the small model: the codec over 33 frames, where drift shows.
 
-python train.py --config configs/small/rollout.py --data.path CLIPS
+gnvc train --config small/rollout --data.path CLIPS
 
 Errors accumulate from latent to latent, so a codec that was trained on nine frames loses quality
 along a group. Two clips of 33 frames cost about as much per step as eight of nine frames.

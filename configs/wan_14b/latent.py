@@ -1,7 +1,7 @@
 """Stage I with VACE-14B in place of VACE-1.3B.
 
 gnvc port --from Wan2.1-VACE-14B --to weights/vace-14b
-python train.py --config configs/wan_14b/latent.py --data.latents cache --mesh fsdp=16
+gnvc train --config wan_14b/latent --data.latents cache --mesh fsdp=16
 
 Wan's VAE is the same for both sizes, so cached latents and the codec's warm start are too. Not run
 yet: no accelerator was at hand.

@@ -1,7 +1,7 @@
 """Warm start of the latent codec under Wan's VAE, before stage I.
 
 gnvc cache-latents --data CLIPS --vae weights/vace-1.3b --to cache
-python train.py --config configs/wan_1_3b/codec.py --data.latents cache
+gnvc train --config wan_1_3b/codec --data.latents cache
 
 10,000 steps. Not run yet: no accelerator was at hand.
 """

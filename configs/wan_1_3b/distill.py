@@ -1,6 +1,6 @@
 """One step that does what five do: after stage II.
 
-python train.py --config configs/wan_1_3b/distill.py --data.path CLIPS
+gnvc train --config wan_1_3b/distill --data.path CLIPS
 
 20,000 steps. Not run yet: no accelerator was at hand.
 """

@@ -1,7 +1,7 @@
 """Stage I: codec and adapter on latents, the DiT frozen (GNVC-VD sections 6 and 7).
 
 gnvc cache-latents --data CLIPS --vae weights/vace-1.3b --to cache
-python train.py --config configs/wan_1_3b/latent.py --data.latents cache
+gnvc train --config wan_1_3b/latent --data.latents cache
 
 100,000 steps: 40,000 on 5 frames, 30,000 each on 9 and 13, as in the paper. The paper trains this
 stage at lambda 0.5 alone. Here it starts from a codec of 64 quality levels and keeps their lambdas,

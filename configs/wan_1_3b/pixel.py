@@ -1,6 +1,6 @@
 """Stage II: codec and adapter on decoded frames at all rates (GNVC-VD sections 6 and 7).
 
-python train.py --config configs/wan_1_3b/pixel.py --data.path CLIPS
+gnvc train --config wan_1_3b/pixel --data.path CLIPS
 
 100,000 steps on 13 frames, quality drawn for every clip, lambda from 0.05 to 0.5. Low-rank changes
 of the DiT: --lora 32. The VAE's decoder and the perceptual network run in bfloat16, and the
