@@ -32,6 +32,9 @@ def test_notebook_runs(path):
     history = names.get("history")
     if history:  # those that train get better
         assert sum(history[-5:]) < 0.9 * sum(history[:5]), history
+    distance = names.get("distance")
+    if distance:  # refinement makes pictures look more like the source
+        assert distance["refined"] < 0.95 * distance["decoded"], distance
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
