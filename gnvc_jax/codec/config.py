@@ -40,8 +40,8 @@ class CodecConfig:
         level_pattern: Levels that they add for the latents after it; the pattern repeats.
 
     Raises:
-        UsageError: If the integer network or the spatial passes cannot have these sizes, or if the
-            kind of motion is unknown.
+        UsageError: If the integer network or the spatial passes cannot have these sizes, if the
+            kind of motion is unknown, or if `level_pattern` is empty.
     """
 
     latent_channels: int = 16
@@ -72,6 +72,8 @@ class CodecConfig:
         if self.motion not in (None, "blocks"):
             raise UsageError(f"motion must be blocks or None, got {self.motion!r}")
         object.__setattr__(self, "level_pattern", tuple(self.level_pattern))  # from JSON, a list
+        if not self.level_pattern:
+            raise UsageError("level_pattern must name at least one level, got none")
         if self.y_channels % 4:
             raise UsageError(f"y_channels must be a multiple of 4, got {self.y_channels}")
 

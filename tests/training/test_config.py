@@ -99,6 +99,7 @@ def test_wrong_strings_in_a_config_file_are_refused_with_the_choices():
         (lambda: Policy(dtype="float16"), "compute.dtype: expected one of float32, bfloat16, got"),
         (lambda: PixelLoss(lpips_net="squeeze"), "loss.lpips_net: expected one of alex, vgg, got"),
         (lambda: CodecConfig(motion="flow"), "motion must be blocks or None, got 'flow'"),
+        (lambda: CodecConfig(level_pattern=()), "level_pattern must name at least one level"),
     ):
         with pytest.raises(UsageError, match=told):
             make()
