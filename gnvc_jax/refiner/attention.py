@@ -23,7 +23,8 @@ from gnvc_jax.parallel import axis_size, backend
 
 RING = "ring"  # of all devices along the mesh axis `context`
 
-# At most this many scores (queries x keys x heads x batch) are in memory at once on CPU.
+# At most this many scores (queries x keys x heads x batch) are in memory at once on CPU: 256 MiB in
+# float32.
 SCORES_IN_MEMORY = 1 << 26
 # Tokens per tile of the TPU kernel; sequences are padded to a multiple.
 SPLASH_BLOCK = 512
@@ -55,6 +56,8 @@ def attention(
     Raises:
         UsageError: If the name is unknown, or the mesh axis `tensor` does not divide the heads.
     """
+    # Static decisions, taken while tracing: dtype and head width choose the kernel, heads and mesh
+    # choose between exchange and ring.
     name, ring = resolve(implementation, q.dtype, *q.shape[2:])
     options = {"length": length or k.shape[1], "split_keys": split_keys, "ring": ring}
     return parallel.attention(IMPLEMENTATIONS[name], q, k, v, **options)
@@ -91,15 +94,22 @@ def windowed_attention(
         raise UsageError(
             "attention in windows needs a mesh with context=1: it does not shard tokens"
         )
+    # A window of side w surrounds a block of side w / 2 by a margin of w / 4 on each side. Smaller
+    # blocks would copy keys more often, larger ones would leave less margin.
     block = window // 2
 
     def starts(count: int) -> Int[np.ndarray, " blocks"]:
         """First token of the window of each block along one axis."""
+        # One window per block; those at the borders are clipped so that they lie inside of the
+        # frame.
         first = np.arange(0, count, block) - (window - block) // 2
         return np.clip(first, 0, max(0, count - window))
 
     across, down = starts(columns), starts(rows)
+    # Back from the sequence to the grid: (b, columns, latents, rows, heads, d).
     q = rearrange(q, "b (w t h) n d -> b w t h n d", t=t, h=rows)
+    # Only queries are filled up to whole blocks of columns and rows. Windows always lie inside of
+    # the frame, so no key is padding.
     fill = ((0, -columns % block), (0, 0), (0, -rows % block))
     q = jnp.pad(q, ((0, 0), *fill, (0, 0), (0, 0)))
     # (blocks across, blocks down) become part of the batch: queries are now
@@ -108,6 +118,8 @@ def windowed_attention(
 
     def windows(x: Array) -> Array:
         """The tokens around each block, as a batch: ((b x y), tokens of a window, heads, d)."""
+        # Gathering with tables of indices, first (x, i) of columns, then (y, j) of rows. Windows
+        # overlap by half, so a key is copied up to about four times.
         x = rearrange(x, "b (w t h) n d -> b w t h n d", t=t, h=rows)
         x = x[:, across[:, None] + np.arange(min(window, columns))]  # (b, x, i, t, h, n, d)
         x = x[:, :, :, :, down[:, None] + np.arange(min(window, rows))]  # (b, x, i, t, y, j, n, d)
@@ -117,6 +129,7 @@ def windowed_attention(
     out = attention(q, windows(k), windows(v), implementation)
     sizes = {"x": len(across), "y": len(down), "i": block, "j": block}
     out = rearrange(out, "(b x y) (i t j) n d -> b (x i) t (y j) n d", t=t, **sizes)
+    # What the filled-up queries attended to is dropped.
     return rearrange(out[:, :columns, :, :rows], "b w t h n d -> b (w t h) n d")
 
 
@@ -137,6 +150,8 @@ def resolve(
     Raises:
         UsageError: If the name is unknown.
     """
+    # The axis `tensor` divides the heads first, and the exchange divides what is left over
+    # `context`.
     ring = implementation == RING or (
         implementation is None
         and exchanged_heads(heads // axis_size("tensor"), axis_size("context")) is None
@@ -165,7 +180,7 @@ def choose(dtype: DTypeLike, head_width: int, platform: str | None = None) -> st
     kernel a multiple of 128. Elsewhere the scores are computed for a few queries at a time.
     """
     platform = platform or backend()
-    half = jnp.dtype(dtype).itemsize == 2
+    half = jnp.dtype(dtype).itemsize == 2  # bfloat16 or float16
     if platform == "gpu" and half and head_width % 8 == 0 and head_width <= 128:
         return "cudnn"
     if platform == "tpu" and head_width % 128 == 0:
@@ -182,6 +197,7 @@ def chunked_attention(
     """
     b, n, heads, _ = q.shape
     attend = functools.partial(jax.nn.dot_product_attention, implementation="xla")
+    # Queries per chunk: each of them has b * heads * m scores.
     size = max(1, SCORES_IN_MEMORY // (b * heads * k.shape[1]))
     if size >= n:
         return attend(q, k, v)
@@ -190,6 +206,7 @@ def chunked_attention(
     # (b, n, heads, d) -> (chunks, b, size, heads, d): a sequential map, one chunk in memory.
     q = jnp.pad(q, ((0, 0), (0, chunks * size - n), (0, 0), (0, 0)))
     q = rearrange(q, "b (c s) h d -> c b s h d", c=chunks)
+    # Without `checkpoint` the map would keep the probabilities of all chunks for the backward pass.
     y = jax.lax.map(jax.checkpoint(lambda part: attend(part, k, v)), q)
     return rearrange(y, "c b s h d -> b (c s) h d")[:, :n]
 
@@ -213,13 +230,20 @@ def splash_attention(
     def padded(x: Float[Array, "b n heads d"]) -> tuple[Float[Array, "b heads n2 d"], int]:
         """Tokens padded to a multiple of the tile, and the size of the tile."""
         n = x.shape[1]
+        # Tiles must be multiples of 128, the lanes of a vector register. Short sequences, such as a
+        # text, get one tile of their own size.
         size = min(SPLASH_BLOCK, -(-n // 128) * 128)
         x = jnp.pad(x, ((0, 0), (0, -n % size), (0, 0), (0, 0)))
         return rearrange(x, "b n h d -> b h n d"), size
 
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
+    # Unlike the other implementations, the kernel does not scale scores; the queries are scaled
+    # instead. From here on all three are (b, heads, tokens, d).
     (q, rows), (k, columns), (v, _) = padded(q * q.shape[-1] ** -0.5), padded(k), padded(v)
+    # Every query sees every key by position; padding is dealt with by the segments below.
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads)
+    # The same tiles in the forward pass, in the pass for the gradients of keys and values ("dkv")
+    # and in the one for the gradient of queries ("dq").
     sizes = kernels.BlockSizes(
         block_q=rows,
         block_kv=columns,
@@ -242,6 +266,7 @@ def splash_attention(
     segments = kernels.SegmentIds(
         q=jnp.zeros(q.shape[2], jnp.int32), kv=(jnp.arange(k.shape[2]) >= m).astype(jnp.int32)
     )
+    # The clips of a batch share the segments, which are therefore not mapped.
     y = cast(Array, jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments))
     return rearrange(y, "b h n d -> b n h d")[:, :n]
 

@@ -97,13 +97,17 @@ class DiTConfig:
         attended = (heads or self.heads) * self.head_width
         # Keys that each token attends to: all, or those of a spatial window in every latent.
         seen = t * math.prod(min(side // PATCH, self.window or side) for side in (h, w))
+        # A product of (n, a) by (a, b) costs 2 n a b operations.
         # Four projections, scores and weighted sum, two layers of the feed-forward.
         block = 8 * n * d**2 + 4 * n * seen * attended + 4 * n * d * self.ffn_width
         if m:  # cross-attention: q and o of the tokens, k and v of the text
             block += 4 * (n + m) * d**2 + 4 * n * m * d
+        # Embedding and head, between the 4c numbers of a patch and the width.
         patches = 2 * n * d * PATCH**2 * 2 * self.channels
+        # The text passes two layers: text_width -> d -> d.
         total = patches + 2 * m * d * (self.text_width + d) + self.layers * block
         if self.context_every:
+            # The adapter: one projection into the context branch and one hint per context block.
             projections = 2 * n * d**2 * (self.groups + 1)
             embedding = 2 * n * d * PATCH**2 * self.context_channels
             total += self.groups * block + projections + embedding
@@ -134,8 +138,8 @@ class RefinerConfig:
     """
 
     dit: DiTConfig = dataclasses.field(default_factory=lambda: DiTConfig(context_every=2))
-    features: int = 256
-    window: int = 7
+    features: int = 256  # the codec's width
+    window: int = 7  # 25 frames, if later latents stand for 4 frames each
     overlap: int = 2
     start: float = START
     noise: float = 1.0
@@ -169,5 +173,5 @@ class RefinerConfig:
 
 WAN_1_3B = DiTConfig()
 WAN_14B = DiTConfig(width=5120, ffn_width=13824, heads=40, layers=40)
-VACE_1_3B = dataclasses.replace(WAN_1_3B, context_every=2)
-VACE_14B = dataclasses.replace(WAN_14B, context_every=5)
+VACE_1_3B = dataclasses.replace(WAN_1_3B, context_every=2)  # 15 context blocks
+VACE_14B = dataclasses.replace(WAN_14B, context_every=5)  # 8 context blocks

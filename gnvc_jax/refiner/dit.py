@@ -42,7 +42,9 @@ RotaryTable = tuple[Array, Array]  # cosines and sines, see `rotary_table`
 REMAT = {
     "none": jax.checkpoint_policies.everything_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
+    # Outputs of attention, the costliest to compute again: all else is linear in the tokens.
     "attention": jax.checkpoint_policies.save_only_these_names("attention"),
+    # Also projections before norm and rotation, and the feed-forward's hidden layer before GELU.
     "matmuls": jax.checkpoint_policies.save_only_these_names("attention", "qkv", "ffn"),
 }
 
@@ -79,8 +81,11 @@ def rotary_table(head_width: int, t: int, h: int, w: int) -> RotaryTable:
     angles = []
     for axis, count in sizes.items():
         d = head_width - 2 * side if axis == "t" else side
+        # (count, d / 2), in float64 on the host; only cosines and sines are rounded to float32.
         angle = np.arange(count)[:, None] * 10000.0 ** (-np.arange(0, d, 2) / d)
         angles.append(jnp.stack([np.cos(angle), np.sin(angle)]).astype(jnp.float32))
+    # From one axis to all tokens, in the order of `patchify`: (2, n, 1, d / 2) for each axis. The 1
+    # broadcasts over heads.
     grid = [
         repeat(a, f"two {axis} d -> two (w t h) 1 d", **sizes) for axis, a in zip("thw", angles)
     ]
@@ -93,6 +98,7 @@ def rotate(x: Float[Array, "b n heads d"], table: RotaryTable) -> Float[Array, "
     # Padding from `shard_tokens` comes last: angle 0.
     rest = ((0, x.shape[1] - table[0].shape[0]), (0, 0), (0, 0))
     cosine, sine = jnp.pad(table[0], rest, constant_values=1.0), jnp.pad(table[1], rest)
+    # Numbers 2p and 2p + 1 of a head are the complex number a + ib, times e^(i angle).
     a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     y = jnp.stack([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
     return y.reshape(x.shape).astype(x.dtype)
@@ -100,6 +106,8 @@ def rotate(x: Float[Array, "b n heads d"], table: RotaryTable) -> Float[Array, "
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
     """Embeds Wan's timestep: cosines, then sines, of time * 10000^(-2i/width)."""
+    # (width / 2,), and (b, width / 2) for the angles. Timesteps go up to 1000, so angles need the
+    # digits of float32.
     frequency = jnp.asarray(10000.0 ** (-np.arange(0, width, 2) / width), jnp.float32)
     angle = time.astype(jnp.float32)[:, None] * frequency
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
@@ -161,6 +169,7 @@ class DiTAttention(nn.Module):
         """
 
         def heads(name: str, x: Array) -> Float[Array, "b n heads d"]:
+            # (b, n, d), heads side by side.
             x = checkpoint_name(dense(self.config.width, self.dtype, name)(x), "qkv")
             if name != "v":
                 # Over all heads together, before they are split, as in Wan.
@@ -209,6 +218,7 @@ class DiTBlock(nn.Module):
             table: Table of the rotary embedding.
         """
         cfg = self.config
+        # As in Wan: each block learns an offset to the modulation that all blocks share.
         init = nn.initializers.normal(cfg.width**-0.5)
         time = time + self.param("modulation", init, (6, cfg.width), jnp.float32)
         # Adaptive layer norm (DiT, Peebles and Xie 2023): each is (b, 1, d) and broadcasts over
@@ -230,7 +240,9 @@ class DiTBlock(nn.Module):
 
         y = layer_norm()(x) * (1 + scale2) + shift2  # `dense` casts it to its dtype
         y = checkpoint_name(dense(cfg.ffn_width, self.dtype, "ffn_in")(y), "ffn")
+        # The tanh approximation of GELU, as in Wan.
         y = dense(cfg.width, self.dtype, "ffn_out")(nn.gelu(y, approximate=True))
+        # Gates are float32, so the residual stream stays float32 although y is in `dtype`.
         return x + gate2 * y
 
 
@@ -271,6 +283,7 @@ class DiTGroup(nn.Module):
             The next carry, and None, since the scan stacks nothing.
         """
         (x, context), cfg, block = carry, self.config, DiTBlock
+        # Pinned here, so that the partitioner keeps the carry of the scan sharded by tokens.
         x = constrain(x, batch=0, context=1)
         if self.remat != "none":
             # Inside a scan XLA cannot merge the two computations; no need to prevent it.
@@ -347,6 +360,7 @@ class DiT(nn.Module):
         rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
 
         if text is not None:
+            # (b, m, text_width) -> (b, text_length, text_width) -> (b, text_length, d).
             # Zero rows up to text_length, as Wan pads prompts; they are attended to.
             text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
             text = nn.gelu(dense(cfg.width, self.dtype, "text_in", SMALL)(text), approximate=True)
@@ -366,11 +380,13 @@ class DiT(nn.Module):
             DiTGroup,
             variable_axes={"params": 0},  # parameters of all groups are stacked
             split_rngs={"params": True},
+            # `scale` has an entry for each group; modulation, text and table are the same for all.
             # Declared as an int, although it may be a tree.
             in_axes=(0, *[nn.broadcast] * 3),  # pyright: ignore[reportArgumentType]
             length=cfg.groups,
         )(cfg, self.dtype, self.attention, self.remat, grid, name="groups")
         table = rotary_table(cfg.head_width, t, h, w)
+        # (groups,), also where one weight is given for all.
         scale = jnp.broadcast_to(jnp.asarray(context_scale, jnp.float32), (cfg.groups,))
         (x, _), _ = groups((x, tokens), scale, rows, text, table)
 
@@ -379,6 +395,7 @@ class DiT(nn.Module):
         # The head has no gate, hence two rows. It starts at zero: so does the velocity.
         shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
         x = layer_norm()(x) * (1 + scale) + shift
+        # (b, n, d) -> (b, n, 4c) -> (b, t, h, w, c).
         x = exact_dense(PATCH**2 * cfg.channels, "head", nn.initializers.zeros)(x)
         # Padding from `shard_tokens` is dropped.
         return unpatchify(x[:, :n], t, h, w)

@@ -80,6 +80,8 @@ def path_velocity(clean: Array, decoded: Array, noise: Array, start: float = STA
     The first term is what a pretrained flow model predicts, the second what refinement adds.
     """
     pretrained = clean - noise
+    # For t_N = 0.7 coding errors are weighted by 7/3, so they dominate the target where the codec
+    # is coarse.
     correction = -start / (1.0 - start) * (decoded - clean)
     return pretrained + correction
 
@@ -131,6 +133,7 @@ def step_times(steps: int, start: float = START, shift: float = 1.0) -> Array:
             f"expected at least 1 refinement step and a start in [0, 1), got {steps} steps "
             f"from {start}"
         )
+    # A shift by 1 / s undoes a shift by s.
     # The shifted times must begin at `start`, so the uniform ones begin at its preimage.
     first = shift_time(start, 1.0 / shift)
     return shift_time(jnp.linspace(first, 1.0, steps + 1, dtype=jnp.float32), shift)

@@ -71,7 +71,8 @@ class Refiner(nn.Module):
         condition, extra = None, 0.0  # without an adapter, decoded latents are in the state alone
         if cfg.context_every:
             condition = decoded
-            # (b, n, 4f) -> (b, n, d)
+            # The adapter's own embedding keeps the width of a pretrained one, so features get a
+            # second one beside it, (b, n, 4f) -> (b, n, d), whose output is added.
             embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
             extra = embed(patchify(features))
         if self.config.vace_layout:
@@ -79,7 +80,8 @@ class Refiner(nn.Module):
             grey = self.param("grey", zeros, (2, cfg.channels), jnp.float32)
             condition = vace_context(decoded, grey)
         dit = DiT(cfg, self.dtype, self.attention, self.remat, name="dit")
-        # The quality level enters where time does, so that it scales and shifts every block.
+        # The quality level enters where time does, so that it scales and shifts every block. The
+        # (KNOTS, d) parameters become (QUALITIES, d), then (b, d) by the level of each clip.
         knots = self.param("quality", zeros, (KNOTS, cfg.width), jnp.float32)
         # The TPU kernel of attention takes bfloat16 with the default precision only.
         half = jnp.dtype(self.dtype) == jnp.bfloat16
@@ -105,6 +107,7 @@ class Refiner(nn.Module):
 def init_refiner(refiner: Refiner, key: Key[Array, ""]) -> Tree:
     """Draws random parameters of a refiner."""
     config = refiner.config
+    # No parameter depends on the number of clips, latents or tokens, so the smallest inputs do.
     latents = jnp.zeros((1, 1, PATCH, PATCH, config.dit.channels))
     features = jnp.zeros((1, 1, PATCH, PATCH, config.features))
     text = jnp.zeros((1, 1, config.dit.text_width)) if config.dit.text_length else None
@@ -123,6 +126,7 @@ def vace_context(
         decoded: Latents from the codec.
         grey: Latents of a grey clip, a first and a later one.
     """
+    # Index 0 for the first latent and 1 for the others: (t, c) -> (1, t, 1, 1, c).
     later = (jnp.arange(decoded.shape[1]) > 0).astype(int)
     inactive = jnp.broadcast_to(grey[later][None, :, None, None], decoded.shape)
     mask = jnp.ones((*decoded.shape[:-1], MASKS), decoded.dtype)
@@ -155,6 +159,7 @@ def latent_noise(
         first: Place of the first latent.
     """
     b, t, *rest = shape
+    # One key for each place, then (t, b, h, w, c).
     keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(first + jnp.arange(t))
     noise = jax.vmap(lambda k: jax.random.normal(k, (b, *rest)))(keys)
     return rearrange(noise, "t b ... -> b t ...")
@@ -170,6 +175,8 @@ def window_starts(count: int, size: int, overlap: int) -> list[int]:
     """
     if count <= size:
         return [0]
+    # The fewest windows whose starts are at most size - overlap apart, spread evenly between 0 and
+    # the last possible start.
     last = count - size
     number = 1 + -(-last // (size - overlap))
     return [round(i * last / (number - 1)) for i in range(number)]
@@ -183,6 +190,8 @@ def window_weights(size: int, overlap: int, first: bool, last: bool) -> Float[Ar
         overlap: Length of a ramp.
         first, last: Whether the window is at the start or the end, where there is no ramp.
     """
+    # 1/(overlap + 1), 2/(overlap + 1), ..., then 1. Opposite ramps add up to 1 where windows share
+    # `overlap` latents; where they share more, `refine` divides by the sum.
     rise = jnp.minimum(1.0, (jnp.arange(size) + 1.0) / (overlap + 1.0))
     one = jnp.ones(size)
     return (one if first else rise) * (one if last else rise[::-1])
@@ -228,6 +237,7 @@ def refine(
     t = decoded.shape[1]
     size = min(t, config.window)
     starts = window_starts(t, config.window, config.overlap)
+    # Windows and their weights are the same in all steps, so they are made once.
     weights = [window_weights(size, config.overlap, s == 0, s == starts[-1]) for s in starts]
     weights = [w[:, None, None, None] for w in weights]  # (size, 1, 1, 1)
     total = jnp.zeros((t, 1, 1, 1))
@@ -244,6 +254,7 @@ def refine(
         return moves / total
 
     noise = config.noise * latent_noise(key, decoded.shape)
-    # Equations 2 and 6: start at t_N from decoded latents with noise, follow the velocity to 1.
+    # Equation 2 gives the state at t_N, of decoded latents and noise; Euler steps follow the mean
+    # velocity from there to 1. The result goes back to the scale of the codec's latents.
     state = flow.start_state(decoded, noise, config.start)
     return flow.integrate(mean_velocity, state, flow.step_times(steps, config.start)) / factors

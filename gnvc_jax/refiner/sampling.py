@@ -71,16 +71,21 @@ def unipc(velocity: Velocity, noise: Array, steps: int, shift: float) -> Array:
     _check(steps, shift)
     times = unipc_times(steps, shift)
     # Wan was trained on whole timesteps. Rounding errors must not take 750 to 749.
+    # The network is told the whole timestep, while the step itself goes by the exact time.
     whole = np.floor(np.round(flow.wan_timestep(times), 6))
     told = jnp.asarray(flow.flow_time(whole), jnp.float32)
     state, start, estimates, order = noise, noise, [], 0
     for i in range(steps):
+        # Multistep methods for data prediction keep estimates of the data rather than velocities.
         estimate = flow.clean_estimate(state, velocity(state, told[i]), float(times[i]))
         if i:
+            # Corrector: the last step is taken again from where it started, now that the estimate
+            # at its end is known. `order` is still that of the predictor of this step.
             state = unipc_step(start, estimates, times[: i + 1], order, estimate)
         start, estimates = state, [estimate, *estimates][:ORDER]
         # No more estimates than there are, and a last step that simply ends at the data.
         order = min(ORDER, i + 1, steps - i)
+        # Predictor: the step from times[i] to times[i + 1].
         state = unipc_step(start, estimates, times[: i + 2], order)
     return state
 
@@ -105,11 +110,13 @@ def unipc_step(
         The state at times[-1].
     """
     with np.errstate(divide="ignore"):  # infinite at time 1
+        # Half the logarithm of the signal-to-noise ratio, in which steps are measured.
         log_snr = np.log(times) - np.log1p(-times)
     h = log_snr[-1] - log_snr[-2]
     decay = np.expm1(-h)
     known = estimates[0]
     ratio = (1.0 - times[-1]) / (1.0 - times[-2])
+    # The first-order part, exact if the data estimate did not change along the step.
     end = float(ratio) * state - float(times[-1] * decay) * known
 
     # Where the other estimates lie, in units of the step; and how far they are from the first.
@@ -132,6 +139,7 @@ def _corrector_weights(places: Sequence[float], h: float, decay: float) -> np.nd
     """Weights of two differences for which the step is exact to second order (equation 5)."""
     second = -decay / h - 1.0  # the functions phi of exponential integrators, times powers of h
     third = -second / h - 0.5
+    # Two conditions, one per order, for the two weights.
     return np.linalg.solve(np.array([[1.0, 1.0], places]), np.array([second, 2.0 * third]) / decay)
 
 
