@@ -73,6 +73,8 @@ def attention(
 
     def exchanged(q: Array, k: Array, v: Array) -> Array:
         """All-to-all: (tokens / size, heads) -> (tokens, heads / size) and back."""
+        # Heads are cut into `size` parts and sent, tokens are received and joined; padding of the
+        # heads comes last, so it is cut off after the way back.
         swap = functools.partial(lax.all_to_all, axis_name=AXIS, tiled=True)
         fill = functools.partial(jnp.pad, pad_width=((0, 0), (0, 0), (0, extra), (0, 0)))
         y = whole(*(swap(fill(x), split_axis=2, concat_axis=1) for x in (q, k, v)))
@@ -82,6 +84,8 @@ def attention(
         """Keys travel in a ring."""
         return ring_attention(q, k, v, size, length)
 
+    # Clips over data and fsdp, tokens over context, heads over tensor. Keys that are not split,
+    # such as those of a text, lie whole on all devices along context.
     queries = activation_spec(mesh, q.shape, batch=0, context=1, tensor=2)
     keys = queries if split_keys else activation_spec(mesh, k.shape, batch=0, tensor=2)
     body = (rotated if ring else exchanged) if split_keys else whole
@@ -104,9 +108,11 @@ def scores(
     length: int,
 ) -> Float[Array, "b heads n m"]:
     """Scores, in float32, of the keys that have arrived after `step` steps; padding is masked."""
+    # (b, heads, n, m). Sums of bfloat16 products are kept in float32, as is the softmax.
     s = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
     s *= q.shape[-1] ** -0.5
     owner = (lax.axis_index(AXIS) - step) % size  # the device that these keys came from
+    # Device i holds tokens i m to (i + 1) m - 1 of the sequence, whose end is padding.
     valid = owner * k.shape[1] + jnp.arange(k.shape[1]) < length
     return jnp.where(valid, s, MASKED)
 
@@ -145,6 +151,8 @@ def ring_forward(
         # What was summed relative to the old maximum is rescaled to the new one by `keep`.
         new = jnp.maximum(largest, s.max(-1))
         p, keep = jnp.exp(s - new[..., None]), jnp.exp(largest - new)
+        # Probabilities are rounded to the type of v, for a fast product; the sum over blocks is in
+        # that of y, float32.
         part = jnp.einsum("bhqk,bkhd->bhqd", p.astype(v.dtype), v, preferred_element_type=y.dtype)
         return y * keep[..., None] + part, new, total * keep + p.sum(-1)
 
@@ -153,11 +161,15 @@ def ring_forward(
         keys, values = pass_on(kv, size)
         return (add(done, keys, values, step), (keys, values)), None
 
+    # Own keys first, then those of the size - 1 other devices as they arrive.
     zeros = jnp.zeros((b, heads, n), jnp.float32)
     done = add((jnp.zeros((b, heads, n, d), jnp.float32), zeros + MASKED, zeros), k, v, 0)
     (done, _), _ = lax.scan(one_step, (done, (k, v)), jnp.arange(1, size))
     y, largest, total = done
+    # (b, heads, n, d) -> (b, n, heads, d).
     y = checkpoint_name(jnp.moveaxis(y / total[..., None], 1, 2).astype(q.dtype), "attention")
+    # The logarithm of the softmax's denominator, (b, heads, n): all that the backward pass needs to
+    # compute the probabilities again. It is named as y is, so that both survive rematerialisation.
     return y, (q, k, v, y, checkpoint_name(largest + jnp.log(total), "attention"))
 
 
@@ -171,12 +183,14 @@ def ring_backward(
     """
     q, k, v, y, log_total = saved
     product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    # (b, heads, n), the same for all blocks of keys.
     delta = product("bqhd,bqhd->bhq", dy, y)
 
     def add(
         dq: Array, dkv: tuple[Array, Array], k: Array, v: Array, step: Array | int
     ) -> tuple[Array, tuple[Array, Array]]:
         """Adds the gradients that a block of keys takes part in."""
+        # Probabilities of the whole softmax, not of this block alone.
         p = jnp.exp(scores(q, k, step, size, length) - log_total[..., None])
         ds = p * (product("bqhd,bkhd->bhqk", dy, v) - delta[..., None]) * q.shape[-1] ** -0.5
         p, ds = p.astype(q.dtype), ds.astype(q.dtype)
@@ -188,6 +202,7 @@ def ring_backward(
         dkv, (keys, values) = pass_on((dkv, kv), size)
         return (*add(dq, dkv, keys, values, step), (keys, values)), None
 
+    # Gradients of q stay here; those of k and v are summed on the way, in float32.
     zeros = jnp.zeros(k.shape, jnp.float32)
     dq, dkv = add(jnp.zeros(q.shape, jnp.float32), (zeros, zeros), k, v, 0)
     (dq, dkv, _), _ = lax.scan(one_step, (dq, dkv, (k, v)), jnp.arange(1, size))

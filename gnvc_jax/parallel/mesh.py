@@ -46,6 +46,7 @@ def parse_mesh(text: str) -> MeshConfig:
     names = [field.name for field in dataclasses.fields(MeshConfig)]
     sizes = {}
     for part in filter(None, text.split(",")):
+        # A leading minus passes, for data=-1; other negative sizes are refused by `make_mesh`.
         name, _, size = part.partition("=")
         if name not in names or name in sizes or not size.lstrip("-").isdigit():
             raise UsageError(
@@ -71,6 +72,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if sizes["data"] == -1:
         sizes["data"] = 1  # neutral in the product of the others
         sizes["data"] = max(1, len(devices) // max(1, math.prod(sizes.values())))
+    # A mesh may be smaller than the machine on one host alone: several processes must all take
+    # part.
     used = math.prod(sizes.values())
     whole = given or jax.process_count() > 1
     if min(sizes.values()) < 1 or used > len(devices) or (used < len(devices) and whole):

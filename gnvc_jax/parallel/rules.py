@@ -27,8 +27,11 @@ BATCH = ("data", "fsdp")  # axes that divide clips
 # scanned layers, are not split. Parameters that no rule matches are split along their largest
 # dimension by `fsdp`.
 RULES = (
+    # Kernels are (groups, in, out). Columns of q, k, v are heads, those of ffn_in hidden units.
     (r"groups/.*/(q|k|v|ffn_in)/kernel", ("fsdp", "tensor")),
+    # Rows are heads or hidden units: each device has a partial sum of the output.
     (r"groups/.*/(o|ffn_out)/kernel", ("tensor", "fsdp")),
+    # Biases and scales are split as the columns they apply to; those of o and ffn_out have no rule.
     (r"groups/.*/(q|k|v|ffn_in)/bias", ("tensor",)),
     (r"groups/.*/norm_(q|k)/scale", ("tensor",)),
 )
@@ -52,6 +55,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
     """
     # Rules name the last dimensions: scanned layers have one more in front.
     axes: list[str | None] = [None] * len(shape)
+    # The first rule that fits. Paths of moments and averages have something in front, hence search.
     named = next((axes for end, axes in RULES if re.search(f"(^|/){end}$", path)), None)
     if named is not None:
         axes[-len(named) :] = named
@@ -61,6 +65,8 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
         axes[max(fitting or range(len(shape)), key=lambda i: (shape[i], i))] = "fsdp"
     count = math.prod(shape)
     for i, axis in enumerate(axes):
+        # Small parameters are not split by fsdp, but always by tensor: `tensor` decides which heads
+        # a device works on.
         if axis is None or (axis == "fsdp" and count < SMALL):
             axes[i] = None
         elif shape[i] % mesh.shape[axis]:
