@@ -34,6 +34,7 @@ class FactorisedDensity(nn.Module):
     channels: int
 
     def setup(self) -> None:
+        # softplus(h) > 0 and |tanh(a)| < 1 make every f_k, and so F, strictly increasing.
         init, shape = nn.initializers.normal(0.01), (LAYERS, KNOTS, self.channels)
         # (layers, levels, channels) after interpolation
         self.h = interpolate_levels(self.param("h", init, shape))
@@ -59,6 +60,7 @@ class FactorisedDensity(nn.Module):
         low, high = self.logit(x - 0.5, q_index), self.logit(x + 0.5, q_index)
         # By symmetry of the sigmoid, F(high) - F(low) = F(-low) - F(-high) in terms of logits. Of
         # the two forms, the one whose values are near 0 rather than near 1 keeps its digits.
+        # The side is a choice between two equal forms, so it needs no gradient.
         side = -jnp.sign(jax.lax.stop_gradient(low + high))
         p = jnp.abs(nn.sigmoid(side * high) - nn.sigmoid(side * low))
         return -jnp.log2(bound(p, LIKELIHOOD_MIN, 2.0))
@@ -75,13 +77,17 @@ def probabilities(params: Mapping) -> Float[np.ndarray, "levels channels symbols
     Returns:
         Probabilities for all 64 quality levels; each row sums to 1.
     """
+    # Tables are made once, at release, and can afford float64; in float32, F is 1 from a logit of
+    # about 17 on.
     h, b, a = (interpolate_levels(np.asarray(params[k], np.float64)) for k in ("h", "b", "a"))
     # The 30 edges between the 31 bins, for every level and channel: (levels, channels, 30).
     x = np.arange(-Z_BOUND, Z_BOUND)[None, None] + np.full((*h.shape[1:], 1), 0.5)
     for k in range(LAYERS):
+        # `logit` again, with logaddexp(0, h) for softplus(h); h[k] is (levels, channels).
         x = x * np.logaddexp(0, h[k])[..., None] + b[k][..., None]
         if k < LAYERS - 1:
             x = x + np.tanh(x) * np.tanh(a[k])[..., None]
+    # F is 0 below the first bin and 1 above the last one, so the end bins take the tails.
     edges = [np.zeros_like(x[..., :1]), 1 / (1 + np.exp(-x)), np.ones_like(x[..., :1])]
     return np.maximum(np.diff(np.concatenate(edges, axis=-1), axis=-1), 0.0)
 

@@ -27,7 +27,8 @@ from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import ScaleNetwork, sigma_from_index
 
 # Which quadrant of each 2x2 cell (0 top left, 1 top right, 2 bottom left, 3 bottom right) the four
-# channel quarters take in each of four passes.
+# channel quarters take in each of four passes. Each row and each column holds every quadrant once:
+# a pass codes a quarter of the channels at every position, and four passes code everything.
 QUADRANTS = ((0, 1, 2, 3), (3, 2, 1, 0), (2, 3, 0, 1), (1, 0, 3, 2))
 
 
@@ -53,12 +54,14 @@ def spatial_masks(
     With 2 passes, channel halves take opposite colours of a checkerboard. With 4 passes, channel
     quarters take different quadrants of each 2x2 cell.
     """
+    # (h, 1) and (1, w), which broadcast to the parity or the quadrant of each position: (h, w).
     row, column = np.arange(h)[:, None] % 2, np.arange(w)[None, :] % 2
     if passes == 2:
         slot, order = (row + column) % 2, ((0, 1), (1, 0))
     else:
         slot, order = 2 * row + column, QUADRANTS
     group = np.arange(channels) * passes // channels  # the half or quarter of each channel
+    # order[k][g] is the slot that channel group g takes in pass k: (passes, h, w, channels).
     return np.stack([slot[..., None] == np.asarray(o)[group] for o in order]).astype(np.float32)
 
 
@@ -81,15 +84,18 @@ class EntropyModel(nn.Module):
     def setup(self) -> None:
         cy, cz = self.config.y_channels, self.config.z_channels
         width = self.config.entropy_width
+        # From y, at half the resolution of the latents, to z, at an eighth, and back.
         self.hyper_in = DepthwiseBlock(cz)
         self.hyper_down = (Downsample(cz), Downsample(cz))
         self.hyper_up = (Upsample(cz), Upsample(cz))
         self.hyper_out = DepthwiseBlock(cy)
+        # Three blocks for intra latents, two for predicted ones, as in DCVC-UF.
         self.fusion = DepthwiseBlocks(width, 3 if self.passes == 4 else 2)
         # Means start at zero, so that at first y is what the transform made of it.
         zeros = nn.initializers.zeros
         self.first_mean = dense(cy, kernel_init=zeros)
         self.prior = dense(cy)
+        # One adaptor for each pass after the first; these passes share the network behind it.
         self.adaptors = tuple(DepthwiseBlock(width) for _ in range(self.passes - 1))
         self.spatial = DepthwiseBlocks(width, 2)
         self.later_mean = dense(cy, kernel_init=zeros)
@@ -126,6 +132,7 @@ class EntropyModel(nn.Module):
         Returns:
             y_hat, mu and symbols, all (b, h, w, cy).
         """
+        # What all passes share: the hyperlatent, and for a predicted latent what the past tells.
         for up in self.hyper_up:
             z = up(z)
         z = self.hyper_out(z)  # (b, h, w, cy), on the grid of y
@@ -150,6 +157,8 @@ class EntropyModel(nn.Module):
         temporal: Float[Array, "b h w width"] | None,
     ) -> Float[Array, "b h w cy"]:
         """y_hat from decoded symbols and hyperlatent."""
+        # All symbols are known before the first pass, since table indices do not depend on passes.
+        # Only the means must be computed in the order of the encoder.
         return self.run_passes(z, temporal, lambda mu: symbols)[0]
 
     def encode(
@@ -173,10 +182,12 @@ class EntropyModel(nn.Module):
         Returns:
             y_hat and mu (b, h, w, cy), and the symbols.
         """
+        # Means and table indices come from the rounded z, the only one that a decoder has.
         z = round_ste(bound(self.hyper(y), -Z_BOUND, Z_BOUND))
         index = self.index(q_index, z, previous)
         coded = self.carries_symbol(index) if skip else 1.0
 
+        # What is skipped is zero already here, since later passes see y_hat as the decoder does.
         def residual(mu: Array) -> Array:
             return coded * round_ste(bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND))
 
@@ -189,6 +200,7 @@ class EntropyModel(nn.Module):
 
     def written_bits(self, symbols: LatentSymbols, q_index: Int[Array, " b"]) -> Float[Array, " b"]:
         """Bits that the tables of a released model will give these symbols; no gradient."""
+        # Integers without noise. Skipped elements cost nothing.
         y_bits = gaussian_bits(symbols.y, sigma_from_index(symbols.index))
         y_bits = y_bits * self.carries_symbol(symbols.index)
         bits = _total(y_bits) + _total(self.density.bits(symbols.z, q_index))
@@ -208,8 +220,11 @@ class EntropyModel(nn.Module):
         only the values whose probability is taken carry noise.
         """
         key_y, key_z = jax.random.split(key)
+        # The index carries a straight-through gradient, so this rate trains the scale network, too.
+        # Elements that a stream would skip count here, since training keeps their symbols.
         noise = jax.random.uniform(key_y, y.shape, minval=-0.5, maxval=0.5)
         y_bits = gaussian_bits(y - mu + noise, sigma_from_index(symbols.index))
+        # The hyperlatent of `encode` before rounding.
         z = bound(self.hyper(y), -Z_BOUND, Z_BOUND)
         noise = jax.random.uniform(key_z, z.shape, minval=-0.5, maxval=0.5)
         return _total(y_bits), _total(self.density.bits(z + noise, q_index))

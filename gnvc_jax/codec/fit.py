@@ -53,6 +53,8 @@ def table_bias(
         config: Sizes of the codec.
         deviation: Standard deviation of each channel of y, in steps of the quantiser.
     """
+    # `requantise` without products, and with the multiplier that training starts with: the
+    # index is bias * BIAS_UNIT * MULT_UNIT / 2**shift.
     last = scale_layers(config)[-1]
     unit = 2.0**last.shift / MULT_UNIT / BIAS_UNIT  # of a bias that moves the index by one
     # Tables are spaced evenly in the logarithm of their deviation.
@@ -67,9 +69,11 @@ def deviation_of_symbols(mean_square: Float[np.ndarray, "*shape"]) -> Float[np.n
     It is about sqrt(mean_square - 1/12) where that is large; rounding hides values below a half.
     The result is limited to the deviations that have a table.
     """
+    # Sixteen times as dense as the tables; values up to eight of the largest deviations.
     sigmas = np.geomspace(SCALE_MIN, SCALE_MAX, 16 * SCALES)
     edges = np.arange(int(8 * SCALE_MAX)) + 0.5
-    # E[q^2] = sum over k >= 1 of (k^2 - (k - 1)^2) P(|q| >= k)
+    # E[q^2] = sum over k >= 1 of (k^2 - (k - 1)^2) P(|q| >= k). The probabilities are `tails`, with
+    # a row for each sigma and a column for each k.
     tails = 2.0 * ndtr(-edges / sigmas[:, None])
     # k^2 - (k - 1)^2 = 2k - 1 is twice the edge k - 1/2. The mean square grows with sigma, so that
     # interpolation inverts it.
@@ -86,8 +90,10 @@ def quiet_hyperprior(entropy: Mapping) -> dict:
     Args:
         entropy: Parameters of a `gnvc_jax.codec.entropy.EntropyModel`; not changed.
     """
+    # Zeros in the last block before rounding make every z zero.
     last = jax.tree.map(np.zeros_like, entropy["hyper_down_1"])
     # Four layers of slope softplus(h) make F a logistic function of slope 18: P(0) = 0.9998.
+    # log(expm1(s)) is the h with softplus(h) = s. With a at zero, the layers are linear.
     steep = np.log(np.expm1(18.0**0.25))
     density = {name: np.zeros_like(x) for name, x in entropy["density"].items()}
     density["h"] = density["h"] + np.float32(steep)
@@ -96,6 +102,7 @@ def quiet_hyperprior(entropy: Mapping) -> dict:
 
 def whitening(variances: Float[np.ndarray, " c"]) -> Float[np.ndarray, " c"]:
     """Factors that bring latent channels of given variances to about equal standard deviations."""
+    # Otherwise a channel that is nearly constant would be all noise to the networks.
     floor = WHITENING_FLOOR * variances.mean()
     return (1.0 / np.sqrt(variances + floor)).astype(np.float32)
 
@@ -127,6 +134,7 @@ def init_from_statistics(
     variances, vectors = cells.principal_components()
     # y may have more channels than a cell has values; those beyond start at zero.
     kept = min(y, len(vectors))
+    # The linear part of the transform: (4c,) values of a cell to (y,) coefficients.
     basis = np.zeros((len(vectors), y))
     basis[:, :kept] = vectors[:, :kept]
     deviation = np.sqrt(np.pad(variances[:kept], (0, y - kept)))
@@ -135,13 +143,17 @@ def init_from_statistics(
     # (knots, y): the largest symbol must reach six standard deviations; tails are heavy.
     steps = np.maximum(steps[:, None], 6.0 * deviation / SYMBOL_BOUND)
 
+    # The columns are orthonormal, so the transpose is the inverse of the transform.
     part["basis"] = basis.astype(np.float32)
     part["inverse"] = basis.T.astype(np.float32)
     part["whitening"] = whitening(latent_variances)
+    # Gains are stored as logarithms: y is divided by the step, and multiplied by it again.
     log_steps = np.log(steps).astype(np.float32)
     part["y_gain"], part["y_inverse"] = {"log_gain": -log_steps}, {"log_gain": log_steps}
 
     # P3 is the last layer of the scale network, see `gnvc_jax.codec.scales.scale_layers`.
+    # At first the table of a channel depends on the quality level alone; training lets it follow
+    # the content.
     scales = dict(part["entropy"]["scales"])
     scales["P3_bias"] = table_bias(config, deviation / steps)
     scales["P3_kernel"] = np.zeros_like(scales["P3_kernel"])

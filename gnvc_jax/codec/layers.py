@@ -36,6 +36,7 @@ def space_to_depth(
     x: Shaped[ArrayT, "*b h w c"],
 ) -> Shaped[ArrayT, "*b h//2 w//2 4*c"]:
     """Moves each 2x2 cell into channels: the four pixels row by row, channels innermost."""
+    # The ellipsis stands for the batch axis, which the exported scale network does not have.
     return rearrange(x, "... (h i) (w j) c -> ... h w (i j c)", i=2, j=2)
 
 
@@ -59,6 +60,7 @@ class DepthwiseConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         c = x.shape[-1]
+        # Nine taps of variance 1/9 keep the variance of the input.
         kernel = self.param("kernel", nn.initializers.normal(1 / 3), (3, 3, c))
         return _depthwise3x3(x, kernel) + self.param("bias", nn.initializers.zeros, (c,))
 
@@ -79,6 +81,7 @@ class DepthwiseBlock(nn.Module):
         f, hidden = self.features, self.features // self.reduction
         if x.shape[-1] != f:
             x = dense(f, "adaptor")(x)
+        # First residual branch: the only place where neighbouring positions meet.
         y = wsilu(dense(hidden, "space_in")(x))
         x = x + dense(f, "space_out", small_residual_init)(DepthwiseConv(name="space")(y))
         # DCVC-RT's channel mixer: hidden units are summed in fours, which narrows the layer
@@ -109,6 +112,7 @@ class Downsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h//2 w//2 features"]:
+        # (b, h/2, w/2, 4c) -> (b, h/2, w/2, features).
         x = dense(self.features, "mix")(space_to_depth(x))
         return DepthwiseBlock(self.features, name="block")(x)
 
@@ -120,5 +124,6 @@ class Upsample(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b 2*h 2*w features"]:
+        # (b, h, w, 4 * features) -> (b, 2h, 2w, features).
         x = depth_to_space(dense(4 * self.features, "mix")(x))
         return DepthwiseBlock(self.features, name="block")(x)

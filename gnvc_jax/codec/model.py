@@ -154,10 +154,14 @@ class ResidualTransform(nn.Module):
         c = self.width = cfg.width if inter else cfg.intra_width
         cells, y = 4 * cfg.latent_channels, cfg.y_channels  # a cell is 2x2 latents
         orthogonal = nn.initializers.orthogonal()
+        # The linear transform: cells (4c,) to coefficients (y,) and back.
         self.basis = self.param("basis", orthogonal, (cells, y))
         self.inverse = self.param("inverse", lambda *_: self.basis.T)
+        # Statistics of the data; a parameter only so that checkpoints hold it.
         self.whitening = self.param("whitening", nn.initializers.ones, (cfg.latent_channels,))
         if inter:
+            # What the past tells, at latent resolution (context) and on the grid of y (temporal
+            # prior).
             self.extractor = DepthwiseBlocks(c, cfg.inter_context)
             self.temporal = Downsample(cfg.entropy_width)
             self.temporal_gain = QualityGain()
@@ -165,9 +169,11 @@ class ResidualTransform(nn.Module):
                 self.update = DepthwiseBlocks(c, 3)
             else:
                 self.detail = dense(1, kernel_init=ZEROS)
+        # The encoder's side: residual and context -> y.
         self.analysis = DepthwiseBlocks(c, cfg.inter_analysis if inter else cfg.intra_analysis)
         self.merge = dense(y, kernel_init=ZEROS)
         self.entropy = EntropyModel(cfg, passes=2 if inter else 4)
+        # The decoder's side: y -> latent. `up` gives c channels at latent resolution.
         self.up = dense(4 * c)
         self.synthesis = DepthwiseBlocks(c, cfg.inter_synthesis if inter else cfg.intra_synthesis)
         self.out = dense(cfg.latent_channels, kernel_init=ZEROS)
@@ -181,6 +187,7 @@ class ResidualTransform(nn.Module):
 
     def white(self, latent: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Scales channels to about equal standard deviations, as the networks expect them."""
+        # Not trained: a step on it would change the input of every network at once.
         return latent * jax.lax.stop_gradient(self.whitening)
 
     def context(
@@ -195,6 +202,7 @@ class ResidualTransform(nn.Module):
             Features (b, h, w, width) of the prediction, and the temporal prior of the means,
             (b, h/2, w/2, entropy_width).
         """
+        # GNVC-VD's context for analysis and synthesis. Both sides know all that it depends on.
         x = self.white(prediction)
         x = self.extractor(x if memory is None else jnp.concatenate([x, memory], axis=-1))
         return x, self.temporal_gain(self.temporal(x), q_index)
@@ -216,11 +224,14 @@ class ResidualTransform(nn.Module):
         q_index: Int[Array, " b"],
     ) -> Float[Array, "b h//2 w//2 cy"]:
         """Transforms a latent to y, in units of the quantiser's step."""
+        # The networks see the whitened residual, the basis sees it as it is: statistics gave the
+        # basis for these units.
         residual = latent - prediction
         x = self.white(residual)
         if context is not None:
             x = jnp.concatenate([x, context], axis=-1)
         x = self.encoder_gain(self.analysis(x), q_index)
+        # (b, h/2, w/2, 4c) @ (4c, cy); the network's share has 4 * width channels before `merge`.
         y = jnp.dot(space_to_depth(residual), self.basis, precision="highest")
         return self.y_gain(y + self.merge(space_to_depth(x)), q_index)
 
@@ -241,6 +252,7 @@ class ResidualTransform(nn.Module):
         y = self.y_inverse(y_hat, q_index)
         # base: the linear decoder alone, (b, h, w, c).
         base = depth_to_space(jnp.dot(y, self.inverse, precision="highest"))
+        # The network sees y, what the linear decoder made of it, and the context.
         x = [depth_to_space(self.up(y)), self.white(base)]
         x = jnp.concatenate(x if context is None else [*x, context], axis=-1)
         x = self.decoder_gain(self.synthesis(x), q_index)
@@ -248,11 +260,14 @@ class ResidualTransform(nn.Module):
             latent, feature = prediction + base + self.out(x), x if self.inter else self.feature(x)
             if self.config.motion is None:
                 return DecodedLatent(latent, feature, None, None), None
+            # An intra latent has no prediction to copy. It fills in what later latents have, so
+            # that the outputs of a group can be stacked.
             fresh = jnp.ones_like(latent[..., :1])
             return DecodedLatent(latent, feature, fresh, 1.0 - fresh), jnp.zeros_like(latent)
         # With motion, cells without symbols keep the prediction to the bit.
         fresh, change = active_cells(symbols), base + self.out(x)
         kept = nn.sigmoid(self.detail(x) + DETAIL_START)
+        # 1 in copied cells; elsewhere the network decides how much detail survives the change.
         detail = 1.0 - fresh * (1.0 - kept)
         return (
             DecodedLatent(prediction + fresh * change, x, fresh, detail),
@@ -292,6 +307,7 @@ class LatentCodec(nn.Module):
         """
         if state is None:
             return self.intra, 0.0, None, None, zero_symbols(self.config, *shape)
+        # Without motion, the best prediction at hand is the last decoded latent.
         prediction = state.latent if prediction is None else prediction
         context, temporal = self.inter.context(prediction, state.memory, q_index)
         return self.inter, prediction, context, temporal, state.previous
@@ -300,6 +316,7 @@ class LatentCodec(nn.Module):
         self, state: CodecState | None, decoded: DecodedLatent, symbols: LatentSymbols
     ) -> CodecState:
         """Builds the state after a latent."""
+        # An intra latent's feature becomes the memory as it is; later ones update it.
         memory = None
         if self.config.motion is None:
             feature = decoded.feature
@@ -339,6 +356,7 @@ class LatentCodec(nn.Module):
         b, h, w, _ = symbols.y.shape
         given = self._given(state, (b, 2 * h, 2 * w), q_index, prediction)
         part, expected, context, temporal, _ = given
+        # Floating point throughout: nothing here decides how bits are read.
         y_hat = part.entropy.decode(symbols.y, symbols.z, temporal)
         decoded, _ = part.synthesise(y_hat, symbols.y, expected, context, q_index)
         return decoded, self._after(state, decoded, symbols)
@@ -363,11 +381,13 @@ class LatentCodec(nn.Module):
         """
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, expected, context, temporal, previous = given
+        # Encode, keeping what a stream would skip.
         y = part.analyse(latent, expected, context, q_index)
         y_hat, mu, symbols = part.entropy.encode(y, q_index, temporal, previous, skip=False)
         # What a stream has: symbols that it skips are zero.
         sent = symbols.y * part.entropy.carries_symbol(symbols.index)
         decoded, skipped = part.synthesise(y_hat, sent, expected, context, q_index)
+        # `rates` are trained on; `written` is what a stream would take, for logs.
         rates = part.entropy.bits(y, mu, symbols, q_index, key)
         written = part.entropy.written_bits(symbols, q_index)
         # The next latent's scale indices see these symbols; gradients through them are noise.
@@ -389,6 +409,7 @@ class LatentCodec(nn.Module):
             The outputs of all latents: every field that is not None has an axis t after b.
         """
         latents, q_index = jnp.asarray(latents), jnp.asarray(q_index)
+        # Every latent has its own key, hence independent noise.
         keys = jax.random.split(key, latents.shape[1])
         state, first = self.train(latents[:, 0], None, q_index, keys[0])
 
@@ -400,6 +421,7 @@ class LatentCodec(nn.Module):
 
         # The first latent is coded by another transform, so it stays outside the scan.
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
+        # One trip per latent: (b, t - 1, h, w, c) -> (t - 1, b, h, w, c).
         _, rest = scan(self, state, (jnp.moveaxis(latents[:, 1:], 1, 0), keys[1:]))
         # first: (b, ...), rest: (t - 1, b, ...)
         return jax.tree.map(

@@ -24,6 +24,8 @@ def interpolate_levels(
     table: Float[Array | np.ndarray, "*dims knots c"],
 ) -> Float[Array | np.ndarray, "*dims levels c"]:
     """Interpolates values at the KNOTS knots to all QUALITIES levels, in NumPy or JAX."""
+    # Level 63 lies 7/8 of the way from knot 7 to knot 8, so `knot + 1` always exists. The fractions
+    # are eighths, exact in float32.
     level = np.arange(QUALITIES)
     knot, fraction = level // SPACING, (level % SPACING / SPACING)[:, None].astype(np.float32)
     return table[..., knot, :] * (1 - fraction) + table[..., knot + 1, :] * fraction
@@ -48,5 +50,6 @@ class QualityGain(nn.Module):
         def init(_: Array, shape: tuple[int, int]) -> Array:
             return jnp.broadcast_to(self.slope * POSITIONS[:, None], shape).astype(jnp.float32)
 
+        # The level of each clip is looked up by index, so that one program serves all levels.
         log_gain = self.param("log_gain", init, (KNOTS, x.shape[-1]))
         return x * jnp.exp(interpolate_levels(log_gain)[q_index])[:, None, None, :]

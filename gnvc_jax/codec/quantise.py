@@ -47,6 +47,7 @@ def _bound_backward(saved: tuple, g: Array) -> tuple[Array, None, None]:
     x, low, high = saved
     # A descent step moves x against g: upwards where g < 0, downwards where g > 0.
     keep = ((x >= low) | (g < 0)) & ((x <= high) | (g > 0))
+    # The bounds are constants and get no gradient.
     return jnp.where(keep, g, 0.0), None, None
 
 

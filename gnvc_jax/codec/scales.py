@@ -43,6 +43,8 @@ from gnvc_jax.convolution import depthwise3x3
 Weights = Mapping[str, tuple[Any, Any, Any]]
 
 ACC_LIMIT = 2**24 - 1  # largest integer up to which float32 is exact
+# In the full-size network a unit of the trained bias moves an output by 1.5 steps in the last layer
+# and by up to 24 in the others.
 BIAS_UNIT = 4096.0  # integer bias per unit of the trained bias
 MULT_UNIT = 96.0  # integer multiplier at the start of training, in the middle of 64..127
 INDEX_LIMIT = SCALES - 1
@@ -89,6 +91,7 @@ class ScaleLayer:
         has a deviation of about sqrt(n) * 32 in units of the inputs. The range of the last layer is
         four times narrower.
         """
+        # 32 is a quarter of the full scale of 127; kernels start with a deviation of 0.25 * 128.
         fan_in = 9 if self.depthwise else self.inputs
         deviation = fan_in**0.5 * 32 * MULT_UNIT * (4.0 if self.last else 1.0)
         return int(np.ceil(np.log2(deviation)))
@@ -105,14 +108,19 @@ def scale_layers(config: CodecConfig) -> tuple[ScaleLayer, ...]:
     The hyperlatent is upsampled twice to the grid of y (P0 to D1), and then joined with the symbols
     and indices of the previous latent (P2).
     """
+    # Grid sizes count from that of z, (h, w); y has (4h, 4w).
     c, y = config.scale_width, config.y_channels
     return (
+        # -> (2h, 2w, c)
         ScaleLayer("P0", config.z_channels, 4 * c, per_quality=True, upsample=True),
         ScaleLayer("D0", c, c, depthwise=True),
+        # -> (4h, 4w, c)
         ScaleLayer("P1", c, 4 * c, upsample=True),
         ScaleLayer("D1", c, c, depthwise=True),
+        # The integers of the previous latent join here; D2 lets them move by a position.
         ScaleLayer("P2", c + 2 * y, c, per_quality=True, joins=True),
         ScaleLayer("D2", c, c, depthwise=True),
+        # -> (4h, 4w, cy), table indices
         ScaleLayer("P3", c, y, per_quality=True, last=True),
     )
 
@@ -134,6 +142,8 @@ def scale_inputs(
         prev_y: Symbols of the previous latent in -127..127; only their magnitude matters.
         prev_index: Table indices of the previous latent in 0..63.
     """
+    # All three fit into eight bits, which bfloat16 holds exactly: z gives 8..248, indices give
+    # 0..252, and magnitudes above 15 saturate.
     magnitude = (16 * abs(prev_y)).clip(0, 255)
     return 8 * (z + 16), magnitude, 4 * prev_index
 
@@ -146,6 +156,8 @@ def requantise(acc: AnyArray, bias: AnyArray, mult: AnyArray, shift: int, limit:
         bias, mult: Bias and multiplier of each channel.
         shift, limit: Properties of the layer.
     """
+    # |total| < 2**24 and mult < 2**7, so the product and the rounding term fit into int32. The
+    # arithmetic shift rounds down for either sign, in NumPy as in XLA; the clip at 0 is the ReLU.
     total = (acc + bias).clip(-ACC_LIMIT, ACC_LIMIT)
     return ((total * mult + (1 << (shift - 1))) >> shift).clip(0, limit)
 
@@ -183,9 +195,11 @@ def run_layers(
         if layer.joins:
             x = xp.concatenate([x, *previous], axis=-1)
         if layer.per_quality:
+            # In training q_index is (b,), in coding a scalar.
             bias = bias[q_index][..., None, None, :]  # (*b, 1, 1, outputs)
         # At most 512 products below 127 * 255: |acc| < 2**24, so the order of summation is free.
         acc = depthwise3x3(x, kernel) if layer.depthwise else matmul(x, kernel)
+        # Back to 0..limit, so that the bound holds for the next layer.
         x = requantise(acc, bias, mult, layer.shift, layer.limit)
         if layer.upsample:
             x = depth_to_space(x)
@@ -196,6 +210,8 @@ def requantise_straight_through(
     acc: Array, bias: Array, mult: Array, shift: int, limit: int
 ) -> Array:
     """Requantises integers held in float32, with the gradient of the formula without rounding."""
+    # (acc + bias) * mult needs up to 31 bits; float32 has 24, so the value comes from int32 and
+    # only the gradient from float32.
     whole = [lax.stop_gradient(v).astype(jnp.int32) for v in (acc, bias, mult)]
     soft = bound((acc + bias) * mult * 2.0**-shift, 0.0, float(limit))
     rounded = requantise(whole[0], whole[1], whole[2], shift, limit)
@@ -261,6 +277,7 @@ def export(config: CodecConfig, params: Mapping[str, Any]) -> dict[str, np.ndarr
     weights = ScaleNetwork(config).bind({"params": params}).weights
     out = {}
     for layer in scale_layers(config):
+        # All fit: kernels are in -127..127, multipliers in 64..127, biases at most 2**23.
         kernel, bias, mult = map(np.asarray, weights[layer.name])
         out[f"{layer.name}_kernel"] = kernel.astype(np.int8)
         out[f"{layer.name}_bias"] = bias.astype(np.int32)
@@ -302,6 +319,7 @@ def scale_index(
     """
 
     def matmul(x: Array, kernel: Array) -> Array:
+        # Only the matrix products run in `dtype`; depthwise layers and `requantise` stay in int32.
         products = jnp.dot(
             x.astype(dtype),
             kernel.astype(dtype),
