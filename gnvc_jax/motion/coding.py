@@ -22,6 +22,7 @@ SYMBOLS = 2 * MAX_VECTOR + 1  # values -127..127; residuals wrap around
 
 # First row of the tables for each kind of value; a kind has as many rows as contexts.
 COARSE, SPLIT, QUARTER, NODE, MIDDLE, SHIFT = 0, 11, 14, 17, 19, 26
+# The last context takes all larger activities.
 LEVELS = {COARSE: 11, QUARTER: 3, MIDDLE: 7}  # contexts by activity
 
 # Distribution of each row, measured on training clips: the share of 0, the share of -1 and 1 among
@@ -76,6 +77,7 @@ def level(activity: int, row: int) -> int:
 
 def probabilities() -> np.ndarray:
     """Probabilities (ROWS, SYMBOLS) of the values -127..127 for all rows, in float64."""
+    # |value| for each symbol; positive and negative values are equally likely.
     size = np.abs(np.arange(-MAX_VECTOR, MAX_VECTOR + 1))
     rows = []
     for row, shape in enumerate(LAPLACE):
@@ -85,6 +87,7 @@ def probabilities() -> np.ndarray:
             rows[-1][MAX_VECTOR + 1] = one
             continue
         zero, unit, decay = shape
+        # Geometric from 2 on. What lies beyond 127 is missing, which normalisation makes up for.
         rest = (1 - unit) * (1 - decay) * decay ** np.maximum(size - 2.0, 0.0)
         tail = np.where(size == 1, unit, rest)
         rows.append(np.where(size == 0, zero, (1 - zero) / 2 * tail))
@@ -105,16 +108,21 @@ def code_field(
     Returns:
         The field, as decoded.
     """
+    # A decoder passes zeros where the encoder passes values, and ignores them. Contexts may only
+    # use `out` and `previous`, which both sides have.
     given = no_motion(*shape) if field is None else field
     out = no_motion(*shape)
+    # Coarse vectors: the motion of the fourth frame, block by block.
     before = None if previous is None else previous.coarse.tolist()
     _vectors(code, COARSE, given.coarse, before, out.coarse)
 
+    # Flags of split blocks, row by row.
     split, wanted = out.split, given.split
     for i, j in np.ndindex(shape):
         # Context: how many of the left and upper neighbours are split.
         around = int(j > 0 and split[i, j - 1]) + int(i > 0 and split[i - 1, j])
         split[i, j] = code(SPLIT + around, int(wanted[i, j]))
+    # The quarters of each split block: top left, top right, bottom left, bottom right.
     for i, j in np.argwhere(split).tolist():
         activity = 0  # sum of what was coded in this block so far
         for di, dj in ((0, 0), (0, 1), (1, 0), (1, 1)):
@@ -124,9 +132,11 @@ def code_field(
                 out.fine[*at, axis] = value
                 activity += abs(value)
 
+    # Vectors of the second frame are likely if the field before had some (0.87 against 0.35).
     had = previous is not None and bool(previous.middle.any())
     if code(NODE + had, int(given.middle.any())):
         _vectors(code, MIDDLE, given.middle, None, out.middle)
+    # Shifts of whole frames. Context: whether an earlier frame has one along this axis.
     for i in range(FRAMES - 1):
         for axis in (0, 1):
             past = int(np.abs(out.shift[:i, axis]).max(initial=0))
@@ -162,7 +172,8 @@ def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: 
                     guess = median(*known)
                 else:
                     guess = sum(known) // max(1, len(known))
-                # How far the neighbours disagree, and how large their residuals were.
+                # How far the neighbours disagree (a little, for the first vector, which has none),
+                # and how large their residuals were.
                 activity = max(known) - min(known) if known else 3
                 activity += abs(residuals[i][j][0]) if axis else 0
                 activity += abs(residuals[i][j - 1][axis]) if j else 0
@@ -170,6 +181,7 @@ def _vectors(code: Code, row: int, given: np.ndarray, before: list | None, out: 
                 residual = wrap(given[i][j][axis] - guess)
                 residual = code(row + level(activity // 2, row), residual)
                 residuals[i][j][axis] = residual
+                # Vectors lie in -127..127, so wrapping restores the one that is meant.
                 done[i][j][axis] = wrap(guess + residual)
     out[:] = done
 
@@ -195,6 +207,7 @@ def encode_fields(fields: Sequence[MotionField], coder: EntropyCoder) -> bytes:
     ans = coder.backend()
     # The coder is a stack: the last symbol goes in first.
     for row, value in reversed(symbols):
+        # One symbol at a time, each with the table of its own row.
         ans.push(np.asarray([value + MAX_VECTOR]), coder.motion_models[row])
     return np.asarray(ans.get_words(), "<u4").tobytes()
 
@@ -216,6 +229,7 @@ class MotionDecoder:
         def read(row: int, _: int) -> int:
             return int(self.ans.pop(1, self.models[row])[0]) - MAX_VECTOR
 
+        # A row depends on values read before, so symbols are popped one by one, too.
         self.previous = code_field(read, shape, self.previous, None)
         return self.previous
 

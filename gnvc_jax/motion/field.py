@@ -56,6 +56,7 @@ def upsample(vectors: Int[np.ndarray, "h w 2"]) -> Int32[np.ndarray, "2*h 2*w 2"
     The centre of a quarter lies a quarter of the way from the centre of its block to that of the
     neighbour, hence the weights 9, 3, 3, 1.
     """
+    # No division, so nothing is rounded here: the result is 16 times the vectors.
     x = np.pad(vectors.astype(np.int32), ((1, 1), (1, 1), (0, 0)), mode="edge")
     for axis in (0, 1):  # separable: weights 3 and 1 in each direction
         x = np.moveaxis(x, axis, 0)
@@ -69,7 +70,10 @@ def expand(field: MotionField) -> Int16[np.ndarray, "4 h2 w2 2"]:
     """Derives the vectors of every frame and 16x16 block, in 1/16 pel."""
     # All terms are in 1/128 pel, the largest unit in which they are whole numbers. A half pel is 64
     # of these units and `upsample` has multiplied by 16, hence the factor of 4.
+    # Each frame has the shape (2h, 2w, 2).
     last = 4 * (upsample(field.coarse) + 16 * field.fine.astype(np.int32))
+    # Without `middle`, motion is linear in time: the second of four frames has gone half the way.
+    # Floor division gives the same integers on every machine.
     second = last // 2 + 4 * upsample(field.middle)
     # The first and third frame are halfway between their neighbours; a quarter pel is 32 units.
     frames = np.stack([second // 2, second, (second + last) // 2, last])

@@ -33,6 +33,7 @@ from gnvc_jax.motion.field import (
 STEPS = np.array(((1, 0), (-1, 0), (0, 1), (0, -1)))  # directions in which vectors are varied
 REACH = (6, 2, 1)  # half pels that a vector may move by in the first, second and third sweep
 # Approximate cost in bits of a split flag that is set, and of one that is not.
+# Blocks are mostly whole, so only a set flag is expensive.
 SPLIT_BITS, WHOLE_BITS = 3.0, 0.3
 
 
@@ -63,6 +64,7 @@ def search(
     h, w, _ = reference.shape
     field = no_motion(h // COARSE, w // COARSE)
     reference = cv2.cvtColor(reference, cv2.COLOR_RGB2GRAY)
+    # Optical flow takes grey images, and comparing them is a third of the work.
     grey = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
     # Flow of the frames whose vectors the field states, the fourth and the second. The first and
     # the third only have a shift.
@@ -71,6 +73,7 @@ def search(
     known = () if previous is None else (previous.coarse,)
     coarse = search_coarse(grey[3], reference, start, rate, known)
     field = field._replace(coarse=coarse)
+    # Each step takes the result of the one before as given.
     field = split_blocks(field, grey[3], reference, half_pels(last, FINE), rate)
     field = add_middle(field, grey, reference, half_pels(second, COARSE), rate)
     return add_shifts(field, grey, reference, rate)
@@ -118,6 +121,7 @@ def residual_bits(residual: np.ndarray) -> np.ndarray:
     cost more with their logarithm.
     """
     size = np.abs(residual.astype(np.float32))
+    # Per component, summed over x and y.
     return np.where(size == 0, 0.6, 2.2 + 1.6 * np.log2(1 + size)).sum(-1)
 
 
@@ -129,8 +133,10 @@ def vector_bits(vectors: np.ndarray, field: np.ndarray) -> np.ndarray:
 def median_of_neighbours(field: np.ndarray) -> np.ndarray:
     """Median of the vectors left, above and above right, zero outside: (h, w, 2)."""
     h, w, _ = field.shape
+    # A row of zeros above, a column of zeros left and right: (h + 1, w + 2, 2).
     x = np.pad(field, ((1, 0), (1, 1), (0, 0)))
     left, above, right = x[1:, :w], x[:h, 1 : w + 1], x[:h, 2:]
+    # The median of three is max(min(a, b), min(max(a, b), c)).
     low, high = np.minimum(left, above), np.maximum(left, above)
     return np.maximum(low, np.minimum(high, right))
 
@@ -144,6 +150,8 @@ def differences(
     frame: np.ndarray, reference: np.ndarray, vectors: np.ndarray, side: int
 ) -> np.ndarray:
     """Sum of absolute differences per block, for one vector per block in half pels."""
+    # (h, w, 2): all pixels of a block move by its vector. The codec interpolates between blocks,
+    # but then a block's error would depend on its neighbours.
     displacement = np.repeat(np.repeat(vectors.astype(np.float32) / 2, side, 0), side, 1)
     return block_sums(cv2.absdiff(frame, displaced(reference, displacement)), side)
 
@@ -180,6 +188,7 @@ def search_coarse(
     """
     vectors = start.copy()
     cost = differences(frame, reference, vectors, COARSE)
+    # Colours of a checkerboard over the blocks, 0 and 1.
     parity = np.add.outer(*(np.arange(n) for n in vectors.shape[:2])) % 2
     for reach in REACH:
         # Each candidate is tried for all blocks at once: no motion, the cheapest vector to code,
@@ -193,6 +202,7 @@ def search_coarse(
             candidate = np.clip(candidate, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
             if np.array_equal(candidate, vectors):
                 continue  # no block would change
+            # The differences do not depend on the neighbours; only the bits below do.
             found = differences(frame, reference, candidate, COARSE)
             # A block's cost depends on its neighbours, so only one colour of a checkerboard may
             # change at a time.
@@ -219,10 +229,13 @@ def split_blocks(
     Returns:
         The field with `split` and `fine`.
     """
+    # What the quarters have without corrections, (2h, 2w, 2), not rounded.
     base = upsample(field.coarse) / 16.0  # half pels
     fine = np.zeros_like(field.fine)
     whole = differences(frame, reference, base, FINE)
+    # From here on cost includes the bits of a vector for each quarter, even one of zero.
     cost = whole + rate * residual_bits(fine)
+    # First the correction that optical flow suggests, then small steps from the best so far.
     moves = [np.round(flow - base), *(reach * step for reach in REACH for step in STEPS)]
     for i, move in enumerate(moves):
         candidate = move if i == 0 else fine + move
@@ -234,12 +247,14 @@ def split_blocks(
     # What each block saves by its four quarters, less the price of the flag.
     gain = block_sums(whole - cost, 2) - rate * (SPLIT_BITS - WHOLE_BITS)
     chosen = gain > 0
+    # The corrections of blocks that stay whole are dropped: (h, w) -> (2h, 2w, 1).
     fine *= np.repeat(np.repeat(chosen, 2, 0), 2, 1)[..., None]
     return field._replace(split=chosen, fine=fine)
 
 
 def prediction_errors(field: MotionField, frames: list, reference: np.ndarray) -> np.ndarray:
     """Sums of absolute differences of the first three frames under the whole field, (3,)."""
+    # Here the vectors are expanded and interpolated as in the codec, though sampled bilinearly.
     pairs = zip(frames[: FRAMES - 1], expand(field))
     warped = ((frame, displaced(reference, dense(vectors))) for frame, vectors in pairs)
     return np.array([cv2.absdiff(*pair).sum(dtype=np.float64) for pair in warped])
@@ -265,6 +280,7 @@ def add_middle(
         flow: First guess of the second frame's motion, int16 (h / 32, w / 32, 2) in half pels.
         rate: Grey levels per bit, see `search`.
     """
+    # Half the motion of the fourth frame, (h, w, 2) in half pels.
     linear = field.coarse / 2.0
     start = np.round(flow - linear)
     cost = differences(frames[1], reference, linear, COARSE)
@@ -284,6 +300,7 @@ def add_middle(
     saved = prediction_errors(field, frames, reference) - prediction_errors(
         with_middle, frames, reference
     )
+    # One bit for the flag that says that there are such vectors.
     bits = vector_bits(middle, middle).sum() + 1
     return with_middle if saved.sum() > rate * bits else field
 
@@ -296,6 +313,7 @@ def add_shifts(field: MotionField, frames: list, reference: np.ndarray, rate: fl
     """
     best = prediction_errors(field, frames, reference)
     cost = best + rate * residual_bits(field.shift)
+    # One pel, half a pel, a quarter of a pel.
     for size in (4, 2, 1):
         for step in STEPS:
             shift = (field.shift + size * step).astype(np.int16)

@@ -29,6 +29,7 @@ def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.nd
     Returns:
         Left blocks, right blocks and weights, each (size,).
     """
+    # Pixel centres in units of blocks, counted from the centre of the first block.
     position = (np.arange(size) + 0.5) / FINE - 0.5
     left = np.floor(position).astype(int)
     weight = (position - left).astype(np.float32)
@@ -40,8 +41,10 @@ def dense(vectors: Shaped[AnyArray, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2
     h, w = vectors.shape[-3:-1]
     top, bottom, y = interpolation(FINE * h, h)
     left, right, x = interpolation(FINE * w, w)
+    # (16h, 1, 1) and (16w, 1), to broadcast against rows and columns of vectors.
     y, x = y[:, None, None], x[:, None]
     vectors = jnp.asarray(vectors, jnp.float32) / PEL
+    # First (..., 16h, w, 2), then (..., 16h, 16w, 2).
     rows = vectors[..., top, :, :] * (1 - y) + vectors[..., bottom, :, :] * y
     return rows[..., left, :] * (1 - x) + rows[..., right, :] * x
 
@@ -74,6 +77,7 @@ def warp(
     b, h, w, c = image.shape
     x = jnp.arange(w) + displacement[..., 0]
     y = jnp.arange(h)[:, None] + displacement[..., 1]
+    # Coordinates in the image, (b, n, h, w), split into whole pixels and fractions.
     left, top = jnp.floor(x), jnp.floor(y)
     weights_x, weights_y = catmull_rom(x - left), catmull_rom(y - top)
     left, top = left.astype(jnp.int32), top.astype(jnp.int32)
@@ -85,6 +89,7 @@ def warp(
         row = jnp.clip(top + i, 0, h - 1) * w
         line = 0.0
         for column, weight_x in zip(columns, weights_x):
+            # (b, n, h, w) -> (b, n * h * w, 1), one pixel for each result and position.
             index = (row + column).reshape(b, -1, 1)
             sample = jnp.take_along_axis(flat, index, axis=1, mode="promise_in_bounds")
             line += weight_x[..., None] * sample.reshape(*x.shape, c)
@@ -101,11 +106,13 @@ def predict(
         reference: Last decoded frame; h and w are multiples of 16.
         vectors: Vectors of every frame and 16x16 block, see `gnvc_jax.motion.field.expand`.
     """
+    # Displacements (b, 4, h, w, 2).
     return warp(reference, dense(vectors))
 
 
 def to_eight_bits(frames: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Rounds frames in [-1, 1] to the 256 values that a decoder outputs. Has no gradient."""
+    # Decoders predict from uint8 frames, so training does, too.
     steps = jnp.round((jnp.clip(frames, -1.0, 1.0) + 1.0) * 127.5)
     return jax.lax.stop_gradient(steps / 127.5 - 1.0)
 
