@@ -51,6 +51,7 @@ class StackedParameters:
         leaves = jax.tree_util.tree_leaves_with_path(params)
         for i, (path, x) in enumerate(leaves):
             alone = x.size >= rules.SMALL or rules.is_split(path, x.shape)
+            # Kernels and others never share a stack, so that weight decay can go by stacks.
             kind = i if alone else (x.shape, x.dtype, is_kernel(path))
             groups.setdefault(kind, []).append(i)
         self.groups = list(groups.values())
@@ -69,6 +70,7 @@ class StackedParameters:
             if not is_like_params(x):
                 return x
             leaves = jax.tree.leaves(x)
+            # (parameters in the group, *shape); one that is alone gets an axis of 1.
             return [jnp.stack([leaves[i] for i in group]) for group in self.groups]
 
         return jax.tree.map(one, tree, is_leaf=is_like_params)
@@ -79,6 +81,7 @@ class StackedParameters:
         def one(x: Any) -> Any:
             if not isinstance(x, list):
                 return x
+            # No other lists occur in these trees, so every list is a tree of parameters in stacks.
             leaves = {i: y for group, ys in zip(self.groups, x) for i, y in zip(group, ys)}
             return jax.tree.unflatten(self.structure, [leaves[i] for i in range(len(leaves))])
 

@@ -69,7 +69,9 @@ class Checkpoints:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:  # such as a file at this place or above it
             raise UsageError(f"run.out: no folder {out} can be made ({error.strerror})") from None
+        # Tuples become lists, as they are when the file is read back for comparison.
         self.config = json.loads(json.dumps(dataclasses.asdict(experiment)))
+        # Writing is asynchronous by default; `close` waits for it.
         options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
         self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
         try:
@@ -100,6 +102,7 @@ class Checkpoints:
         """
         if step == self.latest():
             return
+        # One folder for each item, so that others can be read without the state.
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             data=ocp.args.JsonSave(data),
@@ -115,6 +118,8 @@ class Checkpoints:
             step: Step of a checkpoint.
             like: The state as shapes, types and shardings.
         """
+        # Arrays are read into the shardings of `like`, not into those that they were saved with: a
+        # run may go on with another mesh or number of processes.
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
         )
@@ -157,8 +162,10 @@ class Checkpoints:
         """Renames checkpoints so that Orbax no longer sees them, but nothing is lost."""
         if jax.process_index() == 0:
             for step in steps:
+                # Renamed onto a new, empty folder, so that none set aside before is lost.
                 place = tempfile.mkdtemp(prefix=f"damaged-{step}-", dir=self.manager.directory)
                 self.folder(step).replace(place)
+        # All processes must list the folder after the renaming, not before.
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self.manager.reload()
 
@@ -182,6 +189,7 @@ def check_same_config(path: Path, config: dict) -> None:
         return
     # Keys that only the new configuration has came with a newer version of the program, but for
     # those of a group that was None.
+    # FREE_KEYS are prefixes, in which "run." stands for a whole group.
     new, old = flatten(config), flatten(read_config(path))
     groups = {key.rpartition(".")[0] for key in new}
     differing = [
@@ -311,6 +319,7 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
 def read_average(state: Path, like: Tree, partial: bool) -> Tree:
     """Reads averaged weights from a saved train state; see `load_params`."""
     with ocp.PyTreeCheckpointer() as checkpointer:
+        # An OSError makes `read_newest` go on with the checkpoint before.
         metadata = checkpointer.metadata(state).item_metadata
         if metadata is None:
             raise FileNotFoundError(f"{state}: no metadata")
@@ -319,6 +328,7 @@ def read_average(state: Path, like: Tree, partial: bool) -> Tree:
             flat = flatten_dict(like, sep="/")
             like = unflatten_dict({k: v for k, v in flat.items() if k in found}, sep="/")
         wanted = shapes(like)
+        # If all must fit, so must names that only the run has.
         for name in sorted(wanted if partial else found | wanted):
             if found.get(name) != wanted.get(name):
                 raise UsageError(
@@ -326,6 +336,7 @@ def read_average(state: Path, like: Tree, partial: bool) -> Tree:
                 )
         if not wanted:
             return {}
+        # Parameters and moments, three quarters of the file, are left on disk.
         item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
         args = ocp.args.PyTreeRestore(
             item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True

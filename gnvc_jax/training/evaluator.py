@@ -44,6 +44,7 @@ from gnvc_jax.training.release import model_of_parts
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics
 
+# Both ends of the range, and its thirds.
 QPS = (0, 21, 42, 63)
 
 # What a doubling of the rate is worth, roughly as measured along the curves of codecs. The score
@@ -76,6 +77,8 @@ class Evaluator(Hook):
             raise UsageError(
                 f"evaluate.every: the stage `{experiment.stage}` has no codec to evaluate, use 0"
             )
+        # All that the model needs is read now, so that an error comes before training and not after
+        # it.
         self.statistics = latent_statistics.complete(experiment, statistics)
         # As a release reads them. The train step has them too, but in the types of their layers.
         _, fixed = partition.split(shapes, stage.trainable)
@@ -91,6 +94,7 @@ class Evaluator(Hook):
             return
         with run.paused():
             began = time.perf_counter()
+            # A collective in a run of several processes, so all of them take part.
             averaged = on_host(run.state.ema)  # on the mesh of the run; coding uses one device
             with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.local_devices()[:1])):
                 model = self.model(averaged)
@@ -114,6 +118,7 @@ class Evaluator(Hook):
         for qp in QPS:
             measured = [self.measure_clip(codec, clip, qp) for clip in self.clips]
             for name in measured[0]:
+                # Means over clips of values that are means over frames.
                 found[f"eval_{name}_qp{qp}"] = float(np.mean([one[name] for one in measured]))
         return {"eval_score": score(found, self.config.best_by)} | found
 
@@ -122,6 +127,7 @@ class Evaluator(Hook):
         stream = codec.encode(clip, qp=qp)
         decoded = codec.decode(stream)
         found = {
+            # Bits of the whole file over the pixels of all frames, t * h * w.
             "bpp": 8 * len(stream) / math.prod(clip.shape[:3]),
             "psnr": float(np.mean(psnr(clip, decoded))),
         }

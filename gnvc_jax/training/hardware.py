@@ -55,6 +55,8 @@ def fit(experiment: Experiment, hardware: Hardware, devices: int) -> Experiment:
         The experiment with another mesh, batch, accumulation, type and remat.
     """
     mesh = hardware.mesh
+    # Clips per shard, the fewest micro-batches of at most `clips` each, and these filled equally,
+    # each rounded up.
     shards = max(1, devices // (mesh.context * mesh.tensor))  # devices that clips are divided among
     per_shard = -(-experiment.data.batch // shards)
     accumulate = -(-per_shard // hardware.clips)

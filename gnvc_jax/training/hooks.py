@@ -175,6 +175,8 @@ class Meter(Hook):
 
     def after_step(self, run: TrainingRun) -> None:
         """Adds the step before this one, while the device works on this one."""
+        # Reading metrics waits for their step. Those of the step before are there while the device
+        # works on this one; at the end, this step's own are waited for.
         before, self.pending = self.pending, (run.step, run.frames, run.metrics)
         for one in (before, self.pending if run.ending else None):
             if one is not None:
@@ -188,14 +190,18 @@ class Meter(Hook):
         """
         self.values.append(jax.device_get(values))
         self.done.update(self.work.of(frames))
+        # Metrics arrive one step late, and so does this decision.
         self.skipped = self.skipped + 1 if self.values[-1]["skipped"] else 0
         if self.skipped == MAX_SKIPPED_IN_A_ROW:
             raise TrainingDiverged(f"step {step}: the last {self.skipped} gradients not finite")
         if step % self.experiment.run.log_every and step != self.experiment.optim.steps:
             return
         seconds = self.clock.trained_s() - self.since
+        # The loss is the first of the metrics, the others keep their order.
         keys = sorted(values, key=lambda k: k != "loss")
         means = {k: mean_of_finite([v[k] for v in self.values]) for k in keys}
+        # Time counts only between `Clock.run` and `Clock.stop`: compilation, evaluation and saving
+        # are out.
         rates = {
             "step_s": seconds / len(self.values),
             **{RATES[name]: amount / seconds for name, amount in self.done.items()},
@@ -225,6 +231,7 @@ class SaveCheckpoints(Hook):
         """Copies the state to the host; it is written in the background."""
         if run.ending or self.is_due(run.step):
             with run.paused():
+                # State and place in the data go together: a resumed run takes the very next batch.
                 position = run.clips.get_state() | {"clock": run.clock.get_state()}
                 self.checkpoints.save(run.step, run.state, position, run.statistics)
             self.saved_at = time.monotonic()

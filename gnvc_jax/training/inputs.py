@@ -77,6 +77,7 @@ class Clips:
 
 def left_out(experiment: Experiment) -> LeftOut:
     """List of the data that this process could not read, kept in the run folder."""
+    # One file for each process, which its decoding workers share.
     file = Path(experiment.run.out) / f"left_out-{jax.process_index()}.jsonl"
     return LeftOut(experiment.data.max_left_out, file)
 
@@ -98,6 +99,7 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
             index(),
             frames=frames,
             size=data.size,
+            # This process's rows; the loop makes global arrays of those of all processes.
             batch=data.batch // jax.process_count(),
             seed=data.seed,
             num_workers=data.workers,
@@ -111,6 +113,7 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
         video = shape((data.batch, frames, *data.size, 3), np.uint8)
         if not motion:
             return video
+        # Vectors are those of 4 frames per latent, in blocks of 16 pixels.
         latents, blocks = (frames - 1) // 4, tuple(side // 16 for side in data.size)
         return {
             "video": video,
@@ -139,6 +142,7 @@ def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str])
     unread = functools.cache(lambda: left_out(experiment))
 
     def batches(frames: int) -> grain.IterDataset:
+        # Here and not above: the fingerprint needs the VAE's weights, which planning does without.
         if read_info(folder).vae != vae_fingerprint():
             raise UsageError(
                 f"{folder}: these latents were made by another VAE than that of the experiment"

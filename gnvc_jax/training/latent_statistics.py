@@ -47,6 +47,7 @@ def measure(experiment: Experiment) -> Statistics:
     """
     known = origins(experiment.init)
     found = identity_statistics(experiment.vae.latent_channels)
+    # What a refiner or codec was trained with must not change, so an earlier run comes first.
     if known.runs:
         kept = load_statistics(known.runs[-1])
         if found.keys() <= kept.keys():
@@ -84,10 +85,12 @@ def measure_latents(experiment: Experiment) -> Statistics:
     batches = iter(inputs.clips(experiment).batches(experiment.data.frames))
     count = experiment.data.statistics_batches
     latents = [np.asarray(encode(params, next(batches))) for _ in range(count)]
+    # (clips, t, h, w, c); statistics are those of channels.
     latents, axes = np.concatenate(latents), (0, 1, 2, 3)
     found = {}
     if not experiment.vae.linear:
         found = {"mean": latents.mean(axes), "std": latents.std(axes)}
     scaled = latents / found.get("std", 1.0)
+    # The first latent stands for one frame and each later one for four: their spreads differ.
     first, later = scaled[:, :1].var(axes), scaled[:, 1:].var(axes)
     return found | {"white": np.stack([whitening(first), whitening(later)])}

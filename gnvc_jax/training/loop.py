@@ -51,6 +51,8 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
 
+    # Left from the last to the first: hooks and writer close, signals are given back, and the last
+    # checkpoint is waited for.
     with (
         jax.set_mesh(mesh),
         closing(Checkpoints(experiment)) as checkpoints,
@@ -58,11 +60,12 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         ExitStack() as stack,
     ):
         # Model: what trains, new or restored, and what does not, each where the rules place it.
+        # `like` allocates nothing: it is shapes, types and shardings, into which state is restored.
         like = abstract_state(stage, mesh)
         state, position, statistics = start_state(stage, checkpoints, like)
         frozen = stages.frozen(stage, statistics)
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
-        step = int(state.step)
+        step = int(state.step)  # 0 for a new run
 
         # Data, from where the checkpoint left off.
         clips = Clips(stage.data, experiment.data, step, position)
@@ -70,6 +73,7 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
 
         # Log, checkpoints, and what else looks at the run.
         writer = stack.enter_context(closing(make_writer(experiment, step)))
+        # A resumed run takes over the clock, so that goodput counts from the very first start.
         clock = Clock(**(position or {}).get("clock", {"started": began}))
         run = TrainingRun(stage, state, statistics, clips, clock, writer, step)
         own = [
@@ -81,10 +85,12 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
             own.append(Evaluator(stage, statistics))
         hooks = [stack.enter_context(closing(hook)) for hook in (*own, *hooks)]
 
+        # Compiled at its first call, and again for each new length of clips.
         train_step = jit_step(stage, mesh, state, frozen)
         over_batch = NamedSharding(mesh, P(BATCH))
         # Steps are dispatched ahead of the device: metrics are read one step late (see `Meter`), so
         # that the next batch is taken while the device works.
+        # `frames` of the run is 0 at first, so that the first step counts as one of a new length.
         while not run.ending:
             began = time.perf_counter()
             batch = put(clips.take(run.step), over_batch)
@@ -96,6 +102,8 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
                 with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
                     run.state, run.metrics = train_step(run.state, frozen, batch)
             run.step += 1
+            # After a whole step. Hooks see it before the loop ends: they save, and write what is
+            # left.
             run.stopped = stop.received or checkpoints.preempted(run.step)
             for hook in hooks:
                 hook.after_step(run)
@@ -113,6 +121,7 @@ def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
         UsageError: If they cannot, or if checkpoints are timed by clocks that differ between
             processes.
     """
+    # All devices along context and tensor work on the same clips.
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if experiment.data.batch % (shards * experiment.optim.accumulate):
         raise UsageError(
@@ -147,11 +156,15 @@ def start_state(
     saved = checkpoints.restore_newest(like)
     if saved is not None:
         return *saved, load_statistics(stage.experiment.run.out)
+    # Statistics come first, since starting weights may depend on them; then random parameters,
+    # weights from elsewhere in their place, and averages and moments of the result.
     statistics = agreed(stage.measure())
     init_key, run_key = jax.random.split(jax.random.key(stage.experiment.run.seed))
     places = jax.tree.map(lambda x: x.sharding, like)
+    # Drawn in their shardings: no single device has to hold the whole model.
     init = jax.jit(lambda key: stages.init_trained(stage, key), out_shardings=places.params)
     params = stages.start(stage, init(init_key), statistics)
+    # Jitted for its `out_shardings`: counters and the key are placed by it, too.
     make = jax.jit(init_state, static_argnums=0, out_shardings=places)
     return make(stage.experiment.optim, params, run_key), None, statistics
 

@@ -59,6 +59,7 @@ def merge(params: Tree, lora: Tree) -> Tree:
     flat: dict[str, Any] = flatten_dict(params, sep="/")
     changes: dict[str, Any] = flatten_dict(lora, sep="/")
     for path in {change.rpartition("/")[0] for change in changes}:
+        # (..., in, r) @ (..., r, out), batched over the groups of the scan.
         flat[path] = flat[path] + changes[f"{path}/a"] @ changes[f"{path}/b"]
     return unflatten_dict(flat, sep="/")
 

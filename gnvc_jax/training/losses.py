@@ -53,6 +53,7 @@ def draw_quality(key: Array, count: int) -> Array:
     it; the first is the lowest and the last the highest.
     """
     draws = (jnp.arange(count) + jax.random.uniform(key, (count,))) / count
+    # Draws are below 1, but float32 may round their product to QUALITIES itself.
     return jnp.minimum(draws * QUALITIES, QUALITIES - 1).astype(jnp.int32)
 
 
@@ -115,8 +116,11 @@ def flow_matching(
         tau: Flow time of each clip, (b,), see `draw_flow_time`.
         start: Flow time at which refinement begins.
     """
+    # (b, 1, 1, 1, 1), to broadcast over latents.
     time = tau[:, None, None, None, None]
     state = jnp.asarray(flow.path_state(clean, decoded, noise, time, start))
+    # Else the codec could lower the loss by moving the target. Its gradient comes through the
+    # state.
     target = jax.lax.stop_gradient(jnp.asarray(flow.path_velocity(clean, decoded, noise, start)))
     # The target does not depend on tau: the path is straight. So one step from any point of it
     # would arrive, if the velocity were right.
@@ -154,6 +158,7 @@ def refine_through_last_step(
         return start + (1.0 - start) * i / steps
 
     def move(inputs: Tree, state: Array, i: Array | int) -> Array:
+        # All clips are at the same flow time: (b,).
         tau = jnp.full(state.shape[:1], time(i))
         return state + (time(i + 1) - time(i)) * velocity(inputs, state, tau)
 
@@ -190,6 +195,7 @@ class PixelErrors(NamedTuple):
     @property
     def psnr(self) -> Array:
         """PSNR in dB."""
+        # Values span 2, whose square is 4.
         return 10.0 * jnp.log10(4.0 / self.squared)
 
 
@@ -221,6 +227,8 @@ def perceptual_of_frames(
     """
     b, t = video.shape[:2]
     chosen = jax.random.choice(key, t, (min(t, count),), replace=False)
+    # Output is clipped as a decoder does. (b, t, h, w, 3) -> (b, count, h, w, 3) -> (n, h, w, 3)
+    # with n = b * count.
     pair = (jnp.clip(output, -1.0, 1.0), video)
     pair = (rearrange(v[:, chosen], "b t h w c -> (b t) h w c") for v in pair)
     return perceptual(*pair).reshape(b, -1).mean(1)

@@ -63,6 +63,7 @@ class JsonLines:
     def __init__(self, path: Path, step: int):
         # A line that a crash has cut short does not end with a brace.
         lines = path.read_text().splitlines() if path.exists() else []
+        # Steps after the checkpoint will be done, and written, again.
         kept = [x for x in lines if x.endswith("}") and json.loads(x)["step"] <= step]
         write_whole(path, "".join(x + "\n" for x in kept))
         self.file = path.open("a")

@@ -36,6 +36,7 @@ def split(tree: Tree, patterns: Sequence[str]) -> tuple[Tree, Tree]:
     Raises:
         UsageError: If a pattern fits no parameter.
     """
+    # Paths such as "codec/intra/out/kernel"; `re.match` anchors patterns at their beginning.
     flat = flatten_dict(tree, sep="/")
     for pattern in patterns:
         if not any(re.match(pattern, path) for path in flat):

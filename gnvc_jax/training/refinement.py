@@ -35,6 +35,7 @@ class Window:
 
     def of(self, latents: Array) -> Array:
         """Cuts the window out of the latents (b, t, h, w, c) of a group, and whitens it."""
+        # Whitened before the cut, since only the first latent of the group has factors of its own.
         return self.cut(latents * self.white)
 
     def unwhitened(self, latents: Array) -> Array:
@@ -58,6 +59,7 @@ def random_window(key: Array, white: Array, count: int, window: int) -> Window:
         count: Number of latents of the group.
         window: Number of latents that the refiner sees together; fewer where a group has no more.
     """
+    # The size is static and the place is traced, so one compilation serves all places.
     size = min(window, max(1, count - 1))
     first = jax.random.randint(key, (), 0, count - size + 1)
     return Window(first, size, per_latent_factors(white, count))

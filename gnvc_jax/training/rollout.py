@@ -83,6 +83,7 @@ def normalised_latents(vae: VAE, params: Tree, statistics: Tree, batch: Array) -
     """
     # Devices along `context` share the columns of each clip, here and in the codec.
     latents = constrain(batch, batch=0, context=3)
+    # Latents from a cache are normalised already.
     if batch.dtype == jnp.uint8:
         latents = encode_clip(vae, params, to_float(latents))
         latents = (latents - statistics["mean"]) / statistics["std"]
@@ -116,6 +117,7 @@ def roll_out(
     metrics = {
         "distortion": jnp.mean(error),
         "bpp": jnp.mean(written),
+        # Levels rise along the batch, so its first and last clip are the extremes.
         "bpp_lowest": written[0],
         "bpp_highest": written[-1],
         "intra_share": bits[:, 0].sum() / bits.sum(),
@@ -179,6 +181,7 @@ def roll_out_with_motion(
             decoded,
         )
 
+    # The first latent is coded on its own (intra) and decodes to one frame.
     latent = encode_latent(networks.vae, params["vae"], video[:, :1], True)
     state, coded = networks.codec.apply(codec, latent, None, levels[:, 0], keys[0], method="train")
     decoded = networks.vae.apply(vae, coded.latent[:, None], method="decode")
@@ -186,6 +189,7 @@ def roll_out_with_motion(
 
     def step(carry: Tree, xs: Tree) -> tuple[Tree, MotionOutput]:
         last, state = carry
+        # Of one latent: frames (b, 4, h, w, 3), vectors (b, 4, h/16, w/16, 2), q_index (b,).
         frames, vectors, q_index, key = xs
         # The picture that a decoder has. It passes no gradients on to the past: cells without
         # symbols copy it, so the straight-through gradient of one zero would count once for every
@@ -196,6 +200,7 @@ def roll_out_with_motion(
         state, coded = networks.codec.apply(
             codec, latent, state, q_index, key, prediction, method="train"
         )
+        # Frames of the decoded latent, and what no latent can express of the predicted ones.
         given = coded.latent, prediction, predicted, coded.fresh, coded.detail, cleaned
         decoded = networks.vae.apply(vae, *given, method="compensate")
         # A copy has no gradient. The codec learns from what its cells would be if they were coded.
@@ -206,6 +211,7 @@ def roll_out_with_motion(
         done = result(latent, coded, decoded, compared, frames, error(predicted, frames))
         return (decoded[:, -1], state), done
 
+    # Each of the k - 1 later latents is a step of a scan, with its number as leading axis.
     steps = (
         rearrange(video[:, 1:], "b (k f) h w c -> k b f h w c", f=4),
         jnp.moveaxis(vectors, 1, 0),
@@ -222,6 +228,8 @@ def roll_out_with_motion(
     # Frames (b, k - 1, 4, h, w, 3) follow each other without a border.
     frames = rearrange(later.frames, "b k f h w c -> b (k f) h w c")
     frames = jnp.concatenate([first.frames, frames], axis=1)
+    # All fields but the last, `frames`, are (b, ...) of the first latent and (b, k - 1, ...) of the
+    # others; nothing predicts the first one.
     joined = [
         b if a is None else jnp.concatenate([a[:, None], b], axis=1)
         for a, b in zip(first[:-1], later[:-1])

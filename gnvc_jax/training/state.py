@@ -58,6 +58,8 @@ def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformatio
         config: Settings of the optimizer.
         decayed: Tree of bools like the parameters or their stacks: which of them decay.
     """
+    # Moments see clipped gradients. Decay comes after them: it is decoupled, as in AdamW
+    # (Loshchilov and Hutter, arXiv 1711.05101), and scaled by the learning rate alone.
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.scale_by_adam(*config.betas),
@@ -67,6 +69,7 @@ def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformatio
 
 def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
     """Makes the state before the first step."""
+    # Moments have the shapes of parameters here; the step stacks both.
     kernels = jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
     return State(
         step=jnp.int32(0),
@@ -89,5 +92,7 @@ def abstract_state(stage: Stage, mesh: Mesh) -> State:
     def make(key: jax.Array) -> State:
         return init_state(stage.experiment.optim, stages.init_trained(stage, key), key)
 
+    # Nothing is computed. Paths of averages and moments end as those of parameters, and so get the
+    # same shardings; step, counters and key are replicated.
     state = jax.eval_shape(make, jax.random.key(0))
     return jax.tree.map(lambda x, s: x.update(sharding=s), state, shardings(state, mesh))

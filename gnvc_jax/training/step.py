@@ -38,13 +38,16 @@ def gradient(loss: Callable, parts: int) -> Callable:
         return rearrange(x, "(b parts) ... -> parts b ...", parts=parts)
 
     def mean(params: Tree, frozen: Tree, batch: Tree, key: jax.Array, step: jax.Array) -> Tree:
+        # A scan over parts, whose carry adds up their shares of ((loss, metrics), gradients).
         def add(total: Tree, xs: Tree) -> tuple[Tree, None]:
             part, i = xs
+            # Each part draws noise and levels of its own.
             done = whole(params, frozen, part, jax.random.fold_in(key, i), step)
             return jax.tree.map(lambda a, b: a + b / parts, total, done), None
 
         batch = jax.tree.map(divided, batch)  # (parts, b / parts, ...)
         first = jax.tree.map(lambda x: x[0], batch)
+        # Only traced: which metrics there are is known to the loss alone.
         like = jax.eval_shape(whole, params, frozen, first, key, step)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
         return jax.lax.scan(add, zeros, (batch, jnp.arange(parts)))[0]
@@ -68,15 +71,20 @@ def make_step(
     schedule = learning_rate(config)
 
     def step(state: State, frozen: Tree, batch: Tree) -> tuple[State, dict[str, jax.Array]]:
-        # A function of run and step alone, so a resumed run draws the same numbers.
+        # Gradient of the loss on the whole batch. The key is a function of run and step alone, so a
+        # resumed run draws the same numbers.
         key = jax.random.fold_in(state.key, state.step)
         (value, parts), grads = gradient(loss, config.accumulate)(
             state.params, frozen, batch, key, state.step
         )
+
+        # Update by AdamW. Many small parameters become few arrays first; `old` keeps what an
+        # unusable gradient would spoil.
         stacks = StackedParameters(state.params)
         grads, *old = stacks.pack((grads, state.params, state.ema, state.opt_state))
         params, ema, opt_state = old
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(grads)  # before clipping
+        # By `state.step`, which counts skipped updates, too. Counters of optax stand still then.
         lr = schedule(state.step)
         update = optimizer(config, stacks.kernels).update
         updates, opt_state = update(grads, opt_state, params)
@@ -114,6 +122,8 @@ def jit_step(stage: Stage, mesh: Mesh, state: State, frozen: Tree) -> Callable:
         frozen: Arrays or shapes with shardings that do not train, see
             `gnvc_jax.training.stages.frozen`.
     """
+    # Metrics are whole on every device, so that each process can read them. The state leaves as it
+    # came in: its buffers can be reused, and the next call compiles nothing.
     whole, batch = NamedSharding(mesh, P()), NamedSharding(mesh, P(BATCH))
     state, frozen = jax.tree.map(lambda x: x.sharding, (state, frozen))
     return jax.jit(

@@ -30,6 +30,7 @@ def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = Fals
     """
     experiment = stage.experiment
     compute = experiment.compute if remat else experiment.compute.without_remat()
+    # Attention by matrix products has the same number of operations and can be counted.
     if experiment.refiner is not None:  # kernels cannot be counted
         compute = dataclasses.replace(compute, attention="xla")
     if compute != experiment.compute:

@@ -73,6 +73,7 @@ def origins(init: InitConfig) -> Origins:
         UsageError: If a run leads back to itself.
     """
     found, runs = init, []
+    # Newest run first; a source that it leaves open is that of the run before.
     while init.run is not None:
         if init.run in runs:
             raise UsageError(f"{runs[-1]}: its init.run leads back to {init.run}")
@@ -102,9 +103,12 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
             it has others.
         FileNotFoundError: If a folder or run is not there.
     """
+    # Sources from the weakest to the strongest: ported folders, the model file, the refiner's grey
+    # latents, the chain of runs.
     known = origins(experiment.init)
     like = wanted
     ranks = [config_of(run).get("lora", 0) for run in known.runs]
+    # Else a type of fewer bits would round the kernel before its change is added.
     if any(ranks):  # changes are added to exact kernels
         like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
     found = load_ported(experiment, known, like)
@@ -120,6 +124,7 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
         found, parts = add_run(found, run, shapes, rank, rank == next_rank)
         trained_before |= parts
 
+    # Only now are types and places those that were asked for.
     def finished(x: Array | np.ndarray, like: jax.ShapeDtypeStruct) -> Array | np.ndarray:
         x = x.astype(like.dtype)
         return x if like.sharding is None else jax.device_put(x, like.sharding)
@@ -200,6 +205,7 @@ def add_run(found: Tree, run: str, like: Tree, rank: int, goes_on: bool) -> tupl
     if not rank or goes_on:
         loaded = load_params(run, like, partial=True)
         return join(found, loaded), set(loaded)
+    # The rank differs from what follows, so these changes become part of the kernels for good.
     changes = lora.shapes({"refiner": like.get("refiner", {})}, rank)
     loaded = load_params(run, like | {"lora": on_mesh(changes)}, partial=True)
     return lora.merge_part(join(found, loaded)), set(loaded) - {"lora"}
@@ -229,6 +235,7 @@ def load_text(experiment: Experiment) -> np.ndarray | None:
     config, known = text_config(experiment), origins(experiment.init)
     if config is None:
         return None
+    # A file that is named, the prompt beside a ported DiT, that of a model file, or zeros.
     path = known.prompt
     if path is None and known.dit and (kept := Path(known.dit) / PROMPT).is_file():
         path = kept

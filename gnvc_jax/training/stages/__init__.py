@@ -111,6 +111,8 @@ def model_shapes(stage: Stage) -> Tree:
 def init_trained(stage: Stage, key: Array) -> Tree:
     """Draws the parameters that train, low-rank changes included; to be traced."""
     key_model, key_lora = jax.random.split(key)
+    # All of the model is drawn, so that a parameter does not depend on what else trains. Under
+    # `jit` the compiler leaves out what is then dropped.
     params = stage.init(key_model)
     trained, _ = partition.split(params, stage.trainable)
     if rank := stage.experiment.lora:
@@ -133,6 +135,7 @@ def start(stage: Stage, params: Tree, statistics: Statistics) -> Tree:
     wanted = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
     )
+    # Random parameters stay where there is no source.
     params = partition.join(params, weights.load(stage.experiment, wanted, statistics))
     if stage.fit is not None and not stage.experiment.init.has_codec:
         params = stage.fit(params, statistics)
@@ -149,6 +152,7 @@ def teacher_shapes(stage: Stage) -> Tree:
     """Shapes of the teacher's own parameters: those that train; it shares the others."""
     whole = model_shapes(stage)
     trained, _ = partition.split(whole, stage.trainable)
+    # Parts of the teacher that do not train are the student's as well, and in memory once.
     flat = flatten_dict(partition.split(whole, stage.teacher)[0], sep="/")
     trained = flatten_dict(trained, sep="/")
     own = unflatten_dict({path: x for path, x in flat.items() if path in trained}, sep="/")
@@ -207,6 +211,8 @@ def objective(
         if "teacher" in frozen:
             teacher = partition.assemble(frozen["fixed"], frozen["teacher"])
             constants = constants | {"teacher": teacher}
+        # Frozen arrays are an argument: closed over, they would be constants of the compiled
+        # program. Gradients are those of the first argument alone.
         model = partition.assemble(frozen["fixed"], params)
         return stage.loss(model, constants, batch, key, step)
 

@@ -51,6 +51,7 @@ class CodecLoss:
 
 def codec_stage(experiment: Experiment) -> Stage:
     """Makes the stage; a quality level is drawn for every clip."""
+    # A refiner that the experiment has is neither made nor loaded here.
     networks, weights = make_networks(experiment)._replace(refiner=None), experiment.loss
 
     def loss(

@@ -50,8 +50,11 @@ def latent_stage(experiment: Experiment) -> Stage:
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
+        # Roll-out of the codec, with its rate and E_c.
         key_code, key_time, key_noise, key_window = jax.random.split(key, 4)
         output = roll_out(networks, params, constants, batch, key_code)
+        # One window of the group, whitened, and one flow time per clip. Decoded latents keep their
+        # gradient, so that the refiner's loss reaches the codec, too.
         count = output.latents.shape[1]
         window = random_window(key_window, constants["white"], count, config.window)
         clean, decoded = window.of(output.latents), window.of(output.decoded)

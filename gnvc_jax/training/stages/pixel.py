@@ -90,6 +90,7 @@ def distill_stage(experiment: Experiment) -> Stage:
 def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
     """Makes a stage on decoded frames, with or without a teacher; see `Stage.teacher`."""
     if experiment.refiner is not None:
+        # Models say how many steps they were trained for, and decoders take as many.
         trained = 1 if teacher else experiment.loss.steps
         if experiment.refiner.steps != trained:
             raise UsageError(
@@ -103,11 +104,13 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         video = to_float(batch)
+        # Roll-out of the codec on the whole batch, with its rate and E_c.
         key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
         output = roll_out(networks, params, constants, batch, key_code)
         latents, metrics = output.decoded, output.metrics
         distortion = weights.decoded * output.error
         if networks.refiner is not None:
+            # Refinement of one window of each clip.
             config = networks.refiner.config
             window = random_window(key_window, constants["white"], latents.shape[1], config.window)
             decoded, features = window.of(output.decoded), window.cut(output.features)
@@ -120,13 +123,17 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
                     velocity, conditions, decoded, noise, steps, config.start
                 )
 
+            # One draw for the whole batch; a traced number of steps, so one program has both cases.
             single = jax.random.uniform(key_steps) < weights.single
             better = refine(params["refiner"], jnp.where(single, 1, weights.steps))
+            # (b, t, h, w, c) of the group; E_1 is compared where the window lies, not whitened.
             latents = window.put(latents, better)
             refined = losses.per_clip(window.cut(latents - output.latents) ** 2)
             distortion += weights.refined * refined
             metrics = metrics | {"refined": refined.mean()}
             if teacher:
+                # The same window, noise and conditions, so that only weights and number of steps
+                # differ.
                 goal = refine(constants["teacher"]["refiner"], weights.steps)
                 pair = window.unwhitened(better), window.unwhitened(goal)
                 imitation = losses.distillation(*pair)
@@ -143,6 +150,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
             count = weights.lpips_frames
             return losses.perceptual_of_frames(network, output, video, key_frames, count)
 
+        # Levels rise along the batch, so its first and last clip are the extremes.
         errors = losses.pixel(frames, video, perceptual)
         distortion += weights.mse * errors.squared + weights.lpips * errors.perceptual
         metrics = metrics | {

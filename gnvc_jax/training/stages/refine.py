@@ -153,6 +153,7 @@ def refined_frames(
     refined = losses.refine_through_last_step(
         velocity, (params["refiner"], decoded, features), decoded, noise, 1, config.start
     )
+    # In units of the codec's latents. The VAE is linear: a change of latents is one of frames.
     change = window.unwhitened(refined - decoded)
 
     def shown(latents: Array, frames: Array, first: bool) -> Array:
@@ -165,6 +166,7 @@ def refined_frames(
     start = jax.random.randint(
         key_pair, (), jnp.maximum(window.first, 1), window.first + window.size - PAIR + 1
     )
+    # (b, PAIR, h, w, c) of the window, and (b, 4 * PAIR, H, W, 3) of the clip.
     pair = jax.lax.dynamic_slice_in_dim(change, start - window.first, PAIR, 1)
     before, source = (
         jax.lax.dynamic_slice_in_dim(x, 4 * start - 3, 4 * PAIR, 1) for x in (coded.frames, video)
@@ -187,6 +189,7 @@ def refine_loss(
         frames: Frames to compare.
         key: Random key of the frame that DISTS sees.
     """
+    # The first frame and those of the pair, (b, 1 + 4 * PAIR, h, w, 3), clipped as by a decoder.
     refined, decoded, source = (
         jnp.clip(jnp.concatenate([a, b], axis=1), -1.0, 1.0)
         for a, b in zip(frames.first, (frames.refined, frames.decoded, frames.source))
@@ -195,6 +198,8 @@ def refine_loss(
     def flat(x: Array) -> Array:
         return rearrange(x, "b t h w c -> (b t) h w c")
 
+    # DISTS runs VGG16, which costs far more than the AlexNet of LPIPS, hence one frame for it. Its
+    # images are in [0, 1].
     one = jax.random.randint(key, (1,), 0, refined.shape[1])
     perceptual = lpips(constants["alex"], flat(refined), flat(source)).mean()
     before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
@@ -202,6 +207,7 @@ def refine_loss(
         constants["dists"], (flat(refined[:, one]) + 1) / 2, (flat(source[:, one]) + 1) / 2
     ).mean()
     squared = losses.squared_error(refined, source)
+    # Of the pair alone: the first frame need not precede it.
     moves = jnp.diff(frames.refined, axis=1) - jnp.diff(frames.source, axis=1)
     temporal = jnp.mean(moves**2)
     loss = (

@@ -94,6 +94,7 @@ def transform_loss(
 ) -> tuple[Array, dict[str, Array]]:
     """Computes loss and metrics of a batch of `gnvc_jax.data.clips.with_motion`."""
     video = to_float(batch["video"])
+    # One key for the levels and one for each of the 1 + t // 4 latents.
     _, t, h, w, _ = video.shape
     key_levels, *keys = jax.random.split(key, 2 + t // 4)
     levels = draw_levels(key_levels, weights, batch["q_index"], len(keys))
@@ -101,6 +102,8 @@ def transform_loss(
 
     counts, size = jnp.asarray([1.0] + [4.0] * (t // 4)), h * w  # frames per latent; pixels
     rd_lambda = losses.rd_lambda(levels, weights.lambda_low, weights.lambda_high)
+    # (b, k): bits per pixel of a frame, and errors summed over the frames of a latent. The sum over
+    # latents, divided by t, is a mean over frames.
     costs = losses.rate_distortion(
         coded.bits / size, coded.error * counts, rd_lambda, weights.balance
     )
@@ -108,6 +111,7 @@ def transform_loss(
 
     written = coded.written.sum(1) / (t * size)
     motion = batch["motion_bits"].sum(1) / (t * size)
+    # Of the mean error of each latent's frames, (b, k).
     psnr = 10.0 * jnp.log10(255.0**2 / coded.error)
     low = batch["q_index"] < QUALITIES // 2
 
@@ -144,7 +148,9 @@ def draw_levels(key: Array, weights: Any, q_index: Array, latents: int) -> Array
     (b,) = q_index.shape
     key_intra, key_pattern = jax.random.split(key)
     low, high = weights.intra_offset
+    # (b, 1), the upper end included.
     intra = jax.random.randint(key_intra, (b, 1), low, high + 1)
+    # Repeated to the number of later latents: (1, latents - 1).
     pattern = jnp.resize(jnp.asarray(weights.pattern, jnp.int32), (1, latents - 1))
     on = jax.random.bernoulli(key_pattern, weights.pattern_prob, (b, 1))
     offsets = jnp.concatenate([intra, on * pattern], axis=1)
@@ -159,6 +165,8 @@ def fit_to_clips(
     See `gnvc_jax.vae.klt.fit` and `gnvc_jax.codec.fit.init_from_statistics`.
     """
     config, vae = networks.codec.config, networks.vae
+    # First the basis of the VAE, by the strides 8 and 4 that motion is made for; then, on its
+    # latents, the codec.
     moments = klt.moments_of_blocks(8, 4)
     for batch in batches:
         klt.count_blocks(moments, np.asarray(to_float(batch["video"])), 8, 4)
@@ -168,9 +176,11 @@ def fit_to_clips(
     def latents_of(batch: Tree) -> tuple[Array, Array, Array]:
         """Intra latents of every fourth frame, later latents, and residuals of the latter."""
         video = to_float(batch["video"])
+        # Any frame may begin a group, so every fourth one is encoded as if it did.
         first = rearrange(video[:, ::4], "b t h w c -> (b t) 1 h w c")
         intra = encode_latent(vae, fitted, first, True)
         groups = rearrange(video[:, 1:], "b (k f) h w c -> (b k) f h w c", f=4)
+        # Predictions are from source frames, since there are no decoded ones yet.
         reference = rearrange(video[:, :-1:4], "b k h w c -> (b k) h w c")
         vectors = rearrange(batch["vectors"], "b k f h w c -> (b k) f h w c")
         later = encode_latent(vae, fitted, groups, False)
@@ -178,6 +188,7 @@ def fit_to_clips(
         return intra, later, later - prediction
 
     channels = config.latent_channels
+    # Of single latents, and of cells of 2x2 latents, which one position of y codes.
     plain = {kind: Moments(channels) for kind in ("intra", "inter")}
     cells = {kind: Moments(4 * channels) for kind in ("intra", "inter")}
     for batch in batches:

@@ -58,6 +58,7 @@ def vae_stage(experiment: Experiment) -> Stage:
         video, variables = to_float(batch), {"params": params["vae"]}
         mean, logvar = vae.apply(variables, video, method="encode")
         key_noise, key_frames = jax.random.split(key)
+        # A sample of the posterior, differentiable in mean and variance (reparameterisation).
         latents = mean + jnp.exp(0.5 * logvar) * jax.random.normal(key_noise, mean.shape)
         output = vae.apply(variables, latents, method="decode")
 
@@ -65,6 +66,7 @@ def vae_stage(experiment: Experiment) -> Stage:
         l1 = jnp.mean(jnp.abs(output - video))
         kl = losses.kl_divergence(mean, logvar).mean()
         total = weights.l1 * l1 + weights.mse * mse + weights.kl * kl
+        # Pixels span 2, whose square is 4.
         metrics = {"psnr": 10.0 * jnp.log10(4.0 / mse), "kl": kl}
         if weights.lpips:
 
@@ -74,6 +76,7 @@ def vae_stage(experiment: Experiment) -> Stage:
                 return losses.perceptual_of_frames(measure, output, video, key_frames, count).mean()
 
             on = step >= weights.lpips_from
+            # A condition runs one branch only, forward and backward, unlike a product with 0.
             metrics["lpips"] = lax.cond(on, perceptual, lambda _: 0.0, output)
             total = total + weights.lpips * metrics["lpips"]
         return total, metrics
