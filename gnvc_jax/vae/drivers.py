@@ -47,6 +47,7 @@ def encode_chunk(
     Returns:
         Posterior mean, and the cache for the frames that follow.
     """
+    # `first` is a Python bool, so the start of a clip and its continuation are two programs.
     first = cache is None
     variables = {"params": params} | ({} if first else {"cache": cache})
     (mean, _), state = vae.apply(variables, video, first, method="encode", mutable=["cache"])
@@ -80,6 +81,7 @@ def encode_clip(
     """Encodes a whole clip of any length and size in one pass, to the posterior mean."""
     cfg = vae.config
     video = pad_video(video, cfg.temporal_stride, cfg.stride)
+    # Without `mutable`, no cache is written, and none takes memory.
     return vae.apply({"params": params}, video, method="encode")[0]
 
 
@@ -109,6 +111,7 @@ def grey_latents(vae: VAE, params: Tree) -> Float[Array, "2 z"]:
     They are taken from the middle of the frame and the end of the clip, where padding at the
     borders has no effect. VACE marks with them what is to be generated.
     """
+    # 8x8 latents, and four in time; zero is mid-grey in [-1, 1].
     side, frames = 8 * vae.config.stride, 1 + 3 * vae.config.temporal_stride
     latents = encode_clip(vae, params, jnp.zeros((1, frames, side, side, 3)))
     return latents[0, jnp.array([0, -1]), 4, 4]
@@ -120,6 +123,8 @@ def encode_stream(
     """Does the same as `encode_clip` by `lax.scan` over chunks of four frames."""
     cfg = vae.config
     video = pad_video(video, cfg.temporal_stride, cfg.stride)
+    # The first chunk stays outside the scan: it has one frame, and no cache goes in. The cache that
+    # comes out has the shapes of all later ones, as a carry must.
     head, cache = encode_chunk(vae, params, None, video[:, :1])
     chunks = rearrange(video[:, 1:], "b (n s) h w c -> n b s h w c", s=cfg.temporal_stride)
 
@@ -127,6 +132,7 @@ def encode_stream(
         mean, cache = encode_chunk(vae, params, cache, chunk)
         return cache, mean
 
+    # rest: (n - 1, b, 1, h2, w2, z), one latent per chunk.
     _, rest = lax.scan(step, cache, chunks)
     return jnp.concatenate([head, rearrange(rest, "n b s h w c -> b (n s) h w c")], axis=1)
 
@@ -145,6 +151,7 @@ def decode_stream(
         video, cache = decode_chunk(vae, params, cache, latent[:, None])
         return cache, video
 
+    # rest: (n - 1, b, 4, h, w, 3), four frames per latent.
     _, rest = lax.scan(step, cache, jnp.moveaxis(latents[:, 1:], 1, 0))
     video = jnp.concatenate([head, rearrange(rest, "n b s h w c -> b (n s) h w c")], axis=1)
     return video[:, :frames, : size[0], : size[1]]

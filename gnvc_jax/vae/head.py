@@ -34,8 +34,10 @@ class DeblockingHead(nn.Module):
 
     @nn.compact
     def __call__(self, video: Float[Array, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
+        # (b, t, h / 4, w / 4, 48)
         x = to_blocks(video, 1, SIDE)
         y = FrameConv(self.width, name="first")(x)
         y = y + FrameConv(self.width, name="second")(nn.relu(y))
+        # Zeros here make the head the identity at first.
         y = FrameConv(x.shape[-1], nn.initializers.zeros, name="last")(nn.relu(y))
         return video + from_blocks(y, 1, SIDE)

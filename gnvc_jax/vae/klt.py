@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 from gnvc_jax.arrays import AnyArray, ArrayT
 from gnvc_jax.moments import Moments
 
+# `fit` relies on this order.
 KINDS = ("first", "later")  # blocks of the first frame of a clip, and of the frames after it
 
 # Encoding, and all of a linear VAE, run in full float32: by default JAX multiplies in bfloat16 on
@@ -68,6 +69,7 @@ class BlockTransform(nn.Module):
 
     def _parameters(self, kind: str) -> tuple[Array, ...]:
         """Basis, offset and scale of one kind of block."""
+        # Values of a block: RGB of all its pixels.
         size = self.frames[kind] * self.stride**2 * 3
         orthogonal, zeros, ones = (
             nn.initializers.orthogonal(),
@@ -95,6 +97,7 @@ class BlockTransform(nn.Module):
         """
 
         def transform(kind: str, part: Array) -> Array:
+            # (b, t2, h2, w2, values) @ (values, z)
             basis, offset, scale = self.fixed[kind]
             return (to_blocks(part, self.frames[kind], self.stride) - offset) @ basis * scale
 
@@ -107,6 +110,8 @@ class BlockTransform(nn.Module):
         """Transforms latents to a video; undoes `forward` but for the components that it drops."""
 
         def transform(kind: str, part: Array) -> Array:
+            # The columns of the basis are orthonormal: its transpose undoes it, but for what they
+            # do not span.
             basis, offset, scale = self.fixed[kind]
             return from_blocks(part / scale @ basis.T + offset, self.frames[kind], self.stride)
 
@@ -117,6 +122,7 @@ def _by_kind(transform: Callable[[str, Array], Array], x: Array, first: bool) ->
     """Applies `transform` to the first frame or latent of a clip and to the others separately."""
     if not first:
         return transform("later", x)
+    # The number of frames is static, and streaming passes the first frame alone.
     head = transform("first", x[:, :1])
     return jnp.concatenate([head, transform("later", x[:, 1:])], axis=1) if x.shape[1] > 1 else head
 
@@ -169,6 +175,8 @@ def fit(moments: dict[str, Moments], latent_channels: int) -> dict[str, np.ndarr
     frames = len(components["later"]) // size
     # The latents of a frame that is repeated: the basis summed over its frames.
     still = components["later"].reshape(frames, size, latent_channels).sum(0)
+    # The rotation u vt minimises the distance of first @ rotation from still. A rotation
+    # within the span of the basis changes no reconstruction.
     u, _, vt = np.linalg.svd(components["first"].T @ still)
     components["first"] = components["first"] @ (u @ vt)
     # A repeated frame has a norm sqrt(frames) times that of the single one; first latents get the

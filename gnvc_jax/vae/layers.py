@@ -42,10 +42,14 @@ def prepend_history(
         History and x, and the number of frames of history that are missing and count as zeros: at
         the start of a clip, all of them.
     """
+    # Zeros at the start of a clip are counted rather than concatenated, so that `conv3d` can skip
+    # the taps that would see nothing else.
     zeros = frames if first else 0
     if not first:
         x = jnp.concatenate([module.get_variable("cache", "past"), x], axis=1)
     if module.is_mutable_collection("cache"):
+        # The cache always has `frames` frames, however few have been seen: its shape must not
+        # change under a scan. x includes the old history here, so short chunks keep part of it.
         missing = max(0, frames - x.shape[1])
         past = jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
         module.put_variable("cache", "past", past[:, past.shape[1] - frames :])
@@ -67,6 +71,7 @@ class ConvBase(nn.Module):
 
     def weights(self, x: Array, window: tuple[int, ...]) -> tuple[Array, Array]:
         """Makes kernel (*window, c, features) and bias (features,) for an input (..., c)."""
+        # Parameters stay in float32, so that small updates are not lost; only products use `dtype`.
         shape = (*window, x.shape[-1], self.features)
         kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
@@ -133,6 +138,7 @@ class TemporalDownsample(ConvBase):
         self, x: Float[Array, "b t h w c"], first: bool
     ) -> Float[Array, "b t2 h w features"]:
         kernel, bias = self.weights(x, (3, 1, 1))
+        # What passes untouched: frame 0 of a clip, or no frame.
         head = x[:, :1] if first else x[:, :0]
         if not first:
             x = jnp.concatenate([self.get_variable("cache", "past"), x], axis=1)
@@ -154,6 +160,7 @@ class TemporalUpsample(ConvBase):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Float[Array, "b t2 h w c2"]:
         kernel, bias = self.weights(x, (3, 1, 1))
+        # Frame 0 does not enter x, nor therefore the history.
         head, x = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)
         x, zeros = prepend_history(self, x, 2, first)
         y = conv_in_time(x, kernel, zeros=zeros) + bias
@@ -174,6 +181,7 @@ class ChannelRMSNorm(nn.Module):
         c = x.shape[-1]
         gamma = self.param("gamma", nn.initializers.ones, (c,), jnp.float32)
         x32 = x.astype(jnp.float32)
+        # 1e-24 bounds the squared norm, hence 1e-12 the norm.
         square = jnp.sum(x32 * x32, axis=-1, keepdims=True)
         return (x32 * lax.rsqrt(jnp.maximum(square, 1e-24)) * (c**0.5) * gamma).astype(x.dtype)
 
@@ -196,6 +204,7 @@ class ResidualBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b t h w c"], first: bool
     ) -> Float[Array, "b t h w features"]:
+        # Each causal convolution has a cache of its own, under its name.
         y = nn.silu(ChannelRMSNorm(name="norm1")(x))
         y = CausalConv(self.features, self.dtype, name="conv1")(y, first)
         y = nn.silu(ChannelRMSNorm(name="norm2")(y))
@@ -219,6 +228,7 @@ class FrameAttention(nn.Module):
     def __call__(self, x: Float[Array, "b t h w c"]) -> Float[Array, "b t h w c"]:
         b, _, h, w, c = x.shape
         qkv = nn.Dense(3 * c, dtype=self.dtype, name="to_qkv")(ChannelRMSNorm(name="norm")(x))
+        # One head as wide as the features. Frames do not see each other: they join the batch.
         q, k, v = jnp.split(rearrange(qkv, "b t h w c -> (b t) h w c"), 3, axis=-1)
         k, v = (rearrange(y, "n h w c -> n (h w) c") for y in (k, v))
 
@@ -226,9 +236,12 @@ class FrameAttention(nn.Module):
             q, k, v = qkv  # of one frame: (h, w, c), (h * w, c), (h * w, c)
 
             def attend_row(q: Float[Array, "w c"]) -> Float[Array, "w c"]:
+                # (w, h * w). Scores and softmax in float32, whatever `dtype` is.
                 scores = jnp.einsum("qc,kc->qk", q, k, preferred_element_type=jnp.float32)
                 return nn.softmax(scores * c**-0.5).astype(self.dtype) @ v
 
+            # A row of queries has w * (h * w) scores, a frame (h * w)^2. If one frame is too large,
+            # it is worked off by rows, and frames one at a time.
             rows = max(1, min(h, SCORES_IN_MEMORY // (h * w * w)))
             return lax.map(attend_row, q, batch_size=rows)
 

@@ -79,8 +79,10 @@ class VAEEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w 3"], first: bool) -> Float[Array, "b t2 h2 w2 z2"]:
         cfg, block = self.config, residual(self.remat)
+        # (b, t, h / patch, w / patch, 3 * patch^2); Wan2.1 has a patch of 1.
         x = to_blocks(x, 1, cfg.patch)
         x = CausalConv(cfg.widths[0], self.dtype, name="conv_in")(x, first)
+        # All levels but the last halve rows and columns; some of them halve the frame rate, too.
         for level, width in enumerate(cfg.widths):
             for i in range(cfg.blocks):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
@@ -88,6 +90,7 @@ class VAEEncoder(nn.Module):
                 x = SpatialDownsample(width, self.dtype, name=f"level{level}_down")(x)
                 if cfg.temporal_down[level]:
                     x = TemporalDownsample(width, self.dtype, name=f"level{level}_time")(x, first)
+        # (b, 1 + k, h / 8, w / 8, widths[-1]) at the start of a clip, k latents later.
         x = MidBlock(self.remat, self.dtype, name="middle")(x, first)
         return OutputHead(2 * cfg.latent_channels, self.dtype, name="head")(x, first)
 
@@ -102,6 +105,7 @@ class VAEDecoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t2 h2 w2 z"], first: bool) -> Float[Array, "b t h w 3"]:
         cfg, block = self.config, residual(self.remat)
+        # The encoder's levels in the opposite order, coarsest first.
         widths, temporal_up = cfg.widths[::-1], cfg.temporal_down[::-1]
         x = CausalConv(widths[0], self.dtype, name="conv_in")(x, first)
         x = MidBlock(self.remat, self.dtype, name="middle")(x, first)
@@ -110,7 +114,9 @@ class VAEDecoder(nn.Module):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
             if level < len(widths) - 1:
                 if temporal_up[level]:
+                    # Twice the channels, which become two frames of `width` channels.
                     x = TemporalUpsample(2 * width, self.dtype, name=f"level{level}_time")(x, first)
+                # Wan halves the channels here; the next level's first block sets its own width.
                 x = SpatialUpsample(width // 2, self.dtype, name=f"level{level}_up")(x)
         x = OutputHead(3 * cfg.patch**2, self.dtype, name="head")(x, first)
         return from_blocks(x, 1, cfg.patch).astype(jnp.float32)
@@ -141,6 +147,7 @@ class VAE(nn.Module):
             self.klt = BlockTransform(z, cfg.stride, cfg.temporal_stride)
             self.head = DeblockingHead(cfg.head) if cfg.head else None
         else:
+            # Always in float32, unlike the decoder: errors of latents would cost bits.
             self.encoder = VAEEncoder(cfg, self.remat)
             self.quant = CausalConv(2 * z, window=(1, 1, 1))
             self.decoder = VAEDecoder(cfg, self.remat, self.dtype)
@@ -155,8 +162,10 @@ class VAE(nn.Module):
         if self.config.linear:
             mean = self.klt.forward(video, first)
             return mean, jnp.full_like(mean, LINEAR_LOGVAR)
+        # (b, t2, h2, w2, 2z), the mean before the log-variance.
         x = self.encoder(video, first)
         mean, logvar = jnp.split(self.quant(x, first), 2, axis=-1)
+        # The limits of diffusers; exp() of either is finite and positive in float32.
         return mean, jnp.clip(logvar, -30.0, 20.0)
 
     def decode(
@@ -207,6 +216,7 @@ class VAE(nn.Module):
 
         # rest: the part of the predicted frames that no latent can express.
         rest = predicted - self.klt.inverse(prediction[:, None], False)
+        # A predicted latent is never the first of a clip, hence the transform of later blocks.
         video = self.klt.inverse(latent[:, None], False) + of_pixels(detail) * rest
         start = 0 if cleaned is None else video.shape[1] - cleaned
         part = video[:, start:]
@@ -238,6 +248,7 @@ class VAE(nn.Module):
 
 def init_vae(vae: VAE, key: Key[Array, ""]) -> Tree:
     """Draws random parameters of a VAE."""
+    # Two latents in time, so that every layer sees a frame.
     side = 2 * vae.config.stride
     video = jnp.zeros((1, 1 + vae.config.temporal_stride, side, side, 3))
     return vae.init(key, video)["params"]
