@@ -30,8 +30,10 @@ MAX_CHUNK = 1 << 28  # bytes of payload
 END_MAGIC = b"\x89GNVEND\n"
 ENTRY = struct.Struct("<QQIHH")  # offset, first frame, chunk size, frames, mean q_index
 INDEX_HEAD = struct.Struct("<QI")  # frames in all, groups
+# The footer has a fixed size at the end of the file, so a reader finds the index from there.
 FOOTER = struct.Struct("<QII8s")  # index offset, index size, CRC32, magic
 CHUNK_OVERHEAD = 12  # bytes of type, length and CRC32
+# A claimed length makes a reader allocate no more than this before the bytes are there.
 BLOCK = 1 << 20  # largest number of bytes that is read at once
 
 
@@ -76,6 +78,7 @@ class StreamWriter:
         Raises:
             ValueError: If the group does not continue the stream.
         """
+        # A writer refuses what its own reader would refuse.
         group = parse_group(payload, temporal_stride=self.header.temporal_stride)
         if (group.number, group.first_frame) != (len(self.entries), self.frames):
             raise ValueError(f"group {group.number} does not follow group {len(self.entries) - 1}")
@@ -97,14 +100,17 @@ class StreamWriter:
                 f"{self.frames} frames were written, the header says {self.header.frame_count}"
             )
         at = self.offset
+        # The offsets are known only now, which is why the index comes last: nothing is patched.
         rows = [ENTRY.pack(*dataclasses.astuple(entry)) for entry in self.entries]
         self._chunk(b"INDX", INDEX_HEAD.pack(self.frames, len(rows)) + b"".join(rows))
+        # The footer's CRC32 covers where the index is, and the index chunk has its own.
         head = struct.pack("<QI", at, self.offset - at)
         self.file.write(FOOTER.pack(at, self.offset - at, zlib.crc32(head), END_MAGIC))
 
     def _chunk(self, kind: bytes, payload: bytes) -> None:
         if len(payload) > MAX_CHUNK:
             raise LimitExceeded(f"chunk {kind!r}: {len(payload)} bytes > {MAX_CHUNK}")
+        # The CRC32 covers type and length, too: a damaged length must not pass for a whole chunk.
         data = kind + struct.pack("<I", len(payload)) + payload
         self.file.write(data + struct.pack("<I", zlib.crc32(data)))
         self.offset += len(data) + 4
@@ -175,6 +181,7 @@ class StreamReader:
         if not tolerant:
             yield from self._groups(None)
             return
+        # Errors wait here until the next whole group tells how many frames are missing before it.
         lost: list[BitstreamError] = []
         frames = 0
         try:
@@ -184,11 +191,13 @@ class StreamReader:
                 yield group
         except BitstreamError as error:
             lost.append(error)
+        # What was lost at the end, where only the total tells: from the header, or the index.
         yield from self._share(lost, None if self.total is None else self.total - frames)
 
     def _share(self, lost: list[BitstreamError], missing: int | None) -> Iterator[BitstreamError]:
         """Takes the errors out of `lost`, each with its share of the missing frames."""
         while lost:
+            # Of several groups in a row, each takes as many frames as a group can have.
             error = lost.pop(0)
             if missing is not None:
                 error.n_frames = max(0, min(missing, self.header.gop_frames))
@@ -212,14 +221,18 @@ class StreamReader:
                     warnings.warn(f"index unusable ({error})", IndexRebuilt, stacklevel=2)
                     self._check_total(frames, frames)
                     return
+                # A tolerant reader steps over the chunk if it can find the next one.
                 after = None if lost is None else self._after(at, number, error)
                 if lost is None or after is None:
                     raise
                 lost.append(error)
+                # Where the next group begins is not known any more: it will be believed.
                 at, number, frames = after, number + 1, None
                 continue
             if kind == b"GOPC":
                 try:
+                    # The bytes are whole, but the fields may still contradict each other. The next
+                    # chunk follows all the same.
                     group = self._check(self._parse(payload), number, frames)
                 except MalformedChunk as error:
                     if lost is None:
@@ -270,6 +283,7 @@ class StreamReader:
         The index tells, if there is one; otherwise the length that the damaged chunk claims, whose
         field may of course be what is damaged.
         """
+        # `_groups` seeks before each chunk, so reading the index here does no harm.
         entries = self._stored_index if self.file.seekable() else []
         if isinstance(entries, list) and number < len(entries):
             return at + entries[number].size if entries[number].offset == at else None
@@ -281,6 +295,7 @@ class StreamReader:
         if len(payload) < INDEX_HEAD.size:
             raise MalformedChunk(f"index of {len(payload)} bytes")
         total, count = INDEX_HEAD.unpack_from(payload)
+        # The payload is read already; a count that is too large allocates nothing.
         if len(payload) != INDEX_HEAD.size + count * ENTRY.size:
             raise MalformedChunk(f"index of {len(payload)} bytes for {count} groups")
         rows = ENTRY.iter_unpack(payload[INDEX_HEAD.size :])
@@ -296,6 +311,7 @@ class StreamReader:
             error.n_frames = self._claimed_frames(kind, start, number)
             return error
 
+        # The length is checked against the limit and the rest of the file before it is believed.
         head = self._read(8)
         if len(head) < 8:
             raise truncated(8 - len(head))
@@ -308,6 +324,7 @@ class StreamReader:
         body = self._read(length + 4)
         if len(body) < length + 4:
             raise truncated(length + 4 - len(body), kind, body)
+        # Only now are the bytes known to be what was written.
         found, expected = zlib.crc32(head + body[:-4]), struct.unpack("<I", body[-4:])[0]
         if found != expected:
             error = ChecksumMismatch(
@@ -323,6 +340,7 @@ class StreamReader:
         """Number of frames that the head of a damaged group claims, 0 if that is not plausible."""
         if kind != b"GOPC":
             return 0
+        # The fields of a damaged group may be damaged themselves, hence the limit.
         frames = claimed_frames(start, number, self.header.version)
         return frames if frames is not None and frames <= self.header.gop_frames else 0
 
@@ -366,6 +384,7 @@ class StreamReader:
             return error
 
     def _scan(self) -> list[IndexEntry]:
+        # Up to the first damage, beyond which chunk borders are not known.
         entries, at = [], self.start
         try:
             while True:
@@ -381,6 +400,7 @@ class StreamReader:
         end = self.file.seek(0, io.SEEK_END)
         if end < self.start + FOOTER.size:
             raise Truncated("no footer")
+        # Footer, then index, then the places that it names: each is checked before it is used.
         self.file.seek(end - FOOTER.size)
         at, size, crc, magic = FOOTER.unpack(self.file.read(FOOTER.size))
         if magic != END_MAGIC or zlib.crc32(struct.pack("<QI", at, size)) != crc:

@@ -121,6 +121,7 @@ class EntropyCoder:
         return {}
 
     def _z_rows(self, kind: int, q_index: int) -> list:
+        # Models are kept: there is one per channel, and few quality groups occur in a stream.
         key = (kind, q_index * self.tables.z.shape[1] // 64)
         if key not in self._z_models:
             rows = self.tables.z_rows(kind, q_index)
@@ -146,13 +147,16 @@ class EntropyCoder:
         if np.any(latent.y[latent.index < self.tables.k_skip]):
             raise ValueError("symbols of y must be 0 where the scale index is below k_skip")
         # Everything in the opposite of the canonical order.
+        # counts[k] elements use table k; in `order` they lie side by side, by increasing k.
         order, counts = self._order(latent.index)
         symbols = np.asarray(latent.y).reshape(-1)[order].astype(np.int32) + SYMBOL_BOUND
         end = len(symbols)
         for k in range(len(counts) - 1, -1, -1):
             if counts[k]:
+                # One call per table rather than one per symbol, which is why y is sorted.
                 coder.push(symbols[end - counts[k] : end], self._y_models[k])
                 end -= counts[k]
+        # z goes in last, so that it comes out first: (h, w, cz) -> (cz, h * w).
         z = np.moveaxis(np.asarray(latent.z), -1, 0)
         channels = z.reshape(len(z), -1).astype(np.int32)
         models = self._z_rows(latent.kind, latent.q_index)
@@ -162,6 +166,8 @@ class EntropyCoder:
     def _order(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the coded elements in canonical order, and how many use each table."""
         flat = np.asarray(index, np.uint8).reshape(-1)
+        # The sort must be stable, since the order among equal indices is part of the format. For
+        # bytes, NumPy uses radix sort.
         positions = np.flatnonzero(flat >= self.tables.k_skip)
         order = positions[np.argsort(flat[positions], kind="stable")]
         return order, np.bincount(flat[positions], minlength=len(self.tables.y))
@@ -169,6 +175,7 @@ class EntropyCoder:
     def ideal_bits(self, latent: QuantisedLatent) -> float:
         """Information content of a latent's symbols under the integer tables, in bits."""
         order, _ = self._order(latent.index)
+        # -log2(frequency / 2**24), summed over all symbols that are written.
         k = np.asarray(latent.index).reshape(-1)[order]
         y_freq = self.tables.y[
             k, np.asarray(latent.y).reshape(-1)[order].astype(int) + SYMBOL_BOUND
@@ -192,6 +199,7 @@ class SegmentDecoder:
         """Decodes the hyperlatent of the next latent, int8 (h, w, cz)."""
         h, w, c = shape
         models = self.coder._z_rows(kind, q_index)
+        # One table per channel, hence channel by channel; then (h * w, c) -> (h, w, c).
         channels = [np.asarray(self.ans.pop(h * w, models[i])) for i in range(c)]
         return (np.stack(channels, -1).reshape(shape) - Z_BOUND).astype(np.int8)
 
@@ -199,6 +207,7 @@ class SegmentDecoder:
         """Decodes the symbols that belong to `index`, int8 of its shape, 0 where none is coded."""
         order, counts = self.coder._order(index)
         models = self.coder._y_models
+        # The tables in increasing order, as `_push` put them in from the other end.
         parts = [np.asarray(self.ans.pop(int(n), models[k])) for k, n in enumerate(counts) if n]
         out = np.zeros(index.size, np.int8)
         if parts:
@@ -224,6 +233,8 @@ def words_of(data: bytes) -> np.ndarray:
     if len(data) % 4:
         raise EntropyError(f"a segment must consist of words of 4 bytes, got {len(data)} bytes")
     words = np.frombuffer(data, "<u4")
+    # The last word is the top of the state, which is written without leading zeros. Only one form
+    # is accepted, so that equal symbols mean equal bytes.
     if len(words) and words[-1] == 0:
         raise EntropyError("a segment ends with a zero word")
     return words

@@ -95,6 +95,7 @@ def encode_group(
     crc_index = crc_symbols = 0
     for s in latents:
         crc_index, crc_symbols = _update(crc_index, crc_symbols, s)
+    # Levels mostly repeat with a short period, so a byte or two tell those of a whole group.
     intra, *others = (s.q_index for s in latents)
     pattern = bytes(_period(others))
     payload = (
@@ -118,6 +119,7 @@ def encode_group(
 
 def _period(levels: list[int]) -> list[int]:
     """Finds the shortest prefix that gives all levels when it is repeated."""
+    # A period p means that the sequence agrees with itself, moved by p.
     for p in range(1, len(levels)):
         if all(a == b for a, b in zip(levels, levels[p:])):
             return levels[:p]
@@ -144,6 +146,7 @@ def _parse_2(payload: bytes, temporal_stride: int) -> GroupPayload:
         value, at = _read_varint(payload, at, f"group: {name}")
         fields.append(value)
     number, first, n_frames = fields
+    # Every number is checked before it decides how much is read or allocated.
     count = 1 + -(-(n_frames - 1) // temporal_stride)
     if not 1 <= n_frames or count > MAX_LATENTS:
         raise MalformedChunk(f"group {number}: {n_frames} frames make {count} latents")
@@ -151,14 +154,17 @@ def _parse_2(payload: bytes, temporal_stride: int) -> GroupPayload:
         raise MalformedChunk(f"group {number}: ends before its quality levels")
     crc_index, crc_symbols = CHECKSUMS.unpack_from(payload, at)
     at += CHECKSUMS.size
+    # Quality levels: that of the intra latent, and the pattern of the others.
     intra, period = payload[at : at + 2]
     pattern = payload[at + 2 : at + 2 + period]
     at += 2 + period
+    # A pattern is there if and only if there are predicted latents, and is not longer than they.
     if len(pattern) < period or period > count - 1 or (period == 0) != (count == 1):
         raise MalformedChunk(f"group {number}: {period} quality levels for {count - 1} latents")
     levels = (intra, *(pattern[i % period] for i in range(count - 1)))
     if max(levels) >= QUALITIES:
         raise MalformedChunk(f"group {number}: q_index {max(levels)}, expected 0..{QUALITIES - 1}")
+    # Motion segment, then the latents' segment, which takes the rest.
     size, at = _read_varint(payload, at, f"group {number}: size of motion")
     if at + size > len(payload):
         raise MalformedChunk(
@@ -261,6 +267,7 @@ def decode_group(
     """
     count = len(group.q_indices)
     z_size, y_size = math.prod(z_shape), math.prod(y_shape)
+    # int8 for z and y, uint8 for the indices.
     need = count * (z_size + 2 * y_size) + SORT_BYTES * y_size
     if need > memory_limit:
         raise LimitExceeded(
@@ -272,6 +279,8 @@ def decode_group(
     crc_index = crc_symbols = 0
     latents: list[QuantisedLatent] = []
     problem = ""
+    # `problem` is the first fault of a segment. It is reported only if all index maps are right,
+    # since wrong symbols follow from a wrong map.
     segments = iter(group.segments)
     for i, q_index in enumerate(group.q_indices):
         # In version 1 every latent begins and ends a segment.
@@ -285,6 +294,7 @@ def decode_group(
             except EntropyError as error:
                 raise EntropyError(f"group {group.number}, latent {i}: {error}") from error
         kind, before = int(i > 0), latents[-1] if latents else None
+        # The order is forced: the indices need z and the latent before, and y needs the indices.
         z = decoder.z(kind, q_index, z_shape)
         index = scale_index(kind, q_index, z, before and before.y, before and before.index)
         latents.append(QuantisedLatent(kind, q_index, z, decoder.y(index), index))
@@ -309,6 +319,7 @@ def decode_group(
 
 def _update(crc_index: int, crc_symbols: int, s: QuantisedLatent) -> tuple[int, int]:
     """Continues both checksums over one latent."""
+    # Signed bytes in row, column, channel order, z before y.
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.z, np.int8).tobytes(), crc_symbols)
     crc_symbols = zlib.crc32(np.ascontiguousarray(s.y, np.int8).tobytes(), crc_symbols)
     return zlib.crc32(np.ascontiguousarray(s.index, np.uint8).tobytes(), crc_index), crc_symbols
@@ -317,6 +328,7 @@ def _update(crc_index: int, crc_symbols: int, s: QuantisedLatent) -> tuple[int, 
 def _varint(value: int) -> bytes:
     """Encodes a number as LEB128: seven bits per byte, least significant first."""
     out = b""
+    # The high bit says that another byte follows.
     while value >= 0x80:
         out += bytes([value & 0x7F | 0x80])
         value >>= 7
@@ -330,6 +342,7 @@ def _read_varint(data: bytes, at: int, what: str) -> tuple[int, int]:
         MalformedChunk: If it does not end within nine bytes.
     """
     value = 0
+    # Nine bytes hold 63 bits; a damaged number must not go on to the end of the payload.
     for i, byte in enumerate(data[at : at + 9]):
         value |= (byte & 0x7F) << 7 * i
         if byte < 0x80:

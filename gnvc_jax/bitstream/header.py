@@ -19,9 +19,14 @@ from gnvc_jax.bitstream.errors import (
     WrongModel,
 )
 
+# As in PNG: a byte that is not ASCII, both kinds of line end, and the end-of-file mark of DOS. A
+# transfer as text damages one of them.
 MAGIC = b"\x89GNV\r\n\x1a\n"
 VERSION = (2, 0)  # major and minor version of new streams
 READABLE = (1, 2)  # major versions
+# In groups: magic, versions; header size, required flags, optional flags, width, height, frame
+# rate; frame count; group sizes; strides, channels, bit depth; colour; channels of y and z;
+# fingerprints; CRC32 of the tables; k_skip, scales, bound, entropy format; reserved.
 FIXED = struct.Struct("<8sHHIIIIIIIQHH4B4BHH32s16sI4BQ")  # all but the entries and the CRC32
 UNKNOWN_COUNT = 2**64 - 1  # frame count in a stream that was written to a pipe
 MAX_HEADER = 65536  # bytes
@@ -128,6 +133,7 @@ class Header:
         """
         self.check()
         entries = sum(4 + len(data) for data in self.extra.values())
+        # Entries are padded to whole words; the CRC32 takes the last four bytes.
         size = FIXED.size + entries + -entries % 4 + 4
         if size > MAX_HEADER:
             raise LimitExceeded(f"header of {size} bytes, allowed {MAX_HEADER}")
@@ -181,6 +187,7 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
     Raises:
         BitstreamError: If the header is damaged; see docs/bitstream.md, section 6, for the kinds.
     """
+    # The smallest header. If the file is something else, no more is read of it.
     data = read(FIXED.size + 4)
     if data[: len(MAGIC)] != MAGIC:
         hint = " (line ends were converted)" if data[:4] == MAGIC[:4] else ""
@@ -189,6 +196,7 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
         raise NotThisFormat(f"only {len(data)} bytes, a header has {FIXED.size + 4}")
     fields = FIXED.unpack_from(data)
     major, minor, size, required = fields[1:5]
+    # The version comes first: another one may give every other field another meaning.
     if major not in READABLE:
         known = " and ".join(map(str, READABLE))
         raise UnsupportedVersion(f"version {major}.{minor}, this reader knows {known}")
@@ -197,11 +205,13 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
     data += read(size - len(data))
     if len(data) < size:
         raise Truncated(f"ends inside the header: {size - len(data)} bytes missing")
+    # Once the CRC32 is right, the bytes are as written: other faults are not damage.
     found, expected = zlib.crc32(data[:-4]), struct.unpack("<I", data[-4:])[0]
     if found != expected:
         raise HeaderCorrupt(f"header has CRC32 {found:08x}, expected {expected:08x}")
     if required:
         raise UnsupportedVersion(f"unknown required flags {required:#x}")
+    # The constants of `tables` and `plain`; a stream with others could not be decoded.
     scales, bound, entropy_format = fields[-4:-1]
     if (scales, bound, entropy_format) != (64, 127, 1):
         raise UnsupportedVersion(
@@ -230,6 +240,7 @@ def _read_extra(data: bytes) -> dict[int, bytes]:
             raise LimitExceeded(
                 f"header entry {kind} has {length} bytes, {len(data) - at - 4} left"
             )
+        # Type 0 with length 0 is padding.
         if kind or length:
             extra[kind] = data[at + 4 : at + 4 + length]
         at += 4 + length

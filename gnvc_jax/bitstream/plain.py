@@ -39,6 +39,7 @@ class AnsCoder:
 
     def push(self, symbols: list[int], frequencies: list[int]) -> None:
         """Pushes symbols (indices into `frequencies`) so that they pop in the given order."""
+        # Symbol s owns the slots start[s] .. start[s + 1] - 1.
         start = [0, *accumulate(frequencies)]
         for symbol in reversed(symbols):
             f = frequencies[symbol]
@@ -54,8 +55,10 @@ class AnsCoder:
         out = []
         for _ in range(count):
             slot = self.state & MASK
+            # The symbol that owns the slot; all frequencies are at least 1.
             symbol = bisect_right(start, slot) - 1
             self.state = frequencies[symbol] * (self.state >> PRECISION) + slot - start[symbol]
+            # One word is enough: a state of 2**32 or more leaves at least 2**8 behind.
             if self.words and self.state < 1 << WORD:
                 self.state = self.state << WORD | self.words.pop()
             out.append(symbol)

@@ -36,6 +36,8 @@ def frequencies_from_probabilities(p: np.ndarray) -> np.ndarray:
     p = np.asarray(p, np.float64)
     p = p / p.sum(axis=-1, keepdims=True)
     freq = np.floor(p * (TOTAL - p.shape[-1])).astype(np.int64) + 1
+    # Rounding down leaves between 0 and n to give away, which the most probable symbol hardly
+    # notices. argmax takes the first of several, as the specification says.
     rest = TOTAL - freq.sum(axis=-1, keepdims=True)
     mode = p.argmax(axis=-1)[..., None]
     np.put_along_axis(freq, mode, np.take_along_axis(freq, mode, -1) + rest, -1)
@@ -55,6 +57,7 @@ def gaussian_frequencies(scales: np.ndarray) -> np.ndarray:
     # its mirror image.
     edges = np.arange(-SYMBOL_BOUND, 1) - 0.5
     low = ndtr(edges / np.asarray(scales, np.float64)[:, None])
+    # The outer edge moves to minus infinity, so that symbol -127 holds the whole tail.
     low[:, 0] = 0.0
     half = np.diff(low, axis=-1)  # symbols -127..-1
     middle = 1.0 - 2.0 * low[:, -1:]
@@ -88,6 +91,8 @@ class Tables:
         y, z = self.y, self.z
         if y.shape != (SCALES, 2 * SYMBOL_BOUND + 1) or y.dtype != np.uint32:
             raise ModelCorrupt(f"symbol tables are {y.dtype} {y.shape}, expected uint32 (64, 255)")
+        # The bitstream relies on these properties without checking them again: a zero frequency,
+        # for one, would make a symbol that cannot be coded.
         good = z.ndim == 4 and z.shape[0] == 2 and z.shape[3] == 2 * Z_BOUND + 1
         if not good or QUALITIES % z.shape[1] or z.dtype != np.uint32:
             raise ModelCorrupt(
@@ -107,6 +112,7 @@ class Tables:
 
     def z_rows(self, kind: int, q_index: int) -> np.ndarray:
         """Tables (cz, 31) of the hyperlatent of one latent."""
+        # g groups share the 64 levels: floor(q_index * g / 64).
         return self.z[kind, q_index * self.z.shape[1] // QUALITIES]
 
     def crc32(self) -> int:
