@@ -38,6 +38,7 @@ class Chip:
     devices: int = 1
 
 
+# platform, operations/s, HBM in bytes, HBM in bytes/s, link in bytes/s, axes of the torus.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 << 30, 1228e9, 50e9, 3, devices=2),
     "v5e": Chip("v5e", 197e12, 16 << 30, 819e9, 50e9, 2),
@@ -47,7 +48,8 @@ CHIPS = {
 }
 
 # Dense bfloat16 operations per second of a device, by `jax.Device.device_kind`. Those of GPUs are
-# from the data sheets of NVIDIA, where the figures for sparse matrices are twice as high.
+# from the data sheets of NVIDIA, where the figures for sparse matrices are twice as high. "Lite" in
+# a kind is the "e" of v5e and v6e.
 PEAK_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -100,6 +102,7 @@ def topology_devices(text: str) -> list[jax.Device]:
     from jax.experimental import topologies
 
     chip, sizes = parse_topology(text)
+    # Settings that libtpu reads when it is loaded.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor to claim
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu_path())

@@ -70,6 +70,7 @@ def coding_for(
     # As in the coder, the columns of a frame are sharded over all devices: `context` has them all.
     data, refiner = experiment.data, experiment.refiner
     steps = steps if command == "decode" and refiner is not None else 0
+    # Frames of a group become one latent and another one for each stride of frames.
     latents = 1 + (data.frames - 1) // experiment.vae.temporal_stride
     mesh = make_mesh(MeshConfig(data=1, context=len(devices)), devices)
     found = {
@@ -85,6 +86,8 @@ def coding_for(
     if experiment.codec is None:
         raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
     motion = experiment.codec.motion is not None
+    # Each program runs once per latent of a group, the refiner once per step and window. The first
+    # latent counts as another.
     times = dict.fromkeys(PROGRAMS[command, motion], latents)
     if steps and refiner is not None:
         times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
@@ -93,6 +96,7 @@ def coding_for(
     networks = make_networks(experiment)
     params = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
     if refiner is not None:
+        # In the types that model files store and coders hold in memory.
         params["refiner"] = jax.tree_util.tree_map_with_path(
             lambda path, x: jax.ShapeDtypeStruct(x.shape, stored_dtype(path)), params["refiner"]
         )
@@ -112,6 +116,7 @@ def coding_for(
             found["programs"][name] = {"times": count, "flops": work} | one
     found["fits"] = all(one["fits"] for one in found["programs"].values())
     if found["fits"]:
+        # The same bounds as for training, see `planner.training.cost`, added up over the group.
         seconds = [(one["times"], one["roofline_s"].values()) for one in found["programs"].values()]
         best = sum(count * max(each) for count, each in seconds)
         worst = sum(count * sum(each) for count, each in seconds)
@@ -143,6 +148,8 @@ def coding_programs(
         Model("", vae, codec, {}, {}, zeros, zeros, ({}, {}), no_tables, 0, refiner, None, text)
     )
 
+    # Two placements: the same on all devices, and columns shared out. Frames and latents end in
+    # (..., width, channels), so columns are the last dimension but one.
     def whole(tree: Tree) -> Tree:
         place = NamedSharding(mesh, P())
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
@@ -157,9 +164,12 @@ def coding_programs(
     def array(*shape: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
+    # Shapes follow the data through the model: from frames to latents, symbols and decoded latents,
+    # each by tracing the program before.
     q_index, (height, width) = whole(array(1, dtype=jnp.int32)), experiment.data.size
     params = {part: whole(shapes) for part, shapes in params.items()}
     first, frames = (whole(array(1, count, height, width, 3)) for count in (1, vae.temporal_stride))
+    # The first latent leaves the states (caches) that programs of later latents take.
     latent, encoder = jax.eval_shape(used.encode_video, params["vae"], None, first)
     _, decoder = jax.eval_shape(used.decode_latents, params["vae"], None, latent)
     one = columns(jax.tree.map(lambda x: array(1, *x.shape[2:]), latent))
@@ -213,6 +223,7 @@ def planned(
     except jax.errors.JaxRuntimeError as error:
         return {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
     found = {"compile_s": round(time.perf_counter() - start, 1)}
+    # A coder holds the whole model, of which the first argument is a part; the rest comes on top.
     there = loaded + bytes_per_device(arguments[1:])
     found |= memory(compiled, chip.memory // chip.devices, there)
     return found | roofline(compiled.as_text(), operations, chip)

@@ -49,13 +49,16 @@ def _of_equation(equation: Any, trip_count: float) -> float:
         features = kernel[params["dimension_numbers"].rhs_spec[0]]
         # Zeros that a dilated input is filled up with need no multiplication.
         zeros = math.prod(params["lhs_dilation"])
+        # Per element of the output: the kernel without its output features.
         return 2.0 * math.prod(out) * math.prod(kernel) / features / zeros
     if name == "pallas_call":
         raise UsageError("kernels cannot be counted; choose an attention without them")
     if name == "cond":
         return max(_of(branch.jaxpr, trip_count) for branch in params["branches"])
     # Calls, loops and custom derivatives keep their bodies among their parameters.
+    # A ClosedJaxpr has its Jaxpr as an attribute; other parameters have no equations.
     inner = [getattr(x, "jaxpr", x) for x in params.values()]
     inner = [x for x in inner if hasattr(x, "eqns")]
+    # The condition of a while loop is among `inner`, too, but has no products.
     times = {"scan": params.get("length"), "while": trip_count}.get(name, 1)
     return times * sum(_of(jaxpr, trip_count) for jaxpr in inner)

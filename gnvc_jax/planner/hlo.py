@@ -201,6 +201,8 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
         if where.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         given = sum(size(types[where][x]) for x in one.operands if x in types[where])
+        # Of the operand, which is a device's own part for an all-gather and the whole array
+        # otherwise; see `Collective.sent`.
         part = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
         sent = given * part.get(kind, (n - 1) / n)
         if sent:
@@ -230,6 +232,7 @@ def traffic(text: str, trip_count: float = 1.0) -> float:
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
     total = 0.0
     for times, where, one in runs(entry, computations, trip_count):
+        # Operands and results are counted where they are used and made.
         if NO_TRAFFIC.fullmatch(one.operation):
             continue
         operands = [size(types[where].get(x, ""), on_chip=False) for x in one.operands]
@@ -237,8 +240,11 @@ def traffic(text: str, trip_count: float = 1.0) -> float:
         body = [one]
         if one.operation == "fusion":
             body = computations[one.calls("calls")]
+            # A fusion may take a slice of a large operand, such as one layer of stacked parameters.
             operands = [min(a, b) for a, b in zip(operands, touched(body))]
         for inner in body:
+            # In place: the part that is written is moved, and the rest of the buffer stays where it
+            # is.
             if inner.operation == "dynamic-update-slice" and inner.root:
                 updated = size(
                     types[where if inner is one else one.calls("calls")][inner.operands[1]]

@@ -23,6 +23,7 @@ def bytes_per_device(tree: Tree) -> int:
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
+        # Random keys have a type of their own, and take a few bytes.
         if not jax.numpy.issubdtype(x.dtype, jax.dtypes.prng_key)
     )
 
@@ -37,6 +38,7 @@ def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
     """
     stats = compiled.memory_analysis()
     arguments = stats.argument_size_in_bytes if arguments is None else arguments
+    # Donated arguments share memory with outputs ("alias"), which must not count twice.
     total = (
         arguments
         + stats.output_size_in_bytes
@@ -63,6 +65,7 @@ def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) 
         chip: Figures of the chip.
         trip_count: Trip count assumed for loops whose length is not known before they run.
     """
+    # Peak figures are per chip, and the program is that of a device: a chip may have two.
     sent, moved = hlo.collectives(text, trip_count), hlo.traffic(text, trip_count)
     return {
         "collectives": [dataclasses.asdict(one) for one in sent],
@@ -70,6 +73,7 @@ def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) 
         "roofline_s": {
             "compute": operations / (chip.flops / chip.devices),
             "hbm": moved / (chip.bandwidth / chip.devices),
+            # Links of one axis, one for each direction of the ring.
             "ici": sum(one.sent for one in sent) / (2 * chip.link / chip.devices),
         },
     }
@@ -90,6 +94,7 @@ def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
     reason = message.splitlines()[0]
     if "RESOURCE_EXHAUSTED" not in reason:
         raise RuntimeError(reason)
+    # Such as tensor<8x1024x1536xbf16>: sizes, then a type that ends in its number of bits.
     tensors = {
         (
             math.prod(map(int, dims.split("x"))) * int(width) // 8,

@@ -45,6 +45,7 @@ def plan(
     chip, _ = parse_topology(topology)
     if per_device is not None:
         mesh = experiment.mesh
+        # Devices along context and tensor share clips, so they do not make the batch larger.
         batch = per_device * device_count(topology) // (mesh.context * mesh.tensor)
         data = dataclasses.replace(experiment.data, batch=batch)
         experiment = dataclasses.replace(experiment, data=data)
@@ -62,6 +63,7 @@ def plan_for(
     pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
     if data.batch % pieces:
         raise UsageError(f"data.batch must be a multiple of {pieces}, got {data.batch}")
+    # The longest clips need the most memory and time.
     frames = max(data.lengths)
     arguments = abstract_arguments(stage, mesh, frames)
     step = jit_step(stage, mesh, *arguments[:2])
@@ -81,6 +83,7 @@ def plan_for(
         },
     }
     start = time.perf_counter()
+    # Lowering traces the very step that training runs, with shapes in place of arrays.
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)
         try:
@@ -177,12 +180,15 @@ def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: i
     sum over the resources (if nothing does).
     """
     experiment, devices = stage.experiment, found["devices"]
+    # Time follows from all operations, rematerialised ones included; MFU counts only what the model
+    # needs.
     per_device = found["flops"]["computed"] / devices
     resources = roofline(text, per_device, chip, stage.trip_count)
     seconds = resources["roofline_s"].values()
     best, worst = max(seconds), sum(seconds)
     rate = {
         "step_s": [best, worst],
+        # Useful operations over what a device could do in the shortest possible step.
         "mfu_bound": found["flops"]["model"] / devices / (chip.flops / chip.devices) / best,
         "clips_per_s": [experiment.data.batch / worst, experiment.data.batch / best],
         "chip_hours_per_epoch": [
