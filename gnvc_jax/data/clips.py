@@ -120,13 +120,18 @@ class RandomClip(RandomRead):
         if self.motion:
             # The search sees a little beyond the edge of the crop, as it does in whole frames.
             size = tuple(side + 2 * MARGIN for side in size)
+        # Always the same draws in the same order: a clip is a function of element and generator
+        # alone.
         halve, mirror = rng.random() < self.downscale_prob, rng.random() < 0.5
         full = (video.height, video.width)
+        # Twice the crop, if the video is that large; a smaller video gives what it has and is
+        # padded.
         scale = 2 if halve and all(2 * s <= f for s, f in zip(size, full)) else 1
         height, width = (min(scale * s, f) for s, f in zip(size, full))
         start = int(rng.integers(video.frames - self.frames + 1))
         top, left = (int(rng.integers(f - s + 1)) for f, s in zip(full, (height, width)))
         clip = video.read(start, self.frames, (top, left, height, width))
+        # Uncropped sides are halved here, mirrored and padded below: (frames, *size, 3) in the end.
         if scale == 2:
             clip = _halve(clip)
         if mirror:
@@ -153,8 +158,11 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Samp
     from gnvc_jax.motion.search import QUALITIES, estimate_bits, search, search_rate
 
     q_index = int(rng.integers(QUALITIES))
+    # Motion is searched at a random rate around that of the level, so that the codec meets fields
+    # of other encoders, too.
     rate = search_rate(q_index) * np.exp(rng.normal(0.0, RATE_JITTER))
     fields, previous = [], None
+    # Frames t + 1 to t + 4 belong to one latent and are predicted from frame t.
     for t in range(0, len(clip) - 1, 4):
         previous = search(clip[t + 1 : t + 5], clip[t], rate, previous)
         fields.append(previous)
@@ -173,6 +181,7 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Samp
 
 def _halve(clip: np.ndarray) -> np.ndarray:
     """Averages 2x2 pixels, rounded half up: (t, 2h, 2w, 3) -> (t, h, w, 3)."""
+    # Sums of four bytes need more than 8 bits; + 2 before dividing by 4 rounds half up.
     rows = clip[:, 0::2].astype(np.uint16) + clip[:, 1::2]
     return ((rows[:, :, 0::2] + rows[:, :, 1::2] + 2) // 4).astype(np.uint8)
 
@@ -256,6 +265,7 @@ class RowsOfProcesses(grain.MapDataset):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
+        # index = (batch * rows + row) * processes + process, by Grain's order.
         batch, place = divmod(index, self.rows * self.processes)
         row, process = divmod(place, self.processes)
         return self.parents[0][(batch * self.processes + process) * self.rows + row]
@@ -280,6 +290,8 @@ def endless_batches(
         batch, seed, shuffle, num_workers, worker_buffer, shard: See `clip_dataset`, which also says
             what the state of the iterator is.
     """
+    # Numbers first, shuffled anew in each epoch, then the elements: reading happens last, in
+    # workers.
     order = grain.MapDataset.range(count).seed(seed)
     if shuffle:
         order = order.shuffle()
@@ -289,6 +301,7 @@ def endless_batches(
     workers = grain.multiprocessing.MultiprocessingOptions(
         num_workers=num_workers, per_worker_buffer_size=worker_buffer
     )
+    # Batches are those of all processes; each iterator yields its own rows of them.
     return grain.experimental.ElasticIterator(
         RowsOfProcesses(order.repeat().random_map(draw), batch, processes),
         batch * processes,

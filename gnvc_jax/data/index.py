@@ -102,6 +102,7 @@ class ClipIndex:
         files = sorted(set(find_videos(Path(path))))
         self.left_out = LeftOut(limit=1.0) if left_out is None else left_out
         self.left_out.start(len(files))
+        # First what is in each file, then, with a cache, all its frames.
         cache = None if decode_cache is None else Path(decode_cache)
         known = {} if cache is None else _load_known(cache)
         look = functools.partial(_probe, known=known)
@@ -165,6 +166,7 @@ def find_videos(path: Path) -> list[Path]:
 def _key(file: Path) -> str:
     """Key of a file in the cache, which changes when the file does."""
     stat = file.stat()
+    # Path, size and time of modification in place of a checksum, which would have to read the file.
     return f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
@@ -222,6 +224,7 @@ def _decode(video: Video, cache: Path) -> Video:
 
 def _write_array(video: Video, target: Path) -> None:
     """Writes all frames to a .npy file, one by one; a memory map could not report a full disk."""
+    # NumPy's own format, so that the array can be memory-mapped afterwards.
     shape = (video.frames, video.height, video.width, 3)
     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
     with open_video(video.path) as frames, open(target, "wb") as out:

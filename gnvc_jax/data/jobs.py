@@ -62,10 +62,12 @@ def for_each_video(
     """
     folder, failed = Path(folder), {}
     videos = sorted(set(find_videos(Path(source))))
+    # Every shard-th video of the sorted list: processes need not talk to each other.
     mine = videos[shard[0] :: shard[1]]
     for video in tqdm(mine, unit="video", desc=title, disable=not progress or None):
         name = keyed_name(video.stem, video_key(video))
         row = folder / f"{name}.json"
+        # The row is written after the output, so a row means that the output is complete.
         known = read_row(row)
         if known and LEFT_OUT not in known and known.get("settings") == settings:
             continue
@@ -112,6 +114,8 @@ def write_manifest(folder: Path, columns: Sequence[str], videos: Sequence[Path])
             output.
     """
     rows = [row for path in sorted(folder.glob("*.json")) if (row := read_row(path))]
+    # A video that has changed has an old row beside the new one; a failure counts only where there
+    # is no output of it.
     done = {row["video"] for row in rows if LEFT_OUT not in row}
     open_ones = set(map(str, videos)) - done
     text = io.StringIO()

@@ -95,10 +95,12 @@ def write_latents(
 
 def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -> int:
     """Writes the records of one video to a new file, and returns their number."""
+    # Groups of one record: random access then reads no other record.
     writer, count = ArrayRecordWriter(str(target), "group_size:1"), 0
     with contextlib.closing(writer):
         for clip in _clips(video, info.frames, 2 * info.stride):
             buffer = io.BytesIO()
+            # Half the size of float32. Normalised latents are around 1, where float16 has 11 bits.
             np.save(buffer, np.asarray(encode(clip), np.float16))
             data = buffer.getvalue()
             writer.write(zlib.crc32(data).to_bytes(HEAD, "little") + data)
@@ -196,6 +198,7 @@ class RandomLatents(RandomRead):
         record = self._source[element]
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
             raise UsageError("damaged record")
+        # The first latents of a record, since only its first latent stands for a single frame.
         latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.latents]
         if any(s > n for s, n in zip(self.size, latents.shape[1:3])):
             raise UsageError(
@@ -243,6 +246,7 @@ def latent_dataset(
         TooMuchLeftOut: If too much of it cannot be read; the iterator may raise it, too.
     """
     info, folder = read_info(folder), Path(folder)
+    # The JSON file is written last, so an array without one is not complete.
     paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())
     if not paths:
         raise FileNotFoundError(f"{folder}: no latents found; create them with gnvc cache-latents")
