@@ -158,8 +158,7 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Samp
     from gnvc_jax.motion.search import QUALITIES, estimate_bits, search, search_rate
 
     q_index = int(rng.integers(QUALITIES))
-    # Motion is searched at a random rate around that of the level, so that the codec meets fields
-    # of other encoders, too.
+    # The rate varies around that of the level: the codec meets sparser and denser fields.
     rate = search_rate(q_index) * np.exp(rng.normal(0.0, RATE_JITTER))
     fields, previous = [], None
     # Frames t + 1 to t + 4 belong to one latent and are predicted from frame t.
