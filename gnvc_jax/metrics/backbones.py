@@ -25,6 +25,7 @@ from gnvc_jax.convolution import conv2d
 from gnvc_jax.files import not_weights
 from gnvc_jax.restricted_pickle import NUMPY_ARRAYS, RestrictedUnpickler
 
+# In pixels; with this side, the last activations of AlexNet are a single pixel.
 MIN_SIDE = 32
 
 # What follows each convolution: "tap" returns the activation, "pool" halves its resolution.
@@ -101,13 +102,16 @@ def features(
     """
     if len(backbone) not in _PLANS:
         raise ValueError(f"backbone has {len(backbone)} convolutions, expected 5 or 13")
+    # AlexNet pools 3x3, VGG16 2x2, both with a stride of 2.
     window = 3 if len(backbone) == len(_ALEX) else 2
     taps, z = [], jnp.asarray(z, dtype)
     for conv, then in zip(backbone, _PLANS[len(backbone)], strict=True):
         kernel = jnp.asarray(conv["kernel"], dtype)
         size = kernel.shape[0]
+        # AlexNet's first kernel is 11x11 with a stride of 4; all others keep the size.
         stride, pad = (4, 2) if size == 11 else (1, size // 2)
         with jax.default_matmul_precision(precision):
+            # Images take the place of frames of a single clip: (1, b, h, w, c).
             z = conv2d(z[None], kernel, stride=stride, padding=((pad, pad), (pad, pad)))[0]
         z = jax.nn.relu(z + jnp.asarray(conv["bias"], dtype))
         if "tap" in then:
@@ -171,6 +175,7 @@ def _from_safetensors(net: str, path: Path) -> dict:
     try:
         return {
             "backbone": [
+                # Torch's (out, in, h, w) becomes (h, w, in, out).
                 {"kernel": found[f"{i}.weight"].transpose(2, 3, 1, 0), "bias": found[f"{i}.bias"]}
                 for i in TORCH_INDEX[net]
             ],

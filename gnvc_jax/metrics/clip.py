@@ -83,6 +83,7 @@ def preprocess(
     """
     h, w = frames.shape[1:3]
     short = min(h, w)
+    # Rounded down, as torchvision does for the longer side.
     rows, columns = (int(size * side / short) for side in (h, w))
     top, left = (rows - size) // 2, (columns - size) // 2
     box = (left, top, left + size, top + size)
@@ -104,9 +105,11 @@ def embed(
         x = images.reshape(b, h // p, p, w // p, p, 3)
         patches = params["embeddings.patch_embedding.weight"]
         x = jnp.einsum("brpcqi,oipq->brco", x, patches).reshape(b, -1, patches.shape[0])
+        # (b, 1 + patches, channels): the class token comes first, and its output is the embedding.
         first = jnp.broadcast_to(params["embeddings.class_embedding"], (b, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], 1) + params["embeddings.position_embedding.weight"]
         x = _norm(params, "pre_layrnorm", x)
+        # Layers have equal shapes and are stacked: one compiled body for all of them.
         x, _ = jax.lax.scan(lambda x, layer: (_layer(encoder, layer, x), None), x, encoder.layers)
         x = _norm(params, "post_layernorm", x[:, 0]) @ params["visual_projection.weight"].T
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
@@ -189,6 +192,7 @@ def cmmd(x: np.ndarray, y: np.ndarray) -> float:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
 
     def mean(a: np.ndarray, b: np.ndarray) -> float:
+        # |a - b|² of all pairs, (n, m), in float64: the three means nearly cancel.
         squares = np.square(a).sum(-1)[:, None] + np.square(b).sum(-1) - 2 * a @ b.T
         return float(np.exp(squares / (-2 * SIGMA**2)).mean())
 

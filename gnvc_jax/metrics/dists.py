@@ -57,6 +57,7 @@ def _stages(
     backbone: list, x: Float[Array | np.ndarray, "b h w 3"]
 ) -> list[Float[Array | np.ndarray, "b _h _w _c"]]:
     """The image itself and five activations of VGG."""
+    # ImageNet's statistics, for values in [0, 1].
     return [x, *features(backbone, (x - _MEAN) / _STD, pool=_l2_pool)]
 
 

@@ -49,6 +49,7 @@ def ms_ssim(
     x, y = _planes(x), _planes(y)
     product = jnp.ones(())
     for scale, weight in enumerate(WEIGHTS):
+        # Luminance counts at the coarsest scale alone, contrast and structure at all of them.
         full, contrast = _similarity(x, y, data_range)
         last = scale == len(WEIGHTS) - 1
         product *= _power(full if last else contrast, weight)
@@ -73,7 +74,9 @@ def _similarity(
     x: Float32[Array, "b c h w"], y: Float32[Array, "b c h w"], data_range: float
 ) -> tuple[Float32[Array, "b c"], Float32[Array, "b c"]]:
     """Spatial means (b, c) of the full SSIM and of its contrast-structure factor."""
+    # K1 and K2 of the paper: they keep quotients stable where means or variances vanish.
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
+    # All five in one pass, (5, b, c, h, w).
     moments = _blur(jnp.stack([x, y, x * x, y * y, x * y]))
     mx, my, xx, yy, xy = moments
     contrast = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)

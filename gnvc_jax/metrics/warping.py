@@ -103,6 +103,7 @@ def _errors(
     backward: Float32[Array | np.ndarray, "h w 2"],
 ) -> Float32[Array, " n"]:
     """Masked mean squared errors (n,) of n pairs of adjacent frames (n, 2, h, w, 3) uint8."""
+    # Source and output have the flow and the mask in common, so that only what they show differs.
     pairs = pairs.astype(jnp.float32) / 255
     keep = valid(forward, backward).astype(jnp.float32)
     warped = jax.vmap(warp, in_axes=(0, None))(pairs[:, 1], forward)
@@ -129,9 +130,12 @@ def valid(
     rows, columns = _places(forward)
     h, w = rows.shape
     inside = (rows >= 0) & (rows <= h - 1) & (columns >= 0) & (columns <= w - 1)
+    # Where both flows agree, going there and back ends where it began. Thresholds here and below
+    # are those of Sundaram, Brox and Keutzer (ECCV 2010).
     back = warp(backward, forward)
     size = jnp.square(forward).sum(-1)
     occluded = jnp.square(forward + back).sum(-1) > 0.01 * (size + jnp.square(back).sum(-1)) + 0.5
+    # Squared gradients of both components of the flow, (h, w); large ones are borders of motion.
     slopes = sum(
         jnp.square(jnp.diff(forward, axis=axis, append=forward.take(jnp.array([-1]), axis))).sum(-1)
         for axis in (0, 1)
