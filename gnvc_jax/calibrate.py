@@ -96,6 +96,7 @@ def calibrate(
         raise UsageError(
             f"the codec must be without motion and for {vae_config.latent_channels} channels"
         )
+    # The first pass measures while it encodes, and keeps a few clips for the second pass.
     encode, _ = frozen_encoder(vae, frames)
     index = ClipIndex(source, None, LeftOut())
     batches = iter(clip_dataset(index, frames=frames, size=size, batch=1, seed=0))
@@ -117,6 +118,7 @@ def default_config(vae: str, channels: int) -> CodecConfig:
     """Chooses the sizes of the codec for a VAE, see `calibrate`."""
     if has_component(vae, "vae") or is_run(vae):
         return CodecConfig(latent_channels=channels)
+    # Calibration is for codecs without motion, even if the model's own has some.
     return dataclasses.replace(find_model(vae).codec_config, motion=None, intra_offset=0)
 
 
@@ -129,6 +131,7 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
     """
     kinds: tuple[Literal["intra", "inter"], ...] = ("intra", "inter")
     channels = config.latent_channels
+    # plain: channels of the latents, for the whitening; cells: what is coded, for the basis.
     plain = {kind: Moments(channels) for kind in kinds}
     cells = {kind: Moments(4 * channels) for kind in kinds}
     for latents in clips:
@@ -140,10 +143,12 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
             cells[kind].add(space_to_depth(coded[kind]))
     if not plain["inter"].count:
         raise UsageError("there are no latents to measure")
+    # The two steps stand for lambda: the worth of an error at which each would be the best step.
     worth = worth_of_step(COARSEST), worth_of_step(FINEST)
     init = jax.jit(lambda key: init_codec(LatentCodec(config), key))
     params = jax.device_get(init(jax.random.key(0)))
     for kind in kinds:
+        # Transform, steps and tables of this kind; its hyperlatent is zero.
         variances = np.diag(plain[kind].covariance)
         part = init_from_statistics(params, config, kind, cells[kind], variances, *worth)
         part["entropy"] = quiet_hyperprior(part["entropy"])
@@ -171,6 +176,7 @@ def tables_from_symbols(
         levels = jnp.full(len(latents), q_index)
         output = codec.apply({"params": params}, latents, levels, jax.random.key(0))
         output = cast(LatentCodecOutput, output)
+        # Tables have mean zero, so squares are measured about zero, too.
         squares = jnp.mean(output.symbols.y**2, axis=(2, 3))  # (b, t, cy)
         return jnp.stack([squares[:, 0].mean(0), squares[:, 1:].mean((0, 1))])
 

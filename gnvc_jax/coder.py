@@ -24,7 +24,9 @@ from gnvc_jax.media.video import VideoInfo
 from gnvc_jax.motion import MotionField, expand
 from gnvc_jax.motion.coding import encode_fields
 
+# Users count as in other codecs, 0 for the best; streams and networks count q_index = 63 - qp.
 MAX_QP = 63
+# One intra latent and 24 predicted ones of four frames each.
 DEFAULT_GOP = 97
 Progress = Callable[[int], None]  # called with the number of frames that were finished
 
@@ -104,6 +106,8 @@ class Coder(Decoder):
         """
         check_qp(qp)
         check_columns(header.width, header.latent_stride)
+        # One iterator for the whole video: each group takes its frames from where the last one
+        # stopped, and a group without frames is the end.
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
         while True:
             group = itertools.islice(frames, header.gop_frames)
@@ -149,7 +153,10 @@ class Coder(Decoder):
         cache = state = source = reference = None
         previous = (None, None)
         predicted = prediction = None
+        # The first latent stands for one frame, each later one for `stride` frames, as in the
+        # causal VAE.
         while chunk := list(itertools.islice(frames, stride if latents else 1)):
+            # Frames are checked as they come: nothing is known of them in advance.
             for frame in chunk:
                 check_frame(frame, header.height, header.width, first + count)
             kind, given, q_index = int(bool(latents)), len(chunk), levels[len(latents)]
@@ -165,11 +172,14 @@ class Coder(Decoder):
                     vectors = expand(fields[-1])
                     predicted, prediction = self.functions.predict(reference, vectors)
             with self.timed("vae"):
+                # (1, 1, h, w, c): one latent, with axes for clips and time.
                 latent, cache = self.functions.encode_video(cache, to_float(chunk)[None])
                 latent.block_until_ready()  # so that the clocks tell where time is spent
             with self.timed("codec"):
                 coded = self.functions.analyse(latent[:, 0], state, q_index, prediction)
                 z, y = (np.asarray(v, np.int8) for v in coded[:2])
+                # The indices come from the exported integers, as in the decoder, not from the
+                # network in training form.
                 index = self.functions.scale_index(kind, q_index, z, *previous)
                 # Symbols that are almost surely zero are not coded; the decoder takes them as zero.
                 y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
@@ -177,6 +187,8 @@ class Coder(Decoder):
                 decoded, state = self.functions.reconstruct(
                     latent_symbols(z, y, index), state, q_index, prediction
                 )
+            # The next latent is predicted from the last frame as decoded, its motion searched from
+            # the last frame of the source.
             if self.motion:
                 shown = self._frames(decoded, prediction, predicted)
                 source, reference = chunk[-1], shown[0, -1]
@@ -229,6 +241,7 @@ def check_gop(gop: int, stride: int) -> None:
     Raises:
         UsageError: If the length is not 1 + stride * k for any k < 256.
     """
+    # A group has at most 256 latents (`gnvc_jax.bitstream.group.MAX_LATENTS`).
     most = 1 + 255 * stride
     if gop < 1 or (gop - 1) % stride or gop > most:
         raise UsageError(f"gop must be 1 + {stride}k frames in [1, {most}], got {gop}")

@@ -110,6 +110,7 @@ def conv_in_time(
     Returns:
         (t + zeros - kt) // stride + 1 frames.
     """
+    # Tap k of output j sees frame stride * j + k, so each tap is a strided slice of the frames.
     x = jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
     taps = len(kernel)
     span = (x.shape[1] - taps) // stride * stride + 1  # frames from the first to the last output
@@ -126,6 +127,7 @@ def depthwise3x3(
     float32 and in integer types; a library convolution (Winograd, FFT) does not promise that. The
     function works on JAX and on NumPy arrays.
     """
+    # `numpy` or `jax.numpy`, whichever the array belongs to.
     xp: Any = x.__array_namespace__()
     *batch, h, w, _ = x.shape
     padded = xp.pad(x, [(0, 0)] * len(batch) + [(1, 1), (1, 1), (0, 0)])
@@ -154,6 +156,7 @@ def _direct_conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Ar
 def _direct_conv3d(x: Array, kernel: Array, zeros: int) -> Array:
     _, kh, kw, *_ = kernel.shape
     return lax.conv_general_dilated(
+        # Padding in time is explicit, since it is on one side only.
         jnp.pad(x, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0))),
         kernel,
         window_strides=(1, 1, 1),
@@ -181,6 +184,7 @@ def _suits_winograd(x: Array, kernel: Array) -> bool:
 
 
 def _cpu_conv2d(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+    # What follows is for stride 1.
     if stride != 1:
         return _direct_conv2d(x, kernel, stride, padding)
     if padding == SAME and _suits_winograd(x, kernel):
@@ -201,6 +205,7 @@ def _cpu_conv3d(x: Array, kernel: Array, zeros: int) -> Array:
     outputs = []
     for k in range(kt):
         missing = max(0, zeros - k)  # leading outputs for which this tap sees zeros
+        # Output j sees frame j + k - zeros of x at this tap.
         seen = x[:, max(0, k - zeros) : k - zeros + t]
         tap = _cpu_conv2d(seen, kernel[k], 1, ((kh // 2, kh // 2), (kw // 2, kw // 2)))
         outputs.append(jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0))))
@@ -216,6 +221,8 @@ def _cpu_conv2d_of_doubled(x: Array, kernel: Array) -> Array:
     one of four ways, by whether its row and its column are even or odd.
     """
     # merge[parity of the output, tap of the small kernel, original weight]
+    # Output row 2y + p sees rows 2y + p - 1 to 2y + p + 1 of the doubled image: y - 1, y, y if p is
+    # 0, and y, y, y + 1 if p is 1.
     merge = jnp.array([[[1, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]], kernel.dtype)
     kernels = jnp.einsum("pri,qsj,ijco->pqrsco", merge, merge, kernel)
 
@@ -246,6 +253,7 @@ def _fast_gradient_backward(
     padding: Padding, saved: tuple[Array, Array], dy: Array
 ) -> tuple[Array, Array]:
     x, kernel = saved
+    # Only the kernel gradient is replaced.
     dx = jax.vjp(lambda x: _xla_conv2d(x, kernel, 1, padding), x)[1](dy)[0]
     kh, kw, c, o = kernel.shape
     _, h, w, _ = dy.shape

@@ -143,6 +143,7 @@ class Decoder:
         """
         h, w = self._grid(header)
         cfg = self.model.codec_config
+        # Shapes follow from header and model; a segment holds nothing but symbols.
         z_shape, y_shape = (h, w, cfg.z_channels), (4 * h, 4 * w, cfg.y_channels)
         with self.timed("entropy"):
             return decode_group(group, self.entropy, self.functions.scale_index, z_shape, y_shape)
@@ -160,16 +161,19 @@ class Decoder:
             return []
         if len(group.q_indices) == 1:
             return []
+        # Motion is coded on 32x32 blocks of the padded frame: side x side per hyperlatent.
         side = self.unit // COARSE
         h, w = (side * n for n in self._grid(header))
         with self.timed("entropy"):
             decoder = MotionDecoder(group.motion, self.entropy)
+            # One field per predicted latent; each is coded with contexts from the one before.
             fields = [decoder.next((h, w)) for _ in group.q_indices[1:]]
             decoder.finish()
         return fields
 
     def _grid(self, header: Header) -> tuple[int, int]:
         """Number of rows and columns of hyperlatents."""
+        # Rounded up, since frames or latents are padded to whole units.
         return -(-header.height // self.unit), -(-header.width // self.unit)
 
     def decode_group(
@@ -189,12 +193,14 @@ class Decoder:
         if steps is None:
             steps = self.steps
         decoded = self._decoded(header, group)
+        # The refiner sees all latents of a group at once, so frames must wait for the last of them.
         if steps:
             decoded = self._refined(group, list(decoded), steps)
         # The codec works on padded latents. Without motion the encoder's VAE saw frames with less
         # padding; its decoder is given latents of that size.
         h, w = (-(-side // self.padding) * self.padding for side in (header.height, header.width))
         h, w = (side // header.latent_stride for side in (h, w))
+        # The last latent may stand for more frames than the group has.
         cache, left = None, group.n_frames
         for latent, _, frames in decoded:
             if frames is None:
@@ -233,6 +239,8 @@ class Decoder:
             (1, t, h, w, 3). With motion the next latent is predicted from these frames; without it
             they are None, and left to the caller.
         """
+        # All symbols of the group are decoded first: that takes no network but the integer one, and
+        # a damaged group is refused before any frame is shown.
         state = predicted = prediction = frames = None
         symbols, fields = self.symbols(header, group), self.fields(header, group)
         for i, s in enumerate(symbols):
@@ -243,6 +251,7 @@ class Decoder:
             with self.timed("codec"):
                 integers = latent_symbols(s.z, s.y, s.index)
                 decoded, state = self.functions.reconstruct(integers, state, s.q_index, prediction)
+                # JAX computes asynchronously; without waiting, the clock would stop too early.
                 decoded.latent.block_until_ready()
             if self.motion:
                 frames = self._frames(decoded, prediction, predicted)
@@ -262,6 +271,7 @@ class Decoder:
         for t, (latent, _, frames) in enumerate(decoded):
             if frames is not None:
                 with self.timed("vae"):
+                    # Codecs with motion have a linear VAE: what is added to latents adds to frames.
                     frames = self.functions.add_latent(frames, refined[:, t] - latent, t == 0)
             yield refined[:, t], None, frames
 
@@ -294,6 +304,7 @@ class Decoder:
 def _stack(group: GroupPayload, decoded: list[tuple[Array, Array, Array | None]]) -> DecodedGroup:
     """Stacks the latents and features of a group along a time axis."""
     latents, features = (jnp.stack(part, axis=1) for part in list(zip(*decoded))[:2])
+    # The level of the last latent stands for the group; the first may be coded at a better one.
     return DecodedGroup(latents, features, group.q_indices[-1], group.crc_symbols)
 
 

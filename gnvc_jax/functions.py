@@ -78,11 +78,14 @@ def codec_programs(model: Model) -> CodecPrograms:
     Parameters are passed when a program is called: of the model, only configurations, statistics
     and text are used here.
     """
+    # Modules without parameters. The statistics are small and become constants of the programs.
     vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
     mean, std = model.mean, model.std
 
     @jax.jit
     def encode_video(params: Tree, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
+        # A cache of None and a dictionary are different inputs to jit: two programs, for the start
+        # of a group and for what follows.
         latents, cache = encode_chunk(vae, params, cache, shard_columns(frames))
         return (latents - mean) / std, shard_columns(cache)
 
@@ -102,12 +105,14 @@ def codec_programs(model: Model) -> CodecPrograms:
     def compensate(
         params: Tree, decoded: DecodedLatent, prediction: Array, predicted: Array
     ) -> Array:
+        # Back to the units of the VAE, whose inverse transform is applied.
         latents = (x * std + mean for x in (decoded.latent, prediction))
         given = *latents, predicted, decoded.fresh, decoded.detail
         return to_uint8(cast(Array, vae.apply({"params": params}, *given, method="compensate")))
 
     @functools.partial(jax.jit, static_argnames="first")
     def add_latent(params: Tree, frames: Array, latent: Array, first: bool) -> Array:
+        # A difference of latents: the mean cancels.
         given = to_float(frames), latent[:, None] * std, first
         return to_uint8(cast(Array, vae.apply({"params": params}, *given, method="add_latents")))
 
@@ -122,6 +127,7 @@ def codec_programs(model: Model) -> CodecPrograms:
         # Frames were padded for the VAE only; the codec needs multiples of eight latents.
         latent = shard_columns(pad_latents(latent[:, None])[:, 0])
         inputs = latent, state, q_index, prediction
+        # The bitstream knows no batch axis, and its symbols are integers.
         symbols = codec.apply({"params": params}, *inputs, method="encode")
         return jax.tree.map(lambda x: x[0].astype(jnp.int32), symbols)
 
@@ -133,6 +139,7 @@ def codec_programs(model: Model) -> CodecPrograms:
         q_index: Array,
         prediction: Array | None,
     ) -> tuple[DecodedLatent, CodecState]:
+        # Networks hold whole numbers in float32, with a batch axis.
         symbols = jax.tree.map(lambda x: x.astype(jnp.float32)[None], symbols)
         inputs = symbols, state, q_index, prediction
         return shard_columns(codec.apply({"params": params}, *inputs, method="decode"))
@@ -180,10 +187,15 @@ class CodecFunctions:
 
     def __init__(self, model: Model):
         self.model, self.programs = model, codec_programs(model)
+        # Parameters lie on every device of the mesh; only frames and what is made of them are
+        # divided.
         mesh = jax.sharding.get_mesh()
         everywhere = None if mesh.empty else NamedSharding(mesh, P())
 
         def place(params: Tree, dtype: Callable = lambda path: np.float32) -> Tree:
+            # Model files hold kernels in float16. VAE and codec compute in float32, encoder and
+            # decoder from the same rounded values; the refiner keeps the stored type, which halves
+            # its memory.
             cast = jax.tree_util.tree_map_with_path(
                 lambda path, x: np.asarray(x, dtype(path)), params
             )
@@ -236,6 +248,7 @@ class CodecFunctions:
         self, latent: Array, state: CodecState | None, q_index: int, prediction: Array | None = None
     ) -> LatentSymbols:
         """Codes a latent to symbols, without the batch axis; an intra latent has no state."""
+        # An array rather than a Python number, so that another level does not compile again.
         q = jnp.full((1,), q_index)
         return self.programs.analyse(self.codec_params, latent, state, q, prediction)
 
@@ -286,6 +299,7 @@ class CodecFunctions:
     ) -> np.ndarray:
         """Table indices (h, w, cy) uint8 of one latent; see `gnvc_jax.bitstream.ScaleIndex`."""
         if prev_y is None or prev_index is None:
+            # The latent before an intra latent: all zeros, on the grid of y.
             h, w, _ = z.shape
             prev_y = prev_index = np.zeros((4 * h, 4 * w, self.model.codec_config.y_channels))
         return self._network(
@@ -314,6 +328,7 @@ class CodecFunctions:
             return scales.scale_index_numpy(model.codec_config, tables, q_index, *integers)
 
         for network in (jitted(jnp.float32), jitted(jnp.int32), reference):
+            # `f=network` binds this turn's network; a plain closure would see the variable change.
             crc = self_test(
                 model.codec_config, model.scale_networks, lambda _, *args, f=network: f(*args)
             )

@@ -44,9 +44,11 @@ def save_model(path: str | Path, model: Model) -> None:
         "self_test": model.self_test_crc,
         "fingerprints": [f.hex() for f in model.fingerprints],
     }
+    # Fingerprints cover codec and VAE; the checksum covers the rest, the refiner and these facts.
     arrays = to_arrays(model)
     facts["checksum"] = checksum(facts, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Written under another name and renamed, so that a file of this name is always whole.
     with atomic_output(path) as temporary:
         save_file(arrays, temporary, metadata={"gnvc": json.dumps(facts)})
 
@@ -63,6 +65,7 @@ def load_model(path: str | Path) -> Model:
     if kind := not_weights(Path(path)):
         raise ModelCorrupt(f"{path}: not a model file but {kind}")
     try:
+        # Names such as "codec/intra/basis" become nested dictionaries, as Flax wants them.
         with safe_open(path, framework="numpy") as file:
             facts = json.loads(file.metadata()["gnvc"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}
@@ -86,12 +89,14 @@ def load_model(path: str | Path) -> Model:
             nested.get("refiner"),
             nested.get("text"),
             nested.get("white"),
+            # As stored, not as parsed: fingerprints must not change when a config gets a new field.
             {name: facts[name] for name in ("vae", "codec")},
         )
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error
     if [f.hex() for f in model.fingerprints] != facts["fingerprints"]:
         raise ModelCorrupt(f"{path}: contents do not match the fingerprint")
+    # The checksum was taken of the facts without itself, so it is removed before the comparison.
     if facts.pop("checksum", None) not in (None, checksum(facts, arrays)):
         raise ModelCorrupt(f"{path}: contents do not match the checksum")
     return model

@@ -43,6 +43,7 @@ FROM_INPUT = np.array(
 # Product of the differences to the other points, by which interpolation divides; here the kernel
 # takes the division.
 SCALE = np.array([P2 * Q2, *2 * [2 * P2 * (P2 - Q2)], *2 * [2 * Q2 * (Q2 - P2)]])
+# (6, 3): powers 0 to 2 of each point; (4, 6) below: powers 0 to 3. Infinity has the last alone.
 FROM_KERNEL = np.vstack([np.vander(POINTS, TAPS, increasing=True) / SCALE[:, None], [0, 0, 1]])
 TO_OUTPUT = np.vstack([np.vander(POINTS, TILE, increasing=True), [0, 0, 0, 1]]).T
 
@@ -69,9 +70,11 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     """
     b, t, h, w, _ = x.shape
     kt, *_, o = kernel.shape
+    # Tiles of 4x4 outputs, rounded up, and strips of tile rows of about equal height.
     rows, columns = -(-h // TILE), -(-w // TILE)
     strips = -(-rows // STRIP)
     rows = -(-rows // strips)  # of tiles in one strip
+    # One zero row and column around the frame, and more below and right to fill the last tiles.
     edges = (1, strips * rows * TILE - h + 1), (1, columns * TILE - w + 1)
     # Every element of y is overwritten. The initial value depends on x, because XLA creates arrays
     # that depend on nothing for all layers at once and keeps them until they are used.
@@ -80,6 +83,7 @@ def _convolve(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     x = jnp.pad(x, ((0, 0), (0, 0), *edges, (0, 0)))
 
     def strip(i: Array, y: Array) -> Array:
+        # Strips overlap by two rows of input, as 3x3 kernels require.
         part = lax.dynamic_slice_in_dim(x, i * rows * TILE, rows * TILE + TAPS - 1, axis=2)
         return lax.dynamic_update_slice_in_dim(
             y, _convolve_strip(part, kernel, padding), i * rows * TILE, axis=2
@@ -95,6 +99,7 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
 
     def product(x: Array, kernel: Array) -> Array:
         """Convolves one of the 36 in time: x (b, t, rows, columns, c), kernel (kt, c, o)."""
+        # Time takes the place of rows in a 2-D convolution whose other axis has a kernel of 1.
         x = x.reshape(b, t, rows * columns, c)
         y = lax.conv_general_dilated(
             x,
@@ -108,6 +113,7 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
     # Rows first, then columns. The six points of the rows are stacked and looped over: unrolled,
     # the products are no faster and compilation takes three times as long.
     step = slice(None, None, TILE)
+    # Row i of every tile, at distances of 4; tiles of 6 inputs overlap by 2.
     lines = [x[:, :, i : i + TILE * rows - 3][:, :, step] for i in range(INPUTS)]
     lines = jnp.stack(_mix(FROM_INPUT, lines))  # (6, b, t, rows, w, c)
     inputs = [lines[..., j : j + TILE * columns - 3, :][..., step, :] for j in range(INPUTS)]
@@ -119,15 +125,18 @@ def _convolve_strip(x: Array, kernel: Array, padding: tuple[int, int]) -> Array:
         The kernel is transformed here: outside the loop, XLA would do it for all layers at once and
         keep the results.
         """
+        # Of one point: 6 arrays (b, t, rows, columns, c), and its row of FROM_KERNEL, (3,).
         inputs, point = at
         rows = (point[i] * kernel[:, i] for i in range(TAPS))
         weights = functools.reduce(operator.add, rows)  # (kt, 3, c, o)
+        # 6 of (kt, c, o), one for each point of the columns.
         weights = _mix(FROM_KERNEL, [weights[:, j] for j in range(TAPS)])
         return _mix(TO_OUTPUT, list(map(product, inputs, weights)))
 
     points = jnp.asarray(FROM_KERNEL, kernel.dtype)
     outputs = lax.map(line, (inputs, points))  # 4 columns of (6, b, t', rows, columns, o)
     outputs = zip(*(_mix(TO_OUTPUT, list(column)) for column in outputs))  # 4 rows of 4 columns
+    # (b, t', rows, 4, columns, 4, o), which is the image once the axes are merged.
     y = jnp.stack([jnp.stack(row, axis=4) for row in outputs], axis=3)
     return y.reshape(b, -1, rows * TILE, columns * TILE, y.shape[-1])
 
@@ -141,6 +150,7 @@ def conv3d(
     The gradient of the input is the same algorithm with the kernel reversed; that of the kernel is
     a matrix product per tap.
     """
+    # With a gradient of its own, nothing but x and the kernel is kept for the backward pass.
     return _convolve(x, kernel, (zeros, 0))
 
 
@@ -152,6 +162,7 @@ def _backward(zeros: int, saved: tuple[Array, Array], dy: Array) -> tuple[Array,
     x, kernel = saved
     kt, _, _, c, o = kernel.shape
     _, t, h, w, _ = dy.shape
+    # Every input was seen through the kernel reversed. The padding makes as many frames as x has.
     dx = _convolve(dy, kernel[::-1, ::-1, ::-1].swapaxes(-1, -2), (kt - 1 - zeros, kt - 1))
     x = jnp.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
 
