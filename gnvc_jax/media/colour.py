@@ -30,6 +30,8 @@ LUMA_WEIGHTS = {  # matrix: (kr, kb)
     "bt601": (0.299, 0.114),
     "bt2020": (0.2627, 0.0593),
 }
+# Code points of ITU-T H.273: matrix coefficients, primaries, transfer characteristics (13 is sRGB,
+# 14 BT.2020 of 10 bits). Matrices 5 and 6 are equal, and so, here, are 9 and 10.
 _MATRIX_CODE = {"rgb": 0, "bt709": 1, "bt601": 6, "bt2020": 9}
 _CODE_MATRIX = {0: "rgb", 1: "bt709", 5: "bt601", 6: "bt601", 9: "bt2020", 10: "bt2020"}
 _PRIMARIES = {"rgb": 1, "bt709": 1, "bt601": 6, "bt2020": 9}
@@ -109,6 +111,7 @@ RGB = Colour(matrix="rgb", full_range=True)
 
 def _scales(colour: Colour, bit_depth: int) -> tuple[float, float, float, float]:
     """(luma offset, luma scale, chroma offset, chroma scale) from code values to 0..255."""
+    # The formulas at the top of this file, times 255.
     middle = float(1 << (bit_depth - 1))
     if colour.full_range:
         scale = 255.0 / ((1 << bit_depth) - 1)
@@ -127,6 +130,7 @@ def _weights(colour: Colour) -> tuple[float, float, float]:
 def _double(plane: np.ndarray, axis: int, size: int) -> np.ndarray:
     """Doubles a float32 plane (h, w) along an axis by bilinear interpolation, cut to `size`."""
     plane = np.moveaxis(plane, axis, 0)
+    # New sample 2i lies a quarter before old sample i, new sample 2i + 1 a quarter behind it.
     near, far = 0.75 * plane, 0.25 * plane
     out = np.empty((2 * len(plane), *plane.shape[1:]), np.float32)
     out[0] = plane[0]
@@ -144,6 +148,7 @@ def _upsample(plane: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _round_to_uint8(values: np.ndarray) -> np.ndarray:
+    # Truncation after adding a half: round half up. In place, since planes are large.
     np.clip(values, 0.0, 255.0, out=values)
     values += 0.5
     return values.astype(np.uint8)
@@ -181,6 +186,7 @@ def _convert(
 
 def _window(start: int, length: int, size: int) -> tuple[int, int]:
     """Even-aligned range of luma samples that determines `length` samples from `start`."""
+    # One chroma sample more on each side, which interpolation takes into account.
     return 2 * max(0, start // 2 - 1), min(size, 2 * ((start + length - 1) // 2 + 2))
 
 
@@ -219,6 +225,7 @@ def yuv_to_rgb(
     out = np.empty((height, width, 3), np.uint8)
     if not out.size:
         return out
+    # Strips of rows that fit the cache, each with the samples around it that it depends on.
     halved = (False, False)
     if chroma_planes is not None:
         halved = tuple(c != n for c, n in zip(chroma_planes[0].shape, y.shape))
@@ -245,6 +252,7 @@ def _rgb_to_yuv(
     y_offset, y_scale, c_offset, c_scale = _scales(colour, 8)
     r, g, b = (rgb[..., i].astype(np.float32) for i in range(3))
     luma = np.float32(kr) * r + np.float32(kg) * g + np.float32(kb) * b
+    # `_scales` leads from code values to 0..255, so its inverse leads back.
     planes = [luma * np.float32(1 / y_scale) + np.float32(y_offset)]
     for channel, weight in ((b, kb), (r, kr)):
         difference = channel - luma
@@ -253,6 +261,7 @@ def _rgb_to_yuv(
             difference = np.pad(difference, ((0, height % 2), (0, width % 2)), mode="edge")
             rows = difference[0::2] + difference[1::2]
             difference = (rows[:, 0::2] + rows[:, 1::2]) * np.float32(0.25)
+        # B - Y and R - Y span 2 (1 - k) of the range of Y: U and V are scaled to the same range.
         gain = 1 / (2 * (1 - weight) * c_scale)
         planes.append(difference * np.float32(gain) + np.float32(c_offset))
     y, u, v = map(_round_to_uint8, planes)

@@ -208,6 +208,7 @@ def _decode(
                     continue
                 flagged += packet.is_corrupt
             try:
+                # A packet can give no frame, or several: decoders hold some back to reorder them.
                 frames = stream.decode(packet)
             except av.FFmpegError as error:
                 if not tolerant:
@@ -224,6 +225,7 @@ def _decode(
                     )
                 yield frame
                 done, damaged = done + 1, damaged + frame.is_corrupt
+                # The latest time and the longest distance so far, to check the length by below.
                 if frame.pts is not None:
                     time = float(frame.pts * time_base(stream))
                     longest = max(longest, time - end) if done > 1 else longest
@@ -405,6 +407,7 @@ def _seek_frames(path: str, wanted: np.ndarray, keys: np.ndarray) -> list[av.Vid
     with container, contextlib.suppress(av.FFmpegError):
         stream.codec_context.thread_count = 1
         key = keys[max(0, np.searchsorted(keys, wanted[0], side="right") - 1)]
+        # Lands on the key frame or before it; frames that are not wanted are decoded and dropped.
         container.seek(int(key), stream=stream)
         times = set(wanted.tolist())
         for frame in container.decode(stream):

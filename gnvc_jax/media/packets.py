@@ -230,6 +230,7 @@ class Timeline:
         mean = mean.limit_denominator(_LARGEST_DENOMINATOR)
         seconds = (times - times[0]) * float(self.tick)
         # A single frame fits every rate: only its duration counts.
+        # Frame i of an even rate is at i / rate: half a frame off means another place.
         for rate in (nominal, mean) if len(times) > 1 else ():
             places = seconds * float(rate or 0) - np.arange(len(times))
             if rate and np.abs(places).max() <= 0.5:

@@ -139,6 +139,7 @@ def parse_raw_name(name: str) -> tuple[tuple[int, int] | None, Fraction | None, 
             r"[_.\-\s](?!4(?:00|20|22|44)(?!\d))(\d+(?:\.\d+)?)(?=[_.\-\s]|$)", stem[size.end() :]
         )
     layout = chroma.group(1) if chroma else "420"
+    # Names of formats are those of ffmpeg: yuv420p, or yuv420p10le with more than 8 bits.
     suffix = "" if depth is None or int(depth.group(1)) == 8 else f"{depth.group(1)}le"
     return (
         None if size is None else (int(size.group(1)), int(size.group(2))),

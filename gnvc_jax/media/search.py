@@ -45,6 +45,7 @@ def find_videos(folder: str | os.PathLike) -> list[Path]:
             folders.clear()
             continue
         visited.add(real)
+        # In place: `os.walk` goes into what is left in the list.
         folders[:] = [name for name in folders if name[0] != "." and name not in _SYSTEM_FOLDERS]
         suffixes = {name: Path(name).suffix.lower() for name in names if name[0] != "."}
         videos += [Path(place, name) for name in suffixes if suffixes[name] in VIDEO_SUFFIXES]

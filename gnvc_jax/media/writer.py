@@ -113,6 +113,7 @@ class _Container:
     def _frame(self, rgb: np.ndarray) -> av.VideoFrame:
         height, width = rgb.shape[:2]
         if self._rgb:
+            # bgr0 is how FFV1's encoder takes 8-bit RGB: blue first, the fourth byte unused.
             samples = np.zeros((height, width, 4), np.uint8)
             samples[..., :3] = rgb[..., ::-1]
             frame = av.VideoFrame(width, height, "bgr0")
@@ -129,6 +130,7 @@ class _Container:
 
     def write(self, frame: np.ndarray) -> None:
         picture = self._frame(frame)
+        # Frame i is shown at i / fps: time is in units of one frame.
         picture.pts, picture.time_base = self._count, self._time_base
         self._count += 1
         self._container.mux(self._stream.encode(picture))
