@@ -89,6 +89,7 @@ class Architecture:
         """Parameters as a tree of shapes (float32)."""
         cfg, key = self.config, jax.random.key(0)
         if isinstance(cfg, VAEConfig):
+            # The smallest inputs: no parameter depends on the number of frames, latents or tokens.
             video = jnp.zeros((1, 1, cfg.stride, cfg.stride, 3))
             return jax.eval_shape(VAE(cfg).init, key, video)["params"]
         latents = jnp.zeros((1, 1, PATCH, PATCH, cfg.channels))
@@ -171,6 +172,8 @@ def _dit(source: Source, heads: int | None) -> Architecture:
     patches = (plain.width, plain.channels, 1, PATCH, PATCH)
     width, channels = _sizes(source, "patch_embedding.weight", patches)[:2]
     context = (width, plain.context_channels, 1, PATCH, PATCH)
+    # VACE has a context block for every n-th block, beginning with the first: n = 2 in the model of
+    # 1.3 billion parameters, 5 in that of 14 billion.
     layers, context_blocks = _count(source, "blocks"), _count(source, "vace_blocks")
     if context_blocks and layers % context_blocks:
         raise ValueError(f"{context_blocks} context blocks for {layers} blocks")
@@ -179,6 +182,7 @@ def _dit(source: Source, heads: int | None) -> Architecture:
     if facts.get("vace_layers") not in (None, places):
         raise ValueError(f"vace_layers = {facts['vace_layers']}, expected every {every}th layer")
     if heads is None:
+        # Named so by diffusers and by Wan-AI. No tensor tells the number of heads.
         heads = facts.get("num_attention_heads", facts.get("num_heads"))
     if heads is None and width % 128:
         raise ValueError(
@@ -207,6 +211,7 @@ def _vae(source: Source) -> Architecture:
     plain, facts = VAEConfig(), source.facts
     first = {"original": "encoder.conv1.weight", "diffusers": "encoder.conv_in.weight"}
     last = {"original": "conv2.bias", "diffusers": "post_quant_conv.bias"}
+    # Output channels of the first convolution, and of the last one before the decoder.
     base = _sizes(source, first[source.scheme], (plain.base, 3, 3, 3, 3))[0]
     z = _sizes(source, last[source.scheme], (plain.latent_channels,))[0]
     config = VAEConfig(
@@ -249,6 +254,7 @@ def diffusers_config(architecture: Architecture) -> dict:
         "freq_dim": cfg.frequencies,
         "ffn_dim": cfg.ffn_width,
         "num_layers": cfg.layers,
+        # The default of diffusers.
         "rope_max_seq_len": 1024,
     }
     if cfg.context_every:

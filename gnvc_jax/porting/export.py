@@ -91,6 +91,8 @@ def export_one(
                 )
                 bar.update()
 
+    # The number of files is part of their names and known at the end only, so they are renamed
+    # then.
     contents, total = [], 0
     with tqdm(
         total=len(architecture.tensors),

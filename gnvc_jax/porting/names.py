@@ -51,6 +51,7 @@ class Tensor:
             shape: Shape of the parameter, or of one of its rows.
         """
         if self.path.endswith("kernel"):
+            # (out, in, *window) -> (*window, in, out).
             array = np.moveaxis(array, (0, 1), (-1, -2))
         return array.reshape(shape)
 
@@ -115,6 +116,7 @@ def dit_tensors(cfg: DiTConfig) -> list[Tensor]:
         *top("head.head", "proj_out", "head", PATCH**2 * cfg.channels, d),
     ]
     for i in range(cfg.layers):
+        # Block i is number k of its group; the groups are rows of the scanned parameters.
         group, k = divmod(i, cfg.group_size)
         tensors += block(cfg, f"blocks.{i}", f"groups/block_{k}", group)
     if cfg.context_every:
@@ -139,6 +141,7 @@ def block(cfg: DiTConfig, name: str, path: str, index: int) -> Iterator[Tensor]:
         ("self_attn", "attn1", "self_attention"),
         ("cross_attn", "attn2", "cross_attention"),
     ):
+        # All four map from width to width, heads side by side.
         for old, new in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0")):
             names = f"{name}.{theirs}.{old}", f"{name}.{public}.{new}", f"{path}/{ours}/{old}"
             yield from layer(*names, (d, d), index)
@@ -170,6 +173,7 @@ def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
     part = "encoder"
     tensors += layer("encoder.conv1", "encoder.conv_in", "encoder/conv_in", (widths[0], 3, *window))
     place, width = 0, widths[0]
+    # Encoder: residual blocks and down-samplings of all levels are numbered through.
     for level, (inner, outer) in enumerate(zip((widths[0], *widths), widths)):
         for i in range(cfg.blocks):
             names = f"{part}.downsamples.{place}", f"{part}.down_blocks.{place}"
@@ -185,6 +189,8 @@ def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
             place += 1
     tensors += middle_and_head(part, widths[-1], 2 * z)
 
+    # Decoder: levels in reverse, with one residual block more; an up-sampling halves the channels,
+    # so the next level begins with half of them.
     part, widths, temporal = "decoder", widths[::-1], cfg.temporal_down[::-1]
     tensors += layer("decoder.conv1", "decoder.conv_in", "decoder/conv_in", (widths[0], z, *window))
     place, inner = 0, widths[0]
@@ -205,6 +211,8 @@ def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
 
 def residual(original: str, diffusers: str, path: str, inner: int, outer: int) -> Iterator[Tensor]:
     """Yields the tensors of a residual block from `inner` to `outer` channels."""
+    # Places in the original's sequence: norm 0, SiLU 1, convolution 2, norm 3, SiLU 4, dropout 5,
+    # convolution 6.
     for place, norm, width in ((0, "norm1", inner), (3, "norm2", outer)):
         names = f"{original}.residual.{place}.gamma", f"{diffusers}.{norm}.gamma"
         yield Tensor(*names, f"{path}/{norm}/gamma", (width, 1, 1, 1))

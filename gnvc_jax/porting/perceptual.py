@@ -62,6 +62,7 @@ def port_perceptual(path: str | Path, target: str | Path) -> Path:
     """
     found = open_perceptual(path)
     first = found.get("0.weight")
+    # AlexNet begins with kernels of 11x11, VGG16 with 3x3.
     net = "alex" if first and first.shape[-1] == 11 else "vgg"
     wanted = expected_shapes(net)
     problems = [f"missing: {name}" for name in wanted if name not in found]

@@ -79,6 +79,7 @@ def port(
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     sources = open_sources(path)
     found = [(source, recognise(source, heads)) for source in sources]
+    # Everything is checked by names and shapes before the first tensor is read or written.
     for source, architecture in found:
         check(source, architecture)
     dits = [a.config for _, a in found if isinstance(a.config, DiTConfig)]
@@ -139,9 +140,11 @@ def port_one(
         nonlocal size
         for path, tensors in architecture.by_parameter().items():
             entries = [source.entries[t.name(source.scheme)] for t in tensors]
+            # One type for all layers of a scanned parameter, which holds each of theirs.
             stored = np.result_type(*(np.dtype(e.dtype) for e in entries))
             array = np.empty(shapes[path], stored if dtype == "stored" else dtype)
             for tensor, entry in zip(tensors, entries):
+                # A view, so that tensors are converted straight into their rows.
                 place = array[... if tensor.index is None else tensor.index]
                 with np.errstate(over="ignore"):  # reported below, by name
                     place[...] = tensor.forward(entry.read(), place.shape)

@@ -24,6 +24,7 @@ import numpy as np
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.restricted_pickle import RestrictedUnpickler
 
+# Types of float tensors; others have no place in these networks.
 STORAGES = {
     "FloatStorage": np.float32,
     "DoubleStorage": np.float64,
@@ -59,6 +60,8 @@ class TensorLocation:
         numbers = (self.count, self.offset, *self.shape, *self.strides)
         if not all(isinstance(n, int) and n >= 0 for n in numbers):
             raise pickle.UnpicklingError(f"tensor with sizes {numbers}")
+        # Place of the last element. A tensor that reaches beyond its storage would be read from
+        # other memory.
         last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.strides))
         if math.prod(self.shape) and last >= self.count:
             raise pickle.UnpicklingError(f"tensor {self.shape} reaches beyond its storage")
@@ -146,6 +149,7 @@ def read_old(path: Path) -> dict[str, TensorLocation]:
 
 def skip_storage(file: IO[bytes], tensor: TensorLocation) -> int:
     """Skips the storage at the current position; returns the byte at which its elements begin."""
+    # A short read becomes a negative number, which no storage has.
     (count,) = struct.unpack("<q", file.read(8).ljust(8, b"\xff"))
     place = file.tell()
     end = file.seek(0, 2)
@@ -185,6 +189,7 @@ def read_tensor(path: Path, tensor: TensorLocation) -> np.ndarray:
     except (zipfile.BadZipFile, KeyError) as error:
         raise PortError(f"{path}: damaged PyTorch file ({error})") from error
     flat = np.frombuffer(data, tensor.dtype)[tensor.offset :]
+    # Strides of torch are in elements, those of NumPy in bytes.
     strides = [s * tensor.dtype.itemsize for s in tensor.strides]
     return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
 
