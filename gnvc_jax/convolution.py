@@ -65,6 +65,7 @@ def conv2d(
         stride: Stride of rows and columns.
         padding: Number of zero rows above and below, and of zero columns left and right.
     """
+    # The strategy is chosen while tracing, not while running.
     return strategy().conv2d(jnp.asarray(x), jnp.asarray(kernel), stride, padding)
 
 
@@ -207,6 +208,7 @@ def _cpu_conv3d(x: Array, kernel: Array, zeros: int) -> Array:
         missing = max(0, zeros - k)  # leading outputs for which this tap sees zeros
         # Output j sees frame j + k - zeros of x at this tap.
         seen = x[:, max(0, k - zeros) : k - zeros + t]
+        # One 2-D convolution over all frames that the tap sees; missing outputs are zero.
         tap = _cpu_conv2d(seen, kernel[k], 1, ((kh // 2, kh // 2), (kw // 2, kw // 2)))
         outputs.append(jnp.pad(tap, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0))))
     return functools.reduce(operator.add, outputs)

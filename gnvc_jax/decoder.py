@@ -206,6 +206,7 @@ class Decoder:
             if frames is None:
                 with self.timed("vae"):
                     frames, cache = self.functions.decode_latents(cache, latent[:, None, :h, :w])
+            # Takes off the padding, and the frames by which the last chunk was filled up.
             frames = np.asarray(frames[0, :left, : header.height, : header.width])
             left -= len(frames)
             yield from frames
@@ -225,6 +226,8 @@ class Decoder:
             predicted: Frames that motion predicts, None for an intra latent.
         """
         with self.timed("vae"):
+            # An intra latent starts the group, so the VAE starts, too; later ones build on
+            # predicted frames.
             if prediction is None or predicted is None:
                 return self.functions.decode_latents(None, decoded.latent[:, None])[0]
             return self.functions.compensate(decoded, prediction, predicted)

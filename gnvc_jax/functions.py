@@ -96,6 +96,8 @@ def codec_programs(model: Model) -> CodecPrograms:
 
     @jax.jit
     def predict_frames(params: Tree, reference: Array, vectors: Array) -> tuple[Array, Array]:
+        # (1, h, w, 3) and (1, 4, h / 16, w / 16, 2) -> frames (1, 4, h, w, 3) -> latent (1, h, w,
+        # c).
         frames = predict(to_float(reference), vectors)
         # Motion needs a linear VAE, whose cache is empty: {} goes on with a clip, None starts one.
         latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
@@ -283,9 +285,11 @@ class CodecFunctions:
             raise UsageError(f"model {self.model.name!r} has no refiner; use 0 steps")
 
         def velocity(state: Array, tau: Array, decoded: Array, features: Array) -> Array:
+            # The sampler knows neither parameters nor batch axes of tau and level.
             tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
             return program(self.refiner_params, state, tau, decoded, features, q)
 
+        # The seed comes from the stream, so every decoding of a group draws the same noise.
         key, white = jax.random.key(seed), self.model.white
         return refine(velocity, config, latents, features, key, steps, white)
 

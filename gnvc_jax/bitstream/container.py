@@ -141,6 +141,7 @@ class StreamReader:
         self.owned = isinstance(source, str | Path)
         self.file: BinaryIO = open(source, "rb") if isinstance(source, str | Path) else source
         try:
+            # Opening fails at once for a file of another kind.
             self.header, self.start = read_header(self._read)
         except BitstreamError:
             self.close()
@@ -285,6 +286,7 @@ class StreamReader:
         """
         # `_groups` seeks before each chunk, so reading the index here does no harm.
         entries = self._stored_index if self.file.seekable() else []
+        # If the index puts this group elsewhere, one of the two is wrong and neither is believed.
         if isinstance(entries, list) and number < len(entries):
             return at + entries[number].size if entries[number].offset == at else None
         if isinstance(error, ChecksumMismatch) and error.kind == b"GOPC":
@@ -426,6 +428,7 @@ class StreamReader:
         """
         if not 0 <= number < len(self.index()):
             raise IndexError(f"group {number}: the stream has {len(self.index())}")
+        # Nothing before this group is read; the group must be the one that the index promises.
         entry = self.index()[number]
         self.file.seek(entry.offset)
         kind, payload, _ = self._read_chunk(entry.offset, number)

@@ -137,6 +137,7 @@ class EntropyModel(nn.Module):
             z = up(z)
         z = self.hyper_out(z)  # (b, h, w, cy), on the grid of y
         x = self.fusion(z if temporal is None else jnp.concatenate([z, temporal], axis=-1))
+        # The masks are constants of the program; one has the shape (h, w, cy).
         _, h, w, _ = z.shape
         masks = spatial_masks(self.passes, h, w, self.config.y_channels)
         prior, mu, y_hat, means, symbols = self.prior(x), self.first_mean(x), 0.0, 0.0, 0.0

@@ -78,6 +78,7 @@ class DepthwiseBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w features"]:
+        # Half blocks (reduction 2) have half the weights of DCVC-RT's.
         f, hidden = self.features, self.features // self.reduction
         if x.shape[-1] != f:
             x = dense(f, "adaptor")(x)

@@ -122,6 +122,7 @@ def pad_latents(latents: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c
 def zero_symbols(config: CodecConfig, batch: int, h: int, w: int) -> LatentSymbols:
     """Symbols that an intra latent of size h x w sees as those of the latent before."""
     y = jnp.zeros((batch, h // 2, w // 2, config.y_channels))
+    # The next latent sees y and index only; z is there because the tuple has it.
     return LatentSymbols(jnp.zeros((batch, h // 8, w // 8, config.z_channels)), y, y)
 
 
@@ -255,6 +256,7 @@ class ResidualTransform(nn.Module):
         # The network sees y, what the linear decoder made of it, and the context.
         x = [depth_to_space(self.up(y)), self.white(base)]
         x = jnp.concatenate(x if context is None else [*x, context], axis=-1)
+        # x from here on: the last features of the synthesis, which are f_t of GNVC-VD.
         x = self.decoder_gain(self.synthesis(x), q_index)
         if self.config.motion is None or not self.inter:
             latent, feature = prediction + base + self.out(x), x if self.inter else self.feature(x)
@@ -337,6 +339,7 @@ class LatentCodec(nn.Module):
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, expected, context, temporal, previous = given
         y = part.analyse(latent, expected, context, q_index)
+        # The reconstruction is not used: encoders get it from `decode`, as decoders do.
         return part.entropy.encode(y, q_index, temporal, previous)[2]
 
     @exact

@@ -189,6 +189,7 @@ def run_layers(
         The table index of every element of y, (*b, 4 * h, 4 * w, cy), in the type that
         `requantise` returns.
     """
+    # x: (*b, h, w, cz); what was previous has the grid of y and waits for layer P2.
     x, *previous = scale_inputs(z, prev_y, prev_index)
     for layer in scale_layers(config):
         kernel, bias, mult = weights[layer.name]
@@ -245,6 +246,7 @@ class ScaleNetwork(nn.Module):
             round_ste(bound(128.0 * kernel, -127.0, 127.0)),
             # Half the limit, so that the sum with an accumulator rarely reaches it.
             round_ste(bound(BIAS_UNIT * bias, -ACC_LIMIT / 2, ACC_LIMIT / 2)),
+            # Shifts scale by powers of two; a range of two for the multiplier fills in between.
             round_ste(bound(MULT_UNIT * jnp.exp(mult), 64.0, 127.0)),
         )
 
@@ -329,6 +331,7 @@ def scale_index(
         )
         return products.astype(jnp.int32)
 
+    # The integers that a stream holds, in int32; a latent has no batch axis here.
     inputs = (jnp.asarray(v, jnp.int32) for v in (z, prev_y, prev_index))
     weights = _weights_of(config, tables, jnp, jnp.int32)
     index = run_layers(

@@ -110,6 +110,7 @@ def half_pels(flow: np.ndarray, side: int) -> np.ndarray:
     The median ignores what belongs to the other of two objects in a block.
     """
     blocks = rearrange(flow, "(h i) (w j) c -> h w (i j) c", i=side, j=side)
+    # (h / side, w / side, side^2, 2) -> (h / side, w / side, 2).
     vectors = np.round(2 * np.median(blocks, axis=2))
     return np.clip(vectors, -MAX_VECTOR, MAX_VECTOR).astype(np.int16)
 

@@ -29,6 +29,7 @@ def pad_video(
     These are 1 + temporal_stride * k frames, and multiples of stride in space.
     """
     _, t, h, w, _ = video.shape
+    # The first frame stands alone, so only the frames after it fill up whole latents.
     pads = ((0, 0), (0, -(t - 1) % temporal_stride), (0, -h % stride), (0, -w % stride), (0, 0))
     return jnp.pad(video, pads, mode="edge")
 
