@@ -60,6 +60,7 @@ class Generator:
             raise UsageError(f"the number of frames must be 1 + {step}k, got {frames}")
         if min(height, width) < side or height % side or width % side:
             raise UsageError(f"height and width must be multiples of {side}, got {width}x{height}")
+        # (1, t, h, w, c): the first frame is a latent of its own.
         shape = (1, 1 + (frames - 1) // step, height // cfg.stride, width // cfg.stride)
         return latent_noise(jax.random.key(seed), (*shape, self.dit.channels))
 
@@ -105,7 +106,8 @@ class Generator:
         def velocity(state: Array, tau: Array) -> Array:
             found = self._velocity(state, tau, prompt, context)
             if guidance != 1.0:
-                # Classifier-free guidance, Ho and Salimans 2022 (arXiv 2207.12598).
+                # Classifier-free guidance, Ho and Salimans 2022 (arXiv 2207.12598), in two passes
+                # rather than a batch of two, which would need twice the memory for activations.
                 without = self._velocity(state, tau, negative, context)
                 found = without + guidance * (found - without)
             found.block_until_ready()  # so that progress tells what is done
@@ -117,6 +119,8 @@ class Generator:
     @functools.cached_property
     def _velocity(self) -> Callable[..., Array]:
         """(state, flow time, text, context) -> data minus noise, with the weights on devices."""
+        # Accelerators are fast in bfloat16, CPUs are not; see `Refiner` for the precision that goes
+        # with it.
         half = backend() != "cpu"
         dit = DiT(self.dit, jnp.bfloat16 if half else jnp.float32)
         placed = jax.device_put(load_weights(self.path, "dit")[1])
@@ -139,6 +143,8 @@ class Generator:
         grey = jnp.zeros((1, 1 + (t - 1) * cfg.temporal_stride, h * cfg.stride, w * cfg.stride, 3))
         latents = jax.jit(functools.partial(encode_stream, vae))(self.vae.params, grey)
         latents = (latents - self.vae.mean) / self.vae.std
+        # "Inactive" and "reactive" latents, then the mask, in VACE's order: see
+        # `refiner.model.vace_context`.
         return jnp.concatenate([latents, latents, jnp.ones((*shape[:-1], MASKS))], axis=-1)
 
 

@@ -38,6 +38,8 @@ def reconstruct_frames(
         # The last chunk may be short: its last frame is repeated, and what is too much is dropped.
         missing = 0 if encoder is None else size - len(given)
         chunk = pad_frames(np.stack(given + given[-1:] * missing), config.stride)
+        # (1, t, h, w, 3) -> (1, 1, h', w', c) -> (1, t, h, w, 3); the caches carry the causal
+        # convolutions on to the next chunk.
         latents, encoder = encode(encoder, to_float(chunk)[None])
         decoded, decoder = decode(decoder, latents)
         yield from zip(given, np.asarray(decoded[0, :, :h, :w]))

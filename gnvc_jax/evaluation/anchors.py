@@ -49,6 +49,10 @@ class AnchorEncoder:
     step: float = 0.25
 
 
+# Low delay: no look-ahead, and in x264 and x265 nothing that needs it or B frames (mbtree, cutree).
+# Filters drop SEI units, which are of type 6 in H.264, 39 and 40 in HEVC; they hold the encoder's
+# settings. pred-struct=1 is the low delay of SVT-AV1, tune=0 its visual quality; -qpa 1 is the
+# perceptual quantisation of VVenC.
 ENCODERS = {
     "x264": AnchorEncoder(
         "-c:v libx264 -preset veryslow -x264-params keyint=infinite:min-keyint=1:scenecut=0:"
@@ -200,6 +204,7 @@ class Anchor:
         height, width = self._padded()
         source = f"coded.{ENCODERS[self.codec].format}"
         raw = run_ffmpeg(decode_arguments(self.codec), {source: stream}, "decoded.yuv")
+        # 4:2:0 has one sample of u and one of v for four of luma: 3/2 bytes per pixel.
         expected = self.count * height * width * 3 // 2
         if len(raw) != expected:
             raise AnchorError(
@@ -288,6 +293,7 @@ def bisect_crf(
     errors = {largest: math.log(size(largest) / target)}
     if errors[largest] > 0:
         return largest, True
+    # Bisection over whole numbers of steps; sizes fall as the factor grows.
     low, high = 0, round(largest / step)  # too large or untried, too small
     while high - low > 1 and min(map(abs, errors.values())) > tolerance:
         middle = (low + high) // 2
@@ -342,6 +348,7 @@ def to_raw(frames: np.ndarray, colour: Colour = BT709) -> bytes:
 
 def _from_raw(raw: bytes, height: int, width: int, colour: Colour) -> np.ndarray:
     """Inverts `to_raw` for even sides, apart from what 4:2:0 subsampling loses."""
+    # Per frame: all of y, then all of u, then all of v.
     luma, chroma = height * width, height * width // 4
     samples = np.frombuffer(raw, np.uint8).reshape(-1, luma + 2 * chroma)
     half = (height // 2, width // 2)

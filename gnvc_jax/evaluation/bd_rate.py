@@ -43,6 +43,7 @@ def bd_rate(
         Percentage of rate that `test` needs more than `anchor`, and a note on what was left out; or
         None, and the reason why there is no such number.
     """
+    # Interpolation needs rate as a function of quality, so both must rise together.
     kept = [rising(points) for points in (anchor, test)]
     dropped = len(anchor) + len(test) - sum(map(len, kept))
     if min(map(len, kept)) < MIN_POINTS:
@@ -53,8 +54,10 @@ def bd_rate(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about a small overlap, which the note reports
         value = _delta(bjontegaard.bd_rate, *kept)
+    # Quality that both cover, and the share of it in what either covers.
     common = min(high_a, high_b) - max(low_a, low_b)
     share = common / (max(high_a, high_b) - min(low_a, low_b))
+    # With less than three quarters, much of the curves plays no part in the number.
     notes = [f"{share:.0%} overlap"] if share < 0.75 else []
     notes += [f"{dropped} points that do not rise left out"] if dropped else []
     return value, ", ".join(notes)
@@ -115,6 +118,7 @@ def bd_table(records: Sequence[dict]) -> list[dict]:
     clips = dict.fromkeys(r["clip"] for r in done)
     rows = []
     for measure, (_, _, more_is_better) in MEASURES.items():
+        # Distances are negated, so that larger is better for every measure.
         sign = 1.0 if more_is_better else -1.0
         mean = curves(done, measure, sign)
         single = [curves([r for r in done if r["clip"] == clip], measure, sign) for clip in clips]

@@ -73,6 +73,7 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
     for path in dict.fromkeys(p.resolve() for p in found):
         name = path.name if path.is_dir() else path.stem
         parents = iter(path.parents)
+        # Folder names from the innermost outwards, until the name is new.
         while name in clips and (parent := next(parents, None)):
             name = f"{parent.name}_{name}"
         if len(os.fsencode(name)) > MAX_NAME:

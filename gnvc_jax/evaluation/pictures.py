@@ -63,6 +63,8 @@ def choose_view(frames: np.ndarray) -> View:
     shown = tuple(sorted({t // 6, t // 2, t * 5 // 6}))
     middle = shown[len(shown) // 2]
     side = min(h, w, max(64, min(h, w) // 4))
+    # Variance as the mean of squares minus the square of the mean, by box filters of the square's
+    # size: (h, w) scores of all squares at once.
     luma = frames[middle].mean(-1)
     change = luma - frames[min(middle + 1, t - 1)].mean(-1)
     mean = uniform_filter(luma, side)

@@ -131,6 +131,7 @@ class QualityMeter:
         given = {"e_warp": flow, "vmaf": colour, "psnr_yuv": colour}
         for name in self.metrics:
             try:
+                # On the host, or on the device: the whole clip, or batches of frames.
                 if name in _ON_HOST:
                     start = time.perf_counter()
                     more = given[name] if name in given else self._weights_of(name)
@@ -169,6 +170,7 @@ class QualityMeter:
 
     def _timed(self, result: Quality, name: str, clips: tuple[np.ndarray, np.ndarray]) -> Any:
         arguments = (self._weights_of(name), *clips)
+        # Compiled ahead, so that compilation is timed apart from measuring.
         key = (name, clips[0].shape)
         if key not in self._programs:
             start = time.perf_counter()
@@ -242,6 +244,7 @@ def _summarise(result: Quality, by_name: dict[str, np.ndarray]) -> None:
             decibel_values = np.asarray(decibels(jnp.asarray(values)), np.float64)
             result.frames["psnr_rgb"] = decibel_values.tolist()
             result.quality["psnr_rgb"] = float(decibel_values.mean())
+            # PSNR of the mean error, as against the mean of PSNRs above it.
             result.quality["apsnr_rgb"] = float(decibels(jnp.asarray(values.mean())))
         elif name == "ms_ssim":
             result.frames["ms_ssim_rgb"] = values.tolist()

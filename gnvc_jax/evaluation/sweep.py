@@ -85,6 +85,7 @@ class Sweep:
     def measure(self, clip: Clip, point: Point) -> dict:
         """Returns the record of one point on one clip, from disk if it is there."""
         label = f"{clip.name} {point.label}"
+        # Whatever changes the result is in the key; a record with another key is measured again.
         key = {"source": clip.sha256, "codec": {}, **self.meter.identity()}
         if clip.colour.full_range:
             key["range"] = "full"
@@ -93,6 +94,7 @@ class Sweep:
         try:
             key["codec"] = point.identity()
             view = self.pictures.view(clip)
+            # A record counts as finished only with its pictures, which the report shows.
             seen = self.pictures.complete(clip.name, point.label, view)
             if not self.force and seen and (record := self.records.load(clip, point, key)):
                 self.progress(label, "kept")

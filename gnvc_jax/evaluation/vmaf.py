@@ -30,6 +30,7 @@ def vmaf(source: np.ndarray, output: np.ndarray, colour: Colour = BT709) -> dict
     t, h, w, _ = source.shape
     if min(h, w) < MIN_SIDE:
         raise ValueError(f"vmaf needs sides of at least {MIN_SIDE}, got {(h, w)}")
+    # libvmaf takes the distorted clip first; the rate of 25 has no influence on scores.
     size = f"-f rawvideo -pix_fmt yuv420p -s {w + w % 2}x{h + h % 2} -r 25"
     models = "|".join(f"version={model}\\:name={name}" for name, model in MODELS.items())
     graph = f"[0:v][1:v]libvmaf=model='{models}':log_fmt=json:log_path=vmaf.json"

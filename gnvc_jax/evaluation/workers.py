@@ -39,6 +39,7 @@ def run_in_processes(
     Raises:
         BrokenProcessPool: If a process was killed.
     """
+    # New processes rather than copies: a fork of a process that runs JAX can hang.
     context = multiprocessing.get_context("spawn")
     said = context.Queue()
     silent = copy.copy(sweep)
