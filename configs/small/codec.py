@@ -16,6 +16,7 @@ experiment = Experiment(
     loss=TransformLoss(),
     data=DataConfig(
         path="data/train",
+        # Three latents: one of a single frame, and two of four frames each.
         frames=9,
         size=(128, 128),
         batch=8,

@@ -4,6 +4,7 @@ from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.refiner.config import DiTConfig, RefinerConfig
 from gnvc_jax.vae.config import VAEConfig
 
+# A latent has 96 of the 768 coefficients of 8 x 8 pixels in 4 frames, 3 colours.
 VAE = VAEConfig(latent_channels=96, linear=True, head=48)
 CODEC = CodecConfig(
     latent_channels=96,
@@ -18,6 +19,7 @@ CODEC = CodecConfig(
     inter_context=3,
     inter_synthesis=3,
     motion="blocks",
+    # The middle of the offsets that training draws from (`TransformLoss.intra_offset`).
     intra_offset=25,
 )
 REFINER = RefinerConfig(
@@ -29,6 +31,7 @@ REFINER = RefinerConfig(
         frequencies=64,
         channels=96,
         text_length=0,
+        # One context block for all six blocks.
         context_every=6,
         context_channels=96,
         window=8,  # tokens: the 128x128 pixels of a training crop
@@ -36,6 +39,7 @@ REFINER = RefinerConfig(
     features=96,
     window=5,
     overlap=1,
+    # No noise in the starting state: refinement is one deterministic step.
     noise=0.0,
     deviation=0.5,
 )

@@ -15,6 +15,7 @@ experiment = Experiment(
     vae=VAE,
     codec=CODEC,
     init=InitConfig(vae=WEIGHTS),
+    # Lambdas of the paper's rates; balance 0 is the paper's sum.
     loss=CodecLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0),
     data=DataConfig(frames=13, size=(256, 256), batch=8),
     optim=OptimConfig(lr=1e-4, warmup=1000, steps=10_000),

@@ -32,6 +32,7 @@ experiment = Experiment(
     data=DataConfig(
         frames=5, clip_length_schedule=((40_000, 9), (70_000, 13)), size=(256, 256), batch=8
     ),
+    # 1e-4 throughout after the warm-up, as in the paper.
     optim=OptimConfig(lr=1e-4, warmup=1000, steps=100_000, final_lr_ratio=1.0),
     run=RunConfig(out="runs/wan_1_3b/latent"),
 )

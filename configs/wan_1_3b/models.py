@@ -6,6 +6,7 @@ from gnvc_jax.vae.config import VAEConfig
 
 VAE = VAEConfig()
 CODEC = CodecConfig()
+# Five Euler steps, as in the paper (L = 5).
 REFINER = RefinerConfig(dit=VACE_1_3B, features=CODEC.width, steps=5)
 
 # Made by: gnvc port --from Wan2.1-VACE-1.3B --to weights/vace-1.3b

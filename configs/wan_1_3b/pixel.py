@@ -23,6 +23,7 @@ experiment = dataclasses.replace(
     init=dataclasses.replace(latent.experiment.init, run="runs/wan_1_3b/latent"),
     loss=PixelLoss(lambda_low=0.05, lambda_high=0.5, balance=0.0),
     data=DataConfig(frames=13, size=(256, 256), batch=2),
+    # From 5e-5 to 1e-5, as in the paper, although by a cosine rather than in steps.
     optim=OptimConfig(lr=5e-5, warmup=1000, steps=100_000, final_lr_ratio=0.2),
     run=RunConfig(out="runs/wan_1_3b/pixel"),
 )
