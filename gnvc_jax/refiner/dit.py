@@ -76,6 +76,7 @@ def rotary_table(head_width: int, t: int, h: int, w: int) -> RotaryTable:
     is rotated by position * 10000^(-2p/d).
     """
     # Rows and columns get a third each, rounded down to pairs; time gets the rest.
+    # For a head width of 128: 44 numbers for time, 42 each for row and column, as in Wan.
     side = 2 * (head_width // 6)
     sizes = {"t": t, "h": h // PATCH, "w": w // PATCH}
     angles = []
@@ -414,12 +415,14 @@ def check_sizes(
         raise UsageError(
             f"latents {latents.shape}: expected {cfg.channels} channels, even height and width"
         )
+    # The prompt: as many clips, any number of rows up to text_length, and the text encoder's width.
     expected = (b, cfg.text_length, cfg.text_width) if cfg.text_length else None
     found = None if text is None else text.shape
     # The number of rows is free up to text_length; batch and width are not.
     fits = found == expected or (found and expected and found[::2] == expected[::2])
     if not fits or (found and expected and found[1] > expected[1]):
         raise UsageError(f"text {found}: expected {expected}, or fewer rows")
+    # The condition lies on the grid of the latents; without an adapter there is none.
     expected = (b, t, h, w, cfg.context_channels) if cfg.context_every else None
     found = None if context is None else context.shape
     if found != expected:

@@ -32,6 +32,7 @@ TIMESTEPS = 1000.0  # Wan's timestep of pure noise
 
 def wan_timestep(tau: Time) -> Time:
     """Converts flow time tau in [0, 1] to Wan's timestep, 1000 (noise) to 0 (data)."""
+    # sigma = 1 - tau, so t_N = 0.7 is timestep 300.
     return TIMESTEPS * (1.0 - tau)
 
 
@@ -50,6 +51,7 @@ def shift_time(tau: Time, shift: float) -> Time:
 
     A shift above 1 moves steps towards noise.
     """
+    # The same in tau = 1 - sigma: tau' = tau / (tau + s (1 - tau)). Both ends, 0 and 1, stay.
     return tau / (tau + shift * (1.0 - tau))
 
 
@@ -70,6 +72,7 @@ def path_state(
 
     Its weight of noise is 1 - tau, so it is an ordinary flow state of partly repaired latents.
     """
+    # Equation 3 as a mixture: its two weights are `done` and 1 - done, and add up to 1.
     done = (tau - start) / (1.0 - start)  # part of the path behind us, 0 to 1
     return mix(clean, start_state(decoded, noise, start), done)
 
@@ -114,6 +117,7 @@ def linear_velocity(
 
 def clean_estimate(state: Array, velocity: Array, tau: Array | float) -> Array:
     """The data that the velocity leads to in one step: state + (1 - tau) velocity."""
+    # The rest of the path takes 1 - tau and is straight: the exact velocity leads to the data.
     return state + (1.0 - tau) * velocity
 
 
