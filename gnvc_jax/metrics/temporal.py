@@ -81,6 +81,7 @@ def seam(changes: Array | np.ndarray, starts: Sequence[int]) -> float:
         nothing but borders, 1 if the error never changes, infinite if it changes at borders only.
     """
     at = np.zeros(len(changes), bool)
+    # Change t leads from frame t to t + 1, so a border before frame n is change n - 1.
     at[[start - 1 for start in starts if 0 < start <= len(changes)]] = True
     if at.all() or not at.any():
         return float("nan")
@@ -126,5 +127,6 @@ def _standard_deviation(plane: Float32[Array, "h w"]) -> Float32[Array, ""]:
 def _pulse(error: Float32[Array, "h w"]) -> Float32[Array, ""]:
     """Mean square of the block means."""
     rows, columns = (side // BLOCK for side in error.shape)
+    # (rows, 16, columns, 16), averaged over both axes of 16.
     blocks = error[: rows * BLOCK, : columns * BLOCK].reshape(rows, BLOCK, columns, BLOCK)
     return jnp.mean(jnp.square(jnp.mean(blocks, axis=(1, 3))))
