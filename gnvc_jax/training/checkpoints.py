@@ -49,6 +49,7 @@ FREE_KEYS = (
 )
 
 # Exceptions of Orbax for files that are cut, changed or gone; their contents carry checksums.
+# `read_newest` lets UsageError pass, which is a ValueError too: older steps would raise it as well.
 DAMAGE = (ValueError, OSError, KeyError)
 
 
@@ -75,6 +76,8 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
         self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
         try:
+            # Checked before the file is written: another experiment must not leave its
+            # configuration here.
             if self.latest() is not None:  # a run that failed before its first one binds nobody
                 check_same_config(out / "config.json", self.config)
         except ValueError:
@@ -109,6 +112,7 @@ class Checkpoints:
             statistics=ocp.args.JsonSave({k: v.tolist() for k, v in (statistics or {}).items()}),
             config=ocp.args.JsonSave(self.config),
         )
+        # Returns once the state is copied, since the next step takes over its buffers.
         self.manager.save(step, args=items)
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict]:
@@ -138,6 +142,7 @@ class Checkpoints:
             UsageError: If there are checkpoints and none can be read.
         """
         damaged = []
+        # From the newest on. Damage to complete checkpoints shows only when they are read.
         for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 with quiet_failure():
@@ -225,6 +230,7 @@ def model_of(run: str | Path) -> Experiment:
         UsageError: If its configuration is damaged.
     """
     facts = config_of(run)
+    # Nested dataclasses are dictionaries in JSON, and are made again from the inside out.
     codec, refiner = facts["codec"], facts["refiner"]
     if refiner is not None:
         refiner = RefinerConfig(**refiner | {"dit": DiTConfig(**refiner["dit"])})
@@ -294,6 +300,7 @@ def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
     """
 
     def read(folder: Path) -> dict:
+        # One item of the checkpoint, read without the others.
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             return checkpointer.restore(folder / "statistics")
 

@@ -57,6 +57,7 @@ def check_choices(group: str, config: object) -> None:
         UsageError: If a setting is none of its choices; the message names them.
     """
     for key, hint in get_type_hints(type(config)).items():
+        # Either the hint itself or, in `Literal[...] | None`, a member of the union.
         literal = next((t for t in (hint, *get_args(hint)) if get_origin(t) is Literal), None)
         value = getattr(config, key)
         optional = type(None) in get_args(hint)
@@ -121,6 +122,7 @@ class DataConfig:
 
     def frames_at(self, step: int) -> int:
         """Number of frames per clip in the step that follows `step` others."""
+        # The last entry that has begun, or the length before the first one.
         schedule = reversed(self.clip_length_schedule)
         return next((frames for first, frames in schedule if step >= first), self.frames)
 
@@ -384,7 +386,7 @@ class Experiment:
         for frames in self.data.lengths:
             if (frames - 1) % stride:
                 raise UsageError(f"data.frames: must be 1 + {stride}k, got {frames}")
-        # A codec needs whole hyperlatents, a DiT whole tokens.
+        # A codec needs whole hyperlatents, a DiT whole tokens: in latents, then in pixels.
         multiple = PATCH if self.refiner is not None else 1
         multiple = self.vae.stride * (LATENT_MULTIPLE if self.codec is not None else multiple)
         if any(side < 1 or side % multiple for side in self.data.size):

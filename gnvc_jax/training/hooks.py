@@ -170,6 +170,8 @@ class Meter(Hook):
 
     def before_step(self, run: TrainingRun) -> None:
         """Counts the work of a step when clips have a new length, while the clock stands still."""
+        # Traces the step on the first call for a length, hence before the step and not in
+        # `after_step`.
         self.work.of(run.frames)
         self.waited += run.waited
 
@@ -223,6 +225,7 @@ class SaveCheckpoints(Hook):
 
     def is_due(self, step: int) -> bool:
         """Whether it is time for a checkpoint."""
+        # By steps if these are set, which several processes need (`loop.check_mesh`), else by time.
         if self.config.checkpoint_every is not None:
             return step % self.config.checkpoint_every == 0
         return time.monotonic() - self.saved_at >= self.config.checkpoint_every_s

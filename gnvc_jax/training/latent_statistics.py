@@ -53,6 +53,7 @@ def measure(experiment: Experiment) -> Statistics:
         if found.keys() <= kept.keys():
             return kept
     if known.model is not None:
+        # Models without a refiner have no whitening, which is then measured.
         model = find_model(known.model)
         if model.white is None:
             found |= measure_latents(experiment)

@@ -39,6 +39,7 @@ def init(params: Tree, rank: int, key: jax.Array) -> Tree:
         raise UsageError("lora: the model has no refiner to adapt")
     flat = {}
     for (path, kernel), kernel_key in zip(kernels.items(), jax.random.split(key, len(kernels))):
+        # `rows` is the axis of the scanned groups, which all change on their own.
         *rows, inner, outer = kernel.shape
         # Rows of A have the scale 1 / sqrt(in), so that x A has that of x.
         flat[f"{path}/a"] = jax.random.normal(kernel_key, (*rows, inner, rank)) * inner**-0.5

@@ -73,7 +73,7 @@ class JsonLines:
         finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
         record = {"step": step, "time": time.time(), **finite}
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
-        self.file.flush()
+        self.file.flush()  # so that a crash loses no line
 
     def close(self) -> None:
         """Closes the file."""

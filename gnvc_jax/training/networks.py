@@ -51,6 +51,7 @@ def make_networks(experiment: Experiment) -> Networks:
 
 def init_networks(networks: Networks, key: Array) -> Tree:
     """Draws random parameters of all networks, by part."""
+    # Three keys in any case: a part has the same values whether or not there are others.
     key_vae, key_codec, key_refiner = jax.random.split(key, 3)
     parts = {"vae": init_vae(networks.vae, key_vae)}
     if networks.codec is not None:

@@ -40,10 +40,12 @@ class Window:
 
     def unwhitened(self, latents: Array) -> Array:
         """Undoes the whitening of latents of the window."""
+        # The factors are (t, 1, 1, c): their latents are the first axis.
         return latents / self.cut(self.white, 0)
 
     def put(self, group: Array, latents: Array) -> Array:
         """Puts whitened latents of the window in their place among the latents of the group."""
+        # Latents outside of the window stay as they are in `group`.
         return jax.lax.dynamic_update_slice_in_dim(group, self.unwhitened(latents), self.first, 1)
 
 
@@ -84,6 +86,7 @@ def refiner_velocity(
         params, decoded, features = inputs
         prompt = None
         if text is not None:
+            # One prompt for all clips: (1, rows, width) -> (b, rows, width).
             prompt = jnp.broadcast_to(text, (state.shape[0], *text.shape[1:]))
         conditions = decoded, features, q_index, prompt
         return refiner.apply({"params": params}, state, tau, *conditions)

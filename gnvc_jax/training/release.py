@@ -62,6 +62,7 @@ def build_model(run: str | Path, name: str) -> Model:
     if experiment.codec is None:
         raise UsageError(f"{run}: a run of the stage `{experiment.stage}` has no codec to release")
     # Weights of a model file are rounded once, from what was stored.
+    # Shapes alone say which parameters the model has; `load` finds them wherever they come from.
     networks = make_networks(experiment)
     shapes = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
     statistics = latent_statistics.of_run(run, experiment)

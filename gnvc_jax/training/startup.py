@@ -80,6 +80,7 @@ def parameter_row(name: str, how: str, leaves: list[jax.Array]) -> tuple[str, ..
 
 def placement(leaves: list[Any]) -> str:
     """Says in words how arrays lie on the mesh; the percentage is of their bytes."""
+    # Split: a device holds less than the whole array.
     split = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
     if not split:
         return "replicated"
@@ -119,6 +120,7 @@ def kernels_text(experiment: Experiment) -> str:
 
 def memory_text(state: State, frozen: Tree) -> str:
     """Says how much memory a device needs throughout a step; activations are not included."""
+    # Gradients are as large as the parameters, and there together with everything else.
     params = bytes_per_device(state.params)
     amounts = {
         "trained": params,

@@ -71,6 +71,8 @@ class WorkPerStep:
             found = {"clips": float(batch), "frames": float(batch * frames)}
             if tokens := experiment.tokens(frames):
                 found["tokens"] = float(batch * tokens)
+            # Without rematerialisation: MFU counts what the model needs, not what the machine
+            # repeats.
             needed = operations(self.stage, devices[0], frames)
             found["gflop"] = needed / 1e9
             if peak := PEAK_FLOPS.get(devices[0].device_kind):

@@ -58,6 +58,7 @@ def codec_stage(experiment: Experiment) -> Stage:
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, dict[str, Array]]:
         output = roll_out(networks, params, constants, batch, key)
+        # Distortion is that of latents alone: no frame is decoded.
         return mean_rate_distortion(weights, output, output.error), output.metrics
 
     return Stage(
@@ -80,6 +81,7 @@ def mean_rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Ar
         output: Result of the roll-out.
         distortion: Distortion of each clip, (b,).
     """
+    # (b,), one lambda for the level of each clip.
     weight = losses.rd_lambda(output.q_index, weights.lambda_low, weights.lambda_high)
     return jnp.mean(losses.rate_distortion(output.rate, distortion, weight, weights.balance))
 

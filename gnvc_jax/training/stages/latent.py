@@ -60,6 +60,7 @@ def latent_stage(experiment: Experiment) -> Stage:
         clean, decoded = window.of(output.latents), window.of(output.decoded)
         velocity = refiner_velocity(networks.refiner, output.q_index, constants["text"])
         conditions = params["refiner"], decoded, window.cut(output.features)
+        # Equations 3 and 4 on the window, and their error at the drawn time.
         noise = config.noise * jax.random.normal(key_noise, clean.shape)
         tau = losses.draw_flow_time(key_time, len(clean), config.start)
         found = losses.flow_matching(
@@ -74,6 +75,7 @@ def latent_stage(experiment: Experiment) -> Stage:
         refined = losses.per_clip(window.unwhitened(found.estimate - clean) ** 2)
         distortion = loss_weights.refined * refined + loss_weights.decoded * output.error
         matching = found.error.mean()
+        # Matching is outside of the rate-distortion sum: no lambda weighs it.
         total = mean_rate_distortion(loss_weights, output, distortion)
         metrics = output.metrics | {"flow": matching, "refined": refined.mean()}
         return total + loss_weights.matching * matching, metrics

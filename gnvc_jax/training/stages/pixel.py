@@ -108,6 +108,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
         output = roll_out(networks, params, constants, batch, key_code)
         latents, metrics = output.decoded, output.metrics
+        # D is summed up as the terms come: E_c here, then E_1 and E_t, then E and LPIPS.
         distortion = weights.decoded * output.error
         if networks.refiner is not None:
             # Refinement of one window of each clip.
@@ -141,6 +142,8 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
                 metrics = metrics | {"imitation": imitation.mean()}
 
         # Frames of all latents: those of the window refined, the others as the codec decodes them.
+        # Back to the scale of the VAE, (b, t, h, w, c) -> frames (b, 1 + 4 (t - 1), H, W, 3) for
+        # Wan's.
         latents = latents * constants["std"] + constants["mean"]
         decoder = {"params": params["vae"]}
         frames = networks.vae.apply(decoder, latents, method="decode")
@@ -178,5 +181,6 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         constants=constants,
         constant_shapes=constant_shapes,
         teacher=teacher,
+        # Average length of the loop in `refine_through_last_step`.
         trip_count=(1.0 - weights.single) * (weights.steps - 1),  # steps before the last one
     )

@@ -84,6 +84,8 @@ def refine_stage(experiment: Experiment) -> Stage:
 
     Codec and VAE of that run stay as they are.
     """
+    # A window with the first latent must have room for a pair beside it, and clips are one latent
+    # longer than the window.
     networks, weights = make_networks(experiment), experiment.loss
     window, least = networks.refiner.config.window, 1 + (PAIR + 1) * experiment.vae.temporal_stride
     if window <= PAIR or experiment.data.frames < least:
@@ -136,6 +138,7 @@ def refined_frames(
         batch: Batch of `gnvc_jax.data.clips.with_motion`.
         key: Random key.
     """
+    # Roll-out of the fixed codec, without gradients.
     video, config, stop = to_float(batch["video"]), networks.refiner.config, jax.lax.stop_gradient
     count = 1 + batch["vectors"].shape[1]
     key_levels, key_window, key_noise, key_pair, key_code = jax.random.split(key, 5)
@@ -145,6 +148,7 @@ def refined_frames(
     vectors = batch["vectors"]
     coded = stop(roll_out_with_motion(networks, params, video, vectors, levels, keys, cleaned=4))
 
+    # One step of the flow on a window of latents.
     window = random_window(key_window, constants["white"], count, config.window)
     # `of` cuts and whitens, `cut` only cuts.
     decoded, features = window.of(coded.decoded), window.cut(coded.features)

@@ -67,6 +67,7 @@ def transform_stage(experiment: Experiment) -> Stage:
         return transform_loss(networks, weights, params, batch, key)
 
     def fit(params: Tree, statistics: Statistics) -> Tree:
+        # An iterator of its own: the run's first step sees the same clips again.
         batches = iter(data.batches(experiment.data.frames))
         batches = [next(batches) for _ in range(experiment.data.statistics_batches)]
         fitted = fit_to_clips(networks, weights, jax.device_get(params), batches)
@@ -118,6 +119,7 @@ def transform_loss(
     def mean_of(values: Array, which: Array) -> Array:
         return jnp.sum(values * which) / jnp.maximum(1, jnp.sum(which))
 
+    # "predicted" is the quality of motion alone, before residuals; "low" the lower half of levels.
     metrics = {
         "bpp": jnp.mean(written + motion),
         "motion_bpp": jnp.mean(motion),
@@ -196,6 +198,7 @@ def fit_to_clips(
         for kind, latents, coded in (("intra", intra, intra), ("inter", later, residual)):
             plain[kind].add(np.asarray(latents))
             cells[kind].add(np.asarray(space_to_depth(coded)))
+    # A copy, in which the transforms for intra latents and for residuals are replaced.
     codec = dict(params["codec"])
     scales: dict[Literal["intra", "inter"], str] = {"intra": "first_scale", "inter": "later_scale"}
     for kind, scale in scales.items():

@@ -89,6 +89,7 @@ def vae_stage(experiment: Experiment) -> Stage:
         moments = klt.moments_of_blocks(*strides)
         batches = iter(data.batches(experiment.data.frames))
         # First frames have statistics of their own, which need fewer blocks.
+        # As many batches as it takes, whatever the size of clips.
         while moments["later"].count < KLT_BLOCKS:
             klt.count_blocks(moments, np.asarray(to_float(next(batches))), *strides)
         fitted = agreed(klt.fit(moments, experiment.vae.latent_channels))
