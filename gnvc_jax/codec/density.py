@@ -60,8 +60,8 @@ class FactorisedDensity(nn.Module):
         low, high = self.logit(x - 0.5, q_index), self.logit(x + 0.5, q_index)
         # By symmetry of the sigmoid, F(high) - F(low) = F(-low) - F(-high) in terms of logits. Of
         # the two forms, the one whose values are near 0 rather than near 1 keeps its digits.
-        # The side is a choice between two equal forms, so it needs no gradient.
-        side = -jnp.sign(jax.lax.stop_gradient(low + high))
+        # Not jnp.sign, whose 0 for a symmetric density would make the probability of 0 vanish.
+        side = jnp.where(low + high > 0.0, -1.0, 1.0)
         p = jnp.abs(nn.sigmoid(side * high) - nn.sigmoid(side * low))
         return -jnp.log2(bound(p, LIKELIHOOD_MIN, 2.0))
 

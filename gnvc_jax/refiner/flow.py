@@ -144,7 +144,7 @@ def step_times(steps: int, start: float = START, shift: float = 1.0) -> Array:
 
 
 def integrate(velocity: Callable[[Array, Array], Array], state: Array, times: Array) -> Array:
-    """Integrates the flow by Euler's method (equation 6).
+    """Integrates the flow by Euler's method (equation 5 of GNVC-VD).
 
     The loop is Python's: a jitted `velocity(state, tau)` compiles once for any number of steps.
 

@@ -169,11 +169,14 @@ def test_gaussian_bits_match_scipy():
         np.testing.assert_allclose(got[keep], exact[keep], rtol=1e-3, atol=1e-4)
 
 
-def test_hyperlatent_table_agrees_with_the_trained_density():
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_hyperlatent_table_agrees_with_the_trained_density(symmetric):
     model = density.FactorisedDensity(3)
     params = model.init(jax.random.key(0), jnp.zeros((1, 1, 1, 3)), jnp.zeros(1, int),
                         method="bits")["params"]  # fmt: skip
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
+    if symmetric:
+        params |= {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("a", "b")}
     table = density.probabilities(params)
     assert table.shape == (64, 3, 31)
     np.testing.assert_allclose(table.sum(axis=-1), 1.0)
