@@ -8,7 +8,6 @@ the integer tables of a model file.
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
