@@ -68,13 +68,8 @@ class Refiner(nn.Module):
         """
         cfg, zeros = self.config.dit, nn.initializers.zeros
         state, decoded, tau = jnp.asarray(state), jnp.asarray(decoded), jnp.asarray(tau)
-        condition, extra = None, 0.0  # without an adapter, decoded latents are in the state alone
-        if cfg.context_every:
-            condition = decoded
-            # The adapter's own embedding keeps the width of a pretrained one, so features get a
-            # second one beside it, (b, n, 4f) -> (b, n, d), whose output is added.
-            embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
-            extra = embed(patchify(features))
+        # Without an adapter, decoded latents are in the state alone.
+        condition = decoded if cfg.context_every else None
         if self.config.vace_layout:
             # Latents of a grey clip, a first and a later one: nothing to keep, for VACE.
             grey = self.param("grey", zeros, (2, cfg.channels), jnp.float32)
@@ -86,6 +81,12 @@ class Refiner(nn.Module):
         # The TPU kernel of attention takes bfloat16 with the default precision only.
         half = jnp.dtype(self.dtype) == jnp.bfloat16
         with jax.default_matmul_precision("default" if half else self.precision):
+            extra = 0.0
+            if cfg.context_every:
+                # The adapter's own embedding keeps the width of a pretrained one, so features get a
+                # second one beside it, (b, n, 4f) -> (b, n, d), whose output is added.
+                embed = nn.Dense(cfg.width, dtype=self.dtype, kernel_init=zeros, name="features")
+                extra = embed(patchify(features))
             velocity = dit(
                 state,
                 flow.wan_timestep(tau),
