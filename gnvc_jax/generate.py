@@ -49,7 +49,16 @@ class Generator:
     vae: PretrainedVAE
 
     def noise(self, frames: int, height: int, width: int, seed: int) -> Latents:
-        """Standard normal latents of a clip.
+        """Draws the standard normal latents that sampling of a clip begins with.
+
+        Args:
+            frames: Number of frames, 1 + 4k for Wan2.1.
+            height: Height of the frames in pixels, a multiple of 16 for Wan2.1.
+            width: Their width, likewise.
+            seed: Seed; the same one gives the same noise.
+
+        Returns:
+            Latents (1, t, h, w, c), float32.
 
         Raises:
             UsageError: If the networks cannot make a clip of this length or size.
@@ -76,7 +85,7 @@ class Generator:
         sampler: str = "unipc",
         progress: Callable[[], object] = lambda: None,
     ) -> Latents:
-        """Follows the flow from noise to latents.
+        """Follows the flow from noise to latents, with classifier-free guidance.
 
         Args:
             noise: See `noise`.
