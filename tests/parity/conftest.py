@@ -6,6 +6,19 @@ import pytest
 LIMIT = 1e-5
 
 
+@pytest.fixture(scope="session")
+def tiny_transformer():
+    """Sizes of a small DiT, as diffusers' transformers take them."""
+    return {
+        "num_attention_heads": 2,
+        "attention_head_dim": 32,
+        "text_dim": 24,
+        "freq_dim": 32,
+        "ffn_dim": 96,
+        "num_layers": 4,
+    }
+
+
 @pytest.fixture
 def same(record_property):
     """same(what, ours, theirs): the largest difference is at most 1e-5 of the largest value."""

@@ -14,14 +14,6 @@ from gnvc_jax.refiner.sampling import euler_times, unipc_times  # noqa: E402
 pytestmark = pytest.mark.parity
 
 FRAMES, SIZE, SHIFT, GUIDANCE = 5, 32, 3.0, 4.0
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "text_dim": 24,
-    "freq_dim": 32,
-    "ffn_dim": 96,
-    "num_layers": 2,
-}
 
 
 def scheduler(name, shift):
@@ -40,12 +32,13 @@ def test_schedules_match_diffusers(name, times, steps, shift):
 
 
 @pytest.fixture(scope="module", params=["dit", "vace"])
-def both(request, tmp_path_factory, wan_tensor):
+def both(request, tmp_path_factory, wan_tensor, tiny_transformer):
     """A function from a scheduler to their pipeline, and our generator with the same weights."""
+    sizes = tiny_transformer | {"num_layers": 2}
     if request.param == "dit":
-        model = diffusers.WanTransformer3DModel(**TINY)
+        model = diffusers.WanTransformer3DModel(**sizes)
     else:
-        model = diffusers.WanVACETransformer3DModel(**TINY, vace_layers=[0])
+        model = diffusers.WanVACETransformer3DModel(**sizes, vace_layers=[0])
     vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=16)
     folder = tmp_path_factory.mktemp("sampling")
     for name, part in (("transformer", model), ("vae", vae)):

@@ -23,14 +23,6 @@ from gnvc_jax.vae import VAE  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
-TINY = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 32,
-    "text_dim": 24,
-    "freq_dim": 32,
-    "ffn_dim": 96,
-    "num_layers": 4,
-}
 # One block of Wan2.1's 1.3B model.
 REAL = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 1}
 
@@ -147,8 +139,8 @@ def test_gradients_of_the_vae_match_diffusers(vae, tmp_path, same):
 
 @pytest.mark.parametrize("size", ["tiny", "real"])
 @pytest.mark.parametrize("adapter", [False, True], ids=["dit", "vace"])
-def test_dit_matches_diffusers(size, adapter, tmp_path, same):
-    config = TINY if size == "tiny" else REAL
+def test_dit_matches_diffusers(size, adapter, tmp_path, same, tiny_transformer):
+    config = tiny_transformer if size == "tiny" else REAL
     if adapter:
         layers = list(range(0, config["num_layers"], 2))
         model = diffusers.WanVACETransformer3DModel(**config, vace_layers=layers)
@@ -173,14 +165,16 @@ def test_dit_matches_diffusers(size, adapter, tmp_path, same):
     same("velocity", DiT(architecture.config).apply({"params": params}, *ours), last(velocity))
 
 
-def test_files_in_the_original_names_give_the_same_parameters(vae, to_original, tmp_path):
+def test_files_in_the_original_names_give_the_same_parameters(
+    vae, to_original, tmp_path, tiny_transformer
+):
     """Wan2.1_VAE.pth and a DiT in two files with an index, as Wan-AI publishes them."""
     model, _, expected = vae
     folder = tmp_path / "Wan2.1"
     folder.mkdir()
     torch.save(to_original(model.state_dict()), folder / "Wan2.1_VAE.pth")
 
-    dit = randomise(diffusers.WanVACETransformer3DModel(**TINY, vace_layers=[0, 2]))
+    dit = randomise(diffusers.WanVACETransformer3DModel(**tiny_transformer, vace_layers=[0, 2]))
     state = sorted(to_original(dit.state_dict()).items())
     parts = dict(state[::2]), dict(state[1::2])
     names = {}
@@ -202,10 +196,11 @@ def test_files_in_the_original_names_give_the_same_parameters(vae, to_original, 
     jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_diffusers_reads_what_is_exported(tmp_path):
+def test_diffusers_reads_what_is_exported(tmp_path, tiny_transformer):
+    dit = diffusers.WanVACETransformer3DModel(**tiny_transformer, vace_layers=[0, 2])
     for component, model in (
         ("vae", diffusers.AutoencoderKLWan(base_dim=8, z_dim=16)),
-        ("transformer", diffusers.WanVACETransformer3DModel(**TINY, vace_layers=[0, 2])),
+        ("transformer", dit),
     ):
         folder = tmp_path / component
         ported(randomise(model), component, folder)
