@@ -17,6 +17,8 @@ def port(
     dtype: Literal["stored", "float32", "bfloat16"] = "stored",
     prompt: str | None = None,
     heads: int | None = None,
+    lora: tuple[str, ...] = (),
+    scale: tuple[float, ...] = (1.0,),
     no_progress: bool = False,
 ) -> int:
     """Convert public weights of Wan2.1 or LPIPS to a checkpoint folder.
@@ -31,6 +33,8 @@ def port(
         dtype: Type of the converted weights; "stored" keeps the type of each tensor.
         prompt: Text condition to store with the DiT, a .npy or .safetensors file.
         heads: Number of attention heads; needed only if config.json is missing.
+        lora: LoRA files to merge into the DiT.
+        scale: Factor of each LoRA, or one for all.
         no_progress: Hide the progress bar.
     """
     from gnvc_jax.porting import port as porting
@@ -38,14 +42,16 @@ def port(
 
     if (to is None) != check:
         raise UsageError("expected either --to FOLDER or --check")
+    scales = scale * len(lora) if len(scale) == 1 else scale
+    if len(scales) != len(lora) or (scale != (1.0,) and not lora):
+        raise UsageError(f"--scale has {len(scale)} factors for {len(lora)} files of --lora")
     if open_perceptual(source):
-        if to is None or prompt or heads is not None or dtype != "stored":
-            raise UsageError(
-                "--check, --dtype, --prompt and --heads do not apply to weights of LPIPS"
-            )
+        if to is None or prompt or heads is not None or dtype != "stored" or lora:
+            raise UsageError("of all options, weights of LPIPS take --from and --to alone")
         print(port_perceptual(source, to))
         return 0
-    for part in porting.port(source, to, dtype, heads, prompt, progress=not no_progress):
+    options = {"progress": not no_progress, "lora": list(zip(lora, scales))}
+    for part in porting.port(source, to, dtype, heads, prompt, **options):
         component = part.architecture.component
         place = f"{component}: can be ported" if to is None else f"{to}/{component}"
         print(

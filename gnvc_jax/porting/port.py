@@ -2,7 +2,7 @@
 
 import csv
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from gnvc_jax.porting.checkpoint import (
     write_component,
 )
 from gnvc_jax.porting.errors import PortError
+from gnvc_jax.porting.lora import merge_lora
 from gnvc_jax.porting.sources import Source, TensorEntry, open_sources
 from gnvc_jax.refiner import DiTConfig
 
@@ -52,6 +53,7 @@ def port(
     heads: int | None = None,
     prompt: str | Path | None = None,
     progress: bool = True,
+    lora: Sequence[tuple[str | Path, float]] = (),
 ) -> list[Ported]:
     """Converts public weights to a checkpoint folder, one parameter after the other.
 
@@ -65,13 +67,15 @@ def port(
         heads: Number of attention heads, see `recognise`.
         prompt: File with a text condition, see `load_prompt`.
         progress: Whether to show a progress bar.
+        lora: LoRA files to merge into the DiT, each with its scale, see `merge_lora`.
 
     Returns:
         A summary of each component.
 
     Raises:
-        FileNotFoundError: If there is nothing at `path`.
+        FileNotFoundError: If there is nothing at `path`, or no LoRA file.
         FileExistsError: If the target exists.
+        UsageError: If there is a LoRA, but no DiT.
         PortError: If tensors are missing, unexpected or of a wrong shape (all of them are listed),
             or contain NaN or infinities (the first one is named). Nothing is written.
     """
@@ -83,6 +87,12 @@ def port(
     for source, architecture in found:
         check(source, architecture)
     dits = [a.config for _, a in found if isinstance(a.config, DiTConfig)]
+    if lora and not dits:
+        raise UsageError(f"{path}: a LoRA changes a DiT, and there is none")
+    for file, scale in lora:
+        found = [
+            (merge_lora(s, a, file, scale) if s.component == "dit" else s, a) for s, a in found
+        ]
     text = load_prompt(prompt, *dits) if prompt else None
     if target is None:
         return [port_one(s, a, None, dtype, progress) for s, a in found]
@@ -124,7 +134,7 @@ def check_finite(entry: TensorEntry, name: str, array: np.ndarray) -> None:
     bad = array.size - np.count_nonzero(np.isfinite(array))
     if bad:
         raise PortError(
-            f"{entry.file}: {name} has {bad} of {array.size} values that are NaN or infinite as "
+            f"{entry.origin}: {name} has {bad} of {array.size} values that are NaN or infinite as "
             f"{array.dtype}"
         )
 
@@ -148,8 +158,9 @@ def port_one(
                 place = array[... if tensor.index is None else tensor.index]
                 with np.errstate(over="ignore"):  # reported below, by name
                     place[...] = tensor.forward(entry.read(), place.shape)
-                check_finite(entry, tensor.name(source.scheme), place)
-                origin = entry.file, tensor.name(source.scheme), entry.dtype, size_text(entry.shape)
+                name = tensor.name(source.scheme)
+                check_finite(entry, name, place)
+                origin = entry.origin, name, entry.dtype, size_text(entry.shape)
                 goal = path, tensor.index, array.dtype, size_text(place.shape)
                 report.append((*origin, *goal))
                 bar.update()

@@ -56,12 +56,17 @@ class TensorEntry:
         shape: Shape.
         dtype: Name of the dtype.
         read: Function that reads the tensor.
+        origin: What the tensor was made of, for people; the file if not given.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     read: Callable[[], np.ndarray]
+    origin: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "origin", self.origin or str(self.file))
 
 
 @dataclasses.dataclass(frozen=True)

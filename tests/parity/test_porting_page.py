@@ -66,6 +66,10 @@ def test_documented_commands_run_in_order(
     (tmp_path / "CLIPS").mkdir()
     write_all(tmp_path / "CLIPS" / "a.mp4", camera_move(7)[:, :80, :96], 25)
     write_all(tmp_path / "clip.mp4", video, 25)
+    lora = {"lora_A": (2, 64), "lora_B": (64, 2)}
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    tensors = {f"{layer}.{k}.weight": np.ones(size, np.float32) for k, size in lora.items()}
+    save_file(tensors, "lora.safetensors")
     for name in ("cat", "negative"):
         np.save(f"{name}.npy", np.random.default_rng(len(name)).normal(size=(4, 24)))
 
@@ -73,7 +77,7 @@ def test_documented_commands_run_in_order(
     for words in commands():
         assert cli.main([*words, "--no-progress"]) == 0, words
         done.append(words[0])
-    expected = "port reconstruct port generate calibrate encode decode decode"
+    expected = "port reconstruct port generate calibrate encode decode decode port"
     assert done == expected.split()
 
     clips = {
