@@ -13,7 +13,7 @@ on the size of frames and not on the length of the video.
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -177,25 +177,53 @@ class Decoder:
         return -(-header.height // self.unit), -(-header.width // self.unit)
 
     def decode_group(
-        self, header: Header, group: GroupPayload, steps: int | None = None
+        self,
+        header: Header,
+        group: GroupPayload,
+        steps: int | None = None,
+        strength: float = 1.0,
     ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
         """Decodes the frames of one group.
 
         Args:
             header: Header of the stream.
             group: Group, as `StreamReader` reads it.
-            steps: Refinement steps, 0 for none; None for what the model was trained for.
+            steps: Refinement steps, 0 for none; None for what the model was trained for, or none
+                in a stream whose header says so.
+            strength: Share of the refinement to apply, from 0 (none) to 1.
 
         Yields:
             Frames. Without refinement they come as their latents are decoded; with it, after all
             latents of the group.
         """
         if steps is None:
-            steps = self.steps
+            steps = self.steps if header.refine else 0
         decoded = self._decoded(header, group)
         # The refiner sees all latents of a group at once, so frames must wait for the last of them.
-        if steps:
-            decoded = self._refined(group, list(decoded), steps)
+        if steps and strength:
+            decoded = self._refined(group, list(decoded), steps, strength)
+        yield from self._shown(header, group, decoded)
+
+    def decode_group_both(
+        self, header: Header, group: GroupPayload, steps: int, strength: float = 1.0
+    ) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]]:
+        """Decodes the frames of one group without and with refinement; see `decode_group`.
+
+        Yields:
+            Pairs of a decoded and a refined frame.
+        """
+        decoded = list(self._decoded(header, group))
+        refined = self._refined(group, decoded, steps, strength)
+        shown = (self._shown(header, group, latents) for latents in (decoded, refined))
+        return zip(*shown, strict=True)
+
+    def _shown(
+        self,
+        header: Header,
+        group: GroupPayload,
+        decoded: Iterable[tuple[Array, Any, Array | None]],
+    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Turns latents in the form of `_decoded` into the frames that are shown."""
         # The codec works on padded latents. Without motion the encoder's VAE saw frames with less
         # padding; its decoder is given latents of that size.
         h, w = (-(-side // self.padding) * self.padding for side in (header.height, header.width))
@@ -261,7 +289,11 @@ class Decoder:
             yield decoded.latent, decoded.feature, frames
 
     def _refined(
-        self, group: GroupPayload, decoded: list[tuple[Array, Array, Array | None]], steps: int
+        self,
+        group: GroupPayload,
+        decoded: list[tuple[Array, Array, Array | None]],
+        steps: int,
+        strength: float,
     ) -> Iterator[tuple[Array, None, Array | None]]:
         """Refines the latents of a group and yields them in the form of `_decoded`.
 
@@ -269,7 +301,10 @@ class Decoder:
         change of the latents is added to them.
         """
         with self.timed("refiner"):
-            refined = self.functions.refine(*_stack(group, decoded), steps)
+            stacked = _stack(group, decoded)
+            refined = self.functions.refine(*stacked, steps)
+            if strength != 1.0:
+                refined = stacked.latents + strength * (refined - stacked.latents)
             refined.block_until_ready()
         for t, (latent, _, frames) in enumerate(decoded):
             if frames is not None:

@@ -32,6 +32,7 @@ UNKNOWN_COUNT = 2**64 - 1  # frame count in a stream that was written to a pipe
 MAX_HEADER = 65536  # bytes
 MAX_SIDE, MIN_SIDE, MAX_PIXELS = 16384, 16, 1 << 27
 MIN_FPS, MAX_FPS = 0.001, 1000
+NO_REFINEMENT = 1  # optional flag
 assert FIXED.size == 128
 
 
@@ -75,6 +76,7 @@ class Header:
         temporal_stride: Frames per latent after the first.
         bit_depth: Bits per sample of the source, for information.
         colour: H.273 code points: primaries, transfer, matrix, full range.
+        refine: Whether decoders should refine; False where added detail would mislead.
         extra: Entries by type (a number), free for applications.
         version: Major version of the file that the header was read from.
     """
@@ -96,6 +98,7 @@ class Header:
     temporal_stride: int = 4
     bit_depth: int = 8
     colour: tuple[int, int, int, int] = (1, 1, 1, 0)
+    refine: bool = True
     extra: dict[int, bytes] = dataclasses.field(default_factory=dict)
     version: int = VERSION[0]
 
@@ -141,8 +144,9 @@ class Header:
             struct.pack("<HH", kind, len(data)) + data for kind, data in sorted(self.extra.items())
         )
         count = UNKNOWN_COUNT if self.frame_count is None else self.frame_count
+        optional = 0 if self.refine else NO_REFINEMENT
         data = FIXED.pack(
-            MAGIC, *VERSION, size, 0, 0, self.width, self.height, *self.fps, count,
+            MAGIC, *VERSION, size, 0, optional, self.width, self.height, *self.fps, count,
             self.gop_latents, self.gop_frames, self.latent_stride, self.latent_channels,
             self.temporal_stride, self.bit_depth, *self.colour, self.y_channels, self.z_channels,
             self.codec_fingerprint, self.vae_fingerprint, self.tables_crc,
@@ -195,7 +199,7 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
     if len(data) < FIXED.size + 4:
         raise NotThisFormat(f"only {len(data)} bytes, a header has {FIXED.size + 4}")
     fields = FIXED.unpack_from(data)
-    major, minor, size, required = fields[1:5]
+    major, minor, size, required, optional = fields[1:6]
     # The version comes first: another one may give every other field another meaning.
     if major not in READABLE:
         known = " and ".join(map(str, READABLE))
@@ -225,7 +229,8 @@ def read_header(read: Callable[[int], bytes]) -> tuple[Header, int]:
         latent_channels=fields[14], temporal_stride=fields[15], bit_depth=fields[16],
         colour=fields[17:21], y_channels=fields[21], z_channels=fields[22],
         codec_fingerprint=fields[23], vae_fingerprint=fields[24], tables_crc=fields[25],
-        k_skip=fields[26], extra=_read_extra(data[FIXED.size : -4]), version=major,
+        k_skip=fields[26], refine=not optional & NO_REFINEMENT,
+        extra=_read_extra(data[FIXED.size : -4]), version=major,
     )  # fmt: skip
     header.check()
     return header, size

@@ -1,6 +1,7 @@
 """Commands on single videos and streams: encode, decode, info, demo."""
 
 import contextlib
+import dataclasses
 import itertools
 import sys
 import time
@@ -42,6 +43,7 @@ def encode(
     tolerant: bool = False,
     devices: int = 1,
     model: str = "small",
+    no_refine: bool = False,
     force: Force = False,
     no_progress: bool = False,
 ) -> int:
@@ -64,6 +66,8 @@ def encode(
             with code 3.
         devices: Number of devices to shard each frame over (for large frames).
         model: Name of a shipped model, or path of a model file.
+        no_refine: Mark the stream as "do not refine": decoders then leave the refiner out unless
+            they are given --steps.
         force: Overwrite an existing output.
         no_progress: Hide the progress bar.
     """
@@ -92,7 +96,12 @@ def encode(
         coder = load_pretrained(model)
         rate = (video.fps.numerator, video.fps.denominator)
         header = coder.header(
-            video.width, video.height, rate, gop=gop, colour=video.colour.code_points
+            video.width,
+            video.height,
+            rate,
+            gop=gop,
+            colour=video.colour.code_points,
+            refine=not no_refine,
         )
         total = min(filter(None, (video.frame_count, frames)), default=None)
         start = time.perf_counter()
@@ -126,6 +135,9 @@ def decode(
     model: str = "small",
     refiner: str | None = None,
     t_start: float | None = None,
+    strength: float = 1.0,
+    guard: float | None = None,
+    map: str | None = None,
     force: Force = False,
     no_progress: bool = False,
 ) -> int:
@@ -137,7 +149,8 @@ def decode(
         input: Stream to read, or - for stdin.
         output: Video to write: .mp4, .mkv (lossless), .y4m, a folder of PNG images, or - for y4m
             on stdout.
-        steps: Number of refinement steps, 0 for none; if not given, what the model was trained for.
+        steps: Number of refinement steps, 0 for none; if not given, what the model was trained for,
+            or none in streams that are marked "do not refine".
         tolerant: Replace the frames of damaged groups by the last good frame, and exit with
             code 3.
         max_pixels: Refuse streams whose frames have more pixels; 33554432 (8K) if not given.
@@ -147,6 +160,11 @@ def decode(
             the model's VAE, which then refines without training, or a model file or a run.
         t_start: Flow time at which --refiner begins, from 0 (pure noise) to below 1 (decoded
             latents unchanged); 0.8 for a ported DiT if not given.
+        strength: Share of the refinement to apply, from 0 (as --steps 0) to 1.
+        guard: Limit to what refinement may change: the root mean square of the change in each
+            block of 16x16 pixels, in 8-bit steps.
+        map: Video to write in which grey shows how much refinement changed each block: black is
+            nothing, white 32 8-bit steps or more.
         force: Overwrite an existing output.
         no_progress: Hide the progress bar.
     """
@@ -159,8 +177,14 @@ def decode(
     source = sys.stdin.buffer if input == "-" else input
     damaged: list[BitstreamError] = []
     check_range("--steps", steps, 0, MAX_STEPS)
+    check_range("--strength", strength, 0, 1)
+    check_range("--guard", guard, 0)
     if t_start is not None and refiner is None:
         raise UsageError("--t-start needs --refiner")
+    if map is not None:
+        refuse_same_file(input, map)
+        if map == output or is_same_file(output, map):
+            raise UsageError(f"--map {map} is the output; name another file")
     with frames_over(devices), StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(model)
         coder.check(header, MAX_PIXELS if max_pixels is None else max_pixels)
@@ -169,17 +193,30 @@ def decode(
         elif steps not in (None, 0, coder.steps) and coder.steps:
             trained = f"{coder.steps} step{'s' * (coder.steps > 1)}"
             print(f"gnvc: --steps {steps}: {model} was trained for {trained}", file=sys.stderr)
+        if steps is None:
+            steps = coder.steps if header.refine or refiner is not None else 0
+            if coder.steps and not steps:
+                note = 'is marked "do not refine"; --steps overrides that'
+                print(f"gnvc: {input}: {note}", file=sys.stderr)
+        if not steps and (guard is not None or map is not None):
+            raise UsageError("--guard and --map need refinement, and there is none")
         fps = Fraction(*header.fps)
         colour = Colour.from_code_points(*header.colour)
-        with open_writer(
-            output, header.width, header.height, fps, colour=colour, force=force
-        ) as out:
-            start, count, last = time.perf_counter(), 0, None
+        shape = header.width, header.height, fps
+        decoder = GroupDecoder(coder, header, steps, strength, guard, map is not None, tolerant)
+        with contextlib.ExitStack() as outputs:
+            out = outputs.enter_context(open_writer(output, *shape, colour=colour, force=force))
+            map_out = None
+            if map is not None:
+                map_out = outputs.enter_context(open_writer(map, *shape, force=force))
+            start, count = time.perf_counter(), 0
             with progress_bar(header.frame_count, "decoding", no_progress) as progress:
                 for group in reader.groups(tolerant=tolerant):
-                    for frame in group_frames(coder, header, group, last, damaged, steps, tolerant):
+                    for frame, drawn in decoder.frames(group, damaged):
                         out.write(frame)
-                        last, count = frame, count + 1
+                        if map_out is not None:
+                            map_out.write(drawn)
+                        count += 1
                         progress.update(1)
                 # Inside `open_writer`, so that a video of no frames is not left behind.
                 if damaged and not count:
@@ -215,6 +252,8 @@ def info(input: Positional[str]) -> int:
     print(f"  video     {header.width}x{header.height}, {frames} frames, {fps:.3f} frames/s")
     print(f"  rate      {rate_text(size, frames, header)}")
     print(f"  model     codec {codec}, VAE {vae}")
+    if not header.refine:
+        print('  refiner   marked "do not refine"')
     container = size - latents - motion
     print(f"  bytes     latents {latents}, motion {motion}, container {container}")
     print(f"  audio     {AUDIO_NOTE}")
@@ -267,45 +306,74 @@ def frames_over(devices: int) -> contextlib.AbstractContextManager:
     return jax.set_mesh(make_mesh(MeshConfig(data=1, context=devices)))
 
 
-def group_frames(
-    coder: "Coder",
-    header: Header,
-    group: GroupPayload | BitstreamError,
-    last: np.ndarray | None,
-    damaged: list[BitstreamError],
-    steps: int | None,
-    tolerant: bool,
-) -> Iterator[np.ndarray]:
-    """Decodes a group, or stands in for a damaged one.
+@dataclasses.dataclass
+class GroupDecoder:
+    """Decodes groups to frames and maps of what refinement changed; stands in for damaged ones.
 
-    Args:
+    Attributes:
         coder: Decoder.
         header: Header of the stream.
-        group: GroupPayload as read from the stream, or the error that reading it gave.
-        last: The frame before the group, uint8 (h, w, 3); None if there is none.
-        damaged: List to which errors are appended.
-        steps: Refinement steps, None for the model's default.
-        tolerant: Whether damaged groups are replaced by repeats of `last` instead of raising.
-
-    Yields:
-        Frames, uint8 (h, w, 3).
+        steps: Refinement steps.
+        strength: Share of the refinement to apply.
+        guard: Largest change of a block by refinement, None for any.
+        mapped: Whether maps are wanted.
+        tolerant: Whether damaged groups are replaced instead of raising.
+        last: The frame before the next group, uint8 (h, w, 3); grey if there is none.
     """
-    if isinstance(group, BitstreamError):
-        error = group
-    else:
-        try:
-            frames = coder.decode_group(header, group, steps)
-            # Decoded to the end before the first frame goes out: damage may show late in a group,
-            # and a group is replaced as a whole.
-            yield from list(frames) if tolerant else frames
+
+    coder: "Coder"
+    header: Header
+    steps: int
+    strength: float
+    guard: float | None
+    mapped: bool
+    tolerant: bool
+
+    def __post_init__(self) -> None:
+        self.last = np.full((self.header.height, self.header.width, 3), 128, np.uint8)
+
+    def frames(
+        self, group: GroupPayload | BitstreamError, damaged: list[BitstreamError]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Decodes a group, or repeats the last frame for a damaged one.
+
+        Args:
+            group: GroupPayload as read from the stream, or the error that reading it gave.
+            damaged: List to which errors are appended.
+
+        Yields:
+            Frames and maps, uint8 (h, w, 3); without maps, the frame takes their place.
+        """
+        if isinstance(group, BitstreamError):
+            error = group
+        else:
+            try:
+                frames = self._decoded(group)
+                # Decoded to the end before the first frame goes out: damage may show late in a
+                # group, and a group is replaced as a whole.
+                for pair in list(frames) if self.tolerant else frames:
+                    self.last = pair[0]
+                    yield pair
+                return
+            except BitstreamError as caught:
+                if not self.tolerant:
+                    raise
+                error, caught.n_frames = caught, group.n_frames
+        damaged.append(error)
+        yield from [(self.last, np.zeros_like(self.last))] * error.n_frames
+
+    def _decoded(self, group: GroupPayload) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        from gnvc_jax.fidelity import change_map, limit_change
+
+        given = self.header, group, self.steps, self.strength
+        if self.guard is None and not self.mapped:
+            for frame in self.coder.decode_group(*given):
+                yield frame, frame
             return
-        except BitstreamError as caught:
-            if not tolerant:
-                raise
-            error, caught.n_frames = caught, group.n_frames
-    damaged.append(error)
-    grey = np.full((header.height, header.width, 3), 128, np.uint8)
-    yield from [grey if last is None else last] * group.n_frames
+        for plain, refined in self.coder.decode_group_both(*given):
+            if self.guard is not None:
+                refined = limit_change(plain, refined, self.guard)
+            yield refined, change_map(plain, refined)
 
 
 def rate_text(size: int, frames: int, header: Header) -> str:
