@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import logging
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -34,9 +35,11 @@ PREFIX = re.compile(r"^(model\.diffusion_model|diffusion_model|model|module)\.")
 # The second expert of Wan2.2's A14B models, as diffusers and as Wan-AI name its folder.
 SECOND_EXPERTS = {"transformer_2": "transformer", "low_noise_model": "high_noise_model"}
 
-# What ComfyUI puts beside tensors of 8 bits: a factor for each, a scale of activations, which only
-# its own kernels use, and an empty tensor that marks the file.
-SCALE, UNUSED = ".scale_weight", (".scale_input", "scaled_fp8")
+# What stands beside tensors of 8 bits: a factor for each, under the name in ComfyUI's older files or
+# that in its newer ones and in lightx2v's; and what only the kernels of others use: a scale of
+# activations, a description of the format, an empty tensor that marks the file.
+SCALES = re.compile(r"\.(scale_weight|weight_scale)$")
+UNUSED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 
 # (component, scheme) by the prefix of a tensor that only it has.
 MARKS = {
@@ -209,19 +212,34 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
 def dequantised(path: Path, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
     """Replaces tensors of 8 bits by float32, multiplied by their scales if they have some.
 
-    Raises PortError for a scale without its tensor.
+    A scale is one number, or one for each output (row) of the tensor.
+
+    Raises:
+        PortError: If there is a scale without its tensor, or one of another shape.
     """
     small = [name for name, entry in entries.items() if entry.dtype.startswith("float8")]
-    scales = {n.removesuffix(SCALE) + ".weight": e for n, e in entries.items() if n.endswith(SCALE)}
+    scales = {SCALES.sub(".weight", n): e for n, e in entries.items() if SCALES.search(n)}
     if lonely := scales.keys() - entries.keys():
         raise PortError(f"{path}: has a scale for {min(lonely)}, but no such tensor")
+    for name, scale in scales.items():
+        rows = (*entries[name].shape[:1], *[1] * (len(scale.shape) - 1))
+        if math.prod(scale.shape) != 1 and scale.shape != rows:
+            raise PortError(
+                f"{path}: the scale of {name} has shape {scale.shape}, expected one number, or one "
+                f"for each of {rows[0]} rows"
+            )
 
     def read(entry: TensorEntry, scale: TensorEntry | None) -> np.ndarray:
         array = entry.read().astype(np.float32)
-        return array if scale is None else array * scale.read().astype(np.float32)
+        if scale is None:
+            return array
+        factors = scale.read().astype(np.float32)
+        return array * factors.reshape(-1, *[1] * (array.ndim - 1))
 
-    found = {k: e for k, e in entries.items() if not k.endswith((SCALE, *UNUSED))}
-    changed = found.keys() & {*small, *scales}
+    found = {k: e for k, e in entries.items() if not SCALES.search(k) and not k.endswith(UNUSED)}
+    # Integers are left alone, and refused later: their formats need more than a factor.
+    scaled = {name for name in scales if entries[name].dtype in DTYPES.values()}
+    changed = found.keys() & {*small, *scaled}
     for name in changed:
         entry = found[name]
         reader = functools.partial(read, entry, scales.get(name))

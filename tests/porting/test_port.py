@@ -275,17 +275,30 @@ def test_prefixes_of_other_programs(prefix, public, golden, to_original, tmp_pat
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-def test_scaled_tensors_of_8_bits_are_dequantised(golden, to_original, tmp_path, caplog):
-    """As ComfyUI stores them: a factor for each matrix, and a mark for the file."""
+@pytest.mark.parametrize(
+    ("ending", "unused", "axes", "shape"),
+    [
+        ("scale_weight", {"scale_input": np.ones(1, np.float32)}, None, (1,)),
+        ("weight_scale", {"input_scale": np.ones((), np.float32)}, None, ()),
+        ("weight_scale", {"comfy_quant": np.zeros(9, np.uint8)}, 1, (-1, 1)),
+        ("weight_scale", {}, 1, (-1,)),
+    ],
+    ids=["comfyui", "comfyui-new", "rows", "flat-rows"],
+)
+def test_scaled_tensors_of_8_bits_are_dequantised(
+    ending, unused, axes, shape, golden, to_original, tmp_path, caplog
+):
+    """As ComfyUI and lightx2v store them: a factor for each matrix or row, and marks."""
     tensors = to_original(golden("dit")[2])
     float8, path = ml_dtypes.float8_e4m3fn, "blocks.1.ffn.2.weight"
     stored, expected = {"scaled_fp8": np.zeros(0, float8)}, {}
     for name, x in tensors.items():
         if name.startswith("blocks.") and x.ndim == 2 and name.endswith("weight"):
-            scale = np.abs(x).max() / 448  # the largest number of this type
+            # 448 is the largest number of this type.
+            scale = np.abs(x).max(axes, keepdims=True) / np.float32(448)
             stored[name] = (x / scale).astype(float8)
-            stored[name.replace("weight", "scale_weight")] = np.array([scale], np.float32)
-            stored[name.replace("weight", "scale_input")] = np.ones(1, np.float32)
+            stored[name.replace("weight", ending)] = scale.reshape(shape)
+            stored |= {name.replace("weight", k): value for k, value in unused.items()}
             expected[name] = scale * stored[name].astype(np.float32)
         else:
             stored[name] = x.astype(float8) if name == "head.head.weight" else x
@@ -300,10 +313,19 @@ def test_scaled_tensors_of_8_bits_are_dequantised(golden, to_original, tmp_path,
     np.testing.assert_array_equal(params["head"]["kernel"].T, head)
     assert f"{len(expected) + 1} tensors of 8 bits are dequantised to float32" in caplog.text
 
+
+def test_scales_that_fit_no_tensor_are_refused(golden, to_original, tmp_path):
+    path = "blocks.1.ffn.2.weight"
+    stored = {f"model.diffusion_model.{k}": x for k, x in to_original(golden("dit")[2]).items()}
+    stored[f"model.diffusion_model.{path}_scale"] = np.ones((2, 3), np.float32)
+    save_file(stored, tmp_path / "w.safetensors")
+    message = rf"the scale of {re.escape(path)} has shape \(2, 3\), expected .* each of 64 rows"
+    with pytest.raises(PortError, match=message):
+        open_sources(tmp_path / "w.safetensors")
     del stored[f"model.diffusion_model.{path}"]
     save_file(stored, tmp_path / "w.safetensors")
     with pytest.raises(PortError, match=rf"has a scale for {re.escape(path)}, but no such tensor"):
-        port(tmp_path / "w.safetensors", tmp_path / "again", heads=2, progress=False)
+        open_sources(tmp_path / "w.safetensors")
 
 
 def test_check_reads_everything_and_writes_nothing(public, golden, tmp_path, capsys):
