@@ -19,6 +19,8 @@ def port(
     heads: int | None = None,
     lora: tuple[str, ...] = (),
     scale: tuple[float, ...] = (1.0,),
+    vace: str | None = None,
+    low_noise: bool = False,
     no_progress: bool = False,
 ) -> int:
     """Convert public weights of Wan2.1 or LPIPS to a checkpoint folder.
@@ -35,6 +37,8 @@ def port(
         heads: Number of attention heads; needed only if config.json is missing.
         lora: LoRA files to merge into the DiT.
         scale: Factor of each LoRA, or one for all.
+        vace: File or folder with VACE's adapter alone, to add to a text-to-video DiT.
+        low_noise: Port the expert for low noise of a Wan2.2-A14B model, which has two DiTs.
         no_progress: Hide the progress bar.
     """
     from gnvc_jax.porting import port as porting
@@ -46,12 +50,12 @@ def port(
     if len(scales) != len(lora) or (scale != (1.0,) and not lora):
         raise UsageError(f"--scale has {len(scale)} factors for {len(lora)} files of --lora")
     if open_perceptual(source):
-        if to is None or prompt or heads is not None or dtype != "stored" or lora:
+        if to is None or prompt or heads is not None or dtype != "stored" or lora or vace:
             raise UsageError("of all options, weights of LPIPS take --from and --to alone")
         print(port_perceptual(source, to))
         return 0
-    options = {"progress": not no_progress, "lora": list(zip(lora, scales))}
-    for part in porting.port(source, to, dtype, heads, prompt, **options):
+    variant = {"lora": list(zip(lora, scales)), "vace": vace, "low_noise": low_noise}
+    for part in porting.port(source, to, dtype, heads, prompt, not no_progress, **variant):
         component = part.architecture.component
         place = f"{component}: can be ported" if to is None else f"{to}/{component}"
         print(

@@ -128,8 +128,14 @@ def recognise(source: Source, heads: int | None = None) -> Architecture:
             the number of heads of width 128, the width in all Wan models.
 
     Raises:
-        PortError: If the variant is not text-to-video or VACE of Wan2.1.
+        PortError: If the variant is not text-to-video or VACE of Wan2.1, or VACE's adapter stands
+            alone.
     """
+    if source.component == "vace":
+        raise PortError(
+            f"{source.path}: holds VACE's adapter alone; give the text-to-video DiT that it belongs"
+            " to as --from, and the adapter as --vace"
+        )
     strange = [
         f"{key} = {source.facts[key]!r} (only {value!r})"
         for key, value in FIXED[source.component].items()
@@ -152,8 +158,8 @@ def _sizes(source: Source, name: str, default: tuple[int, ...]) -> tuple[int, ..
     return shape if len(shape) == len(default) else default
 
 
-def _count(source: Source, prefix: str) -> int:
-    """Number of blocks whose names begin with `prefix` and a number, counted up to the largest."""
+def count_blocks(source: Source, prefix: str) -> int:
+    """Counts the blocks whose names begin with `prefix` and a number, counted up to the largest."""
     numbers = {name.split(".")[1] for name in source.entries if name.startswith(prefix + ".")}
     return 1 + max((int(n) for n in numbers if n.isdecimal()), default=-1)
 
@@ -174,7 +180,7 @@ def _dit(source: Source, heads: int | None) -> Architecture:
     context = (width, plain.context_channels, 1, PATCH, PATCH)
     # VACE has a context block for every n-th block, beginning with the first: n = 2 in the model of
     # 1.3 billion parameters, 5 in that of 14 billion.
-    layers, context_blocks = _count(source, "blocks"), _count(source, "vace_blocks")
+    layers, context_blocks = count_blocks(source, "blocks"), count_blocks(source, "vace_blocks")
     if context_blocks and layers % context_blocks:
         raise ValueError(f"{context_blocks} context blocks for {layers} blocks")
     every = layers // context_blocks if context_blocks else 0

@@ -20,6 +20,7 @@ from gnvc_jax.porting.checkpoint import (
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.lora import merge_lora
 from gnvc_jax.porting.sources import Source, TensorEntry, open_sources
+from gnvc_jax.porting.vace import add_adapter
 from gnvc_jax.refiner import DiTConfig
 
 DTYPES = ("stored", "float32", "bfloat16")
@@ -54,6 +55,8 @@ def port(
     prompt: str | Path | None = None,
     progress: bool = True,
     lora: Sequence[tuple[str | Path, float]] = (),
+    vace: str | Path | None = None,
+    low_noise: bool = False,
 ) -> list[Ported]:
     """Converts public weights to a checkpoint folder, one parameter after the other.
 
@@ -68,6 +71,8 @@ def port(
         prompt: File with a text condition, see `load_prompt`.
         progress: Whether to show a progress bar.
         lora: LoRA files to merge into the DiT, each with its scale, see `merge_lora`.
+        vace: File or folder with VACE's adapter, to add to a DiT without one.
+        low_noise: Whether to take the expert for low noise of a Wan2.2 model.
 
     Returns:
         A summary of each component.
@@ -75,13 +80,15 @@ def port(
     Raises:
         FileNotFoundError: If there is nothing at `path`, or no LoRA file.
         FileExistsError: If the target exists.
-        UsageError: If there is a LoRA, but no DiT.
+        UsageError: If there is a LoRA, but no DiT, or no expert to choose.
         PortError: If tensors are missing, unexpected or of a wrong shape (all of them are listed),
             or contain NaN or infinities (the first one is named). Nothing is written.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
-    sources = open_sources(path)
+    sources = open_sources(path, low_noise)
+    if vace is not None:
+        sources = add_adapter(sources, vace)
     found = [(source, recognise(source, heads)) for source in sources]
     # Everything is checked by names and shapes before the first tensor is read or written.
     for source, architecture in found:

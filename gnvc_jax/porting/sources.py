@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from gnvc_jax.errors import UsageError
 from gnvc_jax.files import not_weights
 from gnvc_jax.porting import torch_file
 from gnvc_jax.porting.errors import PortError
@@ -32,12 +33,13 @@ SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 # Prefixes that other programs add to the public names: ComfyUI, adapter trainers, module wrappers.
 PREFIX = re.compile(r"^(model\.diffusion_model|diffusion_model|model|module)\.")
 
-# The second expert of Wan2.2's A14B models, as diffusers and as Wan-AI name its folder.
-SECOND_EXPERTS = {"transformer_2": "transformer", "low_noise_model": "high_noise_model"}
+# Folders of the two experts of Wan2.2's A14B models, for low and for high noise, as diffusers and
+# Wan-AI name them.
+EXPERTS = (("transformer_2", "transformer"), ("low_noise_model", "high_noise_model"))
 
-# What stands beside tensors of 8 bits: a factor for each, under the name in ComfyUI's older files or
-# that in its newer ones and in lightx2v's; and what only the kernels of others use: a scale of
-# activations, a description of the format, an empty tensor that marks the file.
+# What stands beside tensors of 8 bits: a factor for each, named as in ComfyUI's older files or as
+# in its newer ones and lightx2v's; and what only the kernels of others use: a scale of activations,
+# a description of the format, an empty tensor that marks the file.
 SCALES = re.compile(r"\.(scale_weight|weight_scale)$")
 UNUSED = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
 
@@ -47,6 +49,11 @@ MARKS = {
     "time_embedding.": ("dit", "original"),
     "decoder.up_blocks.": ("vae", "diffusers"),
     "decoder.upsamples.": ("vae", "original"),
+}
+# The same for VACE's adapter, where it stands alone.
+ADAPTER_MARKS = {
+    "vace_blocks.0.proj_in.": ("vace", "diffusers"),
+    "vace_blocks.0.before_proj.": ("vace", "original"),
 }
 
 
@@ -78,7 +85,7 @@ class Source:
 
     Attributes:
         path: File, index or folder that it was found in.
-        component: "vae" or "dit".
+        component: "vae", "dit", or "vace" for VACE's adapter without the DiT that it belongs to.
         scheme: Naming scheme, "original" or "diffusers".
         facts: Contents of the config.json beside the weights; empty without one.
         entries: Tensors by name.
@@ -91,16 +98,30 @@ class Source:
     entries: dict[str, TensorEntry]
 
 
-def open_sources(path: str | Path) -> list[Source]:
+def open_sources(path: str | Path, low_noise: bool = False) -> list[Source]:
     """Finds the components in a file or folder.
+
+    Args:
+        path: File or folder.
+        low_noise: Whether to take the expert for low noise of a Wan2.2 model, which has two DiTs.
 
     Raises:
         FileNotFoundError: If there is nothing at `path`.
-        PortError: If it holds no known component, or one of them twice.
+        PortError: If it holds no known component, or one of them twice, or two experts of which
+            none was chosen.
+        UsageError: If one is chosen where there are no two.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    expert, other = next((pair for pair in EXPERTS if (path / pair[0]).is_dir()), (None, None))
+    if low_noise and expert is None:
+        raise UsageError(f"{path}: holds no Wan2.2 model with an expert for low noise")
+    if expert and not low_noise:
+        raise PortError(
+            f"{path}: {other}/ and {expert}/ are two experts of a Wan2.2 model, for high and low "
+            "noise; refinement works at low noise: give --low-noise to port that one"
+        )
     if path.is_file():
         if (shard := SHARD.fullmatch(path.name)) and int(shard[3]) > 1:
             raise PortError(f"{path}: one of {int(shard[3])} shards; name the folder that has all")
@@ -109,14 +130,9 @@ def open_sources(path: str | Path) -> list[Source]:
         if source is None:
             raise PortError(f"{path}: holds no VAE or DiT of Wan2.1")
         return [source]
-    for second, first in SECOND_EXPERTS.items():
-        if (path / second).is_dir():
-            raise PortError(
-                f"{path}: {first}/ and {second}/ are the two experts of a Wan2.2 model, which is "
-                "not supported; to port one component of it, name its folder"
-            )
-    folders = [path / name for name in ("vae", "transformer")]
-    folders = [f for f in folders if f.is_dir()] or [path]
+    folders = [f for name in ("vae", expert or "transformer") if (f := path / name).is_dir()]
+    if expert == "low_noise_model" or not folders:  # Wan-AI has the VAE at the top
+        folders.append(path)
     sources = [source for folder in folders for source in open_folder(folder)]
     if not sources:
         raise PortError(f"{path}: no .safetensors or .pth file with a VAE or DiT of Wan2.1")
@@ -201,7 +217,11 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
                 raise PortError(f"{path}: {name} is in {entries[name].file} and in {file}")
             entries[name] = entry
     entries = dequantised(path, entries)
-    kinds = {kind for mark, kind in MARKS.items() if any(n.startswith(mark) for n in entries)}
+
+    def found(marks: dict[str, tuple[str, str]]) -> set[tuple[str, str]]:
+        return {kind for mark, kind in marks.items() if any(n.startswith(mark) for n in entries)}
+
+    kinds = found(MARKS) or found(ADAPTER_MARKS)
     if not kinds:
         return None
     if len(kinds) > 1:

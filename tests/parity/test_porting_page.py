@@ -36,32 +36,45 @@ def commands():
             yield words + SMALL.get(words[0], "").split()
 
 
-def write_repository(folder, dit, wan_tensor, to_original):
-    """A repository of Wan-AI: the VAE as PyTorch saves it, a DiT, and its config.json."""
-    folder.mkdir()
-    for name in ("vae", dit):
+@pytest.fixture
+def write_repository(wan_tensor, to_original):
+    """A function that writes a repository of Wan-AI and returns the tensors of its DiT.
+
+    It holds the VAE as PyTorch saves it and, in some of its folders, a DiT and its config.json.
+    """
+
+    def tensors_of(name):
         with np.load(GOLDEN / f"{name}.npz") as file:
             shapes = json.loads(str(file["facts"]))["shapes"]
-        tensors = to_original({k: wan_tensor(k, tuple(shape)) for k, shape in shapes.items()})
-        if name == "vae":
-            tensors = {k: torch.from_numpy(x) for k, x in tensors.items()}
-            torch.save(tensors, folder / "Wan2.1_VAE.pth")
-        else:
-            save_file(tensors, folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "t2v", "num_heads": 2}))
+        return to_original({k: wan_tensor(k, tuple(shape)) for k, shape in shapes.items()})
+
+    def write(folder, dit, places=(".",)):
+        folder.mkdir()
+        vae = {k: torch.from_numpy(x) for k, x in tensors_of("vae").items()}
+        torch.save(vae, folder / "Wan2.1_VAE.pth")
+        tensors = tensors_of(dit)
+        for place in (folder / name for name in places):
+            place.mkdir(exist_ok=True)
+            save_file(tensors, place / "diffusion_pytorch_model.safetensors")
+            (place / "config.json").write_text(json.dumps({"model_type": "t2v", "num_heads": 2}))
+        return tensors
+
+    return write
 
 
-def test_documented_commands_run_in_order(
-    tmp_path, monkeypatch, wan_tensor, to_original, tiny_codec
-):
+def test_documented_commands_run_in_order(tmp_path, monkeypatch, write_repository, tiny_codec):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         calibrate,
         "default_config",
         lambda _, channels: type(tiny_codec)(**{**vars(tiny_codec), "latent_channels": channels}),
     )
-    write_repository(tmp_path / "Wan2.1-VACE-1.3B", "vace", wan_tensor, to_original)
-    write_repository(tmp_path / "Wan2.1-T2V-1.3B", "dit", wan_tensor, to_original)
+    vace = write_repository(tmp_path / "Wan2.1-VACE-1.3B", "vace")
+    write_repository(tmp_path / "Wan2.1-T2V-1.3B", "dit")
+    experts = "high_noise_model", "low_noise_model"
+    write_repository(tmp_path / "Wan2.2-T2V-A14B", "dit", experts)
+    adapter = {k: x for k, x in vace.items() if k.startswith("vace_")}
+    save_file(adapter, "vace_module.safetensors")
     video = camera_move(7)[:, :60, :90]
     (tmp_path / "CLIPS").mkdir()
     write_all(tmp_path / "CLIPS" / "a.mp4", camera_move(7)[:, :80, :96], 25)
@@ -77,7 +90,7 @@ def test_documented_commands_run_in_order(
     for words in commands():
         assert cli.main([*words, "--no-progress"]) == 0, words
         done.append(words[0])
-    expected = "port reconstruct port generate calibrate encode decode decode port"
+    expected = "port reconstruct port generate calibrate encode decode decode port port port"
     assert done == expected.split()
 
     clips = {

@@ -19,11 +19,13 @@ from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
 from gnvc_jax import cli
+from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.checkpoint import load_prompt, load_weights
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.export import export
 from gnvc_jax.porting.port import port
 from gnvc_jax.porting.sources import open_sources
+from gnvc_jax.porting.vace import add_adapter
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -183,13 +185,60 @@ def test_folders_of_several_components(public, golden, to_original, tmp_path):
 
 @pytest.mark.parametrize("names", [("transformer", "transformer_2"),
                                    ("high_noise_model", "low_noise_model")])  # fmt: skip
-def test_two_experts_are_refused_by_name(names, public, tmp_path):
-    folder = public("vae")
-    for name in names:
-        shutil.copytree(folder / "vae", folder / name)
-    with pytest.raises(PortError, match=rf"{names[0]}/ and {names[1]}/ are the two experts"):
-        port(folder, tmp_path / "ported", progress=False)
-    assert not (tmp_path / "ported").exists()
+def test_of_two_experts_the_one_for_low_noise_is_taken_if_chosen(
+    names, public, golden, to_original, tmp_path, capsys
+):
+    public("vae")
+    folder = public("dit")
+    (folder / "transformer").rename(folder / names[0])
+    shutil.copytree(folder / names[0], folder / names[1])
+    if names[1] == "low_noise_model":  # as Wan-AI publishes it
+        (folder / "vae" / WEIGHTS).rename(folder / "Wan2.1_VAE.safetensors")
+        shutil.rmtree(folder / "vae")
+    tensors = {k: 2 * x for k, x in golden("dit")[2].items()}
+    save_file(tensors, folder / names[1] / WEIGHTS)
+    line = ["port", "--from", str(folder), "--check", "--no-progress"]
+    assert cli.main(line) == 25
+    error = capsys.readouterr().err
+    assert f"{names[0]}/ and {names[1]}/ are two experts" in error and "give --low-noise" in error
+    assert cli.main([*line, "--low-noise"]) == 0
+    output = capsys.readouterr().out
+    assert "vae: can be ported" in output and "dit: can be ported" in output
+    (dit,) = [s for s in open_sources(folder, low_noise=True) if s.component == "dit"]
+    np.testing.assert_array_equal(dit.entries["proj_out.weight"].read(), tensors["proj_out.weight"])
+    with pytest.raises(UsageError, match=r"no Wan2\.2 model with an expert for low noise"):
+        open_sources(folder / names[0], low_noise=True)
+
+
+@pytest.mark.parametrize("renamed", ["base", "adapter"])
+def test_an_adapter_in_a_file_of_its_own(renamed, public, golden, to_original, tmp_path, capsys):
+    """Joined with its DiT, in another naming scheme, it gives the tensors of the whole."""
+    tensors = golden("vace")[2]
+    parts = {
+        "adapter": {k: x for k, x in tensors.items() if k.startswith("vace_")},
+        "base": {k: x for k, x in tensors.items() if not k.startswith("vace_")},
+    }
+    parts[renamed] = {f"diffusion_model.{k}": x for k, x in to_original(parts[renamed]).items()}
+    base, adapter = (tmp_path / f"{name}.safetensors" for name in ("base", "adapter"))
+    save_file(parts["base"], base)
+    save_file(parts["adapter"], adapter)
+    line = ["port", "--heads", "2", "--check", "--no-progress", "--from"]
+    assert cli.main([*line, str(base), "--vace", str(adapter)]) == 0
+    assert f"dit: can be ported: {len(tensors)} tensors" in capsys.readouterr().out
+    (joined,) = add_adapter(open_sources(base), adapter)
+    for name, x in (to_original(tensors) if renamed == "base" else tensors).items():
+        np.testing.assert_array_equal(joined.entries[name].read(), x, err_msg=name)
+
+    public("vace")
+    vae, whole = public("vae") / "vae", tmp_path / "public" / "transformer"
+    for given, message in (
+        ([adapter], f"{adapter}: holds VACE's adapter alone; give the text-to-video DiT"),
+        ([vae, "--vace", adapter], "no text-to-video DiT, which the adapter of"),
+        ([base, "--vace", base], f"{base}: expected the tensors of VACE's adapter alone"),
+        ([whole, "--vace", adapter], "both hold vace_"),
+    ):
+        assert cli.main([*line, *map(str, given)]) == 25
+        assert message in capsys.readouterr().err
 
 
 def save_torch(tensors, path):
