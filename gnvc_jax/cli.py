@@ -23,7 +23,7 @@ EXIT_MISSING, EXIT_DISK_FULL, EXIT_INTERRUPTED = 66, 74, 130
 
 # Name of each command: its function, and what the list of commands says of it.
 COMMANDS = {
-    "encode": ("coding:encode", "Encode a video to a .gnvc stream."),
+    "encode": ("encoding:encode", "Encode a video to a .gnvc stream."),
     "decode": ("coding:decode", "Decode a .gnvc stream to a video."),
     "info": ("coding:info", "Print what a stream contains."),
     "demo": ("coding:demo", "Encode a clip, decode it in a new process, compare."),

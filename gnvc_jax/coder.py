@@ -6,13 +6,16 @@ writes chunks to any file; inside a group it works on four frames at a time, so 
 depend on the length of the video. For whole videos in memory, see `gnvc_jax.load_pretrained`.
 """
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from gnvc_jax.arrays import Array
 from gnvc_jax.bitstream import Header, QuantisedLatent, StreamWriter, encode_group
 from gnvc_jax.bitstream.errors import LimitExceeded
 from gnvc_jax.bitstream.header import check_picture
@@ -28,6 +31,7 @@ from gnvc_jax.motion.coding import encode_fields
 MAX_QP = 63
 # One intra latent and 24 predicted ones of four frames each.
 DEFAULT_GOP = 97
+NEAR = 2  # levels; the price of a bit of motion differs by 11 %
 Progress = Callable[[int], None]  # called with the number of frames that were finished
 
 
@@ -85,8 +89,10 @@ class Coder(Decoder):
         frames: Iterable[UInt8[np.ndarray, "h w 3"]],
         out: BinaryIO,
         header: Header,
-        qp: int,
+        qp: float,
         progress: Progress = lambda n: None,
+        *,
+        analysis: "Analysis | None" = None,
     ) -> int:
         """Encodes frames as they come.
 
@@ -94,8 +100,11 @@ class Coder(Decoder):
             frames: RGB frames of the size in the header.
             out: File to write the stream to.
             header: Header of the stream, see `header`.
-            qp: Quality level, 0 (best) to 63.
+            qp: Quality level, 0 (best) to 63. Between two whole levels, in steps of 1/8, latents
+                of the two are mixed.
             progress: Called with the number of new frames whenever some are finished.
+            analysis: What earlier passes over the same frames found, which this one adds to; None
+                for a single pass.
 
         Returns:
             The number of frames.
@@ -106,12 +115,17 @@ class Coder(Decoder):
         """
         check_qp(qp)
         check_columns(header.width, header.latent_stride)
+        analysis = Analysis(limit=0) if analysis is None else analysis
         # One iterator for the whole video: each group takes its frames from where the last one
         # stopped, and a group without frames is the end.
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
         while True:
             group = itertools.islice(frames, header.gop_frames)
-            payload, count = self._encode_group(group, header, qp, number, first, progress)
+            chunks = self._chunks(group, header, first, analysis)
+            # A model may code some latents of a group better than others, which are predicted from
+            # them.
+            levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents, number)
+            payload, count = self._encode_group(chunks, levels, number, first, progress, analysis)
             if not count:
                 break
             writer.write_group(payload)
@@ -121,60 +135,91 @@ class Coder(Decoder):
         writer.close()
         return first
 
+    def _chunks(
+        self, frames: Iterable[np.ndarray], header: Header, first: int, analysis: "Analysis"
+    ) -> Iterator[tuple[UInt8[np.ndarray, "t h w 3"], int, Array]]:
+        """Takes the frames of a group latent by latent.
+
+        Args:
+            frames: Frames of the group.
+            header: Header of the stream.
+            first: Number of the first frame of the group.
+            analysis: See `encode_frames`.
+
+        Yields:
+            Padded frames of a latent, how many of them the video has, and the latent of the VAE,
+            normalised, (1, 1, h, w, c): one latent, with axes for clips and time.
+        """
+        frames, number, cache = iter(frames), first, None
+        known = analysis.latents.get(first)
+        kept = analysis.new_group() if known is None else None
+        # The first latent stands for one frame, each later one for `stride` frames, as in the
+        # causal VAE.
+        for i in itertools.count():
+            chunk = list(itertools.islice(frames, header.temporal_stride if i else 1))
+            if not chunk:
+                break
+            # Frames are checked as they come: nothing is known of them in advance.
+            for frame in chunk:
+                check_frame(frame, header.height, header.width, number)
+                number += 1
+            given = len(chunk)
+            # The last chunk of a video may be short: its last frame is repeated, and the decoder
+            # drops what is too much.
+            chunk += [chunk[-1]] * (header.temporal_stride - given if i else 0)
+            chunk = pad_frames(np.stack(chunk), self.padding)  # (t, h, w, 3)
+            if known is not None:
+                latent = jnp.asarray(known[i])
+            else:
+                with self.timed("vae"):
+                    latent, cache = self.functions.encode_video(cache, to_float(chunk)[None])
+                    latent.block_until_ready()  # so that the clocks tell where time is spent
+            if kept is not None:
+                kept.append(np.asarray(latent))
+            yield chunk, given, latent
+        if kept:
+            analysis.keep(first, kept)
+
     def _encode_group(
         self,
-        frames: Iterator[np.ndarray],
-        header: Header,
-        qp: int,
+        chunks: Iterable[tuple[np.ndarray, int, Array]],
+        levels: Sequence[int],
         number: int,
         first: int,
         progress: Progress,
+        analysis: "Analysis",
     ) -> tuple[bytes, int]:
         """Encodes the frames of one group.
 
         Args:
-            frames: Frames of this group.
-            header: Header of the stream.
-            qp: Quality level of the stream.
+            chunks: Frames of each latent and the latent, see `_chunks`.
+            levels: Quality level of each latent.
             number: Number of the group.
             first: Number of its first frame.
             progress: See `encode_frames`.
+            analysis: See `encode_frames`.
 
         Returns:
             The payload of the group, and its number of frames: 0 if there are no frames left.
         """
-        stride = header.temporal_stride
-        # A model may code some latents of a group better than others, which are predicted from
-        # them.
-        levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents)
         latents, fields, count = [], [], 0
-        # What passes from one latent to the next: the VAE's cache, the codec's state, the last
-        # frame of the source and as decoded, and the last symbols.
-        cache = state = source = reference = None
+        # What passes from one latent to the next: the codec's state, the last frame of the source
+        # and as decoded, and the last symbols.
+        state = source = reference = None
         previous = (None, None)
         predicted = prediction = None
-        # The first latent stands for one frame, each later one for `stride` frames, as in the
-        # causal VAE.
-        while chunk := list(itertools.islice(frames, stride if latents else 1)):
-            # Frames are checked as they come: nothing is known of them in advance.
-            for frame in chunk:
-                check_frame(frame, header.height, header.width, first + count)
-            kind, given, q_index = int(bool(latents)), len(chunk), levels[len(latents)]
-            # The last chunk of a video may be short: its last frame is repeated, and the decoder
-            # drops what is too much.
-            chunk += [chunk[-1]] * (stride - given if kind else 0)
-            chunk = pad_frames(np.stack(chunk), self.padding)  # (t, h, w, 3)
+        for chunk, given, latent in chunks:
+            kind, q_index = int(bool(latents)), levels[len(latents)]
             if source is not None and reference is not None:  # with motion, after the first latent
                 with self.timed("motion"):
                     # Motion is searched between source frames, where it is true, but predicts from
                     # the decoded frame, which is all that the decoder has.
-                    fields.append(self._search(chunk, source, q_index, fields))
-                    vectors = expand(fields[-1])
-                    predicted, prediction = self.functions.predict(reference, vectors)
-            with self.timed("vae"):
-                # (1, 1, h, w, c): one latent, with axes for clips and time.
-                latent, cache = self.functions.encode_video(cache, to_float(chunk)[None])
-                latent.block_until_ready()  # so that the clocks tell where time is spent
+                    field = analysis.field(first + count, q_index)
+                    if field is None:
+                        field = self._search(chunk, source, q_index, fields)
+                        analysis.keep_field(first + count, q_index, field)
+                    fields.append(field)
+                    predicted, prediction = self.functions.predict(reference, expand(field))
             with self.timed("codec"):
                 coded = self.functions.analyse(latent[:, 0], state, q_index, prediction)
                 z, y = (np.asarray(v, np.int8) for v in coded[:2])
@@ -206,7 +251,7 @@ class Coder(Decoder):
                 first_frame=first,
                 n_frames=count,
                 motion=encode_fields(fields, self.entropy),
-                temporal_stride=stride,
+                temporal_stride=self.model.vae_config.temporal_stride,
             )
         return payload, count
 
@@ -217,6 +262,46 @@ class Coder(Decoder):
         from gnvc_jax.motion.search import search, search_rate  # needs OpenCV; decoding does not
 
         return search(frames, reference, search_rate(q_index), fields[-1] if fields else None)
+
+
+@dataclasses.dataclass
+class Analysis:
+    """What passes over the same video at several levels have in common.
+
+    Latents of the VAE are kept for whole groups, as long as they fit. Motion depends on the level
+    through the price of its bits; a field serves for levels so close that the price hardly differs.
+
+    Attributes:
+        limit: Bytes of latents to keep; with 0, nothing is kept.
+        latents: Latents of each group by the number of its first frame.
+        fields: Motion of each latent by the number of its first frame, with the level that it was
+            searched for.
+    """
+
+    limit: int = 1 << 30
+    latents: dict[int, list[np.ndarray]] = dataclasses.field(default_factory=dict)
+    fields: dict[int, tuple[int, MotionField]] = dataclasses.field(default_factory=dict)
+    _size: int = 0
+
+    def new_group(self) -> list[np.ndarray] | None:
+        """A list for the latents of a group, None if there is no more room for them."""
+        return [] if self._size < self.limit else None
+
+    def keep(self, first: int, latents: list[np.ndarray]) -> None:
+        """Keeps the latents of the group that begins with frame `first`."""
+        if first not in self.latents:
+            self.latents[first] = latents
+            self._size += sum(x.nbytes for x in latents)
+
+    def field(self, first: int, q_index: int) -> MotionField | None:
+        """Motion of the latent that begins with frame `first`, None if it must be searched."""
+        known, field = self.fields.get(first, (None, None))
+        return field if known is not None and abs(known - q_index) <= NEAR else None
+
+    def keep_field(self, first: int, q_index: int, field: MotionField) -> None:
+        """Keeps the motion of a latent; that of another level is replaced."""
+        if self.limit:
+            self.fields[first] = q_index, field
 
 
 def check_video_info(info: VideoInfo) -> None:
@@ -247,11 +332,11 @@ def check_gop(gop: int, stride: int) -> None:
         raise UsageError(f"gop must be 1 + {stride}k frames in [1, {most}], got {gop}")
 
 
-def check_qp(qp: int) -> None:
+def check_qp(qp: float) -> None:
     """Checks a quality level.
 
     Raises:
         UsageError: If `qp` is out of range.
     """
     if not 0 <= qp <= MAX_QP:
-        raise UsageError(f"qp must be in [0, {MAX_QP}], got {qp}")
+        raise UsageError(f"qp must be in [0, {MAX_QP}], got {qp:g}")

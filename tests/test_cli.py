@@ -127,6 +127,11 @@ WRONG = [
     ("decode stream.mkv stream.mkv --force", 73, "is the input"),
     ("encode clip.mp4 nowhere/o.gnvc", 73, "nowhere/o.gnvc"),
     ("encode clip.mp4 o.gnvc --qp 64", 2, "got 64"),
+    ("encode clip.mp4 o.gnvc --qp 20 --max-size 9k", 2, "--qp and --max-size exclude each other"),
+    ("encode clip.mp4 o.gnvc --bitrate fast", 2, "--bitrate must be a positive number such as"),
+    ("encode clip.mp4 o.gnvc --bpp -1", 2, "a target must be a positive number, got -1"),
+    ("encode - o.gnvc --max-size 8M", 2, "an input that can be read again, which stdin cannot"),
+    ("encode clip.mp4 o.gnvc --max-size 1", 2, "1 bytes cannot be met; the nearest is"),
     ("encode clip.mp4 o.gnvc --gop 6", 2, "got 6"),
     ("encode clip.mp4 o.gnvc --size 12", 2, "--size must be WIDTHxHEIGHT"),
     ("encode clip.mp4 o.gnvc --devices 99", 2, "needs 99 devices"),
@@ -227,6 +232,16 @@ def test_limiting_frames_ignores_damage_after_them(place, monkeypatch, capsys):
     assert run("encode", "damaged.mkv", "o.gnvc", "--tolerant", *model) == EXIT_PARTIAL
     assert "damaged.mkv: damaged: the decoder had to make up" in capsys.readouterr().err
     (place / "o.gnvc").unlink()
+
+
+def test_encoding_to_a_size(place, tmp_path, capsys):
+    """Nothing is larger than a megabyte, so the best level is taken."""
+    out, model = tmp_path / "o.gnvc", ("--model", place / "m.safetensors")
+    assert run("encode", place / "clip.mp4", out, "--max-size", "1M", *model) == 0
+    assert ", qp 0, " in capsys.readouterr().err
+    best = tmp_path / "best.gnvc"
+    assert run("encode", place / "clip.mp4", best, "--qp", 0, *model) == 0
+    assert out.read_bytes() == best.read_bytes()
 
 
 def test_output_equal_to_input_is_refused_through_links_and_stdin(place, tmp_path, capsys):

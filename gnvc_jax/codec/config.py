@@ -11,6 +11,7 @@ from typing import Literal
 from gnvc_jax.errors import UsageError
 
 QUALITIES = 64  # quality levels in one model; a larger q_index is better quality
+MIXED = 8  # steps from one level to the next, made by mixing the two
 KNOTS = 9  # levels 0, 8, ..., 64 have parameters; those between are interpolated
 # The nearest of 64 tables costs at most 0.1 % more bits than the exact deviation. With the
 # narrowest, a symbol other than zero is less likely than 1 in 100,000.
@@ -84,13 +85,30 @@ class CodecConfig:
         if self.y_channels % 4:
             raise UsageError(f"y_channels must be a multiple of 4, got {self.y_channels}")
 
-    def levels(self, q_index: int, latents: int) -> list[int]:
+    def levels(self, q_index: float, latents: int, group: int = 0) -> list[int]:
         """Quality level of each latent of a group that is coded at level q_index.
 
         All latents of a group are predicted from the first one, directly or not, so that bits which
-        are spent there serve many frames.
+        are spent there serve many frames. A level between two whole ones mixes them: of eight
+        latents, as many as the fraction has eighths are one level better, evenly spread. So are,
+        of eight groups, their first latents.
+
+        Args:
+            q_index: Quality level, 0 (worst) to 63, in steps of 1 / MIXED.
+            latents: Number of latents in the group.
+            group: Number of the group.
+
+        Returns:
+            Whole levels. Near either end of the quality range they are clipped, and the offsets of
+            the model shrink.
         """
-        # Near either end of the quality range, levels are clipped and the offsets shrink.
+        whole, eighths = divmod(round(MIXED * q_index), MIXED)
+
+        def better(place: int) -> int:  # 0 or 1; the sum over any MIXED places is `eighths`
+            before, after = (eighths * p + MIXED // 2 for p in (place, place + 1))
+            return after // MIXED - before // MIXED
+
         pattern = self.level_pattern
-        offsets = [self.intra_offset, *(pattern[i % len(pattern)] for i in range(latents - 1))]
-        return [min(max(q_index + offset, 0), QUALITIES - 1) for offset in offsets]
+        later = (pattern[i % len(pattern)] + better(i) for i in range(latents - 1))
+        offsets = [self.intra_offset + better(group), *later]
+        return [min(max(whole + offset, 0), QUALITIES - 1) for offset in offsets]

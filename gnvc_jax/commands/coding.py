@@ -1,18 +1,17 @@
-"""Commands on single videos and streams: encode, decode, info, demo."""
+"""Commands on single streams: decode, info, demo; what they share with `encode`."""
 
 import contextlib
 import dataclasses
-import itertools
 import sys
 import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from tqdm import tqdm
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from gnvc_jax.bitstream import BitstreamError, GroupPayload, Header, StreamReader
 from gnvc_jax.commands.options import EXIT_PARTIAL, MAX_STEPS, Force, check_range
@@ -25,103 +24,6 @@ if TYPE_CHECKING:
     from gnvc_jax.coder import Coder
 
 AUDIO_NOTE = "audio is not carried"
-
-
-def encode(
-    input: Positional[str],
-    output: Annotated[
-        Positional[str], arg(help_behavior_hint="(default: INPUT with .gnvc appended)")
-    ] = "",
-    *,
-    qp: int = 24,
-    gop: int = 97,
-    frames: int | None = None,
-    size: str | None = None,
-    fps: str | None = None,
-    pix_fmt: str | None = None,
-    stream: int | None = None,
-    tolerant: bool = False,
-    devices: int = 1,
-    model: str = "small",
-    no_refine: bool = False,
-    force: Force = False,
-    no_progress: bool = False,
-) -> int:
-    """Encode a video to a .gnvc stream.
-
-    Example: gnvc encode clip.mp4 clip.gnvc --qp 24
-
-    Args:
-        input: Video file, raw .yuv file, folder of PNG images, or - to read y4m from stdin.
-        output: Stream to write, or - for stdout.
-        qp: Quality level from 0 to 63; lower is better and larger.
-        gop: Frames per group, 1 + 4k; each group can be decoded on its own.
-        frames: Maximum number of frames to encode.
-        size: Frame size of a raw .yuv file, for example 1920x1080.
-        fps: Frame rate such as 25, 29.97 or 30000/1001, overriding that of the input.
-        pix_fmt: Pixel format of a raw .yuv file; yuv420p if not given.
-        stream: Index of the video stream to encode, counted from 0; if not given, the default
-            stream of the file, or else its largest.
-        tolerant: Encode as much as can be decoded of a damaged or truncated video, and exit
-            with code 3.
-        devices: Number of devices to shard each frame over (for large frames).
-        model: Name of a shipped model, or path of a model file.
-        no_refine: Mark the stream as "do not refine": decoders then leave the refiner out unless
-            they are given --steps.
-        force: Overwrite an existing output.
-        no_progress: Hide the progress bar.
-    """
-    from gnvc_jax.coder import check_video_info
-    from gnvc_jax.media.reader import open_video
-    from gnvc_jax.pretrained import load_pretrained
-
-    if not output and input == "-":
-        raise UsageError("an output is required when the input is stdin")
-    output = output or f"{input.rstrip('/')}.gnvc"
-    check_range("--frames", frames, 1)
-    refuse_same_file(input, output)
-    options: dict[str, Any] = {
-        "size": None if size is None else parse_size(size),
-        "fps": None if fps is None else parse_rate(fps),
-        "pix_fmt": pix_fmt,
-        "stream": stream,
-        "tolerant": tolerant,
-    }
-    with (
-        frames_over(devices),
-        open_video(input, **options) as video,
-        binary_output(output, force) as file,
-    ):
-        check_video_info(video.info)
-        coder = load_pretrained(model)
-        rate = (video.fps.numerator, video.fps.denominator)
-        header = coder.header(
-            video.width,
-            video.height,
-            rate,
-            gop=gop,
-            colour=video.colour.code_points,
-            refine=not no_refine,
-        )
-        total = min(filter(None, (video.frame_count, frames)), default=None)
-        start = time.perf_counter()
-        with progress_bar(total, "encoding", no_progress) as progress:
-
-            def advance(count: int) -> None:
-                progress.update(count)
-
-            # islice stops at the last frame wanted, so damage behind it is never looked at.
-            wanted = itertools.islice(video, frames)
-            count = coder.encode_frames(wanted, cast(BinaryIO, file), header, qp, advance)
-        written, seconds = file.tell(), time.perf_counter() - start
-        for note in [*video.notes, *[AUDIO_NOTE] * video.has_audio]:
-            print(f"gnvc: {input}: {note}", file=sys.stderr)
-    print(
-        f"{output}: {count} frames, {written} bytes, {rate_text(written, count, header)}, "
-        f"{count / seconds:.2f} frames/s including compilation",
-        file=sys.stderr,
-    )
-    return EXIT_PARTIAL if video.damaged else 0
 
 
 def decode(
@@ -444,27 +346,3 @@ def binary_output(path: str, force: bool) -> Iterator[CountingFile]:
         except OSError as error:
             raise UnwritableOutput(path, error.strerror or str(error)) from error
         yield CountingFile(file)
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Converts "WxH" to (width, height)."""
-    try:
-        width, height = map(int, text.lower().split("x"))
-    except ValueError:
-        raise UsageError(
-            f"--size must be WIDTHxHEIGHT, for example 1920x1080, got {text!r}"
-        ) from None
-    return width, height
-
-
-def parse_rate(text: str) -> Fraction:
-    """Converts "25", "29.97" or "30000/1001" to frames per second."""
-    try:
-        rate = Fraction(text)
-    except (ValueError, ZeroDivisionError):
-        rate = Fraction(0)
-    if rate <= 0:
-        raise UsageError(
-            f"--fps must be a positive number such as 25, 29.97 or 30000/1001, got {text!r}"
-        )
-    return rate

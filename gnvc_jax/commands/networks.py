@@ -9,14 +9,8 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from gnvc_jax.commands.coding import (
-    AUDIO_NOTE,
-    parse_rate,
-    parse_size,
-    progress_bar,
-    refuse_same_file,
-)
-from gnvc_jax.commands.options import Force, check_range
+from gnvc_jax.commands.coding import AUDIO_NOTE, progress_bar, refuse_same_file
+from gnvc_jax.commands.options import Force, check_range, parse_rate, parse_size
 from gnvc_jax.errors import UsageError
 
 

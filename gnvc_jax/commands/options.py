@@ -1,7 +1,8 @@
-"""Types of options that several commands share."""
+"""Types of options that several commands share, and how their texts are read."""
 
 import math
 from collections.abc import Callable, Collection
+from fractions import Fraction
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -71,3 +72,43 @@ def check_range(option: str, value: Any, low: float, high: float = math.inf) -> 
     if value is not None and not low <= value <= high:
         bounds = f"at least {low}" if high == math.inf else f"in [{low}, {high}]"
         raise UsageError(f"{option} must be {bounds}, got {value}")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Converts "WxH" to (width, height)."""
+    try:
+        width, height = map(int, text.lower().split("x"))
+    except ValueError:
+        raise UsageError(
+            f"--size must be WIDTHxHEIGHT, for example 1920x1080, got {text!r}"
+        ) from None
+    return width, height
+
+
+def parse_rate(text: str) -> Fraction:
+    """Converts "25", "29.97" or "30000/1001" to frames per second."""
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise UsageError(
+            f"--fps must be a positive number such as 25, 29.97 or 30000/1001, got {text!r}"
+        )
+    return rate
+
+
+def parse_amount(option: str, text: str) -> float:
+    """Converts "200k", "1.5M" or "8000000" to a number; k, M and G are powers of 1000.
+
+    Raises:
+        UsageError: If the text is something else, or not positive.
+    """
+    number, power = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
+    try:
+        value = float(number) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[power]
+    except (ValueError, KeyError):
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise UsageError(f"{option} must be a positive number such as 500k or 8M, got {text!r}")
+    return value

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import Positional
 
-from gnvc_jax.commands.options import Source, check_range, names
+from gnvc_jax.commands.options import Source, check_range, names, parse_size
 from gnvc_jax.errors import UsageError
 
 
@@ -94,7 +94,6 @@ def calibrate(
         no_progress: Hide the progress bar.
     """
     from gnvc_jax.calibrate import calibrate as run
-    from gnvc_jax.commands.coding import parse_size
     from gnvc_jax.model_file import save_model
 
     check_range("--clips", clips, 1)
@@ -155,7 +154,6 @@ def export_programs(
         size: Frame size that the programs are made for, WIDTHxHEIGHT.
         platforms: Platforms to export for, separated by commas.
     """
-    from gnvc_jax.commands.coding import parse_size
     from gnvc_jax.export_programs import export_model
     from gnvc_jax.pretrained import find_model
 
