@@ -93,6 +93,7 @@ class Coder(Decoder):
         progress: Progress = lambda n: None,
         *,
         analysis: "Analysis | None" = None,
+        audio: bytes = b"",
     ) -> int:
         """Encodes frames as they come.
 
@@ -105,6 +106,7 @@ class Coder(Decoder):
             progress: Called with the number of new frames whenever some are finished.
             analysis: What earlier passes over the same frames found, which this one adds to; None
                 for a single pass.
+            audio: Audio track to write before the frames, see `gnvc_jax.media.audio.AudioTrack`.
 
         Returns:
             The number of frames.
@@ -119,6 +121,7 @@ class Coder(Decoder):
         # One iterator for the whole video: each group takes its frames from where the last one
         # stopped, and a group without frames is the end.
         writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
+        writer.write_audio(audio)
         while True:
             group = itertools.islice(frames, header.gop_frames)
             chunks = self._chunks(group, header, first, analysis)

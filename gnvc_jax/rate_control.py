@@ -142,6 +142,7 @@ def encode_to_target(
     header: Header,
     target: Target,
     begin: Begin = lambda text: lambda n: None,
+    audio: bytes = b"",
 ) -> Trial:
     """Encodes a video at the level that meets a target.
 
@@ -152,6 +153,7 @@ def encode_to_target(
         target: What the stream is to be like.
         begin: Called at the beginning of each pass with what it does; returns a function that is
             called with the number of new frames whenever some are finished.
+        audio: Audio track for the stream. It counts for a size; a rate is that of the pictures.
 
     Returns:
         The stream. A rate is met within 1 % where one of the 505 levels allows it, else by the
@@ -171,8 +173,10 @@ def encode_to_target(
     def attempt(qp: float) -> Trial:
         file = tempfile.TemporaryFile()
         progress = begin(f"encoding at qp {qp:g}")
-        count = coder.encode_frames(frames(), file, header, qp, progress, analysis=analysis)
-        value = measure(coder, frames, header, target.kind, file, count, begin)
+        count = coder.encode_frames(
+            frames(), file, header, qp, progress, analysis=analysis, audio=audio
+        )
+        value = measure(coder, frames, header, target.kind, file, count, begin, len(audio))
         return Trial(qp, file, count, value, target.surplus(value))
 
     trial = search(attempt, target.rule)
@@ -250,6 +254,7 @@ def measure(
     file: BinaryIO,
     count: int,
     begin: Begin,
+    audio: int,
 ) -> float:
     """Measures a stream.
 
@@ -261,10 +266,12 @@ def measure(
         file: The stream.
         count: Number of its frames.
         begin: See `encode_to_target`.
+        audio: Bytes of audio in the stream.
     """
     size = file.seek(0, 2)
     if kind == "size":
         return size
+    size -= audio
     if kind == "bitrate":
         return 8 * size * header.fps[0] / header.fps[1] / count
     if kind == "bpp":

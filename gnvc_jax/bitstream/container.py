@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Literal, overload
+from typing import BinaryIO, Literal, TypeGuard, overload
 
 from gnvc_jax.bitstream.errors import (
     BitstreamError,
@@ -89,6 +89,11 @@ class StreamWriter:
         self.entries.append(entry)
         self.frames += group.n_frames
 
+    def write_audio(self, audio: bytes) -> None:
+        """Writes an audio track, before the first group."""
+        for start in range(0, len(audio), MAX_CHUNK):
+            self._chunk(b"audi", audio[start : start + MAX_CHUNK])
+
     def close(self) -> None:
         """Writes index and footer; the file itself stays open.
 
@@ -125,11 +130,20 @@ def _fits(group: GroupPayload, header: Header) -> bool:
     return len(group.q_indices) <= header.gop_latents and group.n_frames <= header.gop_frames
 
 
+def _is_audio(error: BitstreamError) -> TypeGuard[ChecksumMismatch]:
+    """Whether an error is a damaged chunk of audio, which no group depends on."""
+    return isinstance(error, ChecksumMismatch) and error.kind == b"audi"
+
+
 class StreamReader:
     """Reads a stream from a path, bytes, or an open binary file.
 
     No memory is allocated by a field before the field has been checked. `groups()` reads forward
     and needs no index; `group(n)` needs a file that can seek.
+
+    Attributes:
+        header: The header.
+        audio: The audio track, empty if there is none; known once `groups` has yielded.
 
     Raises:
         BitstreamError: If the header is damaged; one of its kinds.
@@ -146,6 +160,7 @@ class StreamReader:
         except BitstreamError:
             self.close()
             raise
+        self.audio = b""
         self.total = self.header.frame_count  # None until the index, read forward, has said it
 
     def __enter__(self) -> "StreamReader":
@@ -211,7 +226,7 @@ class StreamReader:
         Args:
             lost: List that errors are added to if reading can step over them; None to raise them.
         """
-        at, number, frames = self.start, 0, 0
+        at, number, frames, self.audio = self.start, 0, 0, b""
         while True:
             if self.file.seekable():  # the caller may have read elsewhere in between
                 self.file.seek(at)
@@ -227,8 +242,11 @@ class StreamReader:
                 if lost is None or after is None:
                     raise
                 lost.append(error)
-                # Where the next group begins is not known any more: it will be believed.
-                at, number, frames = after, number + 1, None
+                if _is_audio(error):
+                    at, self.audio = after, b""
+                else:
+                    # Where the next group begins is not known any more: it will be believed.
+                    at, number, frames = after, number + 1, None
                 continue
             if kind == b"GOPC":
                 try:
@@ -247,6 +265,8 @@ class StreamReader:
             elif kind == b"INDX":
                 self._check_end(payload, number, frames)
                 return
+            elif kind == b"audi":
+                self.audio += payload
             # Types that begin with a lower-case letter may be skipped by readers.
             elif kind[:1].isupper() and kind != b"META":
                 raise MalformedChunk(f"unknown chunk {kind!r} at offset {at}")
@@ -284,6 +304,8 @@ class StreamReader:
         The index tells, if there is one; otherwise the length that the damaged chunk claims, whose
         field may of course be what is damaged.
         """
+        if _is_audio(error):
+            return at + error.size
         # `_groups` seeks before each chunk, so reading the index here does no harm.
         entries = self._stored_index if self.file.seekable() else []
         # If the index puts this group elsewhere, one of the two is wrong and neither is believed.

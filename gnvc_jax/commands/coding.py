@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -22,8 +23,6 @@ from gnvc_jax.media.errors import OutputExists, UnwritableOutput
 
 if TYPE_CHECKING:
     from gnvc_jax.coder import Coder
-
-AUDIO_NOTE = "audio is not carried"
 
 
 def decode(
@@ -72,6 +71,7 @@ def decode(
     """
     from gnvc_jax.api import with_refiner
     from gnvc_jax.decoder import MAX_PIXELS
+    from gnvc_jax.media.audio import AudioTrack
     from gnvc_jax.media.writer import open_writer
     from gnvc_jax.pretrained import Codec, load_pretrained
 
@@ -106,14 +106,19 @@ def decode(
         colour = Colour.from_code_points(*header.colour)
         shape = header.width, header.height, fps
         decoder = GroupDecoder(coder, header, steps, strength, guard, map is not None, tolerant)
+        groups = reader.groups(tolerant=tolerant)
+        first = list(itertools.islice(groups, 1))  # the audio comes before it
+        audio = AudioTrack.unpack(reader.audio) if reader.audio else None
         with contextlib.ExitStack() as outputs:
-            out = outputs.enter_context(open_writer(output, *shape, colour=colour, force=force))
+            out = outputs.enter_context(
+                open_writer(output, *shape, colour=colour, force=force, audio=audio)
+            )
             map_out = None
             if map is not None:
                 map_out = outputs.enter_context(open_writer(map, *shape, force=force))
             start, count = time.perf_counter(), 0
             with progress_bar(header.frame_count, "decoding", no_progress) as progress:
-                for group in reader.groups(tolerant=tolerant):
+                for group in itertools.chain(first, groups):
                     for frame, drawn in decoder.frames(group, damaged):
                         out.write(frame)
                         if map_out is not None:
@@ -152,13 +157,13 @@ def info(input: Positional[str]) -> int:
     codec, vae = (x.hex()[:8] for x in (header.codec_fingerprint, header.vae_fingerprint))
     print(f"{input}: gnvc stream, {size} bytes")
     print(f"  video     {header.width}x{header.height}, {frames} frames, {fps:.3f} frames/s")
-    print(f"  rate      {rate_text(size, frames, header)}")
+    print(f"  rate      {rate_text(size - len(reader.audio), frames, header)}")
     print(f"  model     codec {codec}, VAE {vae}")
     if not header.refine:
         print('  refiner   marked "do not refine"')
-    container = size - latents - motion
+    container = size - latents - motion - len(reader.audio)
     print(f"  bytes     latents {latents}, motion {motion}, container {container}")
-    print(f"  audio     {AUDIO_NOTE}")
+    print(f"  audio     {len(reader.audio) or 'none'}" + " bytes" * bool(reader.audio))
     for g in groups:
         coded = f"{len(g.q_indices)} latents, {sum(map(len, g.segments)) + len(g.motion)} bytes"
         qps = sorted({63 - q for q in g.q_indices})

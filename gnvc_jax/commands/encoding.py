@@ -6,13 +6,13 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import TYPE_CHECKING, Annotated, Any, BinaryIO, cast
 
 import numpy as np
 from tyro.conf import Positional, arg
 
 from gnvc_jax.commands.coding import (
-    AUDIO_NOTE,
     binary_output,
     frames_over,
     progress_bar,
@@ -28,6 +28,7 @@ from gnvc_jax.commands.options import (
     parse_size,
 )
 from gnvc_jax.errors import UsageError
+from gnvc_jax.media.errors import MediaError
 
 if TYPE_CHECKING:
     from gnvc_jax.rate_control import Target
@@ -57,6 +58,8 @@ def encode(
     devices: int = 1,
     model: str = "small",
     no_refine: bool = False,
+    audio: str | None = None,
+    no_audio: bool = False,
     force: Force = False,
     no_progress: bool = False,
 ) -> int:
@@ -91,6 +94,9 @@ def encode(
         model: Name of a shipped model, or path of a model file.
         no_refine: Mark the stream as "do not refine": decoders then leave the refiner out unless
             they are given --steps.
+        audio: Bits per second, for example 24k, at which to code the audio as Opus; if not given,
+            its packets are copied.
+        no_audio: Leave out the audio.
         force: Overwrite an existing output.
         no_progress: Hide the progress bar.
     """
@@ -106,6 +112,10 @@ def encode(
     target = chosen_target(qp, bitrate, bpp, max_size, target_psnr, target_lpips)
     if target is not None and input == "-":
         raise UsageError("a target needs an input that can be read again, which stdin cannot")
+    if audio is not None and no_audio:
+        raise UsageError("--audio and --no-audio exclude each other; give only one of them")
+    audio_bitrate = None if audio is None else round(parse_amount("--audio", audio))
+    check_range("--audio", audio_bitrate, 6000, 510_000)
     refuse_same_file(input, output)
     options: dict[str, Any] = {
         "size": None if size is None else parse_size(size),
@@ -130,6 +140,10 @@ def encode(
             colour=video.colour.code_points,
             refine=not no_refine,
         )
+        track = b""
+        if video.has_audio and not no_audio and fps is None:
+            seconds = None if frames is None else frames / video.fps
+            track = audio_track(input, stream, audio_bitrate, seconds)
         total = min(filter(None, (video.frame_count, frames)), default=None)
         start = time.perf_counter()
         with contextlib.ExitStack() as bars:
@@ -148,23 +162,54 @@ def encode(
             if target is None:
                 # islice stops at the last frame wanted, so damage behind it is never looked at.
                 wanted, level = itertools.islice(video, frames), DEFAULT_QP if qp is None else qp
-                count = coder.encode_frames(wanted, out, header, level, begin("encoding"))
+                count = coder.encode_frames(
+                    wanted, out, header, level, begin("encoding"), audio=track
+                )
             else:
-                trial = encode_to_target(coder, read, header, target, begin)
+                trial = encode_to_target(coder, read, header, target, begin, track)
                 trial.file.seek(0)
                 shutil.copyfileobj(trial.file, out)
                 count, found = trial.frames, f"qp {trial.qp:g}, "
                 if target.kind in ("psnr", "lpips"):
                     found += f"{target.rule.format(trial.value)}, "
         written, seconds = file.tell(), time.perf_counter() - start
-        for note in [*source.notes, *[AUDIO_NOTE] * source.has_audio]:
+        notes = list(source.notes)
+        if source.has_audio and fps is not None and not no_audio:
+            notes.append("the audio was left out, since --fps changes the speed")
+        for note in notes:
             print(f"gnvc: {input}: {note}", file=sys.stderr)
+    if track:
+        found += f"{len(track)} bytes of audio, "
+    rate_of_frames = rate_text(written - len(track), count, header)
     print(
-        f"{output}: {count} frames, {written} bytes, {rate_text(written, count, header)}, {found}"
+        f"{output}: {count} frames, {written} bytes, {rate_of_frames}, {found}"
         f"{count / seconds:.2f} frames/s including compilation",
         file=sys.stderr,
     )
     return EXIT_PARTIAL if source.damaged else 0
+
+
+def audio_track(
+    path: str, stream: int | None, bitrate: int | None, seconds: Fraction | None
+) -> bytes:
+    """Reads the audio of a video in the form that streams hold it in; empty if there is none.
+
+    Args:
+        path: The video.
+        stream: Index of the video stream that is encoded.
+        bitrate: Bits per second of Opus, None to copy.
+        seconds: Time after which audio is left out.
+
+    Raises:
+        MediaError: If the audio cannot be read.
+    """
+    from gnvc_jax.media.audio import read_audio
+
+    try:
+        track = read_audio(path, stream, bitrate, seconds)
+    except MediaError as error:
+        raise type(error)(path, f"{error.reason}; --no-audio leaves it out") from None
+    return b"" if track is None else track.pack()
 
 
 def chosen_target(

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
-from gnvc_jax.commands.coding import AUDIO_NOTE, progress_bar, refuse_same_file
+from gnvc_jax.commands.coding import progress_bar, refuse_same_file
 from gnvc_jax.commands.options import Force, check_range, parse_rate, parse_size
 from gnvc_jax.errors import UsageError
 
@@ -57,7 +57,7 @@ def reconstruct(
                 out.write(decoded)
                 decibels.append(float(psnr(frame[None], decoded[None])[0]))
                 progress.update(1)
-        for note in [*video.notes, *[AUDIO_NOTE] * video.has_audio]:
+        for note in [*video.notes, *["audio is not carried"] * video.has_audio]:
             print(f"gnvc: {input}: {note}", file=sys.stderr)
     for note in out.notes:
         print(f"gnvc: {output}: {note}", file=sys.stderr)

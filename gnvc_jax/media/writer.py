@@ -11,7 +11,7 @@ a folder  000001.png, 000002.png, ...: lossless. A folder is a name that ends wi
 ========  ====================================================================================
 
 The output is written under a temporary name and renamed when it is complete. A failure leaves
-nothing behind, and an existing output unchanged. Audio is not written.
+nothing behind, and an existing output unchanged. Audio goes into .mp4 and .mkv.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from av.video.plane import VideoPlane
 from PIL import Image
 
 from gnvc_jax.files import atomic_output, temporary_path, would_overwrite
+from gnvc_jax.media.audio import AudioMuxer, AudioTrack
 from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420, rgb_to_yuv444
 from gnvc_jax.media.errors import OutputExists, UnwritableOutput, WriteFailed, write_error
 
@@ -38,6 +39,7 @@ SUFFIXES = (".mp4", ".mkv", ".y4m")
 _FRAME_NAME = re.compile(r"\d{6,}\.png")
 _MP4 = {"crf": "12", "preset": "medium", "x264-params": "chromaloc=1"}  # chroma in the middle
 TAGLESS_NOTE = "this output has no tags for HDR or wide gamut; players will show wrong colours"
+SILENT_NOTE = "the audio was left out: this output has no place for it; .mkv takes most codecs"
 _FFV1 = {"level": "3", "slicecrc": "1"}
 
 
@@ -89,9 +91,21 @@ class _Container:
     """An mp4 or mkv file through PyAV."""
 
     def __init__(
-        self, path: Path, kind: str, width: int, height: int, fps: Fraction, colour: Colour | None
+        self,
+        path: Path,
+        kind: str,
+        width: int,
+        height: int,
+        fps: Fraction,
+        colour: Colour | None,
+        audio: AudioTrack | None = None,
     ):
-        """Opens a file; `colour` is the YUV form for .mp4, and for .mkv that of RGB or None."""
+        """Opens a file; `colour` is the YUV form for .mp4, and for .mkv that of RGB or None.
+
+        Raises:
+            ValueError, FFmpegError: If the audio is damaged, or the format has no place for its
+                codec.
+        """
         self._colour = colour or BT709
         self._rgb = kind == ".mkv"
         self._pad = (0, 0) if self._rgb else (height % 2, width % 2)
@@ -109,6 +123,14 @@ class _Container:
             if not self._rgb:
                 context.colorspace, context.color_range = matrix, 1 + full
         self._stream, self._time_base, self._count = stream, 1 / fps, 0
+        self._audio = None
+        if audio is not None:
+            try:
+                self._audio = AudioMuxer(audio, self._container)
+                self._container.start_encoding()  # writes the header, which names all codecs
+            except (ValueError, av.FFmpegError):
+                self._container.close()
+                raise
 
     def _frame(self, rgb: np.ndarray) -> av.VideoFrame:
         height, width = rgb.shape[:2]
@@ -134,6 +156,8 @@ class _Container:
         picture.pts, picture.time_base = self._count, self._time_base
         self._count += 1
         self._container.mux(self._stream.encode(picture))
+        if self._audio is not None:
+            self._audio.write_until(self._count * self._time_base)
 
     def close(self) -> None:
         try:
@@ -141,6 +165,8 @@ class _Container:
                 self._container.mux(self._stream.encode())
         finally:
             self._container.close()
+            if self._audio is not None:
+                self._audio.close()
 
 
 def _fill(plane: VideoPlane, samples: np.ndarray) -> None:
@@ -244,6 +270,7 @@ def open_writer(
     colour: Colour | None = None,
     force: bool = False,
     chroma: str = "420",
+    audio: AudioTrack | None = None,
 ) -> Iterator[VideoWriter]:
     """Opens a video for writing; it appears when the `with` block ends without an error.
 
@@ -257,6 +284,7 @@ def open_writer(
             .mkv, which has none by default. Other outputs note that HDR and wide gamut are lost.
         force: Whether to overwrite; in a folder, only numbered frames are replaced.
         chroma: "420" or "444", for .y4m.
+        audio: Audio for .mp4 and .mkv; a note says if it has to be left out.
 
     Raises:
         OutputExists: If the output exists, and `force` is not given.
@@ -268,12 +296,14 @@ def open_writer(
     fps = Fraction(fps).limit_denominator(100_000)
     tags, colour = colour, BT709 if colour is None else colour.in_yuv()
     shape = (height, width, 3)
-    tagless = (TAGLESS_NOTE,) if colour.is_hdr_or_wide else ()
+    notes = (TAGLESS_NOTE,) if colour.is_hdr_or_wide else ()
+    if audio is not None:
+        notes += (SILENT_NOTE,)
     if name == "-":
         try:
             with _named_errors(name):
                 sink: _Sink = _Y4m(sys.stdout.buffer, width, height, fps, colour, chroma)
-            yield VideoWriter(name, shape, sink, tagless)
+            yield VideoWriter(name, shape, sink, notes)
             with _named_errors(name):
                 sink.close()
         except WriteFailed:
@@ -298,10 +328,15 @@ def open_writer(
             elif target.suffix.lower() == ".y4m":
                 sink = _Y4m(open(temporary, "wb"), width, height, fps, colour, chroma)
             else:
-                kind, tagless = target.suffix.lower(), ()
-                means = tags if kind == ".mkv" else colour
-                sink = _Container(temporary, kind, width, height, fps, means)
-        writer = VideoWriter(name, shape, sink, tagless)
+                kind, notes = target.suffix.lower(), ()
+                given = temporary, kind, width, height, fps, tags if kind == ".mkv" else colour
+                try:
+                    sink = _Container(*given, audio)
+                except (ValueError, av.FFmpegError):
+                    if audio is None:
+                        raise
+                    sink, notes = _Container(*given), (SILENT_NOTE,)
+        writer = VideoWriter(name, shape, sink, notes)
         try:
             yield writer
             if writer.count == 0:

@@ -407,3 +407,43 @@ def test_streams_of_version_1_are_read_whole(toy):
     assert toy.decode(data) == toy.symbols
     with StreamReader(data) as reader:
         assert reader.header.version == 1 and len(reader.group(1).segments) == 3
+
+
+@pytest.fixture
+def with_audio(toy):
+    """The stream of `toy` with audio, and that audio."""
+    file, audio = io.BytesIO(), bytes(range(200))
+    writer = StreamWriter(file, toy.header())
+    writer.write_audio(audio)
+    for payload in toy.payloads:
+        writer.write_group(payload)
+    writer.close()
+    return file.getvalue(), audio
+
+
+@pytest.mark.parametrize("source", [lambda data: data, Pipe])
+def test_audio_is_known_with_the_first_group(with_audio, source):
+    data, audio = with_audio
+    reader = StreamReader(source(data))
+    groups = reader.groups()
+    assert next(groups).number == 0 and reader.audio == audio
+    assert [group.number for group in groups] == [1, 2]
+
+
+def test_audio_has_a_chunk_type_that_readers_may_skip(toy, with_audio):
+    data, audio = with_audio
+    (at, size), *_ = toy.chunks(data)
+    assert data[at : at + 4].islower() and size == len(audio) + 12
+    assert toy.decode(data) == toy.symbols and StreamReader(data).group(1).number == 1
+
+
+@pytest.mark.parametrize("source", [lambda data: data, Pipe])
+def test_damaged_audio_costs_no_frame(toy, with_audio, source):
+    at = toy.chunks(with_audio[0])[0][0]
+    data = toy.edit(with_audio[0], at + 30, b"\0")
+    with pytest.raises(ChecksumMismatch, match="audi"):
+        list(StreamReader(source(data)).groups())
+    reader = StreamReader(source(data))
+    error, *groups = reader.groups(tolerant=True)
+    assert isinstance(error, ChecksumMismatch) and error.n_frames == 0
+    assert [group.number for group in groups] == [0, 1, 2] and reader.audio == b""
