@@ -26,6 +26,7 @@ from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
 from gnvc_jax.motion import MotionField, expand
 from gnvc_jax.motion.coding import encode_fields
+from gnvc_jax.scenes import split_groups
 
 # Users count as in other codecs, 0 for the best; streams and networks count q_index = 63 - qp.
 MAX_QP = 63
@@ -92,6 +93,7 @@ class Coder(Decoder):
         qp: float,
         progress: Progress = lambda n: None,
         *,
+        scene_cuts: bool = True,
         analysis: "Analysis | None" = None,
         audio: bytes = b"",
     ) -> int:
@@ -104,6 +106,7 @@ class Coder(Decoder):
             qp: Quality level, 0 (best) to 63. Between two whole levels, in steps of 1/8, latents
                 of the two are mixed.
             progress: Called with the number of new frames whenever some are finished.
+            scene_cuts: Whether a scene cut begins a group, see `gnvc_jax.scenes`.
             analysis: What earlier passes over the same frames found, which this one adds to; None
                 for a single pass.
             audio: Audio track to write before the frames, see `gnvc_jax.media.audio.AudioTrack`.
@@ -118,25 +121,28 @@ class Coder(Decoder):
         check_qp(qp)
         check_columns(header.width, header.latent_stride)
         analysis = Analysis(limit=0) if analysis is None else analysis
-        # One iterator for the whole video: each group takes its frames from where the last one
-        # stopped, and a group without frames is the end.
-        writer, frames, first, number = StreamWriter(out, header), iter(frames), 0, 0
+        writer, first = StreamWriter(out, header), 0
         writer.write_audio(audio)
-        while True:
-            group = itertools.islice(frames, header.gop_frames)
+        checked = self._checked(frames, header)
+        groups = split_groups(checked, header.gop_frames, scene_cuts)
+        for number, group in enumerate(groups):
             chunks = self._chunks(group, header, first, analysis)
             # A model may code some latents of a group better than others, which are predicted from
             # them.
             levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents, number)
             payload, count = self._encode_group(chunks, levels, number, first, progress, analysis)
-            if not count:
-                break
             writer.write_group(payload)
-            number, first = number + 1, first + count
+            first += count
         if not first:
             raise UsageError("there is no frame to encode")
         writer.close()
         return first
+
+    def _checked(self, frames: Iterable[np.ndarray], header: Header) -> Iterator[np.ndarray]:
+        """Checks frames as they come: nothing is known of them in advance."""
+        for number, frame in enumerate(frames):
+            check_frame(frame, header.height, header.width, number)
+            yield frame
 
     def _chunks(
         self, frames: Iterable[np.ndarray], header: Header, first: int, analysis: "Analysis"
@@ -153,7 +159,7 @@ class Coder(Decoder):
             Padded frames of a latent, how many of them the video has, and the latent of the VAE,
             normalised, (1, 1, h, w, c): one latent, with axes for clips and time.
         """
-        frames, number, cache = iter(frames), first, None
+        frames, cache = iter(frames), None
         known = analysis.latents.get(first)
         kept = analysis.new_group() if known is None else None
         # The first latent stands for one frame, each later one for `stride` frames, as in the
@@ -162,10 +168,6 @@ class Coder(Decoder):
             chunk = list(itertools.islice(frames, header.temporal_stride if i else 1))
             if not chunk:
                 break
-            # Frames are checked as they come: nothing is known of them in advance.
-            for frame in chunk:
-                check_frame(frame, header.height, header.width, number)
-                number += 1
             given = len(chunk)
             # The last chunk of a video may be short: its last frame is repeated, and the decoder
             # drops what is too much.
@@ -203,7 +205,7 @@ class Coder(Decoder):
             analysis: See `encode_frames`.
 
         Returns:
-            The payload of the group, and its number of frames: 0 if there are no frames left.
+            The payload of the group, and its number of frames.
         """
         latents, fields, count = [], [], 0
         # What passes from one latent to the next: the codec's state, the last frame of the source
@@ -243,8 +245,6 @@ class Coder(Decoder):
             latents.append(QuantisedLatent(kind, q_index, z, y, index))
             previous, count = (y, index), count + given
             progress(given)
-        if not latents:
-            return b"", 0
         with self.timed("entropy"):
             payload = encode_group(
                 latents,

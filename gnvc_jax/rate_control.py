@@ -10,7 +10,7 @@ import functools
 import math
 import tempfile
 from collections.abc import Callable, Iterable
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 import jax
 import numpy as np
@@ -142,6 +142,8 @@ def encode_to_target(
     header: Header,
     target: Target,
     begin: Begin = lambda text: lambda n: None,
+    *,
+    scene_cuts: bool = True,
     audio: bytes = b"",
 ) -> Trial:
     """Encodes a video at the level that meets a target.
@@ -153,6 +155,7 @@ def encode_to_target(
         target: What the stream is to be like.
         begin: Called at the beginning of each pass with what it does; returns a function that is
             called with the number of new frames whenever some are finished.
+        scene_cuts: See `Coder.encode_frames`.
         audio: Audio track for the stream. It counts for a size; a rate is that of the pictures.
 
     Returns:
@@ -173,9 +176,8 @@ def encode_to_target(
     def attempt(qp: float) -> Trial:
         file = tempfile.TemporaryFile()
         progress = begin(f"encoding at qp {qp:g}")
-        count = coder.encode_frames(
-            frames(), file, header, qp, progress, analysis=analysis, audio=audio
-        )
+        options: dict[str, Any] = {"scene_cuts": scene_cuts, "analysis": analysis, "audio": audio}
+        count = coder.encode_frames(frames(), file, header, qp, progress, **options)
         value = measure(coder, frames, header, target.kind, file, count, begin, len(audio))
         return Trial(qp, file, count, value, target.surplus(value))
 

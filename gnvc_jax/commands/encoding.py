@@ -49,6 +49,7 @@ def encode(
     target_psnr: float | None = None,
     target_lpips: float | None = None,
     gop: int = 97,
+    no_scene_cut: bool = False,
     frames: int | None = None,
     size: str | None = None,
     fps: str | None = None,
@@ -81,7 +82,8 @@ def encode(
         max_size: Largest size of the stream in bytes, for example 500k or 8M.
         target_psnr: Smallest mean PSNR of the decoded frames in dB.
         target_lpips: Largest mean LPIPS (AlexNet) of the decoded frames.
-        gop: Frames per group, 1 + 4k; each group can be decoded on its own.
+        gop: Most frames in a group, 1 + 4k; each group can be decoded on its own.
+        no_scene_cut: Begin groups after --gop frames only, not at scene cuts, too.
         frames: Maximum number of frames to encode.
         size: Frame size of a raw .yuv file, for example 1920x1080.
         fps: Frame rate such as 25, 29.97 or 30000/1001, overriding that of the input.
@@ -159,14 +161,14 @@ def encode(
                     yield from itertools.islice(source, frames)
 
             source, out, found = video, cast(BinaryIO, file), ""
+            more: dict[str, Any] = {"scene_cuts": not no_scene_cut, "audio": track}
             if target is None:
                 # islice stops at the last frame wanted, so damage behind it is never looked at.
                 wanted, level = itertools.islice(video, frames), DEFAULT_QP if qp is None else qp
-                count = coder.encode_frames(
-                    wanted, out, header, level, begin("encoding"), audio=track
-                )
+                progress = begin("encoding")
+                count = coder.encode_frames(wanted, out, header, level, progress, **more)
             else:
-                trial = encode_to_target(coder, read, header, target, begin, track)
+                trial = encode_to_target(coder, read, header, target, begin, **more)
                 trial.file.seek(0)
                 shutil.copyfileobj(trial.file, out)
                 count, found = trial.frames, f"qp {trial.qp:g}, "
