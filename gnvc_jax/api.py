@@ -8,6 +8,7 @@
     refined = refiner.refine(decoded, features, q_index=32, steps=5)
 
     codec = Codec(with_refiner(model, "weights"))       # a model with another refiner
+    codec = Codec(with_light_decoder(model, "weights")) # a model with a light decoder
 
 Each object holds a configuration and a tree of parameters, and calls pure functions with them:
 `gnvc_jax.vae.encode_clip` and `decode_clip`, the Flax module `gnvc_jax.refiner.Refiner` and
@@ -45,6 +46,7 @@ from gnvc_jax.refiner import DiTConfig, Refiner, RefinerConfig, init_refiner, re
 from gnvc_jax.refiner.config import PATCH
 from gnvc_jax.vae import (
     VAE,
+    LightDecoderConfig,
     VAEConfig,
     decode_chunk,
     decode_clip,
@@ -378,7 +380,8 @@ def with_refiner(model: Model, path: str | Path, start: float | None = None) -> 
         dit = read_architecture(path, "dit").config
         assert isinstance(dit, DiTConfig)
         check_channels(dit, path, model.vae_config.latent_channels, model.name)
-        _check_statistics(model, path)
+        if has_component(path, "vae"):
+            _check_statistics(model, path, "vae")
     refiner = load_refiner(path, features=model.codec_config.width, context_every=0)
     config = refiner.config
     check_channels(config.dit, path, model.vae_config.latent_channels, model.name)
@@ -395,16 +398,41 @@ def with_refiner(model: Model, path: str | Path, start: float | None = None) -> 
     return dataclasses.replace(model, refiner_config=config, **parts)
 
 
-def _check_statistics(model: Model, path: str | Path) -> None:
-    """Raises UsageError if latents are normalised unlike those of the VAE ported with a DiT."""
-    if not has_component(path, "vae"):
-        return
-    known = read_architecture(path, "vae")
-    expected = np.array([known.latents_mean, known.latents_std], np.float32)
-    if not np.allclose([model.mean, model.std], expected, rtol=1e-3, atol=1e-3):
+def with_light_decoder(model: Model, path: str | Path) -> Model:
+    """Gives a model a light decoder in place of its VAE's. Its streams stay valid.
+
+    Args:
+        model: Model with the VAE of Wan2.1, or one of the same latents.
+        path: Folder of `gnvc port` with a light decoder.
+
+    Returns:
+        The model with this decoder.
+
+    Raises:
+        UsageError: If the latents of the model are others, or it predicts from decoded frames.
+        FileNotFoundError, PortError: If there is no such decoder, or the files are damaged.
+    """
+    architecture, params = load_weights(path, "decoder", np.float32)
+    config = architecture.config
+    assert isinstance(config, LightDecoderConfig)
+    if model.codec_config.motion is not None:
         raise UsageError(
-            f"{model.name} normalises latents unlike the VAE in {path}; use a model with that VAE, "
-            f"such as `gnvc calibrate --vae {path}` makes"
+            f"{model.name} predicts from the frames that its own VAE decodes, so another decoder "
+            "cannot take its place"
+        )
+    _check_statistics(model, path, "decoder")
+    return dataclasses.replace(model, decoder_config=config, decoder=params)
+
+
+def _check_statistics(model: Model, path: str | Path, component: str) -> None:
+    """Raises UsageError if a model normalises latents unlike a ported component."""
+    known = read_architecture(path, component)
+    expected = np.array([known.latents_mean, known.latents_std], np.float32)
+    found = np.array([model.mean, model.std])
+    if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        raise UsageError(
+            f"{model.name} normalises latents unlike the {component} in {path}; use a model with "
+            "that VAE, such as `gnvc calibrate` makes of ported weights"
         )
 
 

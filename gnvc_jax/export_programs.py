@@ -68,7 +68,7 @@ def part_of(arrays: dict[str, np.ndarray], part: str) -> dict[str, np.ndarray]:
 
 def exported_arrays(model: Model) -> dict[str, np.ndarray]:
     """Weights of the programs by path; floats in float32, integers as they are."""
-    parts = ("vae/", "codec/", "scales/")
+    parts = ("vae/", "codec/", "scales/", "decoder/")
     arrays = {k: x for k, x in to_arrays(model).items() if k.startswith(parts)}
     return {
         k: x.astype(np.float32) if np.issubdtype(x.dtype, np.floating) else x
@@ -172,7 +172,8 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
             return {"frames": shown, "cache": cache}
 
         later = {"cache": cache} if kind == "inter" else {}
-        return Program("vae", function, {"latent": latent} | later)
+        part = "vae" if model.decoder_config is None else "decoder"
+        return Program(part, function, {"latent": latent} | later)
 
     def predict() -> Program:
         def function(weights: dict, inputs: dict) -> dict:

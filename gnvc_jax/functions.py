@@ -32,7 +32,7 @@ from gnvc_jax.model import Model, self_test, stored_dtype
 from gnvc_jax.motion.warp import predict
 from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.refiner import Refiner, refine
-from gnvc_jax.vae import VAE, decode_chunk, encode_chunk
+from gnvc_jax.vae import VAE, LightDecoder, decode_chunk, encode_chunk
 
 # (tables, q_index, z, previous y, previous indices) -> table indices, in exact arithmetic.
 ScaleNetwork = Callable[..., np.ndarray]
@@ -46,7 +46,8 @@ class CodecPrograms(NamedTuple):
     Attributes:
         encode_video: (vae, cache, frames) -> latents, cache; frames float (1, t, h, w, 3) in
             [-1, 1], cache None at the start of a group.
-        decode_latents: (vae, cache, latents) -> uint8 frames, cache.
+        decode_latents: (vae, cache, latents) -> uint8 frames, cache; it takes the parameters of the
+            light decoder if the model has one.
         predict: (vae, reference, vectors) -> frames, latent; the four frames that vectors
             (1, 4, h / 16, w / 16, 2) predict from a uint8 frame (1, h, w, 3).
         compensate: (vae, decoded, prediction, predicted) -> uint8 frames of a latent with motion.
@@ -80,6 +81,7 @@ def codec_programs(model: Model) -> CodecPrograms:
     """
     # Modules without parameters. The statistics are small and become constants of the programs.
     vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
+    light = model.decoder_config and LightDecoder(model.decoder_config)
     mean, std = model.mean, model.std
 
     @jax.jit
@@ -91,7 +93,11 @@ def codec_programs(model: Model) -> CodecPrograms:
 
     @jax.jit
     def decode_latents(params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
-        frames, cache = decode_chunk(vae, params, cache, shard_columns(latents) * std + mean)
+        latents = shard_columns(latents)
+        if light:
+            frames, cache = decode_chunk(light, params, cache, latents)
+        else:
+            frames, cache = decode_chunk(vae, params, cache, latents * std + mean)
         return to_uint8(frames), shard_columns(cache)
 
     @jax.jit
@@ -185,6 +191,7 @@ class CodecFunctions:
         programs: Its programs.
         vae_params, codec_params, refiner_params: Parameters on devices; the last are None for a
             model without a refiner.
+        decoder_params: Parameters of the light decoder, or of the VAE if there is none.
     """
 
     def __init__(self, model: Model):
@@ -204,6 +211,7 @@ class CodecFunctions:
             return jax.device_put(cast, everywhere)
 
         self.vae_params, self.codec_params = place(model.vae), place(model.codec)
+        self.decoder_params = self.vae_params if model.decoder is None else place(model.decoder)
         self.refiner_params = None
         if model.refiner is not None:
             self.refiner_params = place(model.refiner, stored_dtype)
@@ -218,7 +226,7 @@ class CodecFunctions:
 
     def decode_latents(self, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
         """Decodes the next latents of a group to uint8 frames; returns the VAE's cache, too."""
-        return self.programs.decode_latents(self.vae_params, cache, latents)
+        return self.programs.decode_latents(self.decoder_params, cache, latents)
 
     def predict(self, reference: Array, vectors: np.ndarray) -> tuple[Array, Array]:
         """Predicts frames by block motion, and their latent.

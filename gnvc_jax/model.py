@@ -4,7 +4,8 @@
 integer probability tables. `gnvc_jax.model_file` writes and reads its file.
 
 A fingerprint is the SHA-256 of tensors and sizes in sorted order, independent of any framework. The
-refiner has none: a stream decodes to the same integers with any refiner, or without.
+refiner has none: a stream decodes to the same integers with any refiner, or without. The same holds
+for a light decoder in place of the VAE's.
 """
 
 import dataclasses
@@ -24,10 +25,11 @@ from gnvc_jax.codec import density, scales
 from gnvc_jax.codec.config import SCALES, CodecConfig
 from gnvc_jax.motion import coding as motion_coding
 from gnvc_jax.refiner import RefinerConfig
-from gnvc_jax.vae import VAEConfig
+from gnvc_jax.vae import LightDecoderConfig, VAEConfig
 
 KINDS = ("intra", "inter")
-REFINER = ("refiner/", "text", "white")  # names of arrays that belong to the refiner
+# Names of arrays that belong to refiner and light decoder, which no fingerprint covers.
+REPLACEABLE = ("refiner/", "text", "white", "decoder/")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +49,8 @@ class Model:
         text: Text condition (1, rows, width) of the refiner, None without one.
         white: Factors (2, c) that whiten first and later latents for the refiner, None for latents
             that need none.
+        decoder_config: Sizes of a light decoder that is used in place of the VAE's, or None.
+        decoder: Its parameters, None without one.
         stored: Configurations as the model file has them, see `configs`.
     """
 
@@ -64,6 +68,8 @@ class Model:
     refiner: Tree | None = None
     text: np.ndarray | None = None
     white: np.ndarray | None = None
+    decoder_config: LightDecoderConfig | None = None
+    decoder: Tree | None = None
     stored: dict[str, dict] | None = None
 
     @functools.cached_property
@@ -80,7 +86,7 @@ class Model:
     def fingerprints(self) -> tuple[bytes, bytes]:
         """SHA-256 of the codec (32 bytes) and of the VAE (its first 16 bytes)."""
         arrays = to_arrays(self)
-        later = ("vae/", *REFINER)  # what the integers do not depend on
+        later = ("vae/", *REPLACEABLE)  # what the integers do not depend on
         codec = {k: v for k, v in arrays.items() if not k.startswith(later)}
         vae = {k: v for k, v in arrays.items() if k.startswith("vae/")}
         return _digest(codec, self.configs["codec"]), _digest(vae, self.configs["vae"])[:16]
@@ -153,7 +159,7 @@ def to_arrays(model: Model) -> dict[str, np.ndarray]:
         flat["tables/motion"] = model.tables.motion
     for kind, network in zip(KINDS, model.scale_networks, strict=True):
         flat |= {f"scales/{kind}/{k}": v for k, v in network.items()}
-    for part in ("vae", "codec", "refiner"):
+    for part in ("vae", "codec", "refiner", "decoder"):
         leaves = jax.tree_util.tree_leaves_with_path(getattr(model, part))
         flat |= {f"{part}/" + "/".join(p.key for p in path): np.asarray(v) for path, v in leaves}
     for name in ("text", "white"):

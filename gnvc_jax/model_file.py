@@ -1,9 +1,10 @@
 """The file of a model: `save_model` and `load_model`.
 
-A model file is one safetensors file: float weights of VAE, codec and refiner (if it has one),
-statistics of the latents, the exported integer scale networks and the integer probability tables.
-Its metadata describe the model in JSON: sizes, fingerprints, and a checksum of what these leave
-out. Nothing in it is trusted: `load_model` gives a model that is whole, or `ModelCorrupt`.
+A model file is one safetensors file: float weights of VAE and codec (and of refiner and light
+decoder, if it has them), statistics of the latents, the exported integer scale networks and the
+integer probability tables. Its metadata describe the model in JSON: sizes, fingerprints, and a
+checksum of what these leave out. Nothing in it is trusted: `load_model` gives a model that is
+whole, or `ModelCorrupt`.
 """
 
 import dataclasses
@@ -20,9 +21,10 @@ from gnvc_jax.bitstream import Tables
 from gnvc_jax.bitstream.errors import ModelCorrupt
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.files import atomic_output, not_weights
-from gnvc_jax.model import KINDS, REFINER, Model, to_arrays, update_digest
+from gnvc_jax.model import KINDS, REPLACEABLE, Model, to_arrays, update_digest
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
-from gnvc_jax.vae import VAEConfig
+from gnvc_jax.vae import LightDecoderConfig, VAEConfig
+from gnvc_jax.vae.config import with_tuples
 
 
 def save_model(path: str | Path, model: Model) -> None:
@@ -41,10 +43,12 @@ def save_model(path: str | Path, model: Model) -> None:
         "name": model.name,
         **model.configs,
         "refiner": model.refiner_config and dataclasses.asdict(model.refiner_config),
+        "decoder": model.decoder_config and dataclasses.asdict(model.decoder_config),
         "self_test": model.self_test_crc,
         "fingerprints": [f.hex() for f in model.fingerprints],
     }
-    # Fingerprints cover codec and VAE; the checksum covers the rest, the refiner and these facts.
+    # Fingerprints cover codec and VAE; the checksum covers the rest: refiner, light decoder and
+    # these facts.
     arrays = to_arrays(model)
     facts["checksum"] = checksum(facts, arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,6 +78,9 @@ def load_model(path: str | Path) -> Model:
         refiner = facts.get("refiner")
         if refiner is not None:
             refiner = RefinerConfig(**refiner | {"dit": DiTConfig(**refiner["dit"])})
+        decoder = facts.get("decoder")
+        if decoder is not None:
+            decoder = LightDecoderConfig(**with_tuples(decoder))
         model = Model(
             facts["name"],
             VAEConfig.from_json(facts["vae"]),
@@ -89,6 +96,8 @@ def load_model(path: str | Path) -> Model:
             nested.get("refiner"),
             nested.get("text"),
             nested.get("white"),
+            decoder,
+            nested.get("decoder"),
             # As stored, not as parsed: fingerprints must not change when a config gets a new field.
             {name: facts[name] for name in ("vae", "codec")},
         )
@@ -109,8 +118,8 @@ def checksum(facts: dict, arrays: dict[str, np.ndarray]) -> str:
 
     Args:
         facts: Description of the model, without the checksum.
-        arrays: Arrays of the model, of which those of the refiner count.
+        arrays: Arrays of the model, of which those that no fingerprint covers count.
     """
     sha = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
-    update_digest(sha, {k: v for k, v in arrays.items() if k.startswith(REFINER)})
+    update_digest(sha, {k: v for k, v in arrays.items() if k.startswith(REPLACEABLE)})
     return sha.hexdigest()

@@ -1,5 +1,6 @@
 """The command line: a round trip, and one line and an exit code for everything that goes wrong."""
 
+import dataclasses
 import errno
 import importlib
 import inspect
@@ -17,12 +18,20 @@ import av
 import imageio.v3 as imageio
 import numpy as np
 import pytest
+from flax.traverse_util import unflatten_dict
 
 from gnvc_jax import cli
+from gnvc_jax.api import with_light_decoder
 from gnvc_jax.bitstream import StreamReader, StreamWriter
 from gnvc_jax.commands import coding
 from gnvc_jax.commands.options import EXIT_PARTIAL
-from gnvc_jax.model_file import save_model
+from gnvc_jax.errors import UsageError
+from gnvc_jax.media.reader import read_clip
+from gnvc_jax.model_file import load_model, save_model
+from gnvc_jax.porting.architectures import Architecture
+from gnvc_jax.porting.checkpoint import leaves_by_path, write_component
+from gnvc_jax.pretrained import Codec
+from gnvc_jax.vae import LightDecoder, LightDecoderConfig
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +118,59 @@ def test_round_trip(place, capsys):
     assert f"{size} bytes" in text and f"{8 * size / (6 * 70 * 40):.5f} bpp" in text
 
 
+def decoded(place, *options):
+    """Frames that `gnvc decode` makes of the stream."""
+    line = "decode", place / "clip.gnvc", place / "o.mkv", "--force", *options
+    assert run(*line, "--model", place / "m.safetensors") == 0
+    frames = read_clip(place / "o.mkv", 0, 6)
+    (place / "o.mkv").unlink()
+    return frames
+
+
+def test_decoding_with_another_refiner(place, tiny_model):
+    save_model(place / "refiner.safetensors", tiny_model(3, refiner=True))
+    refined = decoded(place, "--refiner", place / "refiner.safetensors", "--t-start", 0.5)
+    other = tiny_model(3, refiner=True)
+    config = dataclasses.replace(other.refiner_config, start=0.5)
+    model = dataclasses.replace(tiny_model(), refiner_config=config, refiner=other.refiner)
+    codec, stream = Codec(model), (place / "clip.gnvc").read_bytes()
+    np.testing.assert_array_equal(refined, codec.decode(stream))
+    assert np.abs(refined - codec.decode(stream, steps=0).astype(int)).max() > 2
+
+
+def test_decoding_with_a_light_decoder(place, tiny_model, tmp_path):
+    """Frames are those of the network on the normalised latents of each group."""
+    sizes = LightDecoderConfig(widths=(4, 4, 4, 4), latent_channels=4, blocks=1)
+    model, rng = tiny_model(), np.random.default_rng(0)
+    architecture = Architecture(
+        "decoder", sizes, tuple(model.mean.tolist()), tuple(model.std.tolist())
+    )
+    leaves = leaves_by_path(architecture.abstract())
+    arrays = {k: 0.4 * rng.normal(size=x.shape).astype(np.float32) for k, x in leaves.items()}
+    arrays["conv_out/bias"] += 0.5
+    write_component(tmp_path / "decoder", architecture, arrays.items())
+    got = decoded(place, "--decoder", tmp_path)
+    network, expected = LightDecoder(sizes), []
+    for group in Codec(model).decode_latents((place / "clip.gnvc").read_bytes()):
+        given = {"params": unflatten_dict(arrays, sep="/")}, group.latents[:, :, :5, :9]
+        video = np.asarray(network.apply(*given, method="decode"))[0]
+        expected.append(video[:, :40, :70])
+    expected = 255 * (np.clip(np.concatenate(expected)[: len(got)], -1, 1) + 1) / 2
+    assert got.std() > 10 and np.abs(got - expected).max() < 0.51
+
+    light = with_light_decoder(model, tmp_path)
+    assert light.fingerprints == model.fingerprints
+    save_model(tmp_path / "light.safetensors", light)
+    again = load_model(tmp_path / "light.safetensors")
+    assert again.decoder_config == sizes
+    for path, x in leaves_by_path(again.decoder).items():
+        np.testing.assert_array_equal(x, arrays[path])
+    with pytest.raises(UsageError, match="predicts from the frames that its own VAE decodes"):
+        with_light_decoder(tiny_model(motion=True), tmp_path)
+    with pytest.raises(UsageError, match="normalises latents unlike the decoder in"):
+        with_light_decoder(dataclasses.replace(model, mean=model.mean + 1), tmp_path)
+
+
 WRONG = [
     ("encode absent.mp4 o.gnvc", 66, "absent.mp4"),
     ("encode empty.mp4 o.gnvc", None, "empty.mp4"),
@@ -147,6 +209,9 @@ WRONG = [
     ("decode clip.gnvc o.mkv --model other.safetensors", 14, "made with codec"),
     ("decode clip.gnvc o.mkv --model absent", 66, "absent"),
     ("decode clip.gnvc o.mkv --model text.mp4", 15, "not a model file"),
+    ("decode clip.gnvc o.mkv --t-start 0.5", 2, "--t-start needs --refiner"),
+    ("decode clip.gnvc o.mkv --refiner other.safetensors", 2, "this model has no refiner"),
+    ("decode clip.gnvc o.mkv --decoder .", 66, "no ported decoder in this folder"),
     ("decode clip.gnvc clip.mp4", 73, "clip.mp4"),
     ("info text.mp4", 10, "not a gnvc file"),
 ]

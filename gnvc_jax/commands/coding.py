@@ -34,6 +34,7 @@ def decode(
     max_pixels: int | None = None,
     devices: int = 1,
     model: str = "small",
+    decoder: str | None = None,
     refiner: str | None = None,
     t_start: float | None = None,
     strength: float = 1.0,
@@ -57,6 +58,8 @@ def decode(
         max_pixels: Refuse streams whose frames have more pixels; 33554432 (8K) if not given.
         devices: Number of devices to shard each frame over (for large frames).
         model: Name of a shipped model, or path of a model file.
+        decoder: Light decoder to use in place of the VAE's, faster and less exact: a folder made by
+            `gnvc port` of taew2_1.
         refiner: Refiner to use in place of the model's: a folder made by `gnvc port` with a DiT of
             the model's VAE, which then refines without training, or a model file or a run.
         t_start: Flow time at which --refiner begins, from 0 (pure noise) to below 1 (decoded
@@ -69,7 +72,7 @@ def decode(
         force: Overwrite an existing output.
         no_progress: Hide the progress bar.
     """
-    from gnvc_jax.api import with_refiner
+    from gnvc_jax.api import with_light_decoder, with_refiner
     from gnvc_jax.decoder import MAX_PIXELS
     from gnvc_jax.media.audio import AudioTrack
     from gnvc_jax.media.writer import open_writer
@@ -90,6 +93,8 @@ def decode(
     with frames_over(devices), StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(model)
         coder.check(header, MAX_PIXELS if max_pixels is None else max_pixels)
+        if decoder is not None:
+            coder = Codec(with_light_decoder(coder.model, decoder))
         if refiner is not None:
             coder = Codec(with_refiner(coder.model, refiner, t_start))
         elif steps not in (None, 0, coder.steps) and coder.steps:
@@ -105,7 +110,7 @@ def decode(
         fps = Fraction(*header.fps)
         colour = Colour.from_code_points(*header.colour)
         shape = header.width, header.height, fps
-        decoder = GroupDecoder(coder, header, steps, strength, guard, map is not None, tolerant)
+        shown = GroupDecoder(coder, header, steps, strength, guard, map is not None, tolerant)
         groups = reader.groups(tolerant=tolerant)
         first = list(itertools.islice(groups, 1))  # the audio comes before it
         audio = AudioTrack.unpack(reader.audio) if reader.audio else None
@@ -119,7 +124,7 @@ def decode(
             start, count = time.perf_counter(), 0
             with progress_bar(header.frame_count, "decoding", no_progress) as progress:
                 for group in itertools.chain(first, groups):
-                    for frame, drawn in decoder.frames(group, damaged):
+                    for frame, drawn in shown.frames(group, damaged):
                         out.write(frame)
                         if map_out is not None:
                             map_out.write(drawn)

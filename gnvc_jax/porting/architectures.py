@@ -5,7 +5,7 @@ has (`names`) and the parameters that they become. `diffusers_config` is the way
 """
 
 import dataclasses
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,11 +13,12 @@ import numpy as np
 
 from gnvc_jax.arrays import Tree
 from gnvc_jax.porting.errors import PortError
-from gnvc_jax.porting.names import Tensor, dit_tensors, vae_tensors
+from gnvc_jax.porting.names import Tensor, dit_tensors, light_decoder_tensors, vae_tensors
 from gnvc_jax.porting.sources import Source
 from gnvc_jax.refiner import DiT, DiTConfig
 from gnvc_jax.refiner.config import PATCH
-from gnvc_jax.vae import VAE, VAEConfig
+from gnvc_jax.vae import VAE, LightDecoder, LightDecoderConfig, VAEConfig
+from gnvc_jax.vae.config import with_tuples
 
 # Statistics of Wan2.1's latents, per channel (diffusers' configuration of the VAE).
 WAN_MEAN = (
@@ -28,6 +29,8 @@ WAN_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+
+CONFIGS = {"vae": VAEConfig, "dit": DiTConfig, "decoder": LightDecoderConfig}
 
 # Values that a public config may state, of things that cannot be changed here.
 FIXED = {
@@ -49,6 +52,7 @@ FIXED = {
         "patch_size": None,
         "decoder_base_dim": None,
     },
+    "decoder": {},
 }
 
 
@@ -57,14 +61,14 @@ class Architecture:
     """Architecture of a component.
 
     Attributes:
-        component: "vae" or "dit".
+        component: "vae", "dit", or "decoder" for a light decoder.
         config: Sizes of the network.
         latents_mean: Mean of the latents per channel, None for a DiT.
         latents_std: Standard deviation of the latents per channel, None for a DiT.
     """
 
     component: str
-    config: VAEConfig | DiTConfig
+    config: VAEConfig | DiTConfig | LightDecoderConfig
     latents_mean: tuple[float, ...] | None = None
     latents_std: tuple[float, ...] | None = None
 
@@ -73,6 +77,8 @@ class Architecture:
         """The public tensors of such a component."""
         if isinstance(self.config, VAEConfig):
             return vae_tensors(self.config)
+        if isinstance(self.config, LightDecoderConfig):
+            return light_decoder_tensors(self.config)
         return dit_tensors(self.config)
 
     def by_parameter(self) -> dict[str, list[Tensor]]:
@@ -92,6 +98,10 @@ class Architecture:
             # The smallest inputs: no parameter depends on the number of frames, latents or tokens.
             video = jnp.zeros((1, 1, cfg.stride, cfg.stride, 3))
             return jax.eval_shape(VAE(cfg).init, key, video)["params"]
+        if isinstance(cfg, LightDecoderConfig):
+            latents = jnp.zeros((1, 1, 1, 1, cfg.latent_channels))
+            init = functools.partial(LightDecoder(cfg).init, method="decode")
+            return jax.eval_shape(init, key, latents)["params"]
         latents = jnp.zeros((1, 1, PATCH, PATCH, cfg.channels))
         text = jnp.zeros((1, 1, cfg.text_width))
         context = jnp.zeros((1, 1, PATCH, PATCH, cfg.context_channels))
@@ -108,13 +118,8 @@ class Architecture:
 
         It raises KeyError, TypeError or ValueError for anything that `to_json` did not make.
         """
-        kind = VAEConfig if facts["component"] == "vae" else DiTConfig
-
-        def tuples(values: dict) -> dict[str, Any]:
-            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-        config: Any = kind(**tuples(facts["config"]))
-        return cls(**tuples(facts) | {"config": config})
+        config = CONFIGS[facts["component"]](**with_tuples(facts["config"]))
+        return cls(**with_tuples(facts) | {"config": config})
 
 
 def recognise(source: Source, heads: int | None = None) -> Architecture:
@@ -144,7 +149,9 @@ def recognise(source: Source, heads: int | None = None) -> Architecture:
     if strange:
         raise PortError(f"{source.path}: unknown variant: {', '.join(strange)}")
     try:
-        return _vae(source) if source.component == "vae" else _dit(source, heads)
+        if source.component == "dit":
+            return _dit(source, heads)
+        return _vae(source) if source.component == "vae" else _light_decoder(source)
     except (TypeError, ValueError) as error:
         raise PortError(f"{source.path}: {error}") from error
 
@@ -235,9 +242,27 @@ def _vae(source: Source) -> Architecture:
     return Architecture("vae", config, tuple(mean), tuple(std))
 
 
+def _light_decoder(source: Source) -> Architecture:
+    plain = LightDecoderConfig()
+    # The convolutions that lead to the first level and from each level to the next.
+    names = [f"decoder.{place}.weight" for place in (1, 8, 14, 20)]
+    shapes = [
+        _sizes(source, name, (width, inner, 3, 3))
+        for name, width, inner in zip(names, plain.widths, (plain.latent_channels, *plain.widths))
+    ]
+    z = shapes[0][1]
+    if z != len(WAN_MEAN):
+        raise ValueError(
+            f"decodes latents of {z} channels, those of Wan2.1 have {len(WAN_MEAN)}: use taew2_1"
+        )
+    config = LightDecoderConfig(widths=tuple(shape[0] for shape in shapes), latent_channels=z)
+    return Architecture("decoder", config, WAN_MEAN, WAN_STD)
+
+
 def diffusers_config(architecture: Architecture) -> dict:
     """Contents of the config.json with which diffusers builds the same model."""
     cfg = architecture.config
+    assert not isinstance(cfg, LightDecoderConfig)  # diffusers has none
     fixed = {k: v for k, v in FIXED[architecture.component].items() if v is not None}
     if isinstance(cfg, VAEConfig):
         return fixed | {

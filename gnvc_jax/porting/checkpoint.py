@@ -1,6 +1,6 @@
 """Checkpoint folders of ported weights.
 
-A folder holds, for each component (`vae`, `dit`),
+A folder holds, for each component (`vae`, `dit`, or `decoder` for a light decoder),
 
     COMPONENT/architecture.json   what it is
     COMPONENT/report.csv          every tensor: where it came from, where it went
@@ -31,7 +31,7 @@ from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.sources import check_kind
 from gnvc_jax.refiner import DiTConfig
 
-COMPONENTS = ("vae", "dit")
+COMPONENTS = ("vae", "dit", "decoder")
 PROMPT = "prompt.npy"
 BATCH_BYTES = 256 << 20  # small parameters are written so many bytes at a time
 CHUNK_BYTES = 64 << 20  # a host reads only the chunks that its devices need
@@ -120,7 +120,7 @@ def load_weights(
 
     Args:
         folder: Checkpoint folder, as `gnvc port` makes it.
-        component: "vae" or "dit".
+        component: One of COMPONENTS.
         dtype: Type of the parameters; if None, each as stored.
         shardings: Tree of shardings like the parameters. If given, each device reads its own part;
             otherwise the parameters are NumPy arrays.

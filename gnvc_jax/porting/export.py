@@ -12,7 +12,6 @@ from tqdm import tqdm
 
 from gnvc_jax.porting.architectures import Architecture, diffusers_config
 from gnvc_jax.porting.checkpoint import (
-    COMPONENTS,
     has_component,
     leaves_by_path,
     new_folder,
@@ -45,9 +44,9 @@ def export(
         FileNotFoundError: If the folder holds no component.
         FileExistsError: If the target exists.
     """
-    components = [c for c in COMPONENTS if has_component(folder, c)]
+    components = [c for c in FOLDERS if has_component(folder, c)]
     if not components:
-        raise FileNotFoundError(f"{folder}: holds no ported weights")
+        raise FileNotFoundError(f"{folder}: holds no ported weights of a VAE or a DiT")
     with new_folder(target) as temporary:
         for component in components:
             architecture = read_architecture(folder, component)

@@ -16,7 +16,7 @@ import numpy as np
 from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner import DiTConfig
 from gnvc_jax.refiner.config import PATCH
-from gnvc_jax.vae import VAEConfig
+from gnvc_jax.vae import LightDecoderConfig, VAEConfig
 
 SCHEMES = ("original", "diffusers")
 
@@ -207,6 +207,33 @@ def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
             tensors += resample(*names, path, "up", width, width // 2)
             place, inner = place + 1, width // 2
     return tensors + list(middle_and_head(part, widths[0], 3, widths[-1]))
+
+
+def light_decoder_tensors(cfg: LightDecoderConfig) -> list[Tensor]:
+    """Lists all tensors of a light decoder. TAEHV's names are the same in both schemes."""
+
+    def conv(name: str, path: str, *shape: int) -> Iterator[Tensor]:
+        return layer(name, name, path, shape)
+
+    # A sequence: limit 0, convolution 1, ReLU 2, then the levels.
+    place, window = 3, (3, 3)
+    tensors = [*conv("decoder.1", "conv_in", cfg.widths[0], cfg.latent_channels, *window)]
+    for level, (c, outer) in enumerate(zip(cfg.widths, cfg.widths[1:])):
+        for i in range(cfg.blocks):
+            # Places in a block: convolutions 0, 2 and 4, ReLU between them.
+            for k, inner in enumerate((2 * c, c, c)):
+                path = f"level{level}_block{i}/conv{k}"
+                tensors += conv(f"decoder.{place + i}.conv.{2 * k}", path, c, inner, *window)
+        place += cfg.blocks + 1  # the doubling, which has no parameters
+        for name, path, shape in (
+            ("conv.weight", "grow/kernel", (c * (1 + cfg.temporal_up[level]), c, 1, 1)),
+            ("weight", "kernel", (outer, c, *window)),
+        ):
+            name = f"decoder.{place}.{name}"
+            tensors.append(Tensor(name, name, f"level{level}_up/{path}", shape))
+            place += 1
+    # ReLU, convolution.
+    return tensors + list(conv(f"decoder.{place + 1}", "conv_out", 3, cfg.widths[-1], *window))
 
 
 def residual(original: str, diffusers: str, path: str, inner: int, outer: int) -> Iterator[Tensor]:

@@ -49,6 +49,7 @@ MARKS = {
     "time_embedding.": ("dit", "original"),
     "decoder.up_blocks.": ("vae", "diffusers"),
     "decoder.upsamples.": ("vae", "original"),
+    "decoder.7.conv.": ("decoder", "original"),
 }
 # The same for VACE's adapter, where it stands alone.
 ADAPTER_MARKS = {
@@ -85,7 +86,8 @@ class Source:
 
     Attributes:
         path: File, index or folder that it was found in.
-        component: "vae", "dit", or "vace" for VACE's adapter without the DiT that it belongs to.
+        component: "vae", "dit", "decoder" for a light decoder, or "vace" for VACE's adapter without
+            the DiT that it belongs to.
         scheme: Naming scheme, "original" or "diffusers".
         facts: Contents of the config.json beside the weights; empty without one.
         entries: Tensors by name.
@@ -226,7 +228,10 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
         return None
     if len(kinds) > 1:
         raise PortError(f"{path}: holds tensors of several components or naming schemes")
-    return Source(path, *kinds.pop(), read_facts(folder / "config.json"), entries)
+    component, scheme = kinds.pop()
+    if component == "decoder":  # TAEHV has an encoder, too, which is of no use here
+        entries = {k: e for k, e in entries.items() if not k.startswith("encoder.")}
+    return Source(path, component, scheme, read_facts(folder / "config.json"), entries)
 
 
 def dequantised(path: Path, entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -10,6 +10,11 @@ from typing import Any
 from gnvc_jax.errors import UsageError
 
 
+def with_tuples(facts: dict[str, Any]) -> dict[str, Any]:
+    """Turns lists back into the tuples that they were before JSON."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
     """Architecture of the VAE; the defaults are Wan2.1's (126.89 M parameters).
@@ -51,11 +56,8 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "VAEConfig":
-        """Reads what `dataclasses.asdict` gave back from JSON, which turns tuples into lists."""
-        sizes: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
-        }
-        return cls(**sizes)
+        """Reads what `dataclasses.asdict` gave back from JSON."""
+        return cls(**with_tuples(facts))
 
     @property
     def widths(self) -> tuple[int, ...]:

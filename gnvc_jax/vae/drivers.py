@@ -18,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gnvc_jax.arrays import AnyArray, Tree
+from gnvc_jax.vae.light import LightDecoder
 from gnvc_jax.vae.model import VAE
 
 
@@ -56,16 +57,19 @@ def encode_chunk(
 
 
 def decode_chunk(
-    vae: VAE, params: Tree, cache: Tree | None, latents: Float[AnyArray, "b n h2 w2 z"]
+    vae: VAE | LightDecoder,
+    params: Tree,
+    cache: Tree | None,
+    latents: Float[AnyArray, "b n h2 w2 z"],
 ) -> tuple[Float[Array, "b t h w 3"], Tree]:
     """Decodes the next latents of a clip.
 
     Args:
-        vae: The VAE.
-        params: Parameters of the VAE.
+        vae: The VAE, or a light decoder.
+        params: Its parameters.
         cache: None at the start of a clip, where 1 + m latents give 1 + 4m frames; else what the
             last call returned, and m latents give 4m frames.
-        latents: Latents that are not normalised.
+        latents: Latents that are not normalised; for a light decoder, normalised ones.
 
     Returns:
         Frames, clipped to [-1, 1], and the cache for the latents that follow.

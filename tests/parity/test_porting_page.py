@@ -14,6 +14,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed: make test-p
 from gnvc_jax import calibrate, cli  # noqa: E402
 from gnvc_jax.demo import camera_move, write_all  # noqa: E402
 from gnvc_jax.media.reader import read_clip  # noqa: E402
+from gnvc_jax.porting.names import light_decoder_tensors  # noqa: E402
+from gnvc_jax.vae import LightDecoderConfig  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
@@ -62,7 +64,9 @@ def write_repository(wan_tensor, to_original):
     return write
 
 
-def test_documented_commands_run_in_order(tmp_path, monkeypatch, write_repository, tiny_codec):
+def test_documented_commands_run_in_order(
+    tmp_path, monkeypatch, write_repository, wan_tensor, tiny_codec
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         calibrate,
@@ -79,6 +83,9 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch, write_repositor
     (tmp_path / "CLIPS").mkdir()
     write_all(tmp_path / "CLIPS" / "a.mp4", camera_move(7)[:, :80, :96], 25)
     write_all(tmp_path / "clip.mp4", video, 25)
+    light = light_decoder_tensors(LightDecoderConfig(widths=(8, 6, 5, 4)))
+    light = {t.original: torch.from_numpy(wan_tensor(t.original, t.shape)) for t in light}
+    torch.save(light, "taew2_1.pth")
     lora = {"lora_A": (2, 64), "lora_B": (64, 2)}
     layer = "diffusion_model.blocks.0.self_attn.q"
     tensors = {f"{layer}.{k}.weight": np.ones(size, np.float32) for k, size in lora.items()}
@@ -90,17 +97,20 @@ def test_documented_commands_run_in_order(tmp_path, monkeypatch, write_repositor
     for words in commands():
         assert cli.main([*words, "--no-progress"]) == 0, words
         done.append(words[0])
-    expected = "port reconstruct port generate calibrate encode decode decode port port port"
+    expected = (
+        "port reconstruct port generate calibrate encode decode decode port decode port port port"
+    )
     assert done == expected.split()
 
     clips = {
         name: read_clip(f"{name}.mp4", 0, 5).astype(float)
-        for name in ("cat", "clip_decoded", "clip_refined")
+        for name in ("cat", "clip_decoded", "clip_refined", "clip_light")
     }
     assert clips["cat"].shape == (5, 32, 32, 3) and clips["cat"].std() > 1
     assert read_clip("clip_vae.mkv", 0, 7).shape == video.shape
     change = np.abs(clips["clip_refined"] - clips["clip_decoded"]).mean()
     assert change > 1
+    assert np.abs(clips["clip_light"] - clips["clip_decoded"]).mean() > 1
     # With almost no noise there is almost nothing to do.
     words = "decode clip.gnvc same.mp4 --model calibrated.safetensors --refiner weights/t2v-1.3b"
     assert cli.main([*words.split(), "--t-start", "0.999", "--steps", "1"]) == 0

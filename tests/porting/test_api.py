@@ -80,7 +80,7 @@ def test_only_a_refiner_of_the_same_latents_is_taken(public, tiny_model, model_f
     model = tiny_model(0)
     with pytest.raises(UsageError, match="latents of 16 channels, those of test have 4; use the"):
         with_refiner(model, tmp_path / "ported")
-    with pytest.raises(UsageError, match="test normalises latents unlike the VAE in"):
+    with pytest.raises(UsageError, match="test normalises latents unlike the vae in"):
         wide = dataclasses.replace(model.vae_config, latent_channels=16)
         statistics = {"mean": np.zeros(16), "std": np.ones(16)}
         with_refiner(dataclasses.replace(model, vae_config=wide, **statistics), tmp_path / "ported")

@@ -23,9 +23,11 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.porting.checkpoint import load_prompt, load_weights
 from gnvc_jax.porting.errors import PortError
 from gnvc_jax.porting.export import export
+from gnvc_jax.porting.names import light_decoder_tensors
 from gnvc_jax.porting.port import port
 from gnvc_jax.porting.sources import open_sources
 from gnvc_jax.porting.vace import add_adapter
+from gnvc_jax.vae import LightDecoderConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -239,6 +241,31 @@ def test_an_adapter_in_a_file_of_its_own(renamed, public, golden, to_original, t
     ):
         assert cli.main([*line, *map(str, given)]) == 25
         assert message in capsys.readouterr().err
+
+
+def test_a_light_decoder_is_ported_without_its_encoder(wan_tensor, tmp_path, capsys):
+    sizes = LightDecoderConfig(widths=(6, 5, 4, 3))
+    tensors = {t.original: wan_tensor(t.original, t.shape) for t in light_decoder_tensors(sizes)}
+    # Places in TAEHV's sequence: blocks at 3 to 5, 9 to 11, 15 to 17, doublings before 7, 13, 19.
+    assert tensors["decoder.9.conv.0.weight"].shape == (5, 10, 3, 3)
+    assert [len(tensors[f"decoder.{i}.conv.weight"]) for i in (7, 13, 19)] == [6, 10, 8]
+    assert tensors["decoder.22.weight"].shape == (3, 3, 3, 3)
+    encoder = {"encoder.0.weight": np.zeros((64, 3, 3, 3), np.float32)}
+    file = tmp_path / "taew2_1.safetensors"
+    save_file(tensors | encoder, file)
+    (summary,) = port(file, tmp_path / "ported", progress=False)
+    assert summary.tensors == len(tensors)
+    architecture, params = load_weights(tmp_path / "ported", "decoder")
+    assert architecture.config == sizes and len(architecture.latents_mean) == 16
+    grown = tensors["decoder.13.conv.weight"][:, :, 0, 0].T
+    np.testing.assert_array_equal(params["level1_up"]["grow"]["kernel"], grown)
+    with pytest.raises(FileNotFoundError, match="no ported weights of a VAE or a DiT"):
+        export(tmp_path / "ported", tmp_path / "out", progress=False)
+
+    tensors["decoder.1.weight"] = np.zeros((6, 48, 3, 3), np.float32)  # as in taew2_2
+    save_file(tensors, file)
+    assert cli.main(["port", "--from", str(file), "--check"]) == 25
+    assert "decodes latents of 48 channels, those of Wan2.1 have 16" in capsys.readouterr().err
 
 
 def save_torch(tensors, path):
