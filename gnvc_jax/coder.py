@@ -19,12 +19,16 @@ from gnvc_jax.arrays import Array
 from gnvc_jax.bitstream import Header, QuantisedLatent, StreamWriter, encode_group
 from gnvc_jax.bitstream.errors import LimitExceeded
 from gnvc_jax.bitstream.header import check_picture
+from gnvc_jax.bitstream.tables import TOTAL
+from gnvc_jax.codec.model import CodecState
 from gnvc_jax.decoder import Decoder, check_columns, latent_symbols
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import check_frame, pad_frames, to_float
+from gnvc_jax.leaky_bucket import LeakyBucket
 from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
 from gnvc_jax.motion import MotionField, expand
+from gnvc_jax.motion.coding import bits as motion_bits
 from gnvc_jax.motion.coding import encode_fields
 from gnvc_jax.scenes import split_groups
 
@@ -90,7 +94,7 @@ class Coder(Decoder):
         frames: Iterable[UInt8[np.ndarray, "h w 3"]],
         out: BinaryIO,
         header: Header,
-        qp: float,
+        qp: "float | LeakyBucket",
         progress: Progress = lambda n: None,
         *,
         scene_cuts: bool = True,
@@ -104,7 +108,7 @@ class Coder(Decoder):
             out: File to write the stream to.
             header: Header of the stream, see `header`.
             qp: Quality level, 0 (best) to 63. Between two whole levels, in steps of 1/8, latents
-                of the two are mixed.
+                of the two are mixed. A `LeakyBucket` chooses levels for a bitrate.
             progress: Called with the number of new frames whenever some are finished.
             scene_cuts: Whether a scene cut begins a group, see `gnvc_jax.scenes`.
             analysis: What earlier passes over the same frames found, which this one adds to; None
@@ -118,7 +122,8 @@ class Coder(Decoder):
             UsageError: If a frame has another size or type, `qp` is out of range, the mesh in use
                 cannot shard frames of this width, or there is no frame.
         """
-        check_qp(qp)
+        if not isinstance(qp, LeakyBucket):
+            check_qp(qp)
         check_columns(header.width, header.latent_stride)
         analysis = Analysis(limit=0) if analysis is None else analysis
         writer, first = StreamWriter(out, header), 0
@@ -127,9 +132,13 @@ class Coder(Decoder):
         groups = split_groups(checked, header.gop_frames, scene_cuts)
         for number, group in enumerate(groups):
             chunks = self._chunks(group, header, first, analysis)
-            # A model may code some latents of a group better than others, which are predicted from
-            # them.
-            levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents, number)
+            if isinstance(qp, LeakyBucket):
+                qp.begin_group(writer.closed_size - len(audio), first)
+                levels = qp
+            else:
+                # A model may code some latents of a group better than others, which are predicted
+                # from them.
+                levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents, number)
             payload, count = self._encode_group(chunks, levels, number, first, progress, analysis)
             writer.write_group(payload)
             first += count
@@ -188,7 +197,7 @@ class Coder(Decoder):
     def _encode_group(
         self,
         chunks: Iterable[tuple[np.ndarray, int, Array]],
-        levels: Sequence[int],
+        levels: "Sequence[int] | LeakyBucket",
         number: int,
         first: int,
         progress: Progress,
@@ -198,7 +207,7 @@ class Coder(Decoder):
 
         Args:
             chunks: Frames of each latent and the latent, see `_chunks`.
-            levels: Quality level of each latent.
+            levels: Quality level of each latent, or what chooses it.
             number: Number of the group.
             first: Number of its first frame.
             progress: See `encode_frames`.
@@ -208,13 +217,13 @@ class Coder(Decoder):
             The payload of the group, and its number of frames.
         """
         latents, fields, count = [], [], 0
-        # What passes from one latent to the next: the codec's state, the last frame of the source
-        # and as decoded, and the last symbols.
-        state = source = reference = None
-        previous = (None, None)
-        predicted = prediction = None
+        bucket = levels if isinstance(levels, LeakyBucket) else None
+        # What passes from one latent to the next: the codec's state, and the last frame of the
+        # source and as decoded.
+        state = source = reference = predicted = prediction = None
         for chunk, given, latent in chunks:
-            kind, q_index = int(bool(latents)), levels[len(latents)]
+            i = len(latents)
+            q_index = levels.level() if isinstance(levels, LeakyBucket) else levels[i]
             if source is not None and reference is not None:  # with motion, after the first latent
                 with self.timed("motion"):
                     # Motion is searched between source frames, where it is true, but predicts from
@@ -226,24 +235,24 @@ class Coder(Decoder):
                     fields.append(field)
                     predicted, prediction = self.functions.predict(reference, expand(field))
             with self.timed("codec"):
-                coded = self.functions.analyse(latent[:, 0], state, q_index, prediction)
-                z, y = (np.asarray(v, np.int8) for v in coded[:2])
-                # The indices come from the exported integers, as in the decoder, not from the
-                # network in training form.
-                index = self.functions.scale_index(kind, q_index, z, *previous)
-                # Symbols that are almost surely zero are not coded; the decoder takes them as zero.
-                y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
+                coded = self._code(latent[:, 0], state, q_index, prediction, latents)
+                if bucket is not None:
+                    bits = self._bits(coded, fields)
+                    if bucket.misjudges(bits):
+                        coded = self._code(latent[:, 0], state, bucket.level(), None, latents)
+                        bits = self._bits(coded, fields)
+                    bucket.coded(bits)
                 # From here on the encoder is a decoder: what it predicts from is what that sees.
                 decoded, state = self.functions.reconstruct(
-                    latent_symbols(z, y, index), state, q_index, prediction
+                    latent_symbols(coded.z, coded.y, coded.index), state, coded.q_index, prediction
                 )
             # The next latent is predicted from the last frame as decoded, its motion searched from
             # the last frame of the source.
             if self.motion:
                 shown = self._frames(decoded, prediction, predicted)
                 source, reference = chunk[-1], shown[0, -1]
-            latents.append(QuantisedLatent(kind, q_index, z, y, index))
-            previous, count = (y, index), count + given
+            latents.append(coded)
+            count += given
             progress(given)
         with self.timed("entropy"):
             payload = encode_group(
@@ -257,6 +266,34 @@ class Coder(Decoder):
                 temporal_stride=self.model.vae_config.temporal_stride,
             )
         return payload, count
+
+    def _code(
+        self,
+        latent: Array,
+        state: CodecState | None,
+        q_index: int,
+        prediction: Array | None,
+        before: list[QuantisedLatent],
+    ) -> QuantisedLatent:
+        """Codes a latent (1, h, w, c) to symbols, given the symbols of those before it."""
+        kind = int(bool(before))
+        previous = (before[-1].y, before[-1].index) if before else (None, None)
+        coded = self.functions.analyse(latent, state, q_index, prediction)
+        z, y = (np.asarray(v, np.int8) for v in coded[:2])
+        # The indices come from the exported integers, as in the decoder, not from the network in
+        # training form.
+        index = self.functions.scale_index(kind, q_index, z, *previous)
+        # Symbols that are almost surely zero are not coded; the decoder takes them as zero.
+        y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
+        return QuantisedLatent(kind, q_index, z, y, index)
+
+    def _bits(self, coded: QuantisedLatent, fields: list[MotionField]) -> float:
+        """Information content in bits of a latent, and of its motion, the last of `fields`."""
+        bits = self.entropy.ideal_bits(coded)
+        if fields:
+            before = fields[-2] if len(fields) > 1 else None
+            bits += motion_bits(fields[-1], before, self.model.tables.motion / TOTAL)
+        return bits
 
     def _search(
         self, frames: np.ndarray, reference: np.ndarray, q_index: int, fields: list[MotionField]

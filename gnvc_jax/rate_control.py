@@ -104,6 +104,12 @@ class Target:
     def __str__(self) -> str:
         return self.rule.format(self.value)
 
+    def bitrate(self, header: Header) -> float:
+        """Bits per second of a target of the kinds "bitrate" and "bpp"."""
+        if self.kind == "bitrate":
+            return self.value
+        return self.value * header.width * header.height * header.fps[0] / header.fps[1]
+
     def surplus(self, value: float) -> float:
         """How much better or larger than asked for a value is, see `Rule`."""
         if self.kind == "psnr":

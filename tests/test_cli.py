@@ -193,6 +193,7 @@ WRONG = [
     ("encode clip.mp4 o.gnvc --bitrate fast", 2, "--bitrate must be a positive number such as"),
     ("encode clip.mp4 o.gnvc --bpp -1", 2, "a target must be a positive number, got -1"),
     ("encode - o.gnvc --max-size 8M", 2, "an input that can be read again, which stdin cannot"),
+    ("encode clip.mp4 o.gnvc --qp 9 --one-pass", 2, "--one-pass needs --bitrate or --bpp"),
     ("encode clip.mp4 o.gnvc --max-size 1", 2, "1 bytes cannot be met; the nearest is"),
     ("encode clip.mp4 o.gnvc --gop 6", 2, "got 6"),
     ("encode clip.mp4 o.gnvc --size 12", 2, "--size must be WIDTHxHEIGHT"),
@@ -307,6 +308,14 @@ def test_encoding_to_a_size(place, tmp_path, capsys):
     best = tmp_path / "best.gnvc"
     assert run("encode", place / "clip.mp4", best, "--qp", 0, *model) == 0
     assert out.read_bytes() == best.read_bytes()
+
+
+def test_encoding_in_one_pass_says_what_was_wanted(place, tmp_path, capsys):
+    args = "--one-pass", "--bpp", 0.5, "--gop", 5, "--model", place / "m.safetensors"
+    assert run("encode", place / "clip.mp4", tmp_path / "o.gnvc", *args) == 0
+    assert "bpp, " in (text := capsys.readouterr().err) and ", 0.50000 bpp wanted, " in text
+    with StreamReader(tmp_path / "o.gnvc") as reader:
+        assert [group.n_frames for group in reader.groups()] == [5, 1]
 
 
 def test_output_equal_to_input_is_refused_through_links_and_stdin(place, tmp_path, capsys):

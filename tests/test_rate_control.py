@@ -11,6 +11,7 @@ from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.coder import Analysis, Coder
 from gnvc_jax.errors import UsageError
+from gnvc_jax.leaky_bucket import LeakyBucket
 from gnvc_jax.pretrained import load_pretrained
 from gnvc_jax.rate_control import RULES, Target, Trial, encode_to_target, search
 
@@ -129,6 +130,24 @@ def test_a_quality_is_reached_by_what_a_decoder_shows(codec, video):
 def test_a_rate_below_the_container_names_the_nearest(codec, video):
     with pytest.raises(UsageError, match=r"1.00 kb/s cannot be met; .* kb/s, with --qp 63"):
         meet(codec, video, "bitrate", 1000)
+
+
+def test_one_pass_steers_levels_towards_a_bitrate(codec, video):
+    there_and_back = np.concatenate([video, video[::-1]] * 3)[:29]
+    header = codec.header(64, 64, (25, 1), gop=13)
+    rates, levels = [], []
+    for bitrate in (10e3, 30e3):
+        out = io.BytesIO()
+        bucket = LeakyBucket(codec.model.codec_config, header, bitrate)
+        assert codec.encode_frames(there_and_back, out, header, bucket) == 29
+        rates.append(8 * len(out.getvalue()) * 25 / 29 / bitrate)
+        assert len(codec.decode(out.getvalue(), steps=0)) == 29
+        with StreamReader(out.getvalue()) as reader:
+            levels.append([level for group in reader.groups() for level in group.q_indices])
+    # Three groups of 13, 13 and 3 frames: the last has taken its first latent, and little else.
+    assert all(0.8 < rate < 1.6 for rate in rates), (rates, levels)
+    assert all(len(set(chosen)) > 2 for chosen in levels)
+    assert np.mean(levels[1]) > np.mean(levels[0]) + 5
 
 
 def test_lpips_needs_frames_of_some_size(codec):

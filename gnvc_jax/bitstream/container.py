@@ -72,6 +72,12 @@ class StreamWriter:
         file.write(data)
         self.offset = len(data)
 
+    @property
+    def closed_size(self) -> int:
+        """Size in bytes that the file would have if it were closed now."""
+        index = CHUNK_OVERHEAD + INDEX_HEAD.size + ENTRY.size * len(self.entries)
+        return self.offset + index + FOOTER.size
+
     def write_group(self, payload: bytes) -> None:
         """Appends a group, see `encode_group`.
 

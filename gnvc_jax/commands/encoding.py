@@ -48,6 +48,7 @@ def encode(
     max_size: str | None = None,
     target_psnr: float | None = None,
     target_lpips: float | None = None,
+    one_pass: bool = False,
     gop: int = 97,
     no_scene_cut: bool = False,
     frames: int | None = None,
@@ -70,7 +71,7 @@ def encode(
 
     Quality, size or rate is set by one of --qp, --bitrate, --bpp, --max-size, --target-psnr and
     --target-lpips. All but --qp encode the video several times, to find the level that meets the
-    target; if none does, nothing is written.
+    target; if none does, nothing is written. From stdin, --bitrate and --bpp encode it once.
 
     Args:
         input: Video file, raw .yuv file, folder of PNG images, or - to read y4m from stdin.
@@ -82,6 +83,8 @@ def encode(
         max_size: Largest size of the stream in bytes, for example 500k or 8M.
         target_psnr: Smallest mean PSNR of the decoded frames in dB.
         target_lpips: Largest mean LPIPS (AlexNet) of the decoded frames.
+        one_pass: Encode the video only once and steer --bitrate or --bpp by what its first part
+            took; always so from stdin.
         gop: Most frames in a group, 1 + 4k; each group can be decoded on its own.
         no_scene_cut: Begin groups after --gop frames only, not at scene cuts, too.
         frames: Maximum number of frames to encode.
@@ -103,6 +106,7 @@ def encode(
         no_progress: Hide the progress bar.
     """
     from gnvc_jax.coder import Progress, check_video_info
+    from gnvc_jax.leaky_bucket import LeakyBucket
     from gnvc_jax.media.reader import open_video
     from gnvc_jax.pretrained import load_pretrained
     from gnvc_jax.rate_control import encode_to_target
@@ -112,8 +116,14 @@ def encode(
     output = output or f"{input.rstrip('/')}.gnvc"
     check_range("--frames", frames, 1)
     target = chosen_target(qp, bitrate, bpp, max_size, target_psnr, target_lpips)
-    if target is not None and input == "-":
-        raise UsageError("a target needs an input that can be read again, which stdin cannot")
+    rate = target if target is not None and target.kind in ("bitrate", "bpp") else None
+    if one_pass and rate is None:
+        raise UsageError("--one-pass needs --bitrate or --bpp")
+    if input == "-" and target != rate:
+        raise UsageError(
+            "sizes and qualities need an input that can be read again, which stdin cannot; use "
+            "--bitrate, --bpp or --qp"
+        )
     if audio is not None and no_audio:
         raise UsageError("--audio and --no-audio exclude each other; give only one of them")
     audio_bitrate = None if audio is None else round(parse_amount("--audio", audio))
@@ -133,11 +143,10 @@ def encode(
     ):
         check_video_info(video.info)
         coder = load_pretrained(model)
-        rate = (video.fps.numerator, video.fps.denominator)
         header = coder.header(
             video.width,
             video.height,
-            rate,
+            (video.fps.numerator, video.fps.denominator),
             gop=gop,
             colour=video.colour.code_points,
             refine=not no_refine,
@@ -162,9 +171,12 @@ def encode(
 
             source, out, found = video, cast(BinaryIO, file), ""
             more: dict[str, Any] = {"scene_cuts": not no_scene_cut, "audio": track}
-            if target is None:
+            if target is None or one_pass or input == "-":
                 # islice stops at the last frame wanted, so damage behind it is never looked at.
                 wanted, level = itertools.islice(video, frames), DEFAULT_QP if qp is None else qp
+                if rate is not None:
+                    bits, found = rate.bitrate(header), f"{rate} wanted, "
+                    level = LeakyBucket(coder.model.codec_config, header, bits)
                 progress = begin("encoding")
                 count = coder.encode_frames(wanted, out, header, level, progress, **more)
             else:

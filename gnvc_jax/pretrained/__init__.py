@@ -69,7 +69,7 @@ class Codec(Coder):
         self,
         video: UInt8[np.ndarray, "t h w 3"],
         *,
-        qp: int = 24,
+        qp: float = 24,
         fps: float | Fraction = 30,
         gop: int = DEFAULT_GOP,
     ) -> bytes:
@@ -77,7 +77,7 @@ class Codec(Coder):
 
         Args:
             video: RGB frames.
-            qp: Quality level, 0 (best) to 63 (smallest).
+            qp: Quality level, 0 (best) to 63 (smallest), in steps of 1/8.
             fps: Frames per second.
             gop: Frames per group, 1 + 4k; each group can be decoded on its own.
 

@@ -121,7 +121,9 @@ def test_frame_count_may_be_unknown_when_writing_begins(toy):
     writer = StreamWriter(file, toy.header(frame_count=None))
     for payload in toy.payloads:
         writer.write_group(payload)
+    expected = writer.closed_size
     writer.close()
+    assert len(file.getvalue()) == expected
     assert toy.decode(file.getvalue()) == toy.symbols
     assert struct.unpack_from("<Q", file.getvalue(), 40)[0] == 2**64 - 1
 
