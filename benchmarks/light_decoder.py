@@ -1,6 +1,6 @@
 """Speed of the light decoder beside that of Wan2.1's VAE, latent by latent as in `gnvc decode`.
 
-    python benchmarks/light_decoder.py [--size 128x128] [--repeats 3]
+    python benchmarks/light_decoder.py [--size 64x64] [--repeats 3]
 
 Random weights of full size, float32, random latents; --size is rows x columns in pixels. Both are
 compiled first and run in turns: a later latent, which gives four frames, with the cache of the one
@@ -39,7 +39,7 @@ def make(network, latents):
 
 
 def main() -> None:
-    args = options.parse(__doc__, "light_decoder", size="128x128", repeats=3)
+    args = options.parse(__doc__, "light_decoder", size="64x64", repeats=3)
     h, w = (int(side) // 8 for side in args.size.split("x"))
     latents = jnp.asarray(np.random.default_rng(1).normal(size=(1, 1, h, w, 16)), jnp.float32)
     networks = {"Wan2.1": VAE(VAEConfig()), "light": LightDecoder(LightDecoderConfig())}
