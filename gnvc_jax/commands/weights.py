@@ -29,7 +29,8 @@ def port(
 
     Args:
         source: Weight file, or folder in the layout of Wan-AI or diffusers that holds a VAE, a DiT
-            or both; for LPIPS, a folder with the files of torchvision and lpips.
+            or both; a light decoder (taew2_1.pth); for LPIPS, a folder with the files of
+            torchvision and lpips.
         to: Folder to create.
         check: Read and check all weights as for --to, but write nothing.
         dtype: Type of the converted weights; "stored" keeps the type of each tensor.

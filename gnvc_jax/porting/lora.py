@@ -77,7 +77,7 @@ def merge_lora(
     entries, problems = dict(source.entries), []
     pairs: dict[str, dict[str, TensorEntry]] = {}
 
-    def change(key: str, tensor: Tensor, delta: Callable[[], np.ndarray]) -> None:
+    def change(tensor: Tensor, delta: Callable[[], np.ndarray]) -> None:
         name = tensor.name(source.scheme)
         entry = entries[name]
         reader = functools.partial(read_sum, entry, delta, tensor.shape)
@@ -97,7 +97,7 @@ def merge_lora(
         elif entry.shape != tensor.shape:
             problems.append(f"{key}: shape {entry.shape}, expected {tensor.shape}")
         else:
-            change(key, tensor, functools.partial(difference, entry, scale))
+            change(tensor, functools.partial(difference, entry, scale))
 
     known_alpha = configured_alpha(file)
     for layer, parts in pairs.items():
@@ -105,7 +105,7 @@ def merge_lora(
         if problem := misfit(parts, tensor.shape):
             problems.append(f"{layer}: {problem}")
         else:
-            change(layer, tensor, functools.partial(low_rank, parts, scale, known_alpha))
+            change(tensor, functools.partial(low_rank, parts, scale, known_alpha))
     if problems:
         more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
         text = "\n  ".join([*problems[:LISTED], *more])
@@ -162,12 +162,17 @@ def configured_alpha(file: Path) -> float | None:
     """Reads the alpha of all layers, from the metadata of diffusers or from PEFT's configuration.
 
     Raises:
-        PortError: If it is not one number for all, or the factor is not alpha / rank.
+        PortError: If it is not one number for all, the factor is not alpha / rank, or the
+            description is damaged.
     """
     facts: dict = {}
     if file.suffix == ".safetensors":
         with safe_open(file, framework="numpy") as opened:
-            facts = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            text = (opened.metadata() or {}).get("lora_adapter_metadata", "{}")
+        try:
+            facts = dict(json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise PortError(f"{file}: damaged lora_adapter_metadata ({error})") from error
     if file.name.startswith("adapter_model."):
         facts = facts or read_facts(file.with_name("adapter_config.json"))
     facts = {key.removeprefix("transformer."): value for key, value in facts.items()}
