@@ -13,7 +13,7 @@ from gnvc_jax.coder import Analysis, Coder
 from gnvc_jax.errors import UsageError
 from gnvc_jax.leaky_bucket import LeakyBucket
 from gnvc_jax.pretrained import load_pretrained
-from gnvc_jax.rate_control import RULES, Target, Trial, encode_to_target, search
+from gnvc_jax.rate_control import RULES, Target, Trial, encode_to_target, frame_metric, search
 
 LEVELS = np.arange(505) / 8
 
@@ -148,6 +148,16 @@ def test_one_pass_steers_levels_towards_a_bitrate(codec, video):
     assert all(0.8 < rate < 1.6 for rate in rates), (rates, levels)
     assert all(len(set(chosen)) > 2 for chosen in levels)
     assert np.mean(levels[1]) > np.mean(levels[0]) + 5
+
+
+def test_metrics_take_frames_of_eight_bits():
+    x, y = np.random.default_rng(0).integers(0, 256, (2, 1, 32, 32, 3), np.uint8)
+    distance = frame_metric("lpips")
+    assert abs(distance(x, x)[0]) < 1e-6 and distance(x, y)[0] > 0.01
+    np.testing.assert_allclose(distance(x, y), distance(y, x), rtol=1e-4)
+    errors = (x.astype(float) - y) ** 2
+    decibels = 10 * np.log10(255**2 / errors.mean())
+    np.testing.assert_allclose(frame_metric("psnr")(x, y), [decibels], rtol=1e-5)
 
 
 def test_lpips_needs_frames_of_some_size(codec):
