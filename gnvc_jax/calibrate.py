@@ -145,8 +145,7 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
         raise UsageError("there are no latents to measure")
     # The two steps stand for lambda: the worth of an error at which each would be the best step.
     worth = worth_of_step(COARSEST), worth_of_step(FINEST)
-    init = jax.jit(lambda key: init_codec(LatentCodec(config), key))
-    params = jax.device_get(init(jax.random.key(0)))
+    params = jax.device_get(init_codec(LatentCodec(config), jax.random.key(0)))
     for kind in kinds:
         # Transform, steps and tables of this kind; its hyperlatent is zero.
         variances = np.diag(plain[kind].covariance)

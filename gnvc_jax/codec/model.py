@@ -23,6 +23,7 @@ Reference: GNVC-VD section 3 (contextual latent codec after DCVC-RT), DCVC-UF fo
 means from scales. The residual form and its start from statistics are ours.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -432,6 +433,7 @@ class LatentCodec(nn.Module):
         )
 
 
+@functools.partial(jax.jit, static_argnums=0)  # also traced once only, for shapes and for values
 def init_codec(codec: LatentCodec, key: Key[Array, ""]) -> Tree:
     """Draws random parameters of a latent codec."""
     key_params, key_noise = jax.random.split(key)

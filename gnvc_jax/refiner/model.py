@@ -10,6 +10,7 @@ Source: GNVC-VD (arXiv 2512.05016) sections 4 and 5; the context layout is VACE'
 ``vace_model.py``), whose pretrained adapter thus finds what it was trained on.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -105,6 +106,7 @@ class Refiner(nn.Module):
         return velocity
 
 
+@functools.partial(jax.jit, static_argnums=0)  # also traced once only, for shapes and for values
 def init_refiner(refiner: Refiner, key: Key[Array, ""]) -> Tree:
     """Draws random parameters of a refiner."""
     config = refiner.config

@@ -8,6 +8,8 @@ Shapes: video (b, t, h, w, 3) in [-1, 1] with t = 1 + 4k and h, w multiples of 8
 (b, 1 + k, h / 8, w / 8, z), not normalised. See `layers` for the meaning of ``first``.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from einops import repeat
@@ -246,6 +248,7 @@ class VAE(nn.Module):
         return self.decode(self.encode(video)[0])
 
 
+@functools.partial(jax.jit, static_argnums=0)  # also traced once only, for shapes and for values
 def init_vae(vae: VAE, key: Key[Array, ""]) -> Tree:
     """Draws random parameters of a VAE."""
     # Two latents in time, so that every layer sees a frame.
