@@ -36,6 +36,49 @@ def tiny_codec():
 
 
 @pytest.fixture(scope="session")
+def start():
+    """Draws parameters of which some are as at the start of training.
+
+    start(init, *kept) has what init(key) draws wherever a name in the path is among `kept`, and
+    random values elsewhere: compiling the draws of a whole codec takes most of a minute.
+    """
+    import jax
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    def draw(init, *kept: str, seed: int = 0):
+        rng, key = np.random.default_rng(seed), jax.random.key(seed)
+
+        @jax.jit  # the compiler leaves out what is not returned
+        def real(key):
+            return {path: x for path, x in flatten_dict(init(key)).items() if {*path} & {*kept}}
+
+        def fill(x):
+            scale = 0.7 * np.prod(x.shape[:-1]) ** -0.5 if len(x.shape) > 1 else 0.1
+            return rng.normal(0, scale, x.shape).astype(np.float32)
+
+        shapes = flatten_dict(jax.eval_shape(init, key))
+        params = {path: fill(x) for path, x in shapes.items()}
+        return unflatten_dict(params | jax.device_get(real(key)))
+
+    return draw
+
+
+# Names in a codec's parameters: the linear transform, gains, tables, and layers that start at zero.
+CODEC_START = (
+    *("basis", "inverse", "whitening", "log_gain", "scales", "density"),
+    *("merge", "out", "first_mean", "later_mean", "detail"),
+)
+
+
+@pytest.fixture(scope="session")
+def start_codec(start):
+    """start_codec(codec): parameters of an untrained codec, with hidden layers of any values."""
+    from gnvc_jax.codec.model import init_codec
+
+    return lambda codec, seed=0: start(lambda key: init_codec(codec, key), *CODEC_START, seed=seed)
+
+
+@pytest.fixture(scope="session")
 def tiny_model(tiny_codec):
     """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code.
 

@@ -34,8 +34,10 @@ def latents():
 
 
 @pytest.fixture(scope="module")
-def fitted(tiny_codec, latents):
-    params = calibrate.transforms_from_statistics(tiny_codec, latents)
+def fitted(tiny_codec, latents, start_codec):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibrate, "init_codec", lambda codec, key: start_codec(codec))
+        params = calibrate.transforms_from_statistics(tiny_codec, latents)
     return calibrate.tables_from_symbols(tiny_codec, params, latents, progress=False)
 
 

@@ -460,20 +460,18 @@ def test_levels_of_a_group_are_those_of_the_model(tiny_model):
     assert levels == [(8, 1, 3, 6, 1), (8,)]
 
 
-def test_strides_are_those_of_the_vae(tiny_codec):
+def test_strides_are_those_of_the_vae(tiny_codec, start, start_codec):
     """A model with 16 pixels and 2 frames per latent writes streams that it can read."""
     from gnvc_jax.codec.model import LatentCodec
-    from gnvc_jax.vae import VAE, VAEConfig
+    from gnvc_jax.vae import VAE, VAEConfig, init_vae
 
     config = VAEConfig(
         multipliers=(1,) * 5, temporal_down=(False, False, False, True), latent_channels=4,
         linear=True,
     )  # fmt: skip
     assert (config.stride, config.temporal_stride) == (16, 2)
-    key, q_index = jax.random.key(0), np.zeros(1, np.int32)
-    vae = jax.jit(VAE(config).init)(key, np.zeros((1, 3, 32, 32, 3), np.float32))["params"]
-    latents = np.zeros((1, 2, 8, 8, 4), np.float32)
-    codec = jax.jit(LatentCodec(tiny_codec).init)(key, latents, q_index, key)["params"]
+    vae = start(lambda key: init_vae(VAE(config), key), "klt")
+    codec = start_codec(LatentCodec(tiny_codec))
     model = models.build("wide", config, tiny_codec, vae, codec, np.zeros(4), np.ones(4))
     coder, video = Coder(model), pan(6, 40, 150)
     stream, frames = through(coder, video, gop=5)

@@ -15,7 +15,7 @@ from gnvc_jax.codec.fit import (
     whitening,
     worth_of_step,
 )
-from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.codec.model import LatentCodec, init_codec
 from gnvc_jax.codec.quality import POSITIONS, interpolate_levels
 from gnvc_jax.codec.scales import export, scale_index_numpy, sigma_from_index
 from gnvc_jax.coder import Coder
@@ -25,7 +25,7 @@ from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
 from gnvc_jax.training.networks import make_networks
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.transform import TransformLoss, fit_to_clips
-from gnvc_jax.vae import VAEConfig
+from gnvc_jax.vae import VAEConfig, init_vae
 
 CONFIG = CodecConfig(
     latent_channels=3, intra_width=8, width=8, intra_analysis=1, intra_synthesis=1, y_channels=8,
@@ -37,9 +37,7 @@ CONFIG = CodecConfig(
 @pytest.fixture(scope="module")
 def params():
     """All zeros: what is looked at below is set by the fit."""
-    latents, q_index = np.zeros((1, 2, 8, 8, 3), np.float32), np.zeros(1, np.int32)
-    key = jax.random.key(0)
-    shapes = jax.eval_shape(LatentCodec(CONFIG).init, key, latents, q_index, key)["params"]
+    shapes = jax.eval_shape(lambda key: init_codec(LatentCodec(CONFIG), key), jax.random.key(0))
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
@@ -123,7 +121,7 @@ def test_whitening_equalises_channel_variances():
     assert white[2] < 10 * white[1]  # a channel that hardly varies is not blown up
 
 
-def test_fitted_model_codes_without_training(tmp_path):
+def test_fitted_model_codes_without_training(start, start_codec):
     """More bytes and a better picture from level to level, and symbols in both kinds of latents."""
     rng = np.random.default_rng(2)
     canvas = rng.normal(size=(4, 40, 40, 3)).repeat(4, 1).repeat(4, 2)
@@ -140,7 +138,8 @@ def test_fitted_model_codes_without_training(tmp_path):
         optim=OptimConfig(),
     )
     stage, networks = make_stage(experiment), make_networks(experiment)
-    params = jax.device_get(jax.jit(stage.init)(jax.random.key(0)))
+    params = {"vae": start(lambda key: init_vae(networks.vae, key), "last")}
+    params["codec"] = start_codec(networks.codec)
     batches = [{"video": clips, "vectors": vectors}]
     params = fit_to_clips(networks, experiment.loss, params, batches)
     statistics = stage.measure()

@@ -1,6 +1,7 @@
 """The latent codec: sizes, masks, and the training form against the coding form."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,13 @@ from scipy.stats import norm
 from gnvc_jax.codec import density
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.codec.entropy import LatentSymbols, spatial_masks
-from gnvc_jax.codec.model import GAIN_SLOPE, CodecState, LatentCodec, pad_latents
+from gnvc_jax.codec.model import (
+    GAIN_SLOPE,
+    CodecState,
+    LatentCodec,
+    init_codec,
+    pad_latents,
+)
 from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import scale_layers
 
@@ -26,15 +33,15 @@ TINY = CodecConfig(
     z_channels=4,
     scale_width=8,
     entropy_width=16,
+    inter_context=1,
+    inter_analysis=1,
+    inter_synthesis=1,
     k_skip=0,  # training skips nothing
 )
 
 
 def shapes(config):
-    latents = jnp.zeros((1, 2, 8, 8, config.latent_channels))
-    q_index = jnp.zeros((1,), jnp.int32)
-    return jax.eval_shape(LatentCodec(config).init, jax.random.key(0), latents, q_index,
-                          jax.random.key(1))["params"]  # fmt: skip
+    return jax.eval_shape(lambda key: init_codec(LatentCodec(config), key), jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +85,15 @@ def test_training_and_coding_forms_agree(params):
         params
     )
 
-    def call(method, *args):
-        return jax.jit(lambda p: codec.apply({"params": p}, *args, method=method))(params)
+    @jax.jit  # twice: without a state, and with one
+    def code(latent, state):
+        given = {"params": params}
+        integers = codec.apply(given, latent, state, q_index, method="encode")
+        return integers, *codec.apply(given, integers, state, q_index, method="decode")
 
     state = None
     for t in range(3):
-        integers = call("encode", latents[:, t], state, q_index)
-        decoded, state = call("decode", integers, state, q_index)
+        integers, decoded, state = code(latents[:, t], state)
         np.testing.assert_allclose(decoded.feature, trained.feature[:, t], atol=1e-4)
         for ours, theirs in zip(integers, trained.symbols, strict=True):
             np.testing.assert_array_equal(ours, theirs[:, t])
@@ -93,12 +102,12 @@ def test_training_and_coding_forms_agree(params):
     assert len(np.unique(trained.symbols.index)) > 4
 
 
-def test_untrained_codec_is_a_transform_coder():
+def test_untrained_codec_is_a_transform_coder(start_codec):
     """Networks start at zero: y is the basis times the residual, and comes back by its inverse."""
     codec = LatentCodec(TINY)
     latents = jax.random.normal(jax.random.key(0), (2, 2, 8, 8, 4))
     q_index, key = jnp.asarray([0, 63]), jax.random.key(1)
-    params = jax.jit(codec.init)(jax.random.key(2), latents, q_index, key)["params"]
+    params = start_codec(codec)
 
     @jax.jit
     def both(params):
@@ -172,16 +181,19 @@ def test_gaussian_bits_match_scipy():
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_hyperlatent_table_agrees_with_the_trained_density(symmetric):
     model = density.FactorisedDensity(3)
-    params = model.init(jax.random.key(0), jnp.zeros((1, 1, 1, 3)), jnp.zeros(1, int),
-                        method="bits")["params"]  # fmt: skip
-    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params)
+    shapes = jax.eval_shape(functools.partial(model.init, method="bits"), jax.random.key(0),
+                            jnp.zeros((1, 1, 1, 3)), jnp.zeros(1, int))["params"]  # fmt: skip
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: np.float32(rng.normal(0, 0.3, x.shape)), shapes)
     if symmetric:
         params |= {name: jax.tree.map(jnp.zeros_like, params[name]) for name in ("a", "b")}
     table = density.probabilities(params)
     assert table.shape == (64, 3, 31)
     np.testing.assert_allclose(table.sum(axis=-1), 1.0)
     x = jnp.arange(-14, 15, dtype=jnp.float32)[None, None, :, None] * jnp.ones((1, 1, 29, 3))
-    bits = model.apply({"params": params}, x, jnp.asarray([17]), method="bits")
+    bits = jax.jit(functools.partial(model.apply, method="bits"))(
+        {"params": params}, x, jnp.asarray([17])
+    )
     np.testing.assert_allclose(2.0 ** -bits[0, 0].T, table[17, :, 1:-1], rtol=1e-3, atol=1e-6)
 
 
@@ -218,8 +230,8 @@ def test_cells_without_symbols_copy_the_prediction():
     integers = LatentSymbols(z, symbols, np.zeros_like(symbols))
     state = CodecState(latents[:, 0], None, integers)
     prediction = latents[:, 1]
-    decoded, _ = codec.apply(
-        {"params": drawn}, integers, state, q_index, prediction, method="decode"
+    decoded, _ = jax.jit(functools.partial(codec.apply, method="decode"))(
+        {"params": drawn}, integers, state, q_index, prediction
     )
     changed = np.any(np.asarray(decoded.latent != prediction), axis=-1)[0]
     expected = np.zeros((8, 8), bool)
@@ -230,12 +242,12 @@ def test_cells_without_symbols_copy_the_prediction():
     assert (np.asarray(decoded.detail)[0, expected] < 1).all()
 
 
-def test_copies_learn_as_if_they_were_coded():
+def test_copies_learn_as_if_they_were_coded(start_codec):
     """With networks at zero: latents with `skipped` have the gradient of the basis everywhere."""
     config = dataclasses.replace(TINY, motion="blocks")
     codec, q_index, key = LatentCodec(config), jnp.asarray([40]), jax.random.key(5)
     latents = jax.random.normal(jax.random.key(0), (1, 2, 8, 8, 4))
-    drawn = jax.jit(codec.init)(jax.random.key(1), latents, q_index, key)["params"]
+    drawn = start_codec(codec)
     prediction = latents[:, 1].at[:, 2:4, 4:6].add(20.0)  # to be coded; the rest is right
 
     @jax.jit

@@ -1,6 +1,7 @@
 """The DiT: size, cost, structure. Its values are tested in tests/porting and tests/parity."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,11 @@ def arguments(cfg, b=2, t=2, h=4, w=6):
     context = jax.random.normal(keys[2], (b, t, h, w, cfg.context_channels))
     time = jnp.linspace(100.0, 900.0, b)
     return (latents, time, text) + ((context,) if cfg.context_every else ())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, *inputs):
+    return model.apply({"params": params}, *inputs)
 
 
 def abstract(cfg):
@@ -80,13 +86,14 @@ def test_presets_have_the_published_groups_and_head_widths():
     assert WAN_14B.head_width == WAN_1_3B.head_width == 128
 
 
-def test_new_adapter_leaves_the_output_unchanged():
-    latents, time, text, context = arguments(SMALL)
-    variables = DiT(SMALL).init(jax.random.key(1), latents, time, text, context)["params"]
+def test_new_adapter_leaves_the_output_unchanged(start):
+    inputs = arguments(SMALL)
+    new = "context_in", "context_out"
+    variables = start(lambda key: DiT(SMALL).init(key, *inputs)["params"], *new)
     variables["head"]["kernel"] = jax.random.normal(
         jax.random.key(2), variables["head"]["kernel"].shape
     )
-    with_adapter = DiT(SMALL).apply({"params": variables}, latents, time, text, context)
+    with_adapter = apply(DiT(SMALL), variables, *inputs)
     groups = variables["groups"]
     blocks = jax.tree.map(
         lambda a, b: jnp.stack([a, b], 1).reshape(-1, *a.shape[1:]),
@@ -94,7 +101,7 @@ def test_new_adapter_leaves_the_output_unchanged():
     )
     kept = {k: v for k, v in variables.items() if not k.startswith(("context", "groups"))}
     plain = kept | {"groups": {"block_0": blocks}}
-    without = DiT(PLAIN).apply({"params": plain}, latents, time, text)
+    without = apply(DiT(PLAIN), plain, *inputs[:3])
     assert float(jnp.abs(without).max()) > 1
     np.testing.assert_allclose(with_adapter, without, atol=1e-5)
 
@@ -102,7 +109,7 @@ def test_new_adapter_leaves_the_output_unchanged():
 def test_adapter_and_context_scale_change_the_output(params):
     inputs = arguments(SMALL)
     outputs = [
-        DiT(SMALL).apply({"params": params}, *inputs, scale)
+        apply(DiT(SMALL), params, *inputs, scale)
         for scale in (0.0, 1.0, jnp.array([1.0, 0.0]), jnp.array([1.0, 1.0]))
     ]
     np.testing.assert_allclose(outputs[1], outputs[3], atol=1e-6)
@@ -141,20 +148,21 @@ def test_rematerialisation_saves_memory(params):
 
 def test_half_precision_keeps_the_float32_parts(params):
     inputs = arguments(SMALL)
-    exact = DiT(SMALL).apply({"params": params}, *inputs)
-    rounded = DiT(SMALL, dtype=jnp.bfloat16).apply({"params": params}, *inputs)
+
+    # The time path decides every modulation: it must not be rounded.
+    @functools.partial(jax.jit, static_argnums=0)
+    def output_and_modulation(dtype):
+        output, state = DiT(SMALL, dtype=dtype).apply(
+            {"params": params}, *inputs, capture_intermediates=True
+        )
+        return output, state["intermediates"]["time_modulation"]["__call__"][0]
+
+    exact, modulation = output_and_modulation(jnp.float32)
+    rounded, same = output_and_modulation(jnp.bfloat16)
     assert rounded.dtype == jnp.float32
     error = jnp.abs(rounded - exact).max() / jnp.abs(exact).max()
     assert 1e-4 < error < 3e-2
-
-    # The time path decides every modulation: it must not be rounded.
-    def rows(dtype):
-        _, state = DiT(SMALL, dtype=dtype).apply(
-            {"params": params}, *inputs, capture_intermediates=True
-        )
-        return state["intermediates"]["time_modulation"]["__call__"][0]
-
-    np.testing.assert_array_equal(rows(jnp.bfloat16), rows(jnp.float32))
+    np.testing.assert_array_equal(same, modulation)
 
 
 def test_unpatchify_undoes_patchify():

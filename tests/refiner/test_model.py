@@ -1,6 +1,7 @@
 """The refiner: condition, neutral start, and windows over long groups."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnvc_jax.refiner import DiT, DiTConfig, Refiner, RefinerConfig, flow, refine
+from gnvc_jax.refiner import DiT, DiTConfig, Refiner, RefinerConfig, flow, init_refiner, refine
 from gnvc_jax.refiner.model import latent_noise, vace_context, window_starts, window_weights
 
 DIT = DiTConfig(
@@ -36,38 +37,43 @@ def inputs(b=2, t=2, h=4, w=4):
     return state, jnp.linspace(0.7, 0.9, b), decoded, features, jnp.arange(b) + 5
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, *inputs):
+    return model.apply({"params": params}, *inputs)
+
+
 def filled(tree, seed=0):
     """Random values everywhere, also where training starts at zero."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), tree)
 
 
-def test_a_ported_model_is_unchanged_at_first():
+def test_a_ported_model_is_unchanged_at_first(start):
     """Random DiT weights under fresh codec conditions: the DiT's own answer, sign changed."""
     state, tau, decoded, features, q_index = inputs()
     text = jnp.ones((2, 2, 5))
     refiner = Refiner(VACE)
-    params = refiner.init(jax.random.key(0), state, tau, decoded, features, q_index, text)
-    params = params["params"] | {"dit": filled(params["params"]["dit"])}
-    ours = refiner.apply({"params": params}, state, tau, decoded, features, q_index, text)
+    params = start(lambda key: init_refiner(refiner, key), "features", "quality", "grey")
+    params |= {"dit": filled(params["dit"])}
+    ours = apply(refiner, params, state, tau, decoded, features, q_index, text)
     context = vace_context(decoded, params["grey"])
-    theirs = DiT(DIT).apply({"params": params["dit"]}, state, 1000 * (1 - tau), text, context)
+    theirs = apply(DiT(DIT), params["dit"], state, 1000 * (1 - tau), text, context)
     assert float(jnp.abs(theirs).max()) > 0.1
-    np.testing.assert_array_equal(ours, -theirs)
+    np.testing.assert_allclose(ours, -theirs, rtol=1e-5, atol=1e-6)
 
     for part in ("features", "quality"):
         changed = params | {part: filled(params[part])}
-        other = refiner.apply({"params": changed}, state, tau, decoded, features, q_index, text)
+        other = apply(refiner, changed, state, tau, decoded, features, q_index, text)
         assert float(jnp.abs(other - ours).max()) > 1e-3, part
 
 
-def test_a_small_refiner_gives_the_decoded_latents_at_first():
+def test_a_small_refiner_gives_the_decoded_latents_at_first(start):
     _, _, decoded, features, q_index = inputs()
     refiner = Refiner(SMALL)
     state = flow.start_state(decoded, latent_noise(jax.random.key(1), decoded.shape))
     arguments = jnp.full(2, 0.7), decoded, features, q_index
-    params = refiner.init(jax.random.key(0), state, *arguments)
-    velocity = refiner.apply(params, state, *arguments)
+    params = start(lambda key: init_refiner(refiner, key), "head", "quality")
+    velocity = apply(refiner, params, state, *arguments)
     np.testing.assert_allclose(flow.clean_estimate(state, velocity, 0.7), decoded, atol=1e-5)
 
 

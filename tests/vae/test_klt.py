@@ -1,11 +1,13 @@
 """The linear transform under a small VAE, against its definition."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gnvc_jax.vae import VAE, VAEConfig, klt
+from gnvc_jax.vae import VAE, VAEConfig, init_vae, klt
 
 CONFIG = VAEConfig(
     multipliers=(1, 1), latent_channels=6, temporal_down=(True,), patch=2, linear=True, head=5
@@ -30,9 +32,9 @@ def fitted(video):
     return klt.fit(moments, STRIDES[0])
 
 
-def transform(fitted, method, *args):
+def transform(fitted, method, x, first=True):
     module = klt.BlockTransform(*STRIDES)
-    return jax.jit(lambda *a: module.apply({"params": fitted}, *a, True, method=method))(*args)
+    return jax.jit(lambda x: module.apply({"params": fitted}, x, first, method=method))(x)
 
 
 def test_no_linear_code_of_this_size_has_a_smaller_error(video, fitted):
@@ -65,7 +67,7 @@ def test_a_still_scene_has_the_same_latents_in_both_kinds(video, fitted):
 
 def test_untrained_linear_vae_is_the_transform(video, fitted):
     vae = VAE(CONFIG)
-    params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
+    params = init_vae(vae, jax.random.key(0)) | {"klt": fitted}
     out = jax.jit(lambda p, v: vae.apply({"params": p}, v))(params, video)
     back = transform(fitted, "inverse", transform(fitted, "forward", video))
     np.testing.assert_allclose(out, back, atol=1e-5)
@@ -73,7 +75,7 @@ def test_untrained_linear_vae_is_the_transform(video, fitted):
 
 def test_transform_gets_no_gradient(video, fitted):
     vae = VAE(CONFIG)
-    params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
+    params = init_vae(vae, jax.random.key(0)) | {"klt": fitted}
     loss = jax.jit(jax.grad(lambda p: jnp.mean((vae.apply({"params": p}, video) - video) ** 2)))
     grads = loss(params)
     assert all(np.all(g == 0) for g in jax.tree.leaves(grads["klt"]))
@@ -85,21 +87,24 @@ def test_compensation_copies_or_replaces(fitted):
     rng = np.random.default_rng(5)
     predicted = rng.normal(0, 0.3, (1, 2, 8, 8, 3)).astype(np.float32)
     vae = VAE(CONFIG)
-    params = vae.init(jax.random.key(0), predicted[:, :1])["params"]
-    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), params)
+    shapes = jax.eval_shape(lambda key: init_vae(vae, key), jax.random.key(0))
+    params = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), shapes)
     params["klt"] = fitted
-    prediction = vae.apply({"params": params}, predicted, False, method="encode")[0][:, 0]
+    prediction = transform(fitted, "forward", predicted, first=False)[:, 0]
     side = prediction.shape[1]
     fresh = np.zeros((1, side, side, 1), np.float32)
     fresh[:, :, side // 2 :] = 1
     latent = prediction + fresh * rng.normal(size=prediction.shape).astype(np.float32)
     arguments = latent, prediction, predicted, fresh, 1 - fresh
-    got = vae.apply({"params": params}, *arguments, method="compensate")
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def compensate(cleaned, *args):
+        return vae.apply({"params": params}, *args, cleaned, method="compensate")
+
+    got = compensate(None, *arguments)
     np.testing.assert_allclose(got[:, :, :, :4], predicted[:, :, :, :4], atol=1e-5)
-    plain = vae.apply(
-        {"params": params}, latent[:, None], method=lambda m, z: m.klt.inverse(z, False)
-    )
-    once = vae.apply({"params": params}, *arguments, 0, method="compensate")  # without the head
+    plain = transform(fitted, "inverse", latent[:, None], first=False)
+    once = compensate(0, *arguments)  # without the head
     np.testing.assert_allclose(once[:, :, :, 4:], plain[:, :, :, 4:], atol=1e-5)
     assert np.abs(got - once)[:, :, :, 4:].max() > 1e-3
 
@@ -107,16 +112,14 @@ def test_compensation_copies_or_replaces(fitted):
 @pytest.mark.parametrize("first", [True, False])
 def test_added_latents_are_those_of_the_sum(video, fitted, first):
     vae = VAE(CONFIG)
-    params = vae.init(jax.random.key(0), jnp.zeros((1, 3, 8, 8, 3)))["params"] | {"klt": fitted}
+    params = init_vae(vae, jax.random.key(0)) | {"klt": fitted}
     frames = video[:1, : 3 if first else 2, :8, :8]
     rng = np.random.default_rng(6)
 
-    def apply(method, *args):
-        return vae.apply({"params": params}, *args, method=method)
-
-    latents = apply("encode", frames, first)[0]
+    latents = transform(fitted, "forward", frames, first)
     change = rng.normal(size=latents.shape).astype(np.float32)
-    got = apply("add_latents", frames, change, first)
-    inverse = lambda module, x: module.klt.inverse(x, first)  # noqa: E731
-    expected = frames + apply(inverse, latents + change) - apply(inverse, latents)
+    add = jax.jit(lambda *args: vae.apply({"params": params}, *args, first, method="add_latents"))
+    got = add(frames, change)
+    before, after = (transform(fitted, "inverse", x, first) for x in (latents, latents + change))
+    expected = frames + after - before
     np.testing.assert_allclose(got, expected, atol=1e-5)
