@@ -1,6 +1,7 @@
 """Eight simulated devices for every test, and compiled programs kept between runs."""
 
 import dataclasses
+import gc
 import os
 from pathlib import Path
 
@@ -8,13 +9,22 @@ import numpy as np
 import pytest
 
 # Before JAX initialises; processes that tests start inherit them.
-flag = "--xla_force_host_platform_device_count"
-if flag not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = {"--xla_force_host_platform_device_count": "8"}
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    # Most of the time of the suite is compilation of programs that run once, on tiny arrays. With
+    # little optimisation and the simpler code generator that takes a quarter of the time.
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    flags["--xla_cpu_use_fusion_emitters"] = "false"
+given = os.environ.get("XLA_FLAGS", "")
+added = [f"{flag}={value}" for flag, value in flags.items() if flag not in given]
+os.environ["XLA_FLAGS"] = " ".join([given, *added]).strip()
 cache = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+# Tracing makes very many small objects, few of them in cycles: collecting garbage as often as
+# Python does by default takes a fifth of the time of tracing.
+gc.set_threshold(50_000, 50, 100)
 
 
 @pytest.fixture(scope="session")
