@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, UInt8
+from jaxtyping import Array, Float32, Int32
 
 from gnvc_jax.metrics.psnr import decibels
 
@@ -48,14 +48,16 @@ def temporal(x: Array | np.ndarray, y: Array | np.ndarray) -> dict[str, jax.Arra
         raise ValueError(f"expected two (t, h, w, 3) arrays, got {x.shape} and {y.shape}")
     if x.shape[0] < 2 or min(x.shape[1:3]) < BLOCK:
         raise ValueError(f"needs 2 frames and sides of {BLOCK}, got {x.shape}")
+    x, y = jnp.asarray(x), jnp.asarray(y)
 
     def step(t: jax.Array) -> tuple[jax.Array, ...]:
-        dx, dy = _luma(x[t + 1]) - _luma(x[t]), _luma(y[t + 1]) - _luma(y[t])
-        error = dy - dx
+        # Differences of integers, so that equal frames differ by exactly nothing.
+        dx, dy = (v[t + 1].astype(jnp.int32) - v[t] for v in (x, y))
+        error = _luma(dy - dx)
         return (
             _mean(jnp.square(error)),
-            _standard_deviation(dx),
-            _standard_deviation(dy),
+            _standard_deviation(_luma(dx)),
+            _standard_deviation(_luma(dy)),
             _pulse(error),
         )
 
@@ -109,9 +111,8 @@ def drift(psnr: Sequence[float | int] | np.ndarray) -> dict[str, float]:
     }
 
 
-def _luma(frame: UInt8[Array | np.ndarray, "h w 3"]) -> Float32[Array, "h w"]:
-    frame = jnp.asarray(frame)
-    r, g, b = (frame[..., c].astype(jnp.float32) * weight for c, weight in enumerate(_LUMA))
+def _luma(rgb: Int32[Array, "h w 3"]) -> Float32[Array, "h w"]:
+    r, g, b = (rgb[..., c].astype(jnp.float32) * weight for c, weight in enumerate(_LUMA))
     return r + g + b
 
 
