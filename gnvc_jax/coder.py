@@ -94,7 +94,7 @@ class Coder(Decoder):
         frames: Iterable[UInt8[np.ndarray, "h w 3"]],
         out: BinaryIO,
         header: Header,
-        qp: "float | LeakyBucket",
+        qp: float | LeakyBucket,
         progress: Progress = lambda n: None,
         *,
         scene_cuts: bool = True,
@@ -197,7 +197,7 @@ class Coder(Decoder):
     def _encode_group(
         self,
         chunks: Iterable[tuple[np.ndarray, int, Array]],
-        levels: "Sequence[int] | LeakyBucket",
+        levels: Sequence[int] | LeakyBucket,
         number: int,
         first: int,
         progress: Progress,

@@ -207,10 +207,20 @@ class Decoder:
     def decode_group_both(
         self, header: Header, group: GroupPayload, steps: int, strength: float = 1.0
     ) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]]:
-        """Decodes the frames of one group without and with refinement; see `decode_group`.
+        """Decodes the frames of one group without and with refinement.
+
+        Args:
+            header: Header of the stream.
+            group: Group, as `StreamReader` reads it.
+            steps: Refinement steps, at least 1.
+            strength: Share of the refinement to apply, from 0 (none) to 1.
 
         Yields:
             Pairs of a decoded and a refined frame.
+
+        Raises:
+            UsageError: If the model has no refiner.
+            BitstreamError: If the group is damaged.
         """
         decoded = list(self._decoded(header, group))
         refined = self._refined(group, decoded, steps, strength)
