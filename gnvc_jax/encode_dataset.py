@@ -80,7 +80,7 @@ def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> di
         size = frames.width, frames.height
         header = coder.header(*size, fps, gop=gop, colour=frames.colour.code_points)
         count = coder.encode_frames(frames, data, header, qp)
-        for note in frames.notes:
+        for note in [*frames.notes, *["audio is not carried"] * frames.has_audio]:
             log.warning("%s: %s", video, note)
     write_whole(stream, data.getvalue())
     pixels = size[0] * size[1] * count

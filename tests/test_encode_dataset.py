@@ -4,6 +4,7 @@ import csv
 import errno
 import types
 
+import av
 import jax
 import numpy as np
 import pytest
@@ -42,6 +43,28 @@ def clips(tmp_path):
         video = np.full((count, 32, 48, 3), 40 * i, np.uint8)
         write_all(folder / f"v{i}.mkv", video, 25)
     return folder
+
+
+def add_sound(path):
+    """Puts a tenth of a second of silence beside the pictures of a video."""
+    silence = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), layout="mono")
+    silence.sample_rate = 8000
+    with av.open(str(path)) as video, av.open(str(path.with_stem("sound")), "w") as out:
+        pictures = out.add_stream_from_template(video.streams.video[0])
+        sound = out.add_stream("pcm_s16le", rate=8000, layout="mono")
+        for packet in video.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = pictures
+                out.mux(packet)
+        out.mux(sound.encode(silence))
+    path.unlink()
+
+
+def test_missing_audio_is_named(clips, tmp_path, caplog):
+    add_sound(clips / "v0.mkv")
+    encode_all(clips, tmp_path / "out", Stand(), 24, progress=False)
+    said = [r.getMessage() for r in caplog.records if "audio is not carried" in r.getMessage()]
+    assert len(said) == 1 and "sound.mkv" in said[0]
 
 
 def manifest(folder):

@@ -27,6 +27,7 @@ from gnvc_jax.bitstream.group import GroupPayload, claimed_frames, parse_group
 from gnvc_jax.bitstream.header import Header, read_header
 
 MAX_CHUNK = 1 << 28  # bytes of payload
+MAX_AUDIO = 1 << 30  # bytes of audio in a stream, seven hours at 320 kb/s
 END_MAGIC = b"\x89GNVEND\n"
 ENTRY = struct.Struct("<QQIHH")  # offset, first frame, chunk size, frames, mean q_index
 INDEX_HEAD = struct.Struct("<QI")  # frames in all, groups
@@ -96,7 +97,13 @@ class StreamWriter:
         self.frames += group.n_frames
 
     def write_audio(self, audio: bytes) -> None:
-        """Writes an audio track, before the first group."""
+        """Writes an audio track, before the first group.
+
+        Raises:
+            LimitExceeded: If it is larger than a reader accepts.
+        """
+        if len(audio) > MAX_AUDIO:
+            raise LimitExceeded(f"audio of {len(audio)} bytes > {MAX_AUDIO}")
         for start in range(0, len(audio), MAX_CHUNK):
             self._chunk(b"audi", audio[start : start + MAX_CHUNK])
 
@@ -149,7 +156,6 @@ class StreamReader:
 
     Attributes:
         header: The header.
-        audio: The audio track, empty if there is none; known once `groups` has yielded.
 
     Raises:
         BitstreamError: If the header is damaged; one of its kinds.
@@ -166,7 +172,7 @@ class StreamReader:
         except BitstreamError:
             self.close()
             raise
-        self.audio = b""
+        self._audio = bytearray()
         self.total = self.header.frame_count  # None until the index, read forward, has said it
 
     def __enter__(self) -> "StreamReader":
@@ -174,6 +180,11 @@ class StreamReader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def audio(self) -> bytes:
+        """The audio track, empty if there is none; known once `groups` has yielded."""
+        return bytes(self._audio)
 
     def close(self) -> None:
         """Closes the file if it was opened here."""
@@ -232,7 +243,8 @@ class StreamReader:
         Args:
             lost: List that errors are added to if reading can step over them; None to raise them.
         """
-        at, number, frames, self.audio = self.start, 0, 0, b""
+        at, number, frames = self.start, 0, 0
+        self._audio.clear()
         while True:
             if self.file.seekable():  # the caller may have read elsewhere in between
                 self.file.seek(at)
@@ -249,7 +261,8 @@ class StreamReader:
                     raise
                 lost.append(error)
                 if _is_audio(error):
-                    at, self.audio = after, b""
+                    at = after
+                    self._audio.clear()
                 else:
                     # Where the next group begins is not known any more: it will be believed.
                     at, number, frames = after, number + 1, None
@@ -272,7 +285,10 @@ class StreamReader:
                 self._check_end(payload, number, frames)
                 return
             elif kind == b"audi":
-                self.audio += payload
+                # A pipe has no size that would limit what is kept.
+                if len(self._audio) + len(payload) > MAX_AUDIO:
+                    raise LimitExceeded(f"audio of more than {MAX_AUDIO} bytes")
+                self._audio += payload
             # Types that begin with a lower-case letter may be skipped by readers.
             elif kind[:1].isupper() and kind != b"META":
                 raise MalformedChunk(f"unknown chunk {kind!r} at offset {at}")

@@ -18,6 +18,7 @@ def encode_all(
 
     Example: gnvc encode-all --data clips --to streams --qp 24
 
+    All have the same quality level and no audio; for a target, or with audio, use gnvc encode.
     Videos that cannot be read are left out, with exit code 3. Processes that are started together
     share the work.
 

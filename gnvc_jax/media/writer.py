@@ -20,7 +20,7 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -40,6 +40,7 @@ _FRAME_NAME = re.compile(r"\d{6,}\.png")
 _MP4 = {"crf": "12", "preset": "medium", "x264-params": "chromaloc=1"}  # chroma in the middle
 TAGLESS_NOTE = "this output has no tags for HDR or wide gamut; players will show wrong colours"
 SILENT_NOTE = "the audio was left out: this output has no place for it; .mkv takes most codecs"
+DAMAGED_NOTE = "the audio is damaged; its rest was left out"
 _FFV1 = {"level": "3", "slicecrc": "1"}
 
 
@@ -60,7 +61,7 @@ class VideoWriter:
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, int, int], sink: _Sink, notes: tuple[str, ...] = ()
+        self, name: str, shape: tuple[int, int, int], sink: _Sink, notes: Sequence[str] = ()
     ):
         self.name = name
         self.count = 0
@@ -124,6 +125,7 @@ class _Container:
                 context.colorspace, context.color_range = matrix, 1 + full
         self._stream, self._time_base, self._count = stream, 1 / fps, 0
         self._audio = None
+        self.notes: list[str] = []  # as `VideoWriter.notes`
         if audio is not None:
             try:
                 self._audio = AudioMuxer(audio, self._container)
@@ -157,7 +159,12 @@ class _Container:
         self._count += 1
         self._container.mux(self._stream.encode(picture))
         if self._audio is not None:
-            self._audio.write_until(self._count * self._time_base)
+            try:
+                self._audio.write_until(self._count * self._time_base)
+            except ValueError:  # what PyAV makes of EINVAL and of invalid data; no error of a disk
+                self._audio.close()
+                self._audio = None
+                self.notes.append(DAMAGED_NOTE)
 
     def close(self) -> None:
         try:
@@ -328,10 +335,11 @@ def open_writer(
             elif target.suffix.lower() == ".y4m":
                 sink = _Y4m(open(temporary, "wb"), width, height, fps, colour, chroma)
             else:
-                kind, notes = target.suffix.lower(), ()
+                kind = target.suffix.lower()
                 given = temporary, kind, width, height, fps, tags if kind == ".mkv" else colour
                 try:
                     sink = _Container(*given, audio)
+                    notes = sink.notes
                 except (ValueError, av.FFmpegError):
                     if audio is None:
                         raise

@@ -146,16 +146,22 @@ def toy():
         )
         for i, (g, n) in enumerate(zip(groups, frames))
     ]
-    file = io.BytesIO()
-    writer = StreamWriter(file, make_header())
-    for payload in payloads:
-        writer.write_group(payload)
-    writer.close()
+
+    def stream(audio: bytes) -> bytes:
+        file = io.BytesIO()
+        writer = StreamWriter(file, make_header())
+        writer.write_audio(audio)
+        for payload in payloads:
+            writer.write_group(payload)
+        writer.close()
+        return file.getvalue()
+
     return types.SimpleNamespace(
         coder=coder,
         groups=groups,
         payloads=payloads,
-        data=file.getvalue(),
+        data=stream(b""),
+        with_audio=stream,
         symbols=fingerprint(groups),
         scale_index=scale_index,
         z_shape=Z_SHAPE,

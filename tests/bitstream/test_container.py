@@ -414,13 +414,8 @@ def test_streams_of_version_1_are_read_whole(toy):
 @pytest.fixture
 def with_audio(toy):
     """The stream of `toy` with audio, and that audio."""
-    file, audio = io.BytesIO(), bytes(range(200))
-    writer = StreamWriter(file, toy.header())
-    writer.write_audio(audio)
-    for payload in toy.payloads:
-        writer.write_group(payload)
-    writer.close()
-    return file.getvalue(), audio
+    audio = bytes(range(200))
+    return toy.with_audio(audio), audio
 
 
 @pytest.mark.parametrize("source", [lambda data: data, Pipe])
@@ -449,3 +444,12 @@ def test_damaged_audio_costs_no_frame(toy, with_audio, source):
     error, *groups = reader.groups(tolerant=True)
     assert isinstance(error, ChecksumMismatch) and error.n_frames == 0
     assert [group.number for group in groups] == [0, 1, 2] and reader.audio == b""
+
+
+@pytest.mark.parametrize("source", [lambda data: data, Pipe])
+def test_audio_is_limited(toy, with_audio, source, monkeypatch):
+    monkeypatch.setattr("gnvc_jax.bitstream.container.MAX_AUDIO", 199)
+    with pytest.raises(LimitExceeded, match="audio of more than 199 bytes"):
+        list(StreamReader(source(with_audio[0])).groups())
+    with pytest.raises(LimitExceeded, match="audio of 200 bytes > 199"):
+        toy.with_audio(with_audio[1])

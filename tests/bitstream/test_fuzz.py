@@ -11,7 +11,7 @@ import pytest
 from gnvc_jax.bitstream import BitstreamError, StreamReader
 from gnvc_jax.bitstream.errors import IndexRebuilt
 
-CASES = 500  # per kind of damage
+CASES = 300  # per kind of damage
 MEMORY = 8 << 20
 SECONDS = 5.0
 
@@ -64,15 +64,17 @@ def outcome(read):
             return None
 
 
+@pytest.mark.parametrize("audio", [b"", bytes(range(200))], ids=["silent", "audio"])
 @pytest.mark.parametrize("damage", [flip, truncate, insert, duplicate, lengths])
-def test_random_damage_raises_bitstream_errors_only(toy, damage):
+def test_random_damage_raises_bitstream_errors_only(toy, damage, audio):
     rng = np.random.default_rng(sum(damage.__name__.encode()))
-    chunks, intact = toy.chunks(toy.data), list(StreamReader(toy.data).groups())
+    whole = toy.with_audio(audio)
+    chunks, intact = toy.chunks(whole), list(StreamReader(whole).groups())
     errors = survivors = 0
     tracemalloc.start()
     try:
         for case in range(CASES):
-            data = bytearray(toy.data)
+            data = bytearray(whole)
             damage(rng, data, chunks)
             data = toy.mend(bytes(data)) if case % 2 else bytes(data)
             tracemalloc.reset_peak()

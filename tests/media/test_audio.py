@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax.media.audio import AudioTrack, read_audio
-from gnvc_jax.media.writer import SILENT_NOTE, open_writer
+from gnvc_jax.media.writer import DAMAGED_NOTE, SILENT_NOTE, open_writer
 
 SECONDS = 1.2
 
@@ -128,3 +128,17 @@ def test_no_track_and_no_place_for_one(tmp_path):
     assert rewrite(tmp_path / "c.mkv", broken) == [SILENT_NOTE]
     assert rewrite(tmp_path / "d.mkv", AudioTrack.unpack(b"1234")) == [SILENT_NOTE]
     assert read_audio(tmp_path / "b.mp4") is None
+
+
+def test_damaged_sound_costs_no_picture(tmp_path):
+    write(tmp_path / "a.mkv", "libopus", 48000)
+    track, rng, notes = read_audio(tmp_path / "a.mkv"), np.random.default_rng(0), set()
+    for case in range(40):
+        nut = bytearray(track.nut)
+        for at in rng.integers(200, len(nut), 40):
+            nut[at] ^= 1 << int(rng.integers(8))
+        path = tmp_path / f"{case}.mkv"
+        notes.update(rewrite(path, AudioTrack(track.start, bytes(nut))))
+        with av.open(str(path)) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 30
+    assert notes == {DAMAGED_NOTE, SILENT_NOTE}
