@@ -20,8 +20,8 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/gnvc demo $(if $(CLIP),--clip "$(CLIP)")
 
-# Three stages, each from the run of the one before; see docs/training.md.
-SMALL := codec rollout refiner
+# Four stages, each from the run of the one before; see docs/training.md.
+SMALL := codec rollout refiner joint
 small: $(VENV)/.installed
 	@test -n "$(DATA)" || { echo "name the folder of clips: make small DATA=CLIPS"; exit 2; }
 	set -e; for stage in $(SMALL); do \

@@ -1,5 +1,7 @@
 """The stage `refine`: what it shows to its losses, and what these are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,13 @@ from gnvc_jax.metrics.dists import load_dists
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
 from gnvc_jax.training.networks import init_networks, make_networks
-from gnvc_jax.training.stages.refine import RefinedFrames, RefineLoss, refine_loss, refined_frames
+from gnvc_jax.training.stages.refine import (
+    RefinedFrames,
+    RefineLoss,
+    refine_loss,
+    refine_stage,
+    refined_frames,
+)
 
 DIT = DiTConfig(24, 24, 2, 1, 8, 96, text_length=0, context_every=1, context_channels=96)
 
@@ -49,6 +57,7 @@ def test_untrained_refiner_leaves_frames_as_they_are(experiment):
     batch = {
         "video": camera_move(13)[None, :, 64:128, 64:128],
         "vectors": np.zeros((1, 3, 4, 4, 4, 2), np.int16),
+        "motion_bits": np.zeros((1, 3), np.float32),
         "q_index": np.array([30]),
     }
 
@@ -68,16 +77,48 @@ def test_untrained_refiner_leaves_frames_as_they_are(experiment):
     assert np.abs(frames.refined - frames.decoded).max() > 1e-2
 
 
+@pytest.mark.parametrize("codec", [0.0, 1.0])
+def test_codec_gets_gradients_of_refined_frames_only_where_its_loss_has_a_weight(experiment, codec):
+    loss = dataclasses.replace(experiment.loss, codec=codec)
+    stage = refine_stage(dataclasses.replace(experiment, loss=loss))
+    assert stage.trainable == (("codec/", "refiner/") if codec else ("refiner/",))
+    networks, model = make_networks(experiment), gnvc_jax.load_pretrained("small").model
+    params = {"vae": model.vae, "codec": model.codec}
+    refiner = init_networks(networks, jax.random.key(0))["refiner"]
+    constants = {"white": np.full((2, 96), 2.0, np.float32), "text": None}
+
+    @jax.jit
+    def gradient(params, batch, key):
+        """Of the error of refined frames alone, without the codec's own loss."""
+
+        def error(params):
+            frames = refined_frames(networks, loss, params, constants, batch, key)
+            return jnp.mean((frames.refined - frames.source) ** 2)
+
+        return jax.grad(error)(params | {"refiner": refiner})["codec"]
+
+    batch = {
+        "video": camera_move(13)[None, :, 64:128, 64:128],
+        "vectors": np.zeros((1, 3, 4, 4, 4, 2), np.int16),
+        "motion_bits": np.zeros((1, 3), np.float32),
+        "q_index": np.array([60]),
+    }
+    found = gradient(params, batch, jax.random.key(1))
+    largest = max(float(np.abs(x).max()) for x in jax.tree.leaves(found))
+    assert (largest > 1e-6) == bool(codec)
+
+
 def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_others():
-    rng = np.random.default_rng(1)
+    rng, weights = np.random.default_rng(1), RefineLoss()
     source = np.float32(camera_move(9)[None, :, :64, :64]) / 127.5 - 1
     constants = {"alex": load_weights("alex"), "dists": load_dists()}
 
     @jax.jit
     def loss(refined, error):
         first = refined[:, :1], source[:, :1], source[:, :1]
-        frames = RefinedFrames(refined[:, 1:], source[:, 1:], source[:, 1:], first, error)
-        return refine_loss(RefineLoss(), constants, frames, jax.random.key(0))
+        codec = jnp.float32(7.0), dict.fromkeys(("bpp", "bpp_low", "psnr_low"), 1.0)
+        frames = RefinedFrames(refined[:, 1:], source[:, 1:], source[:, 1:], first, error, codec)
+        return refine_loss(weights, constants, frames, jax.random.key(0))
 
     assert loss(source, jnp.zeros(1))[0] == pytest.approx(0.0, abs=1e-5)
     noise = 0.05 * rng.normal(size=source.shape).astype(np.float32)
@@ -86,7 +127,6 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
     temporal = np.mean(np.diff(noise[:, 1:], axis=1) ** 2)
     assert terms["temporal"] == pytest.approx(temporal, rel=1e-3)
     assert terms["lpips"] > 1e-3 and terms["dists"] > 1e-3
-    weights = RefineLoss()
     expected = (
         weights.squared * squared
         + weights.lpips * terms["lpips"]

@@ -1,8 +1,11 @@
 """Stage `refine`: the refiner of a codec with motion, one step, on frames.
 
-The codec is rolled out as in the stage `transform`, without gradients. The refiner sees a window of
-decoded latents and learns, by one step of its flow, to make the frames look like the source. Its
-change of latents becomes a change of decoded frames by the VAE's inverse transform, as in decoders.
+The codec is rolled out as in the stage `transform`. The refiner sees a window of decoded latents
+and learns, by one step of its flow, to make the frames look like the source. Its change of latents
+becomes a change of decoded frames by the VAE's inverse transform, as in decoders.
+
+The codec stays as it is, unless `RefineLoss.codec` gives its own loss a weight: then both train
+together, and the codec learns to send what the refiner makes the most of (GNVC-VD, stage II).
 """
 
 import dataclasses
@@ -25,21 +28,23 @@ from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out_with_motion
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
-from gnvc_jax.training.stages.transform import draw_levels
+from gnvc_jax.training.stages.transform import TransformLoss, codec_loss, draw_levels
 from gnvc_jax.training.weights import Statistics
 
 PAIR = 2  # latents whose frames are compared: two, so that differences cross their border
 
 
 @dataclasses.dataclass(frozen=True)
-class RefineLoss:
-    """Settings of squared * E + lpips * LPIPS + dists * DISTS + temporal * T + latent * L.
+class RefineLoss(TransformLoss):
+    """Settings of the loss of refined frames, with or without that of the codec.
 
-    All terms are of refined frames, but for L, the mean squared error of all whitened latents of
-    the window, most of which are not seen as frames in a step. E is the mean squared error of
-    pixels in [-1, 1], T that of the differences of successive frames, which keeps refinement from
-    flickering. LPIPS (AlexNet) sees the frames of two latents of each clip, DISTS one of these
-    frames.
+    The loss is squared * E + lpips * LPIPS + dists * DISTS + temporal * T + latent * L + codec * C.
+
+    E is the mean squared error of pixels in [-1, 1], T that of the differences of successive
+    frames, which keeps refinement from flickering. LPIPS (AlexNet) sees the frames of two latents
+    of each clip, DISTS one of these frames. L is the mean squared error of all whitened latents of
+    the window, most of which are not seen as frames in a step. C is the loss of the stage
+    `transform`, which has the inherited settings; the other terms are of refined frames.
 
     Attributes:
         squared: Weight of E.
@@ -47,10 +52,7 @@ class RefineLoss:
         dists: Weight of DISTS.
         temporal: Weight of T.
         latent: Weight of L.
-        intra_offset: Range of levels by which the first latent is better, drawn for each clip; see
-            `gnvc_jax.training.stages.transform.TransformLoss`.
-        pattern: Levels by which latents after the first are better, in clips that have a pattern.
-        pattern_prob: Share of clips that have a pattern.
+        codec: Weight of C. At 0 the codec does not train.
     """
 
     squared: float = 4.0
@@ -58,9 +60,7 @@ class RefineLoss:
     dists: float = 1.5
     temporal: float = 1.0
     latent: float = 0.05
-    intra_offset: tuple[int, int] = (17, 33)
-    pattern: tuple[int, ...] = (-4, -2, -4, 4)
-    pattern_prob: float = 0.5
+    codec: float = 0.0
 
 
 class RefinedFrames(NamedTuple):
@@ -70,6 +70,7 @@ class RefinedFrames(NamedTuple):
         refined, decoded, source: Frames (b, t, h, w, 3) of `PAIR` latents.
         first: The same three for the first frame of the group, each (b, 1, h, w, 3).
         latents: Error of the whitened latents of the window, (b,).
+        codec: Loss and metrics of the codec, see `gnvc_jax.training.stages.transform.codec_loss`.
     """
 
     refined: Array
@@ -77,12 +78,13 @@ class RefinedFrames(NamedTuple):
     source: Array
     first: tuple[Array, Array, Array]
     latents: Array
+    codec: tuple[Array, dict[str, Array]]
 
 
 def refine_stage(experiment: Experiment) -> Stage:
-    """Makes the stage, which starts from a run of the stage `transform`.
+    """Makes the stage, which starts from a run of the stage `transform`, or from one of its own.
 
-    Codec and VAE of that run stay as they are.
+    The VAE of that run stays as it is.
     """
     # A window with the first latent must have room for a pair beside it, and clips are one latent
     # longer than the window.
@@ -113,7 +115,7 @@ def refine_stage(experiment: Experiment) -> Stage:
         init=lambda key: init_networks(networks, key),
         loss=loss,
         data=inputs.clips(experiment, motion=True),
-        trainable=("refiner/",),
+        trainable=("codec/", "refiner/") if weights.codec else ("refiner/",),
         measure=lambda: latent_statistics.measure(experiment),
         constants=constants,
         constant_shapes=constant_shapes,
@@ -132,21 +134,22 @@ def refined_frames(
 
     Args:
         networks: A linear VAE, a codec with motion, and a refiner.
-        weights: Settings of the loss, of which those of quality levels count.
+        weights: Settings of the loss. Gradients reach the codec only if its loss has a weight.
         params: Parameters by part.
         constants: Constants of the refiner.
         batch: Batch of `gnvc_jax.data.clips.with_motion`.
         key: Random key.
     """
-    # Roll-out of the fixed codec, without gradients.
-    video, config, stop = to_float(batch["video"]), networks.refiner.config, jax.lax.stop_gradient
+    video, config = to_float(batch["video"]), networks.refiner.config
     count = 1 + batch["vectors"].shape[1]
     key_levels, key_window, key_noise, key_pair, key_code = jax.random.split(key, 5)
     levels = draw_levels(key_levels, weights, batch["q_index"], count)
     keys = jax.random.split(key_code, count)
     # All four frames of each latent go through the head: any of them may be shown.
     vectors = batch["vectors"]
-    coded = stop(roll_out_with_motion(networks, params, video, vectors, levels, keys, cleaned=4))
+    coded = roll_out_with_motion(networks, params, video, vectors, levels, keys, cleaned=4)
+    if not weights.codec:
+        coded = jax.lax.stop_gradient(coded)
 
     # One step of the flow on a window of latents.
     window = random_window(key_window, constants["white"], count, config.window)
@@ -179,7 +182,8 @@ def refined_frames(
     intra = jnp.where(window.first == 0, 1.0, 0.0) * change[:, :1]
     first = shown(intra, coded.frames[:, :1], True), coded.frames[:, :1], video[:, :1]
     error = losses.squared_error(refined, window.of(coded.latents))
-    return RefinedFrames(shown(pair, before, False), before, source, first, error)
+    codec = codec_loss(weights, coded, levels, batch)
+    return RefinedFrames(shown(pair, before, False), before, source, first, error, codec)
 
 
 def refine_loss(
@@ -220,12 +224,15 @@ def refine_loss(
         + weights.dists * structure
         + weights.temporal * temporal
         + weights.latent * frames.latents.mean()
+        + weights.codec * frames.codec[0]
     )
 
     def psnr(error: Array) -> Array:
         return jnp.mean(10.0 * jnp.log10(4.0 / error))
 
-    return loss, {
+    # Those of the codec are of whole clips, the others of the frames compared.
+    codec = {name: frames.codec[1][name] for name in ("bpp", "bpp_low", "psnr_low")}
+    return loss, codec | {
         "lpips": perceptual,
         "lpips_decoded": before,
         "dists": structure,

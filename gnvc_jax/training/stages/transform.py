@@ -6,7 +6,7 @@ reference of the next latent's motion, as it will in use; codec and head train t
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from gnvc_jax.training import inputs, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.latent_statistics import identity_statistics, shapes
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
-from gnvc_jax.training.rollout import encode_latent, roll_out_with_motion
+from gnvc_jax.training.rollout import MotionOutput, encode_latent, roll_out_with_motion
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics, agreed, placed_like
 from gnvc_jax.vae import klt
@@ -96,11 +96,25 @@ def transform_loss(
     """Computes loss and metrics of a batch of `gnvc_jax.data.clips.with_motion`."""
     video = to_float(batch["video"])
     # One key for the levels and one for each of the 1 + t // 4 latents.
-    _, t, h, w, _ = video.shape
-    key_levels, *keys = jax.random.split(key, 2 + t // 4)
+    key_levels, *keys = jax.random.split(key, 2 + video.shape[1] // 4)
     levels = draw_levels(key_levels, weights, batch["q_index"], len(keys))
     coded = roll_out_with_motion(networks, params, video, batch["vectors"], levels, jnp.stack(keys))
 
+    return codec_loss(weights, coded, levels, batch)
+
+
+def codec_loss(
+    weights: TransformLoss, coded: MotionOutput, levels: Array, batch: Tree
+) -> tuple[Array, dict[str, Array]]:
+    """Computes rate-distortion loss and metrics of a roll-out with motion.
+
+    Args:
+        weights: Settings of the loss.
+        coded: Clips of `batch` as `roll_out_with_motion` codes them.
+        levels: Quality level of each latent, (b, k).
+        batch: Batch of `gnvc_jax.data.clips.with_motion`.
+    """
+    _, t, h, w, _ = coded.frames.shape
     counts, size = jnp.asarray([1.0] + [4.0] * (t // 4)), h * w  # frames per latent; pixels
     rd_lambda = losses.rd_lambda(levels, weights.lambda_low, weights.lambda_high)
     # (b, k): bits per pixel of a frame, and errors summed over the frames of a latent. The sum over
@@ -134,13 +148,12 @@ def transform_loss(
     return LOSS_SCALE * loss, metrics
 
 
-def draw_levels(key: Array, weights: Any, q_index: Array, latents: int) -> Array:
+def draw_levels(key: Array, weights: TransformLoss, q_index: Array, latents: int) -> Array:
     """Draws the quality level of every latent.
 
     Args:
         key: Random key.
-        weights: `TransformLoss`, or other settings with `intra_offset`, `pattern` and
-            `pattern_prob`.
+        weights: Settings, of which those of quality levels count.
         q_index: Quality levels of the clips, (b,).
         latents: Number of latents per clip.
 
