@@ -3,9 +3,11 @@
 A stream of bits fills a bucket that leaks at the bitrate. The first latent of a group takes many
 more bits than those after it, so the bucket is compared with what it should hold at that place of a
 group, not with nothing. The level of a latent is the one at which the next latents would bring the
-bucket back there. What latents cost is learned from those that were coded.
+bucket back there. What latents cost is learned from those that were coded. If the length of the
+video is known, what a short last group takes is saved before.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -30,12 +32,14 @@ class LeakyBucket:
         config: Sizes of the codec, whose offsets of levels are applied.
         header: Header of the stream.
         bitrate: Bits per second.
+        frames: Number of frames of the video, None if it is not known.
     """
 
-    def __init__(self, config: CodecConfig, header: Header, bitrate: float) -> None:
-        fps = header.fps[0] / header.fps[1]
-        self.per_frame = bitrate / fps
-        self.group_bits = self.per_frame * header.gop_frames
+    def __init__(
+        self, config: CodecConfig, header: Header, bitrate: float, frames: int | None = None
+    ) -> None:
+        self.per_frame = bitrate * header.fps[1] / header.fps[0]
+        self.gop, self.stride, self.frames = header.gop_frames, header.temporal_stride, frames
         pattern = config.level_pattern
         later = (pattern[i % len(pattern)] for i in range(header.gop_latents - 1))
         self.offsets = [config.intra_offset, *later]
@@ -43,8 +47,10 @@ class LeakyBucket:
         # are sums in which older latents count less.
         first = FIRST_BITS * header.width * header.height
         self._sums = [[first, 1.0], [LATER_SHARE * first, 1.0]]
-        self._line = 0.0  # bits that should have been spent before this group
         self._spent = 0.0  # bits that were spent in all
+        self._coded = [0] * header.gop_latents  # latents that were coded, by place in their group
+        self._end = 0  # frames that the video has if it is known, else up to a full group from here
+        self._ahead = 0  # latents from the next one up to there, if no scene cut begins a group
         self._place = 0  # number of the latent in its group
         self._base: float | None = None  # level of the latent before, without offset
         self._carry = 0.0  # what rounding of levels left
@@ -57,18 +63,24 @@ class LeakyBucket:
             size: Bytes of the stream so far, with its index and footer.
             first: Number of the first frame of the group.
         """
-        self._spent, self._line = 8.0 * size + GROUP_BITS, self.per_frame * first
+        self._spent = 8.0 * size + GROUP_BITS
         self._place = 0
+        self._end = first + self.gop if self.frames is None else max(self.frames, first + 1)
+        groups, rest = divmod(self._end - first, self.gop)
+        self._ahead = groups * len(self.offsets) + (rest and 1 + -(-(rest - 1) // self.stride))
 
     def level(self) -> int:
         """Chooses the level of the next latent, 0 (worst) to 63."""
-        weights = self._weights()
-        whole, place = sum(weights), self._place
-        # What should be spent before this latent, and by this and the next ones.
-        share = sum(weights[:place]) / whole
-        ahead = sum(weights[(place + i) % len(weights)] for i in range(HORIZON))
-        debt = self._spent - self._line - share * self.group_bits
-        budget = max(self.group_bits / whole - debt / ahead, 0.1 * self.group_bits / whole)
+        weights, place = self._weights(), self._place
+        cycle = [*weights[place:], *weights[:place]]
+        past = sum(weight * count for weight, count in zip(weights, self._coded))
+        groups, rest = divmod(max(self._ahead, 1), len(cycle))
+        future = groups * sum(cycle) + sum(cycle[:rest])
+        soon = sum(itertools.islice(itertools.cycle(cycle), min(max(self._ahead, 1), HORIZON)))
+        # Bits for a unit of weight, the same for all latents.
+        unit = self.per_frame * self._end / (past + future)
+        debt = self._spent - unit * past
+        budget = max(unit - debt / soon, 0.1 * unit)
         base = math.log(budget) / SLOPE
         if place and self._base is not None:
             base = min(max(base, self._base - JUMP), self._base + JUMP)
@@ -86,7 +98,7 @@ class LeakyBucket:
         if kind or 1 / MISJUDGED < bits / expected < MISJUDGED:
             return False
         # In the first group nothing is known of the later latents, either.
-        for sums in self._sums[: 1 if self._line else 2]:
+        for sums in self._sums[: 1 if self._coded[0] else 2]:
             sums[0] *= bits / expected
         return True
 
@@ -96,7 +108,9 @@ class LeakyBucket:
         sums[0] = MEMORY * sums[0] + bits
         sums[1] = MEMORY * sums[1] + math.exp(SLOPE * self._level)
         self._spent += bits
+        self._coded[self._place] += 1
         self._place += 1
+        self._ahead -= 1
 
     def _weights(self) -> Sequence[float]:
         """Relative bits of the latents of a whole group."""

@@ -22,12 +22,17 @@ class Source:
         self.first = PIXELS * 0.006 * math.exp(self.rng.gauss(0, 0.4))
         self.later = self.first * 0.5 * math.exp(self.rng.gauss(0, 0.4))
 
-    def encode(self, bitrate, lengths, gop=97, fps=25):
+    def encode(self, bitrate, lengths, gop=97, fps=25, frames=None):
         """Bits per second of groups of these numbers of frames, and the levels of all latents."""
         header = SimpleNamespace(
-            fps=(fps, 1), gop_frames=gop, gop_latents=1 + (gop - 1) // 4, width=480, height=270
+            fps=(fps, 1),
+            gop_frames=gop,
+            gop_latents=1 + (gop - 1) // 4,
+            temporal_stride=4,
+            width=480,
+            height=270,
         )
-        bucket = LeakyBucket(CodecConfig(intra_offset=25), header, bitrate)
+        bucket = LeakyBucket(CodecConfig(intra_offset=25), header, bitrate, frames)
         size, first, levels = 200.0, 0, []
         for frames in lengths:
             bucket.begin_group(size, first)
@@ -61,6 +66,13 @@ def test_short_groups_and_harder_scenes_are_paid_back():
     assert source.encode(5e4, lengths)[0] == pytest.approx(5e4, rel=0.03)
     source.later *= 3
     assert source.encode(5e4, [97] * 4)[0] == pytest.approx(5e4, rel=0.03)
+
+
+@pytest.mark.parametrize("lengths", [(97, 23), (97, 97, 10), (30, 97, 10), (50, 50, 50, 20)])
+def test_a_known_length_leaves_enough_for_a_short_last_group(lengths):
+    for seed in range(20):
+        rate, _ = Source(seed).encode(25e3, lengths, frames=sum(lengths))
+        assert rate == pytest.approx(25e3, rel=0.05)
 
 
 def test_levels_change_smoothly_and_repeat():

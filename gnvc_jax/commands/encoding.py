@@ -176,7 +176,7 @@ def encode(
                 wanted, level = itertools.islice(video, frames), DEFAULT_QP if qp is None else qp
                 if rate is not None:
                     bits, found = rate.bitrate(header), f"{rate} wanted, "
-                    level = LeakyBucket(coder.model.codec_config, header, bits)
+                    level = LeakyBucket(coder.model.codec_config, header, bits, total)
                 progress = begin("encoding")
                 count = coder.encode_frames(wanted, out, header, level, progress, **more)
             else:
