@@ -14,7 +14,7 @@ from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.data.latents import CacheInfo, write_latents
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float
-from gnvc_jax.model import vae_fingerprint
+from gnvc_jax.model import as_float32, vae_fingerprint
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.training.checkpoints import config_of, load_params
@@ -112,5 +112,5 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
     else:
         model = find_model(vae)
         config, mean, std = model.vae_config, model.mean, model.std
-        params = jax.tree.map(lambda x: np.asarray(x, np.float32), model.vae)
+        params = as_float32(model.vae)
     return config, params, np.asarray(mean, np.float32), np.asarray(std, np.float32)

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gnvc_jax.api import PretrainedVAE, check_channels, load_vae
+from gnvc_jax.api import PretrainedVAE, load_vae
+from gnvc_jax.api.parts import check_channels
 from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import backend

@@ -235,3 +235,8 @@ def stored_dtype(path: tuple) -> type:
     Kernels and bases make up nearly all of a file; layers cast them to the type they compute in.
     """
     return np.float16 if getattr(path[-1], "key", None) in HALF else np.float32
+
+
+def as_float32(params: Tree) -> Tree:
+    """Converts parameters of a model file, whose kernels are float16, to float32 in host memory."""
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), params)

@@ -92,6 +92,16 @@ def has_component(folder: str | Path, component: str) -> bool:
     return (Path(folder) / component / "architecture.json").is_file()
 
 
+def refuse_other_components(folder: str | Path, wanted: str) -> None:
+    """Refuses a folder of ported weights that lacks the wanted component.
+
+    Raises:
+        FileNotFoundError: If the folder holds other components only.
+    """
+    if others := [name for name in COMPONENTS if has_component(folder, name)]:
+        raise FileNotFoundError(f"{folder}: holds {', '.join(others)}, but no ported {wanted}")
+
+
 def read_architecture(folder: str | Path, component: str) -> Architecture:
     """Reads the architecture of a component of a checkpoint folder.
 

@@ -1,0 +1,173 @@
+"""A VAE with normalised latents, from a shipped model, a model file, a run or ported weights."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from gnvc_jax.arrays import AnyArray, Tree
+from gnvc_jax.errors import UsageError
+from gnvc_jax.frames import as_network_input, to_uint8
+from gnvc_jax.model import as_float32
+from gnvc_jax.porting.checkpoint import has_component, load_weights, refuse_other_components
+from gnvc_jax.pretrained import find_model, is_run
+from gnvc_jax.reconstruct import reconstruct_frames
+from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, decode_clip, encode_chunk, encode_clip
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PretrainedVAE:
+    """A VAE whose latents are normalised per channel, as the codec and the refiner take them.
+
+    Attributes:
+        config: Sizes.
+        params: Parameters of `gnvc_jax.vae.VAE`, float32.
+        mean: Mean of each channel of the latents, (c,).
+        std: Standard deviation of each channel, (c,).
+    """
+
+    config: VAEConfig
+    params: Tree
+    mean: np.ndarray
+    std: np.ndarray
+
+    @functools.cached_property
+    def _functions(self) -> tuple[Callable, Callable]:
+        vae = VAE(self.config)
+
+        def encode(params: Tree, video: Array) -> Array:
+            return (encode_clip(vae, params, video) - self.mean) / self.std
+
+        def decode(params: Tree, latents: Array, frames: int, size: tuple[int, int]) -> Array:
+            return decode_clip(vae, params, latents * self.std + self.mean, frames, size)
+
+        return jax.jit(encode), jax.jit(decode, static_argnames=("frames", "size"))
+
+    @functools.cached_property
+    def _chunk_functions(self) -> tuple[Callable, Callable]:
+        """Functions of the next frames or latents of a clip; decoding gives uint8 frames."""
+        vae, params = VAE(self.config), jax.device_put(self.params)
+
+        @jax.jit
+        def encode(params: Tree, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
+            latents, cache = encode_chunk(vae, params, cache, frames)
+            return (latents - self.mean) / self.std, cache
+
+        @jax.jit
+        def decode(params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
+            frames, cache = decode_chunk(vae, params, cache, latents * self.std + self.mean)
+            return to_uint8(frames), cache
+
+        return functools.partial(encode, params), functools.partial(decode, params)
+
+    def encode(self, video: AnyArray) -> Float[Array, "b n h2 w2 c"]:
+        """Encodes clips of any length and size.
+
+        The last frame, row and column are repeated up to what the VAE can encode.
+
+        Args:
+            video: uint8 RGB, or float in [-1, 1]; (t, h, w, 3) or (b, t, h, w, 3).
+
+        Returns:
+            Normalised latents with n = 1 + ceil((t - 1) / 4), h2 = ceil(h / 8) and
+            w2 = ceil(w / 8), for a VAE with the strides of Wan2.1.
+
+        Raises:
+            UsageError: If the video has another shape, type or range.
+        """
+        return self._functions[0](self.params, as_network_input(video))
+
+    def decode(
+        self,
+        latents: Float[AnyArray, "b n h2 w2 c"],
+        frames: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Float[Array, "b t h w 3"]:
+        """Decodes clips.
+
+        Args:
+            latents: Normalised latents.
+            frames: Number of frames to return, by default all that the latents stand for.
+            size: Height and width to crop to, by default all.
+
+        Returns:
+            Video in [-1, 1], float32.
+
+        Raises:
+            UsageError: If the latents have another number of axes or channels.
+        """
+        shape = np.shape(latents)
+        if len(shape) != 5 or shape[-1] != self.config.latent_channels:
+            raise UsageError(
+                f"latents are {shape}, expected (b, n, h, w, {self.config.latent_channels})"
+            )
+        frames = frames or 1 + self.config.temporal_stride * (shape[1] - 1)
+        size = size or (self.config.stride * shape[2], self.config.stride * shape[3])
+        return self._functions[1](self.params, jnp.asarray(latents), frames, tuple(size))
+
+    def decode_frames(
+        self, latents: Float[AnyArray, "1 n h2 w2 c"]
+    ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+        """Decodes a clip latent by latent, so that only a few frames are in memory.
+
+        Args:
+            latents: Normalised latents.
+
+        Yields:
+            RGB frames, all that the latents stand for.
+        """
+        cache = None
+        for i in range(latents.shape[1]):
+            frames, cache = self._chunk_functions[1](cache, latents[:, i : i + 1])
+            yield from np.asarray(frames[0])
+
+    def reconstruct(
+        self, frames: Iterable[UInt8[np.ndarray, "h w 3"]]
+    ) -> Iterator[tuple[UInt8[np.ndarray, "h w 3"], UInt8[np.ndarray, "h w 3"]]]:
+        """Encodes and decodes a video of any length and size, a few frames at a time.
+
+        Args:
+            frames: RGB frames of one size.
+
+        Yields:
+            Each frame, and what it becomes.
+        """
+        return reconstruct_frames(frames, *self._chunk_functions, self.config)
+
+
+def load_vae(path: str | Path) -> PretrainedVAE:
+    """Loads a VAE.
+
+    A run whose VAE has not been measured yet (stage `vae`) has no statistics of its latents; they
+    are then left as the encoder gives them.
+
+    Args:
+        path: Name of a shipped model, model file, run folder, or folder of `gnvc port`.
+
+    Raises:
+        FileNotFoundError: If there is none of these.
+        PortError, ModelCorrupt, UsageError: If the files are damaged.
+    """
+    if has_component(path, "vae"):
+        architecture, params = load_weights(path, "vae", np.float32)
+        assert isinstance(architecture.config, VAEConfig)
+        mean, std = architecture.latents_mean, architecture.latents_std
+        statistics = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+        return PretrainedVAE(architecture.config, params, *statistics)
+    refuse_other_components(path, "vae")
+    if is_run(path):
+        from gnvc_jax.training import latent_statistics, weights
+        from gnvc_jax.training.checkpoints import model_of
+
+        experiment = model_of(path)
+        known = latent_statistics.identity_statistics(experiment.vae.latent_channels)
+        known |= latent_statistics.of_run(path, experiment)
+        params = weights.load_vae(experiment)
+        return PretrainedVAE(experiment.vae, params, known["mean"], known["std"])
+    model = find_model(path)
+    return PretrainedVAE(model.vae_config, as_float32(model.vae), model.mean, model.std)
