@@ -1,28 +1,50 @@
 """Experiments: nested frozen dataclasses, config files, and overrides on the command line.
 
-`Experiment` holds all settings of a run in groups (`data`, `optim`, ...), each a dataclass of this
-module or of the network that it sizes. `load` reads one from a config file and `override` applies
-command-line arguments, as `gnvc train --config X` does. Every dataclass checks itself, so that an
-experiment that exists is valid.
+`Experiment` holds all settings of a run in groups (`data`, `optim`, ...), each a dataclass of
+`gnvc_jax.training.settings`, which can be imported from here too, or of the network that it sizes.
+`load` reads one from a config file and `override` applies command-line arguments, as
+`gnvc train --config X` does. Every dataclass checks itself, and `Experiment` checks them against
+each other, so that an experiment that exists is valid.
 """
 
 import argparse
 import dataclasses
 import importlib.util
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-import jax.numpy as jnp
 import tyro
 
 from gnvc_jax.codec.config import LATENT_MULTIPLE, CodecConfig
-from gnvc_jax.data.left_out import MAX_SHARE
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, parse_mesh
 from gnvc_jax.refiner.config import PATCH, RefinerConfig
+from gnvc_jax.training.settings import (
+    ComputeConfig,
+    DataConfig,
+    EvaluationConfig,
+    InitConfig,
+    OptimConfig,
+    Policy,
+    RunConfig,
+)
 from gnvc_jax.vae.config import VAEConfig
+
+# What a config file needs, in one place.
+__all__ = [
+    "ComputeConfig",
+    "DataConfig",
+    "EvaluationConfig",
+    "Experiment",
+    "InitConfig",
+    "OptimConfig",
+    "Policy",
+    "RunConfig",
+    "flatten",
+    "load",
+    "override",
+]
 
 # Requirements of the package's stages; your own stages check theirs. "motion" is a codec with
 # motion ("codec" alone is one without), "start" a run or model with a codec, "train" the choice of
@@ -36,272 +58,6 @@ STAGE_NEEDS: dict[str, tuple[str, ...]] = {
     "pixel": ("codec", "start", "train", "frames"),
     "distill": ("codec", "refiner", "start", "train", "frames"),
 }
-
-
-def check_range(group: str, config: object, **ranges: tuple[float, float]) -> None:
-    """Checks that values lie in their ranges, in which NaN and infinities never lie.
-
-    Raises:
-        UsageError: If a value is outside; the message names the first one.
-    """
-    for key, (low, high) in ranges.items():
-        value = getattr(config, key)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise UsageError(f"{group}.{key}: must be in [{low}, {high}], got {value}")
-
-
-def check_choices(group: str, config: object) -> None:
-    """Checks settings that are annotated as `Literal`, which Python itself does not check.
-
-    Raises:
-        UsageError: If a setting is none of its choices; the message names them.
-    """
-    for key, hint in get_type_hints(type(config)).items():
-        # Either the hint itself or, in `Literal[...] | None`, a member of the union.
-        literal = next((t for t in (hint, *get_args(hint)) if get_origin(t) is Literal), None)
-        value = getattr(config, key)
-        optional = type(None) in get_args(hint)
-        if literal is None or value in get_args(literal) or (optional and value is None):
-            continue
-        choices = ", ".join(map(str, get_args(literal)))
-        raise UsageError(f"{group}.{key}: expected one of {choices}, got {value!r}")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-    """Training clips.
-
-    Attributes:
-        path: Folder of videos, list of videos (.txt), or a single video.
-        frames: Number of frames per clip, 1 + 4k.
-        clip_length_schedule: (step, frames) pairs in order; from that step on, clips have that
-            length (GNVC-VD: 5, then 9, then 13).
-        size: Height and width of the crop in pixels.
-        batch: Number of clips per step over all devices.
-        workers: Number of decoding processes; 0 decodes in a thread of this one.
-        decode_cache: Folder to keep decoded frames in.
-        downscale_prob: Share of clips that are halved in size before cropping.
-        latents: Folder made by `gnvc cache-latents`, read in place of videos by stages that need no
-            frames.
-        statistics_batches: Number of batches that statistics of latents are measured on at the
-            start of a run, unless the VAE brings them.
-        max_left_out: Largest share of videos that may be unreadable, wholly or in part.
-        seed: Seed of all draws: clips, crops, mirroring.
-    """
-
-    path: str = "data"
-    frames: int = 5
-    clip_length_schedule: tuple[tuple[int, int], ...] = ()
-    size: tuple[int, int] = (256, 256)
-    batch: int = 8
-    workers: int = 0
-    decode_cache: str | None = None
-    downscale_prob: float = 0.5
-    latents: str | None = None
-    statistics_batches: int = 8
-    max_left_out: float = MAX_SHARE
-    seed: int = 0
-
-    def __post_init__(self):
-        counts = {"batch": (1, math.inf), "workers": (0, math.inf)}
-        counts["statistics_batches"] = (1, math.inf)
-        check_range("data", self, **counts, downscale_prob=(0, 1), max_left_out=(0, 1))
-        steps = [step for step, _ in self.clip_length_schedule]
-        if steps != sorted(set(steps)) or min(steps, default=1) < 1:
-            raise UsageError(
-                f"data.clip_length_schedule: steps must be positive and rising, got {steps}"
-            )
-        for frames in self.lengths:
-            if frames < 1:
-                raise UsageError(f"data.frames: must be positive, got {frames}")
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """All lengths of clips, in frames, that a run comes to."""
-        return (self.frames, *(frames for _, frames in self.clip_length_schedule))
-
-    def frames_at(self, step: int) -> int:
-        """Number of frames per clip in the step that follows `step` others."""
-        # The last entry that has begun, or the length before the first one.
-        schedule = reversed(self.clip_length_schedule)
-        return next((frames for first, frames in schedule if step >= first), self.frames)
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, and an average of the weights.
-
-    Attributes:
-        lr: Largest learning rate.
-        warmup: Number of steps in which the learning rate rises from 0.
-        steps: Number of steps of the run.
-        final_lr_ratio: Learning rate at the last step, relative to `lr`.
-        betas: Decay of the first and the second moment.
-        weight_decay: Weight decay, which acts on kernels only (see
-            `gnvc_jax.training.batched_optimizer.is_kernel`).
-        accumulate: Number of micro-batches that a batch is split into; gradients are averaged.
-        clip: Largest global norm of the gradient.
-        ema: Decay of the average of the weights; step n uses min(ema, (1 + n) / (10 + n)).
-    """
-
-    lr: float = 1e-4
-    warmup: int = 1000
-    steps: int = 100_000
-    final_lr_ratio: float = 0.1
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 0.01
-    accumulate: int = 1
-    clip: float = 1.0
-    ema: float = 0.9995
-
-    def __post_init__(self):
-        counts = dict.fromkeys(("steps", "accumulate"), (1, math.inf)) | {"warmup": (0, math.inf)}
-        sizes = dict.fromkeys(("lr", "weight_decay", "clip"), (0, math.inf))
-        check_range("optim", self, **counts, **sizes, final_lr_ratio=(0, 1), ema=(0, 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Output of a run.
-
-    Attributes:
-        out: Run folder; repeating a command with the same folder resumes the run.
-        log_every: Steps between lines of the log.
-        checkpoint_every_s: Seconds between checkpoints.
-        checkpoint_every: Steps between checkpoints, in place of seconds.
-        keep: Number of checkpoints to keep, the newest ones.
-        seed: Seed of parameters and of all noise.
-        tensorboard: Whether to log for TensorBoard, too.
-        profile: First and last step to trace; the trace for XProf or TensorBoard is written to
-            `out`/profile.
-    """
-
-    out: str = "runs/unnamed"
-    log_every: int = 50
-    checkpoint_every_s: float = 600.0
-    checkpoint_every: int | None = None
-    keep: int = 2
-    seed: int = 0
-    tensorboard: bool = False
-    profile: tuple[int, int] | None = None
-
-    def __post_init__(self):
-        if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
-            raise UsageError(f"run.profile: {self.profile} are no first and last step")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-    """Coding of held-out clips while a codec trains, see `gnvc_jax.training.evaluator`.
-
-    Attributes:
-        every: Steps between evaluations, 0 for none.
-        data: Held-out clips: folder of videos, list of videos (.txt), or a single video.
-        frames: Number of frames to code of each clip, from its first on.
-        clips: Number of clips to code, the first ones of `data`.
-        best_by: Quality metric by which the best model so far is chosen.
-    """
-
-    every: int = 0
-    data: str | None = None
-    frames: int = 33
-    clips: int = 4
-    best_by: Literal["psnr", "lpips"] = "psnr"
-
-    def __post_init__(self) -> None:
-        counts = dict.fromkeys(("frames", "clips"), (1, math.inf))
-        check_range("evaluate", self, every=(0, math.inf), **counts)
-        check_choices("evaluate", self)
-        if self.every and self.data is None:
-            raise UsageError("evaluate.data: name the held-out clips for evaluate.every")
-
-
-@dataclasses.dataclass(frozen=True)
-class InitConfig:
-    """Sources of the starting weights; see `gnvc_jax.training.weights`.
-
-    Settings that are None are taken over from the run `run`, if that is given. A run and a model
-    cannot both be given.
-
-    Attributes:
-        vae: Folder made by `gnvc port`, or run folder of the stage `vae`.
-        dit: Folder made by `gnvc port` with the DiT of the refiner.
-        prompt: File of the text condition, see `gnvc_jax.porting.checkpoint.load_prompt`; by
-            default the one in the folder `dit`, or zeros.
-        run: Run folder whose averaged weights to start from.
-        model: Model file, or name of a shipped model, whose weights to start from.
-    """
-
-    vae: str | None = None
-    dit: str | None = None
-    prompt: str | None = None
-    run: str | None = None
-    model: str | None = None
-
-    def __post_init__(self):
-        if self.run is not None and self.model is not None:
-            raise UsageError("init.run and init.model: start from one of them")
-
-    @property
-    def has_codec(self) -> bool:
-        """Whether the run starts from trained weights of a codec."""
-        return self.run is not None or self.model is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Policy:
-    """Types and precision in which one network computes.
-
-    Parameters that train are always float32; kernels that do not train are kept in `dtype`, as
-    layers cast them to it anyway.
-
-    Attributes:
-        dtype: Type of activations and of the inputs of matrix products and convolutions.
-        precision: Precision of products of float32 inputs. "highest" is float32; "default" is the
-            fastest of the backend, bfloat16 on TPUs and TF32 on GPUs; "high" lies between.
-        remat: Activations that the backward pass computes again instead of keeping them.
-    """
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    precision: Literal["default", "high", "highest"] = "highest"
-    remat: Literal["none", "full"] = "none"
-
-    def __post_init__(self):
-        check_choices("compute", self)
-
-    @property
-    def jax_dtype(self) -> jnp.dtype:
-        """The type `dtype` for JAX."""
-        return jnp.dtype(self.dtype)
-
-
-@dataclasses.dataclass(frozen=True)
-class ComputeConfig(Policy):
-    """Types and precision of all networks; those at the top are the refiner's DiT's.
-
-    The codec and encoding by the VAE have no setting: they are float32 with the precision
-    "highest", since latents and the integers made of them are what is coded.
-
-    Attributes:
-        remat: Activations that the backward pass of the DiT computes again, see
-            `gnvc_jax.refiner.dit.REMAT`.
-        attention: Implementation of attention, see `gnvc_jax.refiner.attention`; None for the
-            backend's best, "ring" for keys that go round the mesh axis `context`, which otherwise
-            exchanges tokens for heads where it divides these.
-        vae: Settings of the VAE's decoder; `remat` covers the encoder, too, where that trains.
-        perceptual: Settings of the network of LPIPS, where that is a loss.
-    """
-
-    remat: Literal["none", "full", "attention", "matmuls"] = "none"
-    attention: Literal["xla", "cudnn", "chunked", "splash", "ring"] | None = None
-    vae: Policy = Policy()
-    perceptual: Policy = Policy()
-
-    def without_remat(self) -> "ComputeConfig":
-        """Returns the same settings with nothing computed again."""
-        keep = {"remat": "none"}
-        parts = {k: dataclasses.replace(getattr(self, k), **keep) for k in ("vae", "perceptual")}
-        return dataclasses.replace(self, **keep, **parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -333,7 +89,7 @@ class Experiment:
     """
 
     stage: str
-    vae: VAEConfig = VAEConfig()  # noqa: RUF009 - frozen
+    vae: VAEConfig = VAEConfig()
     codec: CodecConfig | None = None
     refiner: RefinerConfig | None = None
     compute: ComputeConfig = ComputeConfig()
@@ -343,7 +99,7 @@ class Experiment:
     loss: Any = None
     data: DataConfig = DataConfig()
     optim: OptimConfig = OptimConfig()
-    mesh: MeshConfig = MeshConfig()  # noqa: RUF009 - frozen
+    mesh: MeshConfig = MeshConfig()
     run: RunConfig = RunConfig()
     evaluate: EvaluationConfig = EvaluationConfig()
 

@@ -15,10 +15,11 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.training import inputs, latent_statistics, losses
-from gnvc_jax.training.config import Experiment, check_choices
+from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
+from gnvc_jax.training.settings import check_choices
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.codec import CodecLoss, mean_rate_distortion
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
