@@ -48,8 +48,9 @@ FREE_KEYS = (
     "data.max_left_out",
 )
 
-# Exceptions of Orbax for files that are cut, changed or gone; their contents carry checksums.
-# `read_newest` lets UsageError pass, which is a ValueError too: older steps would raise it as well.
+# Exceptions of Orbax for files that are cut, changed or gone; their contents carry checksums. Orbax
+# raises ValueError for another structure or shape, too, so these are compared before arrays are
+# read. What differs is a UsageError, which is no damage: older checkpoints would raise it as well.
 DAMAGE = (ValueError, OSError, KeyError)
 
 
@@ -121,7 +122,15 @@ class Checkpoints:
         Args:
             step: Step of a checkpoint.
             like: The state as shapes, types and shardings.
+
+        Raises:
+            UsageError: If a name or shape differs.
+            ValueError, OSError, KeyError: If the checkpoint is damaged.
         """
+        saved, wanted = shapes(read_metadata(self.folder(step) / "state")), shapes(like)
+        for found in (saved, wanted):
+            found.pop("key", None)  # stored as integers, which have another shape
+        check_shapes(saved, wanted)
         # Arrays are read into the shardings of `like`, not into those that they were saved with: a
         # run may go on with another mesh or number of processes.
         items = ocp.args.Composite(
@@ -139,7 +148,8 @@ class Checkpoints:
             State and position of the data, or None for a run without checkpoints.
 
         Raises:
-            UsageError: If there are checkpoints and none can be read.
+            UsageError: If there are checkpoints and none can be read, or the newest that can has
+                other names or shapes; then none is set aside.
         """
         damaged = []
         # From the newest on. Damage to complete checkpoints shows only when they are read.
@@ -147,6 +157,8 @@ class Checkpoints:
             try:
                 with quiet_failure():
                     found = self.restore(step, like)
+            except UsageError as error:
+                raise UsageError(f"{self.folder(step)}: {error}") from None
             except DAMAGE as error:
                 log.warning("checkpoint %s is damaged: %s", self.folder(step), first_line(error))
                 damaged.append(step)
@@ -325,30 +337,48 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
 
 def read_average(state: Path, like: Tree, partial: bool) -> Tree:
     """Reads averaged weights from a saved train state; see `load_params`."""
+    found = shapes(read_metadata(state)["ema"])
+    if partial:
+        flat = flatten_dict(like, sep="/")
+        like = unflatten_dict({k: v for k, v in flat.items() if k in found}, sep="/")
+    wanted = shapes(like)
+    # If all must fit, so must names that only the run has.
+    check_shapes({k: v for k, v in found.items() if k in wanted} if partial else found, wanted)
+    if not wanted:
+        return {}
+    # Parameters and moments, three quarters of the file, are left on disk.
+    item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
+    args = ocp.args.PyTreeRestore(
+        item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+    )
     with ocp.PyTreeCheckpointer() as checkpointer:
-        # An OSError makes `read_newest` go on with the checkpoint before.
-        metadata = checkpointer.metadata(state).item_metadata
-        if metadata is None:
-            raise FileNotFoundError(f"{state}: no metadata")
-        found = shapes(metadata.tree["ema"])
-        if partial:
-            flat = flatten_dict(like, sep="/")
-            like = unflatten_dict({k: v for k, v in flat.items() if k in found}, sep="/")
-        wanted = shapes(like)
-        # If all must fit, so must names that only the run has.
-        for name in sorted(wanted if partial else found | wanted):
-            if found.get(name) != wanted.get(name):
-                raise UsageError(
-                    f"parameter {name} has shape {found.get(name)}, expected {wanted.get(name)}"
-                )
-        if not wanted:
-            return {}
-        # Parameters and moments, three quarters of the file, are left on disk.
-        item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-        args = ocp.args.PyTreeRestore(
-            item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-        )
         return checkpointer.restore(state, args)["ema"]
+
+
+def read_metadata(state: Path) -> Tree:
+    """Reads shapes and types of a saved train state, without its arrays.
+
+    Raises:
+        ValueError, OSError, KeyError: If the checkpoint is damaged.
+    """
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(state).item_metadata
+    if metadata is None:
+        raise FileNotFoundError(f"{state}: no metadata")
+    return metadata.tree
+
+
+def check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Checks that saved parameters have the wanted names and shapes.
+
+    Raises:
+        UsageError: If a name is missing on either side, or a shape differs.
+    """
+    for name in sorted(found | wanted):
+        if found.get(name) != wanted.get(name):
+            raise UsageError(
+                f"parameter {name} has shape {found.get(name)}, expected {wanted.get(name)}"
+            )
 
 
 class PatientLoop(asyncio.SelectorEventLoop):

@@ -210,6 +210,21 @@ def test_a_run_without_a_whole_checkpoint_says_so(three_checkpoints, tmp_path):
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4", "6"]
 
 
+def test_a_state_of_other_shapes_is_no_damage(three_checkpoints, tmp_path):
+    """The model was changed under a run: nothing is set aside, and the difference is named."""
+    out = tmp_path / "run"
+    shutil.copytree(three_checkpoints, out)
+    stage = toy_stage.toy_stage(saving(out))
+
+    for changes, told in (
+        ({"extra": jnp.zeros(3)}, r"ema/extra has shape None, expected \(3,\)"),
+        ({"w": jnp.zeros((4, 3))}, r"ema/w has shape \(4, 2\), expected \(4, 3\)"),
+    ):
+        with pytest.raises(UsageError, match=f"{out / 'checkpoints' / '6'}: parameter {told}"):
+            train(dataclasses.replace(stage, init=lambda key, c=changes: toy_stage.init(key) | c))
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4", "6"]
+
+
 def toy_shapes():
     return jax.eval_shape(toy_stage.init, jax.random.key(0))
 
