@@ -157,8 +157,10 @@ def codec_programs(model: Model) -> CodecPrograms:
         # Half precision where it is faster: the refiner shapes pictures, never symbols.
         dtype = jnp.float32 if backend() == "cpu" else jnp.bfloat16
         refiner = Refiner(model.refiner_config, dtype)
+        # XLA's default order of operations on CPUs keeps 2.7 times as much in memory at 832x480.
+        order = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=order if backend() == "cpu" else None)
         def refiner_velocity(
             params: Tree, state: Array, tau: Array, decoded: Array, features: Array, q_index: Array
         ) -> Array:
