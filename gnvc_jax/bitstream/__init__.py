@@ -11,7 +11,7 @@ Both directions need an `EntropyCoder` with the `Tables` of a model, and a funct
 that runs the model's integer network. What can go wrong is listed in `errors`.
 """
 
-from gnvc_jax.bitstream.container import IndexEntry, StreamReader, StreamWriter
+from gnvc_jax.bitstream.container import IndexEntry
 from gnvc_jax.bitstream.entropy import (
     EntropyCoder,
     PlainCoder,
@@ -28,7 +28,9 @@ from gnvc_jax.bitstream.group import (
     parse_group,
 )
 from gnvc_jax.bitstream.header import Header
+from gnvc_jax.bitstream.reader import StreamReader
 from gnvc_jax.bitstream.tables import Tables, frequencies_from_probabilities, gaussian_frequencies
+from gnvc_jax.bitstream.writer import StreamWriter
 
 __all__ = [
     "BitstreamError",

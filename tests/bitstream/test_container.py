@@ -448,7 +448,8 @@ def test_damaged_audio_costs_no_frame(toy, with_audio, source):
 
 @pytest.mark.parametrize("source", [lambda data: data, Pipe])
 def test_audio_is_limited(toy, with_audio, source, monkeypatch):
-    monkeypatch.setattr("gnvc_jax.bitstream.container.MAX_AUDIO", 199)
+    for module in ("reader", "writer"):
+        monkeypatch.setattr(f"gnvc_jax.bitstream.{module}.MAX_AUDIO", 199)
     with pytest.raises(LimitExceeded, match="audio of more than 199 bytes"):
         list(StreamReader(source(with_audio[0])).groups())
     with pytest.raises(LimitExceeded, match="audio of 200 bytes > 199"):
