@@ -14,8 +14,8 @@ from gnvc_jax.training.stages.refine import RefineLoss
 
 experiment = dataclasses.replace(
     refiner,
-    # Weights of refined frames at a fifth of the stage before, beside the codec's loss.
-    loss=RefineLoss(squared=0.8, lpips=0.4, dists=0.3, temporal=0.2, latent=0.01, codec=1.0),
+    # Beside the codec's loss, whose squared error is enough to keep colours and shapes in place.
+    loss=RefineLoss(squared=0.4, lpips=0.6, dists=1.0, temporal=0.2, latent=0.01, codec=1.0),
     init=InitConfig(run=refiner.run.out),
     optim=dataclasses.replace(refiner.optim, lr=3e-4),
     run=dataclasses.replace(refiner.run, out="runs/small/joint"),
