@@ -31,7 +31,7 @@ from gnvc_jax.bitstream import (
 from gnvc_jax.bitstream.errors import LimitExceeded, WrongModel
 from gnvc_jax.codec.config import LATENT_MULTIPLE
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import DecodedLatent
+from gnvc_jax.codec.transform import DecodedLatent
 from gnvc_jax.errors import UsageError
 from gnvc_jax.functions import CodecFunctions
 from gnvc_jax.model import Model

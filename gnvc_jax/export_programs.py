@@ -32,7 +32,8 @@ from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.codec import scales
 from gnvc_jax.codec.config import LATENT_MULTIPLE
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import CodecState, DecodedLatent, pad_latents
+from gnvc_jax.codec.model import CodecState, pad_latents
+from gnvc_jax.codec.transform import DecodedLatent
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output
 from gnvc_jax.functions import codec_programs
@@ -89,17 +90,22 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
     motion, stride = cfg.motion is not None, vae.temporal_stride
     arrays = exported_arrays(model)
     h, w = height // vae.stride, width // vae.stride
+    # The VAE sees latents of h x w, the codec the same ones padded to whole hyperlatents.
     rows, columns = (side + -side % LATENT_MULTIPLE for side in (h, w))
 
     def shape(*sizes: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype)
 
+    # A cell of y stands for 2x2 latents, one of z for 8x8. Symbols have no batch axis, as in
+    # streams.
     y = shape(rows // 2, columns // 2, cfg.y_channels, dtype=jnp.int32)
     z = shape(rows // 8, columns // 8, cfg.z_channels, dtype=jnp.int32)
     q_index = shape(1, dtype=jnp.int32)
     latent = shape(1, rows, columns, cfg.latent_channels)
     one = shape(1, rows, columns, 1)
     frames = {"intra": shape(1, 1, height, width, 3), "inter": shape(1, stride, height, width, 3)}
+    # What a later latent takes from the one before: with motion, a given prediction; without, the
+    # latent itself and the memory of the recurrence.
     memory = {} if motion else {"memory": shape(1, rows, columns, cfg.width)}
     prediction = {"prediction": latent} if motion else {"previous_latent": latent}
 
@@ -110,6 +116,7 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
         """Codec state and prediction of a latent from the inputs of its program."""
         if kind == "intra":
             return None, None
+        # The next latent never sees this z, and y and index only where it is analysed.
         no_z = jnp.zeros((1, *z.shape))
         none = jnp.zeros((1, *y.shape))
         previous = LatentSymbols(
@@ -124,6 +131,8 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
 
     def reconstruct(kind: str) -> Program:
         def function(weights: dict, inputs: dict) -> dict:
+            # The table indices only tell how symbols were read; the reconstruction does not use
+            # them.
             symbols = LatentSymbols(inputs["z"], inputs["y"], jnp.zeros_like(inputs["y"]))
             state, predicted = before(inputs, kind)
             given = symbols, state, inputs["q_index"], predicted
@@ -138,6 +147,7 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
     def analyse(kind: str) -> Program:
         def function(weights: dict, inputs: dict) -> dict:
             state, predicted = before(inputs, kind)
+            # `analyse` pads by itself, from the latents that the VAE gave.
             given = inputs["latent"][:, :h, :w], state, inputs["q_index"], predicted
             symbols = used.analyse(params(weights), *given)
             return {"z": symbols.z, "y": symbols.y}
@@ -167,6 +177,8 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
     def decode_latents(kind: str, cache: Tree) -> Program:
         def function(weights: dict, inputs: dict) -> dict:
             cache = inputs.get("cache") if kind == "inter" else None
+            # (1, rows, columns, c) -> (1, t = 1, h, w, c): the padding goes, and the VAE wants a
+            # time axis.
             latents = inputs["latent"][:, None, :h, :w]
             shown, cache = used.decode_latents(params(weights), cache, latents)
             return {"frames": shown, "cache": cache}
@@ -181,6 +193,7 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
             predicted, latent = used.predict(params(weights), *given)
             return {"predicted": predicted, "prediction": latent}
 
+        # One vector per block of 16x16 pixels and frame, see `gnvc_jax.motion.expand`.
         reference = shape(1, height, width, 3, dtype=jnp.uint8)
         vectors = shape(1, stride, height // 16, width // 16, 2, dtype=jnp.int16)
         return Program("vae", function, {"reference": reference, "vectors": vectors})
@@ -203,6 +216,7 @@ def make_programs(model: Model, height: int, width: int) -> dict[str, dict[str, 
     decoder |= {f"scale_index_{kind}": scale_index(kind) for kind in KINDS}
     decoder["frames_intra"] = decode_intra
     if motion:
+        # Motion needs a linear VAE, which has no cache: later frames come from the prediction.
         decoder |= {"predict": predict(), "frames_inter": compensate()}
     else:
         decoder["frames_inter"] = decode_latents("inter", cache_of(decode_intra))
@@ -242,6 +256,8 @@ def export_model(
     if Path(out).exists():
         raise FileExistsError(f"{out}: exists")
     cfg, vae = model.codec_config, model.vae_config
+    # Without motion the codec pads latents. With it, predicted frames must give latents of the
+    # padded size, so the frames are padded.
     unit = vae.stride * (LATENT_MULTIPLE if cfg.motion else 1)
     padded = [side + -side % unit for side in (height, width)]
     programs, arrays = make_programs(model, *padded), exported_arrays(model)

@@ -25,7 +25,8 @@ from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.bitstream.errors import DeviceNotExact
 from gnvc_jax.codec import scales
 from gnvc_jax.codec.entropy import LatentSymbols
-from gnvc_jax.codec.model import CodecState, DecodedLatent, LatentCodec, pad_latents
+from gnvc_jax.codec.model import CodecState, LatentCodec, pad_latents
+from gnvc_jax.codec.transform import DecodedLatent
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float, to_uint8
 from gnvc_jax.model import Model, self_test, stored_dtype

@@ -116,7 +116,7 @@ def init_from_statistics(
     worth_low: float | np.floating,
     worth_high: float | np.floating,
 ) -> dict:
-    """Parameters of one `gnvc_jax.codec.model.ResidualTransform`, started from statistics.
+    """Parameters of one `gnvc_jax.codec.transform.ResidualTransform`, started from statistics.
 
     Args:
         params: Parameters of the whole codec; not changed.

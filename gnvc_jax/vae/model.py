@@ -205,7 +205,7 @@ class VAE(nn.Module):
             latent: Decoded latent.
             prediction: Latent of the predicted frames.
             predicted: Predicted frames, one stride of pixels per latent.
-            fresh, detail: See `gnvc_jax.codec.model.DecodedLatent`.
+            fresh, detail: See `gnvc_jax.codec.transform.DecodedLatent`.
             cleaned: Number of frames, counted from the last, that the head filters; by default all.
 
         Returns:

@@ -13,15 +13,10 @@ from scipy.stats import norm
 from gnvc_jax.codec import density
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.codec.entropy import LatentSymbols, spatial_masks
-from gnvc_jax.codec.model import (
-    GAIN_SLOPE,
-    CodecState,
-    LatentCodec,
-    init_codec,
-    pad_latents,
-)
+from gnvc_jax.codec.model import CodecState, LatentCodec, init_codec, pad_latents
 from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import scale_layers
+from gnvc_jax.codec.transform import GAIN_SLOPE
 
 TINY = CodecConfig(
     latent_channels=4,

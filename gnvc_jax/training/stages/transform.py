@@ -16,7 +16,7 @@ from einops import rearrange
 from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.codec.config import QUALITIES
 from gnvc_jax.codec.fit import init_from_statistics
-from gnvc_jax.codec.model import space_to_depth
+from gnvc_jax.codec.layers import space_to_depth
 from gnvc_jax.frames import HALF_RANGE, to_float
 from gnvc_jax.moments import Moments
 from gnvc_jax.motion.warp import predict
