@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from gnvc_jax.bitstream import StreamReader
+
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -37,6 +39,16 @@ def test_decoding_needs_no_extra_and_no_opencv(tmp_path):
     done = gnvc_without(blocked, "decode", GOLDEN / "stream.gnvc", out, "--model", model)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes().startswith(b"YUV4MPEG2")
+
+
+def test_encoding_needs_no_extra(tmp_path):
+    video, out = tmp_path / "grey.y4m", tmp_path / "out.gnvc"
+    video.write_bytes(
+        b"YUV4MPEG2 W16 H16 F25:1 C420jpeg\nFRAME\n" + bytes([128]) * (16 * 16 * 3 // 2)
+    )
+    done = gnvc_without(EVAL, "encode", video, out, "--model", GOLDEN / "model.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert StreamReader(out).header.width == 16
 
 
 def test_a_missing_extra_is_named_with_the_command_that_installs_it():
