@@ -33,7 +33,7 @@ class Window:
         """Cuts the window out of an array with an axis of latents."""
         return jax.lax.dynamic_slice_in_dim(x, self.first, self.size, axis)
 
-    def of(self, latents: Array) -> Array:
+    def whitened(self, latents: Array) -> Array:
         """Cuts the window out of the latents (b, t, h, w, c) of a group, and whitens it."""
         # Whitened before the cut, since only the first latent of the group has factors of its own.
         return self.cut(latents * self.white)

@@ -1,6 +1,16 @@
-"""Makes `toy_stage` importable by name, as a stage of a user's own would be."""
+"""Makes `toy_stage` importable by name, as a stage of a user's own would be; and shared runs."""
 
 import sys
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="module")
+def base(tiny_codec, tmp_path_factory):
+    """An experiment of the stage `latent`, see `refiner_runs`."""
+    from refiner_runs import make_base
+
+    return make_base(tiny_codec, tmp_path_factory.mktemp("runs"))

@@ -57,7 +57,7 @@ def latent_stage(experiment: Experiment) -> Stage:
         # gradient, so that the refiner's loss reaches the codec, too.
         count = output.latents.shape[1]
         window = random_window(key_window, constants["white"], count, config.window)
-        clean, decoded = window.of(output.latents), window.of(output.decoded)
+        clean, decoded = window.whitened(output.latents), window.whitened(output.decoded)
         velocity = refiner_velocity(networks.refiner, output.q_index, constants["text"])
         conditions = params["refiner"], decoded, window.cut(output.features)
         # Equations 3 and 4 on the window, and their error at the drawn time.

@@ -115,7 +115,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
             # Refinement of one window of each clip.
             config = networks.refiner.config
             window = random_window(key_window, constants["white"], latents.shape[1], config.window)
-            decoded, features = window.of(output.decoded), window.cut(output.features)
+            decoded, features = window.whitened(output.decoded), window.cut(output.features)
             noise = config.noise * jax.random.normal(key_noise, decoded.shape)
             velocity = refiner_velocity(networks.refiner, output.q_index, constants["text"])
 

@@ -153,8 +153,8 @@ def refined_frames(
 
     # One step of the flow on a window of latents.
     window = random_window(key_window, constants["white"], count, config.window)
-    # `of` cuts and whitens, `cut` only cuts.
-    decoded, features = window.of(coded.decoded), window.cut(coded.features)
+    # Both are cut out of the group; features are not whitened.
+    decoded, features = window.whitened(coded.decoded), window.cut(coded.features)
     noise = config.noise * jax.random.normal(key_noise, decoded.shape)
     velocity = refiner_velocity(networks.refiner, batch["q_index"], constants["text"])
     refined = losses.refine_through_last_step(
@@ -181,7 +181,7 @@ def refined_frames(
     # The first frame changes only where the window holds it.
     intra = jnp.where(window.first == 0, 1.0, 0.0) * change[:, :1]
     first = shown(intra, coded.frames[:, :1], True), coded.frames[:, :1], video[:, :1]
-    error = losses.squared_error(refined, window.of(coded.latents))
+    error = losses.squared_error(refined, window.whitened(coded.latents))
     codec = codec_loss(weights, coded, levels, batch)
     return RefinedFrames(shown(pair, before, False), before, source, first, error, codec)
 
@@ -215,7 +215,7 @@ def refine_loss(
         constants["dists"], (flat(refined[:, one]) + 1) / 2, (flat(source[:, one]) + 1) / 2
     ).mean()
     squared = losses.squared_error(refined, source)
-    # Of the pair alone: the first frame need not precede it.
+    # Differences of the pair alone, since the first frame need not come right before it.
     moves = jnp.diff(frames.refined, axis=1) - jnp.diff(frames.source, axis=1)
     temporal = jnp.mean(moves**2)
     loss = (
@@ -230,7 +230,7 @@ def refine_loss(
     def psnr(error: Array) -> Array:
         return jnp.mean(10.0 * jnp.log10(4.0 / error))
 
-    # Those of the codec are of whole clips, the others of the frames compared.
+    # The codec's metrics are means over whole clips, the others over the frames compared.
     codec = {name: frames.codec[1][name] for name in ("bpp", "bpp_low", "psnr_low")}
     return loss, codec | {
         "lpips": perceptual,
