@@ -53,6 +53,7 @@ def with_refiner(model: Model, path: str | Path, start: float | None = None) -> 
     refiner = load_refiner(path, features=model.codec_config.width, context_every=0)
     config = refiner.config
     check_channels(config.dit, path, model.vae_config.latent_channels, model.name)
+    # Only context blocks look at the features of a codec.
     if config.dit.context_every and config.features != model.codec_config.width:
         raise UsageError(
             f"the refiner of {path} takes {config.features} features of a codec, {model.name} has "
@@ -95,6 +96,7 @@ def with_light_decoder(model: Model, path: str | Path) -> Model:
 def _check_statistics(model: Model, path: str | Path, component: str) -> None:
     """Raises UsageError if a model normalises latents unlike a ported component."""
     known = read_architecture(path, component)
+    # Shape (2, c): means, then standard deviations.
     expected = np.array([known.latents_mean, known.latents_std], np.float32)
     found = np.array([model.mean, model.std])
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=1e-3):

@@ -114,6 +114,7 @@ class PretrainedRefiner:
             raise UsageError(f"features are {np.shape(features)}, expected {given}")
 
         def velocity(state: Array, tau: Array, decoded: Array, features: Array) -> Array:
+            # The sampler has one time and level for all clips, the network takes one for each.
             b = state.shape[0]
             conditions = jnp.full((b,), tau), decoded, features, jnp.full((b,), q_index)
             return self.velocity(state, *conditions)
@@ -201,6 +202,7 @@ def _refiner_of_ported_dit(
         new = {"context_every": context_every, "context_channels": dit.channels}
         dit = dataclasses.replace(dit, **new)
     config = RefinerConfig(dit, features=features)
+    # Ported parameters stay NumPy arrays: nothing is copied to a device before it is used.
     known = {f"dit/{k}": x for k, x in flatten_dict(load_weights(path, "dit")[1], sep="/").items()}
     if config.vace_layout and has_component(path, "vae"):
         vae = load_vae(path)

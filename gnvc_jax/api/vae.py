@@ -51,6 +51,7 @@ class PretrainedVAE:
     @functools.cached_property
     def _chunk_functions(self) -> tuple[Callable, Callable]:
         """Functions of the next frames or latents of a clip; decoding gives uint8 frames."""
+        # Placed once: a NumPy tree would be copied to the device for every chunk.
         vae, params = VAE(self.config), jax.device_put(self.params)
 
         @jax.jit
@@ -60,6 +61,7 @@ class PretrainedVAE:
 
         @jax.jit
         def decode(params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
+            # Rounded on the device, which makes the copy to the host a quarter of the size.
             frames, cache = decode_chunk(vae, params, cache, latents * self.std + self.mean)
             return to_uint8(frames), cache
 
@@ -121,6 +123,7 @@ class PretrainedVAE:
         Yields:
             RGB frames, all that the latents stand for.
         """
+        # A cache of None starts a clip: its first latent stands for one frame, later ones for four.
         cache = None
         for i in range(latents.shape[1]):
             frames, cache = self._chunk_functions[1](cache, latents[:, i : i + 1])

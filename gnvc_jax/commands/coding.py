@@ -90,6 +90,7 @@ def decode(
         refuse_same_file(input, map)
         if map == output or is_same_file(output, map):
             raise UsageError(f"--map {map} is the output; name another file")
+    # The header is read and checked before a model is loaded or an output opened.
     with frames_over(devices), StreamReader(source) as reader:
         header, coder = reader.header, load_pretrained(model)
         coder.check(header, MAX_PIXELS if max_pixels is None else max_pixels)
@@ -101,6 +102,7 @@ def decode(
             trained = f"{coder.steps} step{'s' * (coder.steps > 1)}"
             print(f"gnvc: --steps {steps}: {model} was trained for {trained}", file=sys.stderr)
         if steps is None:
+            # Naming a refiner, or a number of steps, overrides the mark in the stream.
             steps = coder.steps if header.refine or refiner is not None else 0
             if coder.steps and not steps:
                 note = 'is marked "do not refine"; --steps overrides that'
@@ -166,11 +168,13 @@ def info(input: Positional[str]) -> int:
     print(f"  model     codec {codec}, VAE {vae}")
     if not header.refine:
         print('  refiner   marked "do not refine"')
+    # What is left: header, chunk heads, checksums, index and footer.
     container = size - latents - motion - len(reader.audio)
     print(f"  bytes     latents {latents}, motion {motion}, container {container}")
     print(f"  audio     {len(reader.audio) or 'none'}" + " bytes" * bool(reader.audio))
     for g in groups:
         coded = f"{len(g.q_indices)} latents, {sum(map(len, g.segments)) + len(g.motion)} bytes"
+        # Streams count levels from the worst, commands from the best.
         qps = sorted({63 - q for q in g.q_indices})
         print(f"  group {g.number}: frames {g.first_frame}+{g.n_frames}, {coded}, qp {qps}")
     return 0

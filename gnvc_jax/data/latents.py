@@ -187,6 +187,7 @@ class RandomLatents(RandomRead):
 
     def name(self, element: int) -> str:
         """Path of the file that a record is in."""
+        # Records are numbered through all files: a cumulated count is the first number of the next.
         return self.paths[int(np.searchsorted(np.cumsum(self.records), element, side="right"))]
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:

@@ -158,6 +158,7 @@ class Anchor:
 
     def encode(self, crf: float) -> AnchorResult:
         """Encodes at a constant rate factor and decodes again; raises AnchorError."""
+        # Kept from the search; the time is that of the first encoding.
         bitstream, encode_seconds = self._stream(crf)
         start = time.perf_counter()
         frames = self._decode(bitstream)
@@ -290,6 +291,7 @@ def bisect_crf(
     """
     if target <= 0:
         raise ValueError(f"target of {target} bytes")
+    # Logarithms make a file of half the size as far away as one of twice the size.
     errors = {largest: math.log(size(largest) / target)}
     if errors[largest] > 0:
         return largest, True

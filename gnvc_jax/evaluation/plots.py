@@ -59,6 +59,7 @@ def mean_records(records: Sequence[dict]) -> list[dict]:
     """
     finished = [r for r in records if r["status"] == "ok"]
     clips = {r["clip"] for r in finished}
+    # Reversed, so that the first record of a point is the one that stays.
     first = {r["point"]: r for r in reversed(finished)}
     return [
         {"point": label, "codec": first[label]["codec"], **mean}
@@ -128,6 +129,7 @@ def frame_figure(
     }
     figure, panels = _figure(len(columns), len(groups), title, sharey="row")
     for place, panel in enumerate(panels):
+        # Panels come row by row.
         row, group = place // len(groups), groups[place % len(groups)]
         heading, (_, field, _) = list(columns.items())[row]
         for seam in sorted({s for r in group for s in seams.get(r["point"], ()) if s}):

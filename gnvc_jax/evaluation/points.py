@@ -109,6 +109,8 @@ class FilePoint:
             coded.write_bytes(bitstream)
             steps = [] if self.steps is None else ["--steps", str(self.steps)]
             decode = ["decode", coded, decoded, "--model", self.model, *steps]
+            # .mkv is lossless here: the frames that are measured are those of the decoder, to the
+            # bit.
             decode_seconds = _run_tool(decode)
             frames = read_clip(decoded).frames
             starts = group_starts(coded)
@@ -130,6 +132,7 @@ class AutoencoderPoint:
 
     def code(self, clip: Clip) -> CodedClip:
         """Encodes and decodes a clip."""
+        # No file, hence no rate: tables show the quality alone.
         return CodedClip(np.asarray(_load_model(self.model).reconstruct(clip.frames)), None)
 
 
@@ -170,6 +173,7 @@ class AnchorPoint:
 
     def code(self, clip: Clip) -> CodedClip:
         """Encodes and decodes a clip."""
+        # The rate factor whose file is nearest in size; it depends on the clip.
         match = _anchor(self.codec, clip).match(self.target_bytes)
         result = match.result
         details = {"crf": result.crf, "command": result.command, "at_floor": match.at_floor}
@@ -216,6 +220,7 @@ def _model_path(model: str) -> Path:
     return path
 
 
+# Points of one level with different refinement steps come one after another: one entry is enough.
 @functools.lru_cache(maxsize=1)
 def _encoded(clip: Clip, model: str, qp: int, gop: int | None) -> tuple[bytes, float]:
     """Encoded file, and seconds it took; points that differ only in decoding share them."""
@@ -233,6 +238,7 @@ def _load_model(model: str) -> Codec:
     return load_pretrained(model)
 
 
+# An anchor remembers the rate factors it tried, which all points of a clip share.
 @functools.lru_cache(maxsize=2)
 def _anchor(codec: str, clip: Clip) -> Anchor:
     return Anchor(codec, clip.frames, clip.fps, clip.colour)

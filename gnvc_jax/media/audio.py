@@ -47,6 +47,7 @@ class AudioTrack:
     @classmethod
     def unpack(cls, data: bytes) -> AudioTrack:
         """Unpacks a track; whether its packets can be read shows when they are written."""
+        # A track that ends inside these eight bytes has no packets: any start will do for it.
         (start,) = _START.unpack(data[: _START.size].ljust(_START.size, b"\0"))
         return cls(Fraction(start, 1_000_000), data[_START.size :])
 
@@ -113,7 +114,7 @@ def _opus_packets(
     target.layout = "mono" if source.codec_context.channels == 1 else "stereo"
     target.bit_rate = bitrate
     context = target.codec_context
-    context.open()
+    context.open()  # only then are the format and the frame size known
     resampler = av.AudioResampler(context.format, context.layout, _OPUS_RATE, context.frame_size)
     for frame in container.decode(source):
         for piece in resampler.resample(frame):
@@ -148,6 +149,7 @@ class AudioMuxer:
             unit, pts = packet.time_base, cast(int, packet.pts)
             if pts * unit + self._start >= seconds:
                 return
+            # The track begins at 0; in the new file it begins where it did relative to frame 0.
             shift = round(self._start / unit)
             packet.pts, packet.dts = pts + shift, cast(int, packet.dts) + shift
             packet.stream = self._target

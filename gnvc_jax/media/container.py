@@ -86,6 +86,7 @@ def frame_colour(frame: av.VideoFrame) -> Colour:
 
 
 def _array(plane: VideoPlane, dtype: str) -> np.ndarray:
+    # Lines are padded to a multiple of some bytes: (height, line size) -> (height, width).
     rows = np.frombuffer(memoryview(plane), dtype).reshape(plane.height, -1)
     return rows[:, : plane.width]
 
@@ -145,6 +146,7 @@ def frame_to_rgb(
         crop: (top, left, height, width) of the shown frame; only this part is converted.
     """
     matrix = frame.side_data.get("DISPLAYMATRIX")
+    # The crop is one of the shown frame, so a rotated frame is converted whole and cropped after.
     inner = None if matrix else crop
     form = frame.format
     if _is_rgb(frame):

@@ -109,10 +109,12 @@ class _Container:
         """
         self._colour = colour or BT709
         self._rgb = kind == ".mkv"
+        # 4:2:0 has one chroma sample for 2x2 pixels, hence even sides.
         self._pad = (0, 0) if self._rgb else (height % 2, width % 2)
         options = {} if self._rgb else {"movflags": "+faststart"}
         muxer = "matroska" if self._rgb else "mp4"
         self._container = av.open(f"file:{path}", "w", format=muxer, container_options=options)
+        # FFV1 compresses slices independently, in parallel; a tiny picture cannot be cut into four.
         slices = {"slices": "4"} if min(width, height) >= 16 else {}
         codec, codec_options = ("ffv1", _FFV1 | slices) if self._rgb else ("libx264", _MP4)
         stream = self._container.add_stream(codec, rate=fps, options=codec_options)
@@ -168,6 +170,7 @@ class _Container:
 
     def close(self) -> None:
         try:
+            # The encoder holds frames back to reorder them; None asks for the rest.
             if self._count:
                 self._container.mux(self._stream.encode())
         finally:
@@ -300,6 +303,7 @@ def open_writer(
         DiskFull: If the disk is full.
     """
     name = os.fspath(path)
+    # Exact for 30000/1001 and the like, and small enough for the 32 bits that containers have.
     fps = Fraction(fps).limit_denominator(100_000)
     tags, colour = colour, BT709 if colour is None else colour.in_yuv()
     shape = (height, width, 3)

@@ -86,6 +86,7 @@ def preprocess(
     # Rounded down, as torchvision does for the longer side.
     rows, columns = (int(size * side / short) for side in (h, w))
     top, left = (rows - size) // 2, (columns - size) // 2
+    # Pillow takes (left, upper, right, lower).
     box = (left, top, left + size, top + size)
     scaled = (
         Image.fromarray(frame).resize((columns, rows), Image.Resampling.BICUBIC) for frame in frames
@@ -120,6 +121,7 @@ def _layer(
 ) -> Float32[Array, "b tokens c"]:
     """Applies a layer with pre-normalisation: attention, then MLP; x (b, tokens, channels)."""
     y = _norm(params, "layer_norm1", x)
+    # (b, tokens, c) -> (b, tokens, heads, c / heads).
     q, k, v = (
         _linear(params, f"self_attn.{name}_proj", y).reshape(*y.shape[:2], encoder.heads, -1)
         for name in "qkv"
@@ -229,6 +231,7 @@ def load_clip(path: Path) -> ClipEncoder:
             }
     except (SafetensorError, TypeError) as error:  # TypeError: a type that NumPy lacks
         raise ValueError(f"{path}: cannot be read as safetensors ({error})") from error
+    # Sizes are guessed from a few tensors; then every tensor is compared with what they ask for.
     depth, wanted = _expected(path, found)
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in wanted]

@@ -201,6 +201,7 @@ def _dit(source: Source, heads: int | None) -> Architecture:
         raise ValueError(
             f"width {width} is not a multiple of 128 and config.json is missing: give --heads"
         )
+    # Every model of Wan2.1 has heads of 128 channels.
     if heads is None:
         heads = width // 128
     if not isinstance(heads, int) or heads < 1 or width % heads:
@@ -234,6 +235,7 @@ def _vae(source: Source) -> Architecture:
         latent_channels=z,
         temporal_down=tuple(facts.get("temperal_downsample", plain.temporal_down)),
     )
+    # Wan-AI publishes the statistics in its program only, diffusers in its config.json.
     mean, std = facts.get("latents_mean", WAN_MEAN), facts.get("latents_std", WAN_STD)
     if not len(mean) == len(std) == z:
         raise ValueError(
@@ -250,6 +252,7 @@ def _light_decoder(source: Source) -> Architecture:
         _sizes(source, name, (width, inner, 3, 3))
         for name, width, inner in zip(names, plain.widths, (plain.latent_channels, *plain.widths))
     ]
+    # PyTorch has (outputs, inputs, rows, columns): the first convolution takes the latents.
     z = shapes[0][1]
     if z != len(WAN_MEAN):
         raise ValueError(

@@ -148,6 +148,8 @@ def open_sources(path: str | Path, low_noise: bool = False) -> list[Source]:
 
 def open_folder(folder: Path) -> list[Source]:
     """Finds the components in the files of one folder; files with other contents are skipped."""
+    # Shards are taken by their index, or as a complete set, before files are looked at one by one:
+    # a shard alone would look like a component with missing tensors.
     parts: set[Path] = set()
     found = []
     for index in sorted(folder.glob("*" + INDEX)):
@@ -223,6 +225,7 @@ def open_files(path: Path, files: list[Path], folder: Path) -> Source | None:
     def found(marks: dict[str, tuple[str, str]]) -> set[tuple[str, str]]:
         return {kind for mark, kind in marks.items() if any(n.startswith(mark) for n in entries)}
 
+    # A DiT with its adapter has both marks; only an adapter alone is recognised by its own.
     kinds = found(MARKS) or found(ADAPTER_MARKS)
     if not kinds:
         return None
@@ -258,6 +261,7 @@ def dequantised(path: Path, entries: dict[str, TensorEntry]) -> dict[str, Tensor
         array = entry.read().astype(np.float32)
         if scale is None:
             return array
+        # One number, or (rows,) or (rows, 1): both broadcast over the inputs of each output.
         factors = scale.read().astype(np.float32)
         return array * factors.reshape(-1, *[1] * (array.ndim - 1))
 

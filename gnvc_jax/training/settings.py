@@ -82,6 +82,7 @@ class DataConfig:
         counts = {"batch": (1, math.inf), "workers": (0, math.inf)}
         counts["statistics_batches"] = (1, math.inf)
         check_range("data", self, **counts, downscale_prob=(0, 1), max_left_out=(0, 1))
+        # Step 0 is `frames` itself, so entries begin at 1.
         steps = [step for step, _ in self.clip_length_schedule]
         if steps != sorted(set(steps)) or min(steps, default=1) < 1:
             raise UsageError(
