@@ -24,7 +24,7 @@ from gnvc_jax.evaluation.anchors import ANCHORS
 from gnvc_jax.evaluation.clips import find_clips, read_clip
 from gnvc_jax.evaluation.compare import ResultsError, compare, read_results
 from gnvc_jax.evaluation.environment import environment
-from gnvc_jax.evaluation.points import AutoencoderPoint, FilePoint
+from gnvc_jax.evaluation.points import AutoencoderPoint, FilePoint, refiner_identity
 from gnvc_jax.evaluation.quality import DEFAULT, METRICS, WITH_WEIGHTS, QualityMeter
 from gnvc_jax.evaluation.report import write_report
 from gnvc_jax.evaluation.sweep import Sweep
@@ -72,6 +72,8 @@ def evaluate(
     data: tuple[Path, ...],
     out: Path,
     model: str = "small",
+    refiner: str | None = None,
+    t_start: float | None = None,
     sequences: Annotated[
         Literal[tuple(paper.SEQUENCES)] | None, arg(name="set")  # type: ignore[valid-type]
     ] = None,
@@ -107,6 +109,9 @@ def evaluate(
         data: Videos, or folders with videos.
         out: Folder for records and results.
         model: Name of a shipped model, or path of a model file.
+        refiner: Refiner to evaluate in place of the model's: a folder made by `gnvc port` with a
+            DiT of the model's VAE, a model file, or a run.
+        t_start: Flow time at which --refiner begins, see `gnvc decode`.
         sequences: Test set that --data holds, recognised by file names; the figures that the
             GNVC-VD paper published for it are put beside the results.
         qp: Quality levels to evaluate.
@@ -140,10 +145,19 @@ def evaluate(
         raise UsageError("--anchor-rates must be positive numbers")
     if unused := [name for name, _ in weights if name not in metrics]:
         raise UsageError(f"--weights for {unused[0]}, which is not among --metrics")
+    if t_start is not None and refiner is None:
+        raise UsageError("--t-start needs --refiner")
+    if t_start is not None and not 0 <= t_start < 1:
+        raise UsageError(f"--t-start must be in [0, 1), got {t_start:g}")
     if flow and "e_warp" not in metrics:
         raise UsageError("--flow without e_warp among --metrics")
     if flow and not flow.is_dir():
         raise UsageError(f"--flow {flow}: no such folder")
+    if refiner is not None:
+        try:
+            refiner_identity(refiner)
+        except FileNotFoundError as error:
+            raise UsageError(f"--refiner {error}") from error
     try:
         paths = find_clips(data)
     except FileNotFoundError as error:
@@ -155,7 +169,11 @@ def evaluate(
         name: functools.partial(read_clip, path, name, frames, yuv_range == "full")
         for name, path in paths.items()
     }
-    points = [FilePoint(model, level, count, gop) for level in qp for count in steps or (None,)]
+    points = [
+        FilePoint(model, level, count, gop, refiner, t_start)
+        for level in qp
+        for count in steps or (None,)
+    ]
     points += [AutoencoderPoint(model)] * vae
     total = len(clips) * (len(points) + len(qp) * len(anchors) * len(anchor_rates))
     with tqdm(total=total, unit="point", disable=None) as bar:

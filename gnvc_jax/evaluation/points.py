@@ -7,6 +7,7 @@ standard codec at the rate of another point. Anything with the attributes of `Po
 import dataclasses
 import functools
 import hashlib
+import itertools
 import math
 import subprocess
 import sys
@@ -83,12 +84,16 @@ class FilePoint:
         qp: Quality level from 0 (best) to 63 (smallest).
         steps: Refinement steps, None for the default of `gnvc decode`.
         gop: Frames per group, None for the default of `gnvc encode`.
+        refiner: Refiner in place of the model's, as `gnvc decode --refiner` takes it.
+        t_start: Flow time at which that refiner begins, None for its default.
     """
 
     model: str
     qp: int
     steps: int | None = None
     gop: int | None = None
+    refiner: str | None = None
+    t_start: float | None = None
     suffix = ".gnvc"
 
     @property
@@ -99,6 +104,8 @@ class FilePoint:
     def identity(self) -> dict[str, Any]:
         """Everything that determines the result for a given clip, JSON-ready."""
         facts = {"codec": "gnvc", "qp": self.qp, "steps": self.steps, "gop": self.gop}
+        if self.refiner is not None:
+            facts |= {"refiner": refiner_identity(self.refiner), "t_start": self.t_start}
         return facts | model_identity(self.model)
 
     def code(self, clip: Clip) -> CodedClip:
@@ -107,14 +114,15 @@ class FilePoint:
         with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
             coded, decoded = Path(folder) / "coded.gnvc", Path(folder) / "decoded.mkv"
             coded.write_bytes(bitstream)
-            steps = [] if self.steps is None else ["--steps", str(self.steps)]
-            decode = ["decode", coded, decoded, "--model", self.model, *steps]
+            options = {"steps": self.steps, "refiner": self.refiner, "t-start": self.t_start}
+            given = [[f"--{k}", v] for k, v in options.items() if v is not None]
             # .mkv is lossless here: the frames that are measured are those of the decoder, to the
             # bit.
+            decode = ["decode", coded, decoded, "--model", self.model, *itertools.chain(*given)]
             decode_seconds = _run_tool(decode)
             frames = read_clip(decoded).frames
             starts = group_starts(coded)
-        details = {"parameters": model_parameters(self.model)}
+        details = {"parameters": model_parameters(self.model, self.refiner is None)}
         return CodedClip(frames, bitstream, encode_seconds, decode_seconds, details, starts)
 
 
@@ -201,14 +209,30 @@ def model_identity(model: str) -> dict[str, str]:
     return {"model": path.stem, "model_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def model_parameters(model: str) -> int:
-    """Counts the parameters in VAE, codec and refiner of a model.
+def refiner_identity(refiner: str) -> str:
+    """SHA-256 of a model file; for a folder, of the names, sizes and times of its files.
+
+    The weights in a folder may take tens of gigabytes, which are not read for every record.
+
+    Raises:
+        FileNotFoundError: If there is neither.
+    """
+    if not Path(refiner).is_dir():
+        return model_identity(refiner)["model_sha256"]
+    files = [(path, path.stat()) for path in sorted(Path(refiner).rglob("*")) if path.is_file()]
+    text = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in files)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_parameters(model: str, refiner: bool = True) -> int:
+    """Counts the parameters in VAE, codec and, unless it is left out, refiner of a model.
 
     Raises:
         FileNotFoundError: If there is no such model.
     """
+    parts = ("vae/", "codec/", *["refiner/"] * refiner)
     with safe_open(_model_path(model), framework="numpy") as file:
-        names = [name for name in file.keys() if name.startswith(("vae/", "codec/", "refiner/"))]
+        names = [name for name in file.keys() if name.startswith(parts)]
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
 

@@ -56,6 +56,7 @@ def test_arguments_that_cannot_be_parsed_exit_with_2(wrong, capsys):
         *("--qp 64", "--steps 1,101", "--frames 0", "--gop 24", "--processes 0"),
         *("--anchor-rates 0", "--anchor-rates inf", "--anchor-rates nan"),
         *("--weights dists=a", "--flow .", "--flow nowhere --metrics e_warp"),
+        *("--t-start 0.5", "--t-start 2 --refiner small", "--refiner nowhere"),
     ],
 )
 def test_values_out_of_range_exit_with_2_and_one_line(wrong, capsys):

@@ -57,6 +57,33 @@ def test_file_point_codes_in_two_processes(clip, log):
     assert [(line[0], line[5:]) for line in again] == [("decode", ["--steps", "5"])]  # one encode
 
 
+def test_another_refiner_decodes_the_same_file(clip, log, tmp_path):
+    """It goes to `gnvc decode` alone, and its weights belong to the identity of the point."""
+    folder = tmp_path / "ported"
+    (folder / "dit").mkdir(parents=True)
+    (folder / "dit" / "weights").write_bytes(b"one")
+    plain = FilePoint("small", 24, 5)
+    point = dataclasses.replace(plain, refiner=str(folder), t_start=0.8)
+    coded = point.code(clip)
+    assert coded.bitstream == plain.code(clip).bitstream
+    lines = [line.split()[1:] for line in log.read_text().splitlines()]
+    assert [line[0] for line in lines] == ["encode", "decode", "decode"]  # one encode
+    refined, own = (line[5:] for line in lines[1:])
+    assert refined == ["--steps", "5", "--refiner", str(folder), "--t-start", "0.8"]
+    assert own == ["--steps", "5"]
+    model = find_model("small")
+    parameters = sum(x.size for x in jax.tree.leaves((model.vae, model.codec)))
+    assert coded.details == {"parameters": parameters}
+
+    identity = point.identity()
+    assert identity != plain.identity() and identity == point.identity()
+    (folder / "dit" / "weights").write_bytes(b"other")
+    assert point.identity() != identity
+    assert dataclasses.replace(point, t_start=None).identity() != point.identity()
+    with pytest.raises(FileNotFoundError, match="nowhere: neither"):
+        dataclasses.replace(point, refiner="nowhere").identity()
+
+
 def test_message_of_a_failed_command_is_quoted(clip, log):
     with pytest.raises(CodingError, match="gnvc encode: exit status 1, tool: it broke"):
         FilePoint("some-model", 63).code(clip)
