@@ -90,9 +90,19 @@ def backend() -> str:
 
     The two differ when the planner compiles for devices that are not present.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    device = None if mesh.empty else mesh.abstract_device
+    device = _abstract_device()
     return jax.default_backend() if device is None else device.platform
+
+
+def device_kind() -> str:
+    """Kind of device that code is traced for, such as "TPU v5 lite"; see `backend`."""
+    device = _abstract_device()
+    return jax.devices()[0].device_kind if device is None else device.device_kind
+
+
+def _abstract_device() -> jax.sharding.AbstractDevice | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty else mesh.abstract_device
 
 
 def axis_size(axis: str) -> int:

@@ -8,7 +8,7 @@ All functions take queries (b, n, heads, d), keys and values (b, m, heads, d) an
 """
 
 import functools
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +19,39 @@ from jaxtyping import Array, Float, Int
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import attention as parallel
-from gnvc_jax.parallel import axis_size, backend
+from gnvc_jax.parallel import axis_size, backend, device_kind
 
 RING = "ring"  # of all devices along the mesh axis `context`
 
 # At most this many scores (queries x keys x heads x batch) are in memory at once on CPU: 256 MiB in
 # float32.
 SCORES_IN_MEMORY = 1 << 26
-# Tokens per tile of the TPU kernel; sequences are padded to a multiple.
-SPLASH_BLOCK = 512
+LANES = 128  # of a vector register of TPUs: tiles of the splash kernel are multiples
+
+
+class Tiles(NamedTuple):
+    """Tokens that the splash kernel works on at a time.
+
+    Attributes:
+        queries, keys: Tokens that are fetched into the fast memory.
+        scored: Keys, among these, that scores are computed for at once.
+        back: Queries in the backward pass, which takes `scored` keys.
+    """
+
+    queries: int
+    keys: int
+    scored: int
+    back: int
+
+
+# The largest tiles by `device_kind`, for heads of width 128 in bfloat16. More queries per tile mean
+# that keys are fetched less often. All of them compile with libtpu's default limit of fast memory.
+SPLASH_TILES = {
+    "TPU v5 lite": Tiles(2048, 1024, 512, 1024),
+    "TPU v6 lite": Tiles(3072, 2048, 1024, 1536),
+    "TPU7x": Tiles(3072, 2048, 1024, 1024),
+}
+PLAIN_TILES = Tiles(512, 512, 512, 512)  # other chips
 
 
 def attention(
@@ -227,32 +251,28 @@ def splash_attention(
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    def padded(x: Float[Array, "b n heads d"]) -> tuple[Float[Array, "b heads n2 d"], int]:
-        """Tokens padded to a multiple of the tile, and the size of the tile."""
-        n = x.shape[1]
-        # Tiles must be multiples of 128, the lanes of a vector register. Short sequences, such as a
-        # text, get one tile of their own size.
-        size = min(SPLASH_BLOCK, -(-n // 128) * 128)
-        x = jnp.pad(x, ((0, 0), (0, -n % size), (0, 0), (0, 0)))
-        return rearrange(x, "b n h d -> b h n d"), size
+    def padded(x: Float[Array, "b n heads d"], size: int) -> Float[Array, "b heads n2 d"]:
+        x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+        return rearrange(x, "b n h d -> b h n d")
 
     n, m, heads = q.shape[1], k.shape[1], q.shape[2]
+    tiles = splash_tiles(n, m, SPLASH_TILES.get(device_kind(), PLAIN_TILES))
     # Unlike the other implementations, the kernel does not scale scores; the queries are scaled
     # instead. From here on all three are (b, heads, tokens, d).
-    (q, rows), (k, columns), (v, _) = padded(q * q.shape[-1] ** -0.5), padded(k), padded(v)
+    q = padded(q * q.shape[-1] ** -0.5, tiles.queries)
+    k, v = padded(k, tiles.keys), padded(v, tiles.keys)
     # Every query sees every key by position; padding is dealt with by the segments below.
     mask = masks.MultiHeadMask([masks.FullMask((q.shape[2], k.shape[2]))] * heads)
-    # The same tiles in the forward pass, in the pass for the gradients of keys and values ("dkv")
-    # and in the one for the gradient of queries ("dq").
+    # "dkv" is the pass for the gradients of keys and values, "dq" that for those of queries.
     sizes = kernels.BlockSizes(
-        block_q=rows,
-        block_kv=columns,
-        block_kv_compute=columns,
-        block_q_dkv=rows,
-        block_kv_dkv=columns,
-        block_kv_dkv_compute=columns,
-        block_q_dq=rows,
-        block_kv_dq=columns,
+        block_q=tiles.queries,
+        block_kv=tiles.keys,
+        block_kv_compute=tiles.scored,
+        block_q_dkv=tiles.back,
+        block_kv_dkv=tiles.scored,
+        block_kv_dkv_compute=tiles.scored,
+        block_q_dq=tiles.back,
+        block_kv_dq=tiles.scored,
     )
     # The kernel is made for one device and mapped over the batch below.
     kernel = kernels.make_splash_mha_single_device(
@@ -269,6 +289,30 @@ def splash_attention(
     # The clips of a batch share the segments, which are therefore not mapped.
     y = cast(Array, jax.vmap(kernel, in_axes=(0, 0, 0, None))(q, k, v, segments))
     return rearrange(y, "b h n d -> b n h d")[:, :n]
+
+
+def splash_tiles(n: int, m: int, largest: Tiles) -> Tiles:
+    """Tiles for n queries and m keys: as few as `largest` allows, of equal size, to pad little.
+
+    Args:
+        n, m: Numbers of queries and keys; tokens are padded to whole tiles.
+        largest: Upper limits, multiples of each other where tiles are divided.
+    """
+
+    def equal(count: int, limit: int, step: int) -> int:
+        """The multiple of `step` that divides `count` tokens into as few parts as `limit` does."""
+        return -(-count // (-(-count // limit) * step)) * step
+
+    # A tile of queries consists of whole tiles of the backward pass, except for short sequences,
+    # such as a text, which get one tile of their own size.
+    parts = largest.queries // largest.back if n > largest.back else 1
+    queries = equal(n, largest.queries, LANES * parts)
+    scored = equal(m, largest.scored, LANES)
+    # Keys are fetched for several computations at once, where that divides their number.
+    count = -(-m // scored)
+    most = largest.keys // scored
+    together = next(x for x in range(most, 0, -1) if count % x == 0)
+    return Tiles(queries, together * scored, scored, queries // parts)
 
 
 IMPLEMENTATIONS = {

@@ -10,10 +10,14 @@ import pytest
 from gnvc_jax.errors import UsageError
 from gnvc_jax.refiner import attention as module
 from gnvc_jax.refiner.attention import (
+    PLAIN_TILES,
+    SPLASH_TILES,
+    Tiles,
     attention,
     choose,
     chunked_attention,
     splash_attention,
+    splash_tiles,
     windowed_attention,
 )
 
@@ -60,7 +64,7 @@ def test_chunked_attention_bounds_memory(monkeypatch):
 
 @pytest.mark.parametrize(("n", "m"), [(256, 256), (200, 130)])
 def test_tpu_kernel_matches_plain_attention_in_interpret_mode(n, m, monkeypatch):
-    monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(module, "PLAIN_TILES", Tiles(256, 256, 128, 128))
     q, k, v, _ = inputs(n, m, b=1)
     ours = splash_attention(q, k, v, interpret=True)
     np.testing.assert_allclose(ours, reference(q, k, v), atol=2e-5)
@@ -68,12 +72,29 @@ def test_tpu_kernel_matches_plain_attention_in_interpret_mode(n, m, monkeypatch)
 
 @pytest.mark.slow
 def test_gradients_of_tpu_kernel_match_plain_attention(monkeypatch):
-    monkeypatch.setattr(module, "SPLASH_BLOCK", 128)
+    monkeypatch.setattr(module, "PLAIN_TILES", Tiles(256, 256, 128, 128))
     q, k, v, cotangent = inputs(140, 130, heads=1, b=1)
     ours = gradients(functools.partial(splash_attention, interpret=True), q, k, v, cotangent)
     theirs = gradients(functools.partial(attention, implementation="xla"), q, k, v, cotangent)
     for a, b in zip(ours, theirs):
         np.testing.assert_allclose(a, b, atol=5e-5)
+
+
+# Tokens of Wan's DiT: 81 frames of 832x480 and of 1280x720, one window of small models; and a text.
+@pytest.mark.parametrize("n", [32760, 75600, 1560, 512, 77, 1])
+@pytest.mark.parametrize("m", [32760, 512, 130])
+@pytest.mark.parametrize("largest", [*SPLASH_TILES.values(), PLAIN_TILES])
+def test_tiles_are_whole_registers_within_the_limits_and_pad_little(n, m, largest):
+    tiles = splash_tiles(n, m, largest)
+    assert all(0 < size <= limit and size % 128 == 0 for size, limit in zip(tiles, largest))
+    # What the kernel asks for.
+    assert tiles.queries % tiles.back == 0 and tiles.keys % tiles.scored == 0
+    # As few tiles as of the largest size, and less than a register more than needed in each part.
+    count, parts = -(-n // tiles.queries), tiles.queries // tiles.back
+    assert count == -(-n // largest.queries)
+    assert count * tiles.queries - n < count * parts * 128
+    count = -(-m // tiles.scored)
+    assert count == -(-m // largest.scored) and count % (tiles.keys // tiles.scored) == 0
 
 
 def test_kernel_is_chosen_by_backend_dtype_and_head_width():
