@@ -15,6 +15,6 @@ def parse(text: str, result: str, **defaults: int | str) -> argparse.Namespace:
         description=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     parser.add_argument("--out", type=Path, default=RESULTS / f"{result}.json")
     return parser.parse_args()

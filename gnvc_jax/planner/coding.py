@@ -85,21 +85,8 @@ def coding_for(
     }
     if experiment.codec is None:
         raise UsageError(f"an experiment of the stage `{experiment.stage}` has no codec to plan")
-    motion = experiment.codec.motion is not None
-    # Each program runs once per latent of a group, the refiner once per step and window. The first
-    # latent counts as another.
-    times = dict.fromkeys(PROGRAMS[command, motion], latents)
-    if steps and refiner is not None:
-        times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
-        if motion:
-            times["add_latent"] = latents
-    networks = make_networks(experiment)
-    params = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
-    if refiner is not None:
-        # In the types that model files store and coders hold in memory.
-        params["refiner"] = jax.tree_util.tree_map_with_path(
-            lambda path, x: jax.ShapeDtypeStruct(x.shape, stored_dtype(path)), params["refiner"]
-        )
+    times = program_times(experiment, command, latents, steps)
+    params = stored_shapes(experiment)
     loaded = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))  # a model, whole
     with jax.set_mesh(mesh):
         check_columns(data.size[1], experiment.vae.stride)
@@ -122,6 +109,41 @@ def coding_for(
         worst = sum(count * sum(each) for count, each in seconds)
         found["frames_per_s"] = [data.frames / worst, data.frames / best]
     return found
+
+
+def program_times(
+    experiment: Experiment, command: str, latents: int, steps: int = 0
+) -> dict[str, int]:
+    """Programs that code a group, and how often each runs.
+
+    Each runs once per latent of a group, the refiner once per step and window. The first latent
+    counts as another.
+
+    Args:
+        experiment: Experiment with a codec, and with a refiner if there are steps.
+        command: "encode" or "decode".
+        latents: Latents per group.
+        steps: Refinement steps.
+    """
+    codec, refiner = experiment.codec, experiment.refiner
+    motion = codec is not None and codec.motion is not None
+    times = dict.fromkeys(PROGRAMS[command, motion], latents)
+    if steps and refiner is not None:
+        times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
+        if motion:
+            times["add_latent"] = latents
+    return times
+
+
+def stored_shapes(experiment: Experiment) -> Tree:
+    """Shapes of the parameters of a model, in the types in which coders hold them in memory."""
+    networks = make_networks(experiment)
+    params = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
+    if experiment.refiner is not None:
+        params["refiner"] = jax.tree_util.tree_map_with_path(
+            lambda path, x: jax.ShapeDtypeStruct(x.shape, stored_dtype(path)), params["refiner"]
+        )
+    return params
 
 
 def coding_programs(
