@@ -174,21 +174,27 @@ def wan_tensor():
 
 @pytest.fixture(scope="session")
 def to_original():
-    """Renames tensors from the scheme of diffusers to that of Wan-AI, by the tables in `names/`."""
+    """Renames tensors from the scheme of diffusers to that of Wan-AI, by the tables in `names/`.
+
+    A VAE of Wan2.2 is told by the modules that sample down.
+    """
     import csv
     import re
 
-    patterns = []
-    for table in ("vae", "vace-1.3b"):
+    patterns = {}
+    for table in ("vae", "vae-2.2", "vace-1.3b"):
+        patterns[table] = []
         with open(Path(__file__).parent / "porting" / "names" / f"{table}.csv") as file:
             for row in csv.DictReader(file):
                 pattern = re.escape(row["diffusers"]).replace(r"\{i\}", r"(\d+)")
-                patterns.append((re.compile(pattern), row["original"].replace("{i}", r"\1")))
+                patterns[table].append((re.compile(pattern), row["original"].replace("{i}", r"\1")))
 
     def rename(tensors: dict) -> dict:
+        vae = "vae-2.2" if any(".downsampler." in name for name in tensors) else "vae"
+        known = patterns[vae] + patterns["vace-1.3b"]
         renamed = {}
         for name, value in tensors.items():
-            (new,) = {m.expand(o) for p, o in patterns if (m := p.fullmatch(name))}
+            (new,) = {m.expand(o) for p, o in known if (m := p.fullmatch(name))}
             renamed[new] = value
         return renamed
 

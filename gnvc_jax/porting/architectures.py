@@ -6,6 +6,7 @@ has (`names`) and the parameters that they become. `diffusers_config` is the way
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,9 @@ from gnvc_jax.porting.sources import Source
 from gnvc_jax.refiner import DiT, DiTConfig
 from gnvc_jax.refiner.config import PATCH
 from gnvc_jax.vae import VAE, LightDecoder, LightDecoderConfig, VAEConfig
-from gnvc_jax.vae.config import with_tuples
+from gnvc_jax.vae.config import WAN22, with_tuples
 
-# Statistics of Wan2.1's latents, per channel (diffusers' configuration of the VAE).
+# Statistics of Wan2.1's and Wan2.2's latents, per channel (diffusers' configurations of the VAEs).
 WAN_MEAN = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
     *(0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921),
@@ -29,6 +30,24 @@ WAN_STD = (
     *(2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743),
     *(3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160),
 )
+WAN22_MEAN = (
+    *(-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557),
+    *(-0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825),
+    *(-0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502),
+    *(-0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230),
+    *(-0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748),
+    *(0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667),
+)
+WAN22_STD = (
+    *(0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013),
+    *(0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978),
+    *(0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659),
+    *(0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093),
+    *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
+    *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
+)
+
+STATISTICS = {16: (WAN_MEAN, WAN_STD), 48: (WAN22_MEAN, WAN22_STD)}  # by the number of channels
 
 CONFIGS = {"vae": VAEConfig, "dit": DiTConfig, "decoder": LightDecoderConfig}
 
@@ -43,15 +62,7 @@ FIXED = {
         "added_kv_proj_dim": None,
         "pos_embed_seq_len": None,
     },
-    "vae": {
-        "attn_scales": [],
-        "dropout": 0.0,
-        "in_channels": 3,
-        "out_channels": 3,
-        "is_residual": False,
-        "patch_size": None,
-        "decoder_base_dim": None,
-    },
+    "vae": {"attn_scales": [], "dropout": 0.0},
     "decoder": {},
 }
 
@@ -222,26 +233,60 @@ def _dit(source: Source, heads: int | None) -> Architecture:
 
 
 def _vae(source: Source) -> Architecture:
-    plain, facts = VAEConfig(), source.facts
-    first = {"original": "encoder.conv1.weight", "diffusers": "encoder.conv_in.weight"}
-    last = {"original": "conv2.bias", "diffusers": "post_quant_conv.bias"}
-    # Output channels of the first convolution, and of the last one before the decoder.
-    base = _sizes(source, first[source.scheme], (plain.base, 3, 3, 3, 3))[0]
-    z = _sizes(source, last[source.scheme], (plain.latent_channels,))[0]
+    facts = source.facts
+    names = {
+        "original": ("encoder.conv1.weight", "conv2.bias", "decoder.head.0.gamma"),
+        "diffusers": ("encoder.conv_in.weight", "post_quant_conv.bias", "decoder.norm_out.gamma"),
+    }
+    nested = {
+        "original": "encoder.downsamples.0.downsamples.",
+        "diffusers": "encoder.down_blocks.0.resnets.",
+    }
+    # Levels are modules of their own in Wan2.2 only, whose shortcuts have no tensors.
+    shortcuts = any(name.startswith(nested[source.scheme]) for name in source.entries)
+    plain = WAN22 if shortcuts else VAEConfig()
+    first, last, norm = names[source.scheme]
+    # Channels of the first convolution, of the last one before the decoder, and of the last norm.
+    pixel = 3 * plain.patch**2
+    base, pixel = _sizes(source, first, (plain.base, pixel, 3, 3, 3))[:2]
+    z = _sizes(source, last, (plain.latent_channels,))[0]
+    finest = _sizes(source, norm, (plain.decoder_widths[-1], 1, 1, 1))[0]
+    multipliers = tuple(facts.get("dim_mult", plain.multipliers))
+    decoder_base = finest // multipliers[0]
     config = VAEConfig(
         base=base,
-        multipliers=tuple(facts.get("dim_mult", plain.multipliers)),
+        multipliers=multipliers,
         blocks=facts.get("num_res_blocks", plain.blocks),
         latent_channels=z,
         temporal_down=tuple(facts.get("temperal_downsample", plain.temporal_down)),
+        patch=math.isqrt(pixel // 3),
+        shortcuts=shortcuts,
+        decoder_base=0 if decoder_base == base else decoder_base,
     )
+    for key, value in _variant(config).items():
+        if facts.get(key) not in (None, value):
+            raise ValueError(f"{key} = {facts[key]!r}, but the tensors are those of {value!r}")
     # Wan-AI publishes the statistics in its program only, diffusers in its config.json.
-    mean, std = facts.get("latents_mean", WAN_MEAN), facts.get("latents_std", WAN_STD)
+    mean, std = STATISTICS.get(z, ((), ()))
+    mean, std = facts.get("latents_mean", mean), facts.get("latents_std", std)
     if not len(mean) == len(std) == z:
         raise ValueError(
             f"{len(mean)} means and {len(std)} standard deviations for {z} latent channels"
         )
     return Architecture("vae", config, tuple(mean), tuple(std))
+
+
+def _variant(cfg: VAEConfig) -> dict:
+    """What distinguishes the VAEs of Wan2.1 and 2.2 in the configuration of diffusers."""
+    return {
+        "is_residual": cfg.shortcuts,
+        "in_channels": 3 * cfg.patch**2,
+        "out_channels": 3 * cfg.patch**2,
+        "patch_size": cfg.patch,
+        "decoder_base_dim": cfg.decoder_base or cfg.base,
+        "scale_factor_spatial": cfg.stride,
+        "scale_factor_temporal": cfg.temporal_stride,
+    }
 
 
 def _light_decoder(source: Source) -> Architecture:
@@ -268,7 +313,10 @@ def diffusers_config(architecture: Architecture) -> dict:
     assert not isinstance(cfg, LightDecoderConfig)  # diffusers has none
     fixed = {k: v for k, v in FIXED[architecture.component].items() if v is not None}
     if isinstance(cfg, VAEConfig):
-        return fixed | {
+        # What is as in Wan2.1 is the default of diffusers.
+        default = _variant(VAEConfig(base=cfg.base))
+        variant = {k: v for k, v in _variant(cfg).items() if v != default[k]}
+        sizes = {
             "_class_name": "AutoencoderKLWan",
             "base_dim": cfg.base,
             "z_dim": cfg.latent_channels,
@@ -278,6 +326,7 @@ def diffusers_config(architecture: Architecture) -> dict:
             "latents_mean": list(architecture.latents_mean or ()),
             "latents_std": list(architecture.latents_std or ()),
         }
+        return fixed | variant | sizes
     facts = fixed | {
         "_class_name": "WanTransformer3DModel",
         "num_attention_heads": cfg.heads,

@@ -1,4 +1,4 @@
-"""Names and shapes of the public tensors of Wan2.1, and the parameters that they become.
+"""Names and shapes of the public tensors of Wan2.1 and 2.2, and the parameters that they become.
 
 Two naming schemes are known: "original" is that of the files of Wan-AI, "diffusers" that of
 diffusers. Beware: the affine norm before cross-attention is `norm3` in the original scheme and
@@ -160,53 +160,73 @@ def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
     """Lists all tensors of the VAE.
 
     Raises:
-        UsageError: If the architecture is another than Wan2.1's.
+        UsageError: If the VAE is linear.
     """
-    if cfg.linear or cfg.patch != 1:
-        raise UsageError("only a VAE of Wan2.1's architecture has public names")
-    z, widths, window = cfg.latent_channels, cfg.widths, (3, 3, 3)
+    if cfg.linear:
+        raise UsageError("a linear VAE has no public names")
+    z, window, pixel = cfg.latent_channels, (3, 3, 3), 3 * cfg.patch**2
     tensors = [
         *layer("conv1", "quant_conv", "quant", (2 * z, 2 * z, 1, 1, 1)),
         *layer("conv2", "post_quant_conv", "post_quant", (z, z, 1, 1, 1)),
     ]
 
-    part = "encoder"
-    tensors += layer("encoder.conv1", "encoder.conv_in", "encoder/conv_in", (widths[0], 3, *window))
-    place, width = 0, widths[0]
-    # Encoder: residual blocks and down-samplings of all levels are numbered through.
+    part, widths = "encoder", cfg.widths
+    names = "encoder.conv1", "encoder.conv_in", "encoder/conv_in"
+    tensors += layer(*names, (widths[0], pixel, *window))
     for level, (inner, outer) in enumerate(zip((widths[0], *widths), widths)):
         for i in range(cfg.blocks):
-            names = f"{part}.downsamples.{place}", f"{part}.down_blocks.{place}"
+            names = down_names(cfg, level, i)
             path = f"{part}/level{level}_block{i}"
             tensors += residual(*names, path, inner if i == 0 else outer, outer)
-            place, width = place + 1, outer
         if level < len(widths) - 1:
-            names = f"{part}.downsamples.{place}", f"{part}.down_blocks.{place}"
-            path = f"{part}/level{level}"
-            tensors += resample(*names, path, "down", width, width)
+            names, path = down_names(cfg, level, cfg.blocks), f"{part}/level{level}"
+            tensors += resample(*names, path, "down", outer, outer)
             if cfg.temporal_down[level]:
-                tensors += time_conv(*names, path, width, width)
-            place += 1
+                tensors += time_conv(*names, path, outer, outer)
     tensors += middle_and_head(part, widths[-1], 2 * z)
 
-    # Decoder: levels in reverse, with one residual block more; an up-sampling halves the channels,
-    # so the next level begins with half of them.
-    part, widths, temporal = "decoder", widths[::-1], cfg.temporal_down[::-1]
+    # Decoder: levels in reverse, with one residual block more.
+    part, widths, temporal = "decoder", cfg.decoder_widths, cfg.temporal_down[::-1]
     tensors += layer("decoder.conv1", "decoder.conv_in", "decoder/conv_in", (widths[0], z, *window))
-    place, inner = 0, widths[0]
+    inner = widths[0]
     for level, width in enumerate(widths):
         for i in range(cfg.blocks + 1):
-            names = f"{part}.upsamples.{place}", f"{part}.up_blocks.{level}.resnets.{i}"
+            names = up_names(cfg, level, i)
             tensors += residual(*names, f"{part}/level{level}_block{i}", inner, width)
-            place, inner = place + 1, width
+            inner = width
         if level < len(widths) - 1:
-            names = f"{part}.upsamples.{place}", f"{part}.up_blocks.{level}.upsamplers.0"
-            path = f"{part}/level{level}"
+            names, path = up_names(cfg, level, cfg.blocks + 1), f"{part}/level{level}"
             if temporal[level]:
                 tensors += time_conv(*names, path, width, 2 * width)
-            tensors += resample(*names, path, "up", width, width // 2)
-            place, inner = place + 1, width // 2
-    return tensors + list(middle_and_head(part, widths[0], 3, widths[-1]))
+            # Without shortcuts, an up-sampling halves the channels, so the next level begins with
+            # half of them.
+            inner = width if cfg.shortcuts else width // 2
+            tensors += resample(*names, path, "up", width, inner)
+    return tensors + list(middle_and_head(part, widths[0], pixel, widths[-1]))
+
+
+def down_names(cfg: VAEConfig, level: int, place: int) -> tuple[str, str]:
+    """Names of part `place` of a level of the encoder: a residual block, after them the sampling.
+
+    Wan2.1 numbers the parts of all levels through; Wan2.2, with shortcuts, has a module per level.
+    """
+    if not cfg.shortcuts:
+        place += level * (cfg.blocks + 1)
+        return f"encoder.downsamples.{place}", f"encoder.down_blocks.{place}"
+    public = f"resnets.{place}" if place < cfg.blocks else "downsampler"
+    original = f"encoder.downsamples.{level}.downsamples.{place}"
+    return original, f"encoder.down_blocks.{level}.{public}"
+
+
+def up_names(cfg: VAEConfig, level: int, place: int) -> tuple[str, str]:
+    """Names of part `place` of a level of the decoder, as `down_names` gives the encoder's."""
+    parts = cfg.blocks + 1  # residual blocks
+    if cfg.shortcuts:
+        original, sampling = f"decoder.upsamples.{level}.upsamples.{place}", "upsampler"
+    else:
+        original, sampling = f"decoder.upsamples.{level * (parts + 1) + place}", "upsamplers.0"
+    public = f"resnets.{place}" if place < parts else sampling
+    return original, f"decoder.up_blocks.{level}.{public}"
 
 
 def light_decoder_tensors(cfg: LightDecoderConfig) -> list[Tensor]:

@@ -19,6 +19,8 @@ def with_tuples(facts: dict[str, Any]) -> dict[str, Any]:
 class VAEConfig:
     """Architecture of the VAE; the defaults are Wan2.1's (126.89 M parameters).
 
+    `WAN22` is that of Wan2.2-TI2V-5B.
+
     Attributes:
         base: Width of the first level.
         multipliers: Width of each level in units of `base`.
@@ -31,9 +33,13 @@ class VAEConfig:
             (see `gnvc_jax.vae.klt`). The sizes of the networks then only determine the strides.
         head: Width of the convolutions that filter the frames of a linear VAE
             (see `gnvc_jax.vae.head`), 0 for none.
+        shortcuts: Whether each level that changes the resolution has a shortcut around it without
+            parameters, as in Wan2.2's VAE (see `gnvc_jax.vae.layers.average_down`).
+        decoder_base: `base` of the decoder, 0 for that of the encoder.
 
     Raises:
-        UsageError: If there is a head without a linear VAE, or a wrong number of `temporal_down`.
+        UsageError: If there is a head without a linear VAE, a wrong number of `temporal_down`, or
+            shortcuts between widths that do not divide.
     """
 
     base: int = 96
@@ -44,6 +50,8 @@ class VAEConfig:
     patch: int = 1
     linear: bool = False
     head: int = 0
+    shortcuts: bool = False
+    decoder_base: int = 0
 
     def __post_init__(self) -> None:
         if self.head and not self.linear:
@@ -53,6 +61,13 @@ class VAEConfig:
                 f"temporal_down must have one entry for each level but the last, "
                 f"{len(self.multipliers) - 1}, got {len(self.temporal_down)}"
             )
+        # Four positions of one level become channels of the next, in either direction.
+        levels = list(zip(self.multipliers, self.multipliers[1:]))
+        if self.shortcuts and any(4 * fine % coarse for fine, coarse in levels):
+            raise UsageError(
+                "multipliers of a VAE with shortcuts must divide four times the one before, got "
+                f"{self.multipliers}"
+            )
 
     @classmethod
     def from_json(cls, facts: dict[str, Any]) -> "VAEConfig":
@@ -61,8 +76,13 @@ class VAEConfig:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """Channels of each level, finest first."""
+        """Channels of each level of the encoder, finest first."""
         return tuple(self.base * m for m in self.multipliers)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of each level of the decoder, coarsest first."""
+        return tuple((self.decoder_base or self.base) * m for m in reversed(self.multipliers))
 
     @property
     def stride(self) -> int:
@@ -73,3 +93,6 @@ class VAEConfig:
     def temporal_stride(self) -> int:
         """Frames per latent after the first."""
         return 2 ** sum(self.temporal_down)
+
+
+WAN22 = VAEConfig(base=160, latent_channels=48, patch=2, shortcuts=True, decoder_base=256)

@@ -1,4 +1,4 @@
-"""Layers of the Wan2.1 causal video VAE.
+"""Layers of the causal video VAEs of Wan2.1 and Wan2.2.
 
 Every layer maps (b, t, h, w, c) to the same layout. Layers that look back in time keep the frames
 they need in the Flax collection ``cache``: the call with ``first=True`` starts from nothing and may
@@ -9,11 +9,12 @@ pass (one ``first=True`` call) carries no state at all.
 `gnvc_jax.vae.model` puts these layers together; `gnvc_jax.convolution` decides how the convolutions
 are computed.
 
-Reference: Wan2.1 ``wan/modules/vae.py`` and diffusers ``autoencoder_kl_wan.py`` (Apache-2.0).
+Reference: Wan2.1 ``wan/modules/vae.py``, Wan2.2 ``wan/modules/vae2_2.py`` and diffusers
+``autoencoder_kl_wan.py`` (Apache-2.0).
 """
 
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce, repeat
 from flax import linen as nn
 from jax import lax
 from jax.typing import DTypeLike
@@ -167,6 +168,41 @@ class TemporalUpsample(ConvBase):
         # Twice the channels become two frames.
         y = rearrange(y, "b n h w (two c) -> b (n two) h w c", two=2)
         return jnp.concatenate([head, y], axis=1)
+
+
+def average_down(
+    x: Float[Array, "b t h w c"], features: int, frames: int, size: int, first: bool
+) -> Float[Array, "b t2 h//{size} w//{size} {features}"]:
+    """Wan2.2's shortcut around a level of the encoder: moves blocks into channels, averages these.
+
+    Args:
+        x: Input of the level.
+        features: Channels of the output; they divide frames * size^2 * c.
+        frames, size: Frames, rows and columns that become one position.
+        first: Whether a clip starts here: its first frame then follows zeros.
+    """
+    missing = (frames - 1) * first
+    x = jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+    # All values of a block of one channel lie side by side, so mostly these are averaged.
+    x = rearrange(x, "b (t f) (h i) (w j) c -> b t h w (c f i j)", f=frames, i=size, j=size)
+    return reduce(x, "b t h w (o group) -> b t h w o", "mean", o=features)
+
+
+def duplicate_up(
+    x: Float[Array, "b t h w c"], features: int, frames: int, size: int, first: bool
+) -> Float[Array, "b t2 h*{size} w*{size} {features}"]:
+    """Wan2.2's shortcut around a level of the decoder: copies channels, moves them into blocks.
+
+    Args:
+        x: Input of the level.
+        features: Channels of the output, such that c divides frames * size^2 * features.
+        frames, size: Frames, rows and columns that each position becomes.
+        first: Whether a clip starts here: only the last of its first `frames` frames is real.
+    """
+    copies = frames * size**2 * features // x.shape[-1]
+    x = repeat(x, "b t h w c -> b t h w (c copies)", copies=copies)
+    x = rearrange(x, "b t h w (o f i j) -> b (t f) (h i) (w j) o", f=frames, i=size, j=size)
+    return x[:, frames - 1 :] if first else x
 
 
 class ChannelRMSNorm(nn.Module):

@@ -1,18 +1,19 @@
-"""The Wan2.1 causal video VAE: encoder, decoder and the two together.
+"""The causal video VAE of Wan2.1 or Wan2.2: encoder, decoder and the two together.
 
 `VAE` is the module that the rest of the package uses, mostly by way of `gnvc_jax.vae.drivers`. With
 `VAEConfig.linear` it has the same interface, but a fixed linear transform in place of the networks
 (`gnvc_jax.vae.klt`, `gnvc_jax.vae.head`).
 
 Shapes: video (b, t, h, w, 3) in [-1, 1] with t = 1 + 4k and h, w multiples of 8; latents
-(b, 1 + k, h / 8, w / 8, z), not normalised. See `layers` for the meaning of ``first``.
+(b, 1 + k, h / 8, w / 8, z), not normalised; 16 in place of 8 for Wan2.2. See `layers` for the
+meaning of ``first``.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from einops import repeat
+from einops import rearrange, repeat
 from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
@@ -20,7 +21,7 @@ from jaxtyping import Array, Float, Key
 from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.vae.config import VAEConfig
 from gnvc_jax.vae.head import DeblockingHead
-from gnvc_jax.vae.klt import EXACT, BlockTransform, from_blocks, to_blocks
+from gnvc_jax.vae.klt import EXACT, BlockTransform
 from gnvc_jax.vae.layers import (
     CausalConv,
     ChannelRMSNorm,
@@ -30,6 +31,8 @@ from gnvc_jax.vae.layers import (
     SpatialUpsample,
     TemporalDownsample,
     TemporalUpsample,
+    average_down,
+    duplicate_up,
 )
 
 # Log-variance around the latents of a linear encoder, whose mean square is 1: noise that a decoder
@@ -81,17 +84,23 @@ class VAEEncoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w 3"], first: bool) -> Float[Array, "b t2 h2 w2 z2"]:
         cfg, block = self.config, residual(self.remat)
-        # (b, t, h / patch, w / patch, 3 * patch^2); Wan2.1 has a patch of 1.
-        x = to_blocks(x, 1, cfg.patch)
+        # (b, t, h / patch, w / patch, 3 * patch^2); Wan2.1 has a patch of 1. In Wan2.2's order of
+        # channels, columns vary more slowly than rows.
+        patch = {"i": cfg.patch, "j": cfg.patch}
+        x = rearrange(x, "b t (h i) (w j) c -> b t h w (c j i)", **patch)
         x = CausalConv(cfg.widths[0], self.dtype, name="conv_in")(x, first)
         # All levels but the last halve rows and columns; some of them halve the frame rate, too.
         for level, width in enumerate(cfg.widths):
+            given, last = x, level == len(cfg.widths) - 1
+            halved = not last and cfg.temporal_down[level]
             for i in range(cfg.blocks):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
-            if level < len(cfg.widths) - 1:
+            if not last:
                 x = SpatialDownsample(width, self.dtype, name=f"level{level}_down")(x)
-                if cfg.temporal_down[level]:
-                    x = TemporalDownsample(width, self.dtype, name=f"level{level}_time")(x, first)
+            if halved:
+                x = TemporalDownsample(width, self.dtype, name=f"level{level}_time")(x, first)
+            if cfg.shortcuts:
+                x = x + average_down(given, width, 1 + halved, 1 if last else 2, first)
         # (b, 1 + k, h / 8, w / 8, widths[-1]) at the start of a clip, k latents later.
         x = MidBlock(self.remat, self.dtype, name="middle")(x, first)
         return OutputHead(2 * cfg.latent_channels, self.dtype, name="head")(x, first)
@@ -108,20 +117,28 @@ class VAEDecoder(nn.Module):
     def __call__(self, x: Float[Array, "b t2 h2 w2 z"], first: bool) -> Float[Array, "b t h w 3"]:
         cfg, block = self.config, residual(self.remat)
         # The encoder's levels in the opposite order, coarsest first.
-        widths, temporal_up = cfg.widths[::-1], cfg.temporal_down[::-1]
+        widths, temporal_up = cfg.decoder_widths, cfg.temporal_down[::-1]
         x = CausalConv(widths[0], self.dtype, name="conv_in")(x, first)
         x = MidBlock(self.remat, self.dtype, name="middle")(x, first)
         for level, width in enumerate(widths):
+            given = x
             for i in range(cfg.blocks + 1):
                 x = block(width, self.dtype, name=f"level{level}_block{i}")(x, first)
             if level < len(widths) - 1:
-                if temporal_up[level]:
+                doubled = temporal_up[level]
+                if doubled:
                     # Twice the channels, which become two frames of `width` channels.
                     x = TemporalUpsample(2 * width, self.dtype, name=f"level{level}_time")(x, first)
-                # Wan halves the channels here; the next level's first block sets its own width.
-                x = SpatialUpsample(width // 2, self.dtype, name=f"level{level}_up")(x)
+                # Without shortcuts, Wan halves the channels here; the next level's first block sets
+                # its own width.
+                outer = width if cfg.shortcuts else width // 2
+                x = SpatialUpsample(outer, self.dtype, name=f"level{level}_up")(x)
+                if cfg.shortcuts:
+                    x = x + duplicate_up(given, width, 1 + doubled, 2, first)
         x = OutputHead(3 * cfg.patch**2, self.dtype, name="head")(x, first)
-        return from_blocks(x, 1, cfg.patch).astype(jnp.float32)
+        patch = {"i": cfg.patch, "j": cfg.patch}
+        x = rearrange(x, "b t h w (c j i) -> b t (h i) (w j) c", **patch)
+        return x.astype(jnp.float32)
 
 
 class VAE(nn.Module):

@@ -38,22 +38,32 @@ def commands():
             yield words + SMALL.get(words[0], "").split()
 
 
+def save_torch(tensors, path):
+    torch.save({k: torch.from_numpy(x) for k, x in tensors.items()}, path)
+
+
 @pytest.fixture
-def write_repository(wan_tensor, to_original):
+def tensors_of(wan_tensor, to_original):
+    """A function from the name of a golden file to tensors with Wan-AI's names."""
+
+    def make(name):
+        with np.load(GOLDEN / f"{name}.npz") as file:
+            shapes = json.loads(str(file["facts"]))["shapes"]
+        return to_original({k: wan_tensor(k, tuple(shape)) for k, shape in shapes.items()})
+
+    return make
+
+
+@pytest.fixture
+def write_repository(tensors_of):
     """A function that writes a repository of Wan-AI and returns the tensors of its DiT.
 
     It holds the VAE as PyTorch saves it and, in some of its folders, a DiT and its config.json.
     """
 
-    def tensors_of(name):
-        with np.load(GOLDEN / f"{name}.npz") as file:
-            shapes = json.loads(str(file["facts"]))["shapes"]
-        return to_original({k: wan_tensor(k, tuple(shape)) for k, shape in shapes.items()})
-
     def write(folder, dit, places=(".",)):
         folder.mkdir()
-        vae = {k: torch.from_numpy(x) for k, x in tensors_of("vae").items()}
-        torch.save(vae, folder / "Wan2.1_VAE.pth")
+        save_torch(tensors_of("vae"), folder / "Wan2.1_VAE.pth")
         tensors = tensors_of(dit)
         for place in (folder / name for name in places):
             place.mkdir(exist_ok=True)
@@ -65,7 +75,7 @@ def write_repository(wan_tensor, to_original):
 
 
 def test_documented_commands_run_in_order(
-    tmp_path, monkeypatch, write_repository, wan_tensor, tiny_codec
+    tmp_path, monkeypatch, write_repository, tensors_of, wan_tensor, tiny_codec
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -84,8 +94,8 @@ def test_documented_commands_run_in_order(
     write_all(tmp_path / "CLIPS" / "a.mp4", camera_move(7)[:, :80, :96], 25)
     write_all(tmp_path / "clip.mp4", video, 25)
     light = light_decoder_tensors(LightDecoderConfig(widths=(8, 6, 5, 4)))
-    light = {t.original: torch.from_numpy(wan_tensor(t.original, t.shape)) for t in light}
-    torch.save(light, "taew2_1.pth")
+    save_torch({t.original: wan_tensor(t.original, t.shape) for t in light}, "taew2_1.pth")
+    save_torch(tensors_of("vae22"), "Wan2.2_VAE.pth")
     lora = {"lora_A": (2, 64), "lora_B": (64, 2)}
     layer = "diffusion_model.blocks.0.self_attn.q"
     tensors = {f"{layer}.{k}.weight": np.ones(size, np.float32) for k, size in lora.items()}
@@ -98,7 +108,8 @@ def test_documented_commands_run_in_order(
         assert cli.main([*words, "--no-progress"]) == 0, words
         done.append(words[0])
     expected = (
-        "port reconstruct port generate calibrate encode decode decode port decode port port port"
+        "port reconstruct port generate calibrate encode decode decode port decode "
+        "port port port port"
     )
     assert done == expected.split()
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file  # noqa: E402
 from gnvc_jax import cli  # noqa: E402
 from gnvc_jax.porting.checkpoint import load_weights  # noqa: E402
 from gnvc_jax.refiner import DiT  # noqa: E402
-from gnvc_jax.vae import VAE  # noqa: E402
+from gnvc_jax.vae import VAE, decode_stream, encode_stream  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -65,14 +65,13 @@ def vae(tmp_path_factory):
     return model, VAE(architecture.config), params
 
 
-@pytest.mark.parametrize(
-    ("frames", "h", "w"), [(1, 32, 48), (5, 32, 48), (17, 32, 48), (5, 27, 45), (1, 16, 40)]
-)
-def test_vae_matches_diffusers(vae, frames, h, w, same):
-    model, ours, params = vae
+def check_vae(model, ours, params, frames, h, w, same):
+    """Encoder and decoder on a random clip and on random latents."""
     torch.manual_seed(frames)
     video = torch.rand(1, 3, frames, h, w) * 2 - 1
-    latents = torch.randn(1, 16, 1 + (frames - 1) // 4, h // 8, w // 8)
+    cfg = ours.config
+    shape = 1 + (frames - 1) // cfg.temporal_stride, h // cfg.stride, w // cfg.stride
+    latents = torch.randn(1, cfg.latent_channels, *shape)
     with torch.inference_mode():
         posterior = model.encode(video).latent_dist
         decoded = model.decode(latents).sample
@@ -81,6 +80,52 @@ def test_vae_matches_diffusers(vae, frames, h, w, same):
     same("log-variance", logvar, last(posterior.logvar))
     frames_out = ours.apply({"params": params}, last(latents), method="decode")
     same("decoded", jnp.clip(frames_out, -1, 1), last(decoded))
+
+
+@pytest.mark.parametrize(
+    ("frames", "h", "w"), [(1, 32, 48), (5, 32, 48), (17, 32, 48), (5, 27, 45), (1, 16, 40)]
+)
+def test_vae_matches_diffusers(vae, frames, h, w, same):
+    check_vae(*vae, frames, h, w, same)
+
+
+@pytest.fixture(scope="module")
+def vae22(tmp_path_factory):
+    """As `vae`, with the layers of Wan2.2-TI2V-5B."""
+    model = randomise(
+        diffusers.AutoencoderKLWan(
+            base_dim=8,
+            decoder_base_dim=12,
+            z_dim=48,
+            is_residual=True,
+            patch_size=2,
+            in_channels=12,
+            out_channels=12,
+            scale_factor_spatial=16,
+            latents_mean=[0.0] * 48,
+            latents_std=[1.0] * 48,
+        )
+    )
+    architecture, params = ported(model, "vae", tmp_path_factory.mktemp("vae22"))
+    return model, VAE(architecture.config), params
+
+
+@pytest.mark.parametrize(("frames", "h", "w"), [(1, 32, 48), (9, 32, 48), (5, 16, 80)])
+def test_vae_of_wan22_matches_diffusers(vae22, frames, h, w, same):
+    check_vae(*vae22, frames, h, w, same)
+
+
+def test_streamed_vae_of_wan22_matches_diffusers(vae22, same):
+    model, ours, params = vae22
+    torch.manual_seed(0)
+    video = torch.rand(1, 3, 13, 32, 32) * 2 - 1
+    with torch.inference_mode():
+        latents = model.encode(video).latent_dist.mean
+        decoded = model.decode(latents).sample
+    found = jax.jit(lambda video: encode_stream(ours, params, video))(last(video))
+    same("mean", found, last(latents))
+    found = jax.jit(lambda z: decode_stream(ours, params, z, 13, (32, 32)))(last(latents))
+    same("decoded", found, last(decoded))
 
 
 def test_full_size_vae_matches_diffusers(tmp_path, same):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-FOLDERS = {"vae": "vae", "dit": "transformer", "vace": "transformer"}
+FOLDERS = {"vae": "vae", "vae22": "vae", "dit": "transformer", "vace": "transformer"}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,10 @@ from pathlib import Path
 
 import diffusers
 import numpy as np
+import pytest
 import torch
+
+from gnvc_jax.porting.architectures import WAN22_MEAN, WAN22_STD
 
 FOLDER = Path(__file__).parent / "golden"
 DIT = {
@@ -37,13 +40,21 @@ def tensor(name, *shape):
     return torch.from_numpy(np.float32(noise))
 
 
-def test_make_vae(wan_tensor):
-    model, facts = build(diffusers.AutoencoderKLWan, wan_tensor, base_dim=4, z_dim=16)
-    video = torch.tanh(tensor("video", 1, 3, 9, 24, 40))
+WAN22 = {"decoder_base_dim": 6, "z_dim": 48, "is_residual": True, "patch_size": 2,
+         "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16,
+         "latents_mean": list(WAN22_MEAN), "latents_std": list(WAN22_STD)}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "size"), [("vae", {"z_dim": 16}, (24, 40)), ("vae22", WAN22, (32, 48))]
+)
+def test_make_vae(name, config, size, wan_tensor):
+    model, facts = build(diffusers.AutoencoderKLWan, wan_tensor, base_dim=4, **config)
+    video = torch.tanh(tensor("video", 1, 3, 9, *size))
     with torch.inference_mode():
         latents = model.encode(video).latent_dist.mode()
         decoded = model.decode(latents).sample
-    np.savez(FOLDER / "vae.npz", facts=facts, video=video, latents=latents, decoded=decoded)
+    np.savez(FOLDER / f"{name}.npz", facts=facts, video=video, latents=latents, decoded=decoded)
 
 
 def test_make_dit(wan_tensor):

@@ -1,19 +1,29 @@
 """The name tables against lists made from the public code, and against our own parameters."""
 
 import csv
+import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
-from gnvc_jax.porting.architectures import WAN_MEAN, WAN_STD, Architecture
+from gnvc_jax.porting.architectures import (
+    WAN22_MEAN,
+    WAN22_STD,
+    WAN_MEAN,
+    WAN_STD,
+    Architecture,
+)
 from gnvc_jax.porting.names import dit_tensors, vae_tensors
 from gnvc_jax.refiner import VACE_1_3B, WAN_1_3B, DiTConfig
 from gnvc_jax.vae import VAEConfig
+from gnvc_jax.vae.config import WAN22
 
 SMALL = DiTConfig(width=12, ffn_width=20, heads=2, layers=6, frequencies=4, channels=3,
                   text_width=7, context_every=3, context_channels=5)  # fmt: skip
+
+TINY_WAN22 = dataclasses.replace(WAN22, base=4, decoder_base=6)
 
 
 def listed(table: str) -> dict[str, tuple]:
@@ -36,6 +46,7 @@ def listed(table: str) -> dict[str, tuple]:
     ("table", "tensors", "count"),
     [
         ("vae", vae_tensors(VAEConfig()), 194),
+        ("vae-2.2", vae_tensors(WAN22), 196),
         ("dit-1.3b", dit_tensors(WAN_1_3B), 825),
         ("vace-1.3b", dit_tensors(VACE_1_3B), 1264),
     ],
@@ -51,6 +62,7 @@ def test_tensor_names_equal_the_published_ones(table, tensors, count):
     [
         Architecture("vae", VAEConfig(base=4), WAN_MEAN, WAN_STD),
         Architecture("vae", VAEConfig(4, (1, 1, 2), 1, 4, (True, False)), WAN_MEAN, WAN_STD),
+        Architecture("vae", TINY_WAN22, WAN22_MEAN, WAN22_STD),
         Architecture("dit", SMALL),
         Architecture("dit", DiTConfig(width=12, heads=2, layers=2, ffn_width=8, text_width=3)),
     ],

@@ -41,7 +41,7 @@ def mixed(tensors):
 
 
 @pytest.mark.parametrize("edit", [dict, as_bfloat16, mixed])
-@pytest.mark.parametrize("name", ["vae", "vace"])
+@pytest.mark.parametrize("name", ["vae", "vae22", "vace"])
 def test_export_restores_every_bit(name, edit, public, tmp_path):
     folder = public(name, edit)
     port(folder, tmp_path / "ported", progress=False)

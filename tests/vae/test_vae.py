@@ -16,14 +16,16 @@ from gnvc_jax.vae import (
     layers,
     pad_video,
 )
+from gnvc_jax.vae.config import WAN22
 
 TINY = VAEConfig(base=4, multipliers=(1, 2, 2, 2), blocks=1, latent_channels=4)
-# Pixels folded into channels first, as in Wan2.2; and as the shipped model: a linear transform.
-PATCHED = VAEConfig(4, (1, 2, 2), 1, latent_channels=4, temporal_down=(True, True), patch=2)
+# Pixels folded into channels, shortcuts, and a wider decoder, as in Wan2.2; and as the shipped
+# model: a linear transform.
+WAN22_LIKE = VAEConfig(4, (1, 2, 2), 1, 4, (True, True), patch=2, shortcuts=True, decoder_base=6)
 LINEAR = VAEConfig(latent_channels=4, linear=True, head=6)
 
 
-@pytest.fixture(scope="module", params=[TINY, PATCHED, LINEAR], ids=["wan", "patched", "linear"])
+@pytest.fixture(scope="module", params=[TINY, WAN22_LIKE, LINEAR], ids=["wan", "wan22", "linear"])
 def model(request):
     """A tiny VAE in which every parameter, biases and last convolutions included, matters."""
     vae = VAE(request.param)
@@ -52,6 +54,8 @@ def test_full_size_has_as_many_parameters_as_wan():
     assert count(params["encoder"]) == 53_595_872
     assert count(params["decoder"]) == 73_295_331
     assert (count(params["quant"]), count(params["post_quant"])) == (1_056, 272)
+    params = jax.eval_shape(lambda key: init_vae(VAE(WAN22), key), jax.random.key(0))
+    assert count(params) == 704_688_668  # of diffusers' model
 
 
 @pytest.mark.parametrize(
@@ -135,3 +139,8 @@ def test_an_untrained_network_treats_frames_one_by_one():
 def test_config_rejects_a_wrong_number_of_temporal_flags():
     with pytest.raises(ValueError, match="temporal_down must have one entry"):
         VAEConfig(temporal_down=(True, True))
+
+
+def test_config_rejects_shortcuts_between_widths_that_do_not_divide():
+    with pytest.raises(ValueError, match="divide four times the one before, got"):
+        VAEConfig(multipliers=(1, 3, 3, 3), shortcuts=True)
