@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gnvc_jax.api import PretrainedVAE, load_vae
-from gnvc_jax.api.parts import check_channels
+from gnvc_jax.api.parts import check_channels, with_light_decoder
 from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import backend
@@ -158,20 +158,25 @@ class Generator:
         return jnp.concatenate([latents, latents, jnp.ones((*shape[:-1], MASKS))], axis=-1)
 
 
-def load_generator(path: str | Path, vae: str | Path | None = None) -> Generator:
+def load_generator(
+    path: str | Path, vae: str | Path | None = None, decoder: str | Path | None = None
+) -> Generator:
     """Loads a generator.
 
     Args:
         path: Folder of `gnvc port` with a DiT.
         vae: VAE as `gnvc_jax.load_vae` takes it, by default the one in the same folder.
+        decoder: Folder of `gnvc port` with a light decoder to use in place of the VAE's, or None.
 
     Raises:
-        FileNotFoundError: If there is no DiT or no VAE.
-        UsageError: If the VAE has other latents than the DiT.
+        FileNotFoundError: If there is no DiT, VAE or light decoder.
+        UsageError: If the VAE or the light decoder has other latents than the DiT.
         PortError, ModelCorrupt: If the files are damaged.
     """
     dit = read_architecture(path, "dit").config
     assert isinstance(dit, DiTConfig)
     loaded = load_vae(vae or path)
     check_channels(dit, path, loaded.config.latent_channels, vae or path)
+    if decoder is not None:
+        loaded = with_light_decoder(loaded, decoder)
     return Generator(path, dit, loaded)

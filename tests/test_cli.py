@@ -21,7 +21,7 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from gnvc_jax import cli
-from gnvc_jax.api import with_light_decoder
+from gnvc_jax.api import PretrainedVAE, with_light_decoder
 from gnvc_jax.bitstream import StreamReader, StreamWriter
 from gnvc_jax.commands import coding
 from gnvc_jax.commands.options import EXIT_PARTIAL
@@ -157,6 +157,10 @@ def test_decoding_with_a_light_decoder(place, tiny_model, tmp_path):
         expected.append(video[:, :40, :70])
     expected = 255 * (np.clip(np.concatenate(expected)[: len(got)], -1, 1) + 1) / 2
     assert got.std() > 10 and np.abs(got - expected).max() < 0.51
+
+    alone = PretrainedVAE(model.vae_config, model.vae, model.mean, model.std)
+    frames = np.stack(list(with_light_decoder(alone, tmp_path).decode_frames(given[1])))
+    assert np.abs(frames - 255 * (np.clip(video, -1, 1) + 1) / 2).max() < 0.51
 
     light = with_light_decoder(model, tmp_path)
     assert light.fingerprints == model.fingerprints

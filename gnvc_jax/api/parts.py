@@ -6,15 +6,19 @@ latents, is checked before gigabytes of weights are read.
 
 import dataclasses
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
 from gnvc_jax.api.refiner import load_refiner
+from gnvc_jax.api.vae import PretrainedVAE
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model
 from gnvc_jax.porting.checkpoint import has_component, load_weights, read_architecture
 from gnvc_jax.refiner import DiTConfig
 from gnvc_jax.vae import LightDecoderConfig
+
+Decoding = TypeVar("Decoding", Model, PretrainedVAE)
 
 # Where a ported DiT begins, and its steps, as long as it has not been trained for a codec.
 UNTRAINED = {"start": 0.8, "steps": 5}
@@ -67,15 +71,15 @@ def with_refiner(model: Model, path: str | Path, start: float | None = None) -> 
     return dataclasses.replace(model, refiner_config=config, **parts)
 
 
-def with_light_decoder(model: Model, path: str | Path) -> Model:
-    """Gives a model a light decoder in place of its VAE's. Its streams stay valid.
+def with_light_decoder(model: Decoding, path: str | Path) -> Decoding:
+    """Gives a model or a VAE a light decoder. Streams of a model stay valid.
 
     Args:
-        model: Model with the VAE of Wan2.1, or one of the same latents.
+        model: Model with the VAE of Wan2.1, or one of the same latents; or the VAE alone.
         path: Folder of `gnvc port` with a light decoder.
 
     Returns:
-        The model with this decoder.
+        The same with this decoder in place of the VAE's.
 
     Raises:
         UsageError: If the latents of the model are others, or it predicts from decoded frames.
@@ -84,7 +88,7 @@ def with_light_decoder(model: Model, path: str | Path) -> Model:
     architecture, params = load_weights(path, "decoder", np.float32)
     config = architecture.config
     assert isinstance(config, LightDecoderConfig)
-    if model.codec_config.motion is not None:
+    if isinstance(model, Model) and model.codec_config.motion is not None:
         raise UsageError(
             f"{model.name} predicts from the frames that its own VAE decodes, so another decoder "
             "cannot take its place"
@@ -93,15 +97,16 @@ def with_light_decoder(model: Model, path: str | Path) -> Model:
     return dataclasses.replace(model, decoder_config=config, decoder=params)
 
 
-def _check_statistics(model: Model, path: str | Path, component: str) -> None:
+def _check_statistics(model: Model | PretrainedVAE, path: str | Path, component: str) -> None:
     """Raises UsageError if a model normalises latents unlike a ported component."""
     known = read_architecture(path, component)
     # Shape (2, c): means, then standard deviations.
     expected = np.array([known.latents_mean, known.latents_std], np.float32)
     found = np.array([model.mean, model.std])
     if found.shape != expected.shape or not np.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        name = model.name if isinstance(model, Model) else "the VAE"
         raise UsageError(
-            f"{model.name} normalises latents unlike the {component} in {path}; use a model with "
+            f"{name} normalises latents unlike the {component} in {path}; use a model with "
             "that VAE, such as `gnvc calibrate` makes of ported weights"
         )
 

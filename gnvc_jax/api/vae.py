@@ -17,7 +17,16 @@ from gnvc_jax.model import as_float32
 from gnvc_jax.porting.checkpoint import has_component, load_weights, refuse_other_components
 from gnvc_jax.pretrained import find_model, is_run
 from gnvc_jax.reconstruct import reconstruct_frames
-from gnvc_jax.vae import VAE, VAEConfig, decode_chunk, decode_clip, encode_chunk, encode_clip
+from gnvc_jax.vae import (
+    VAE,
+    LightDecoder,
+    LightDecoderConfig,
+    VAEConfig,
+    decode_chunk,
+    decode_clip,
+    encode_chunk,
+    encode_clip,
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,22 +38,34 @@ class PretrainedVAE:
         params: Parameters of `gnvc_jax.vae.VAE`, float32.
         mean: Mean of each channel of the latents, (c,).
         std: Standard deviation of each channel, (c,).
+        decoder_config: Sizes of a light decoder that decodes in place of the VAE, or None; see
+            `gnvc_jax.api.with_light_decoder`.
+        decoder: Its parameters, None without one.
     """
 
     config: VAEConfig
     params: Tree
     mean: np.ndarray
     std: np.ndarray
+    decoder_config: LightDecoderConfig | None = None
+    decoder: Tree | None = None
+
+    @functools.cached_property
+    def _decoder(self) -> tuple[VAE | LightDecoder, Tree, Callable[[Array], Array]]:
+        """What decodes, its parameters, and a function from normalised latents to its input."""
+        if self.decoder_config is not None:
+            return LightDecoder(self.decoder_config), self.decoder, lambda latents: latents
+        return VAE(self.config), self.params, lambda latents: latents * self.std + self.mean
 
     @functools.cached_property
     def _functions(self) -> tuple[Callable, Callable]:
-        vae = VAE(self.config)
+        vae, (decoder, _, scaled) = VAE(self.config), self._decoder
 
         def encode(params: Tree, video: Array) -> Array:
             return (encode_clip(vae, params, video) - self.mean) / self.std
 
         def decode(params: Tree, latents: Array, frames: int, size: tuple[int, int]) -> Array:
-            return decode_clip(vae, params, latents * self.std + self.mean, frames, size)
+            return decode_clip(decoder, params, scaled(latents), frames, size)
 
         return jax.jit(encode), jax.jit(decode, static_argnames=("frames", "size"))
 
@@ -52,7 +73,8 @@ class PretrainedVAE:
     def _chunk_functions(self) -> tuple[Callable, Callable]:
         """Functions of the next frames or latents of a clip; decoding gives uint8 frames."""
         # Placed once: a NumPy tree would be copied to the device for every chunk.
-        vae, params = VAE(self.config), jax.device_put(self.params)
+        vae, (decoder, weights, scaled) = VAE(self.config), self._decoder
+        own, weights = jax.device_put((self.params, weights))
 
         @jax.jit
         def encode(params: Tree, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
@@ -62,10 +84,10 @@ class PretrainedVAE:
         @jax.jit
         def decode(params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
             # Rounded on the device, which makes the copy to the host a quarter of the size.
-            frames, cache = decode_chunk(vae, params, cache, latents * self.std + self.mean)
+            frames, cache = decode_chunk(decoder, params, cache, scaled(latents))
             return to_uint8(frames), cache
 
-        return functools.partial(encode, params), functools.partial(decode, params)
+        return functools.partial(encode, own), functools.partial(decode, weights)
 
     def encode(self, video: AnyArray) -> Float[Array, "b n h2 w2 c"]:
         """Encodes clips of any length and size.
@@ -110,7 +132,7 @@ class PretrainedVAE:
             )
         frames = frames or 1 + self.config.temporal_stride * (shape[1] - 1)
         size = size or (self.config.stride * shape[2], self.config.stride * shape[3])
-        return self._functions[1](self.params, jnp.asarray(latents), frames, tuple(size))
+        return self._functions[1](self._decoder[1], jnp.asarray(latents), frames, tuple(size))
 
     def decode_frames(
         self, latents: Float[AnyArray, "1 n h2 w2 c"]

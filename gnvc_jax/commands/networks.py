@@ -73,6 +73,7 @@ def generate(
     *,
     weights: str,
     vae: str | None = None,
+    decoder: str | None = None,
     prompt: str | None = None,
     negative: str | None = None,
     size: str = "832x480",
@@ -96,6 +97,8 @@ def generate(
         weights: Folder made by `gnvc port`, with a text-to-video DiT or VACE.
         vae: VAE of the DiT; if not given, the one in the same folder. A folder made by `gnvc port`,
             run folder, name of a shipped model, or path of a model file.
+        decoder: Light decoder to use in place of the VAE's, faster and less exact: a folder made by
+            `gnvc port` of taew2_1.
         prompt: Embedding of the prompt, a .npy or .safetensors file; if not given, the one stored
             with the weights.
         negative: Embedding of the negative prompt; not needed with --guidance 1.
@@ -124,7 +127,7 @@ def generate(
             f"--guidance {guidance:g} needs --negative FILE, the embedding of a negative prompt; "
             "without one, use --guidance 1"
         )
-    generator = load_generator(weights, vae)
+    generator = load_generator(weights, vae, decoder)
     text = load_prompt(prompt or stored, generator.dit)
     other = None if negative is None else load_prompt(negative, generator.dit)
     noise = generator.noise(frames, height, width, seed)

@@ -91,7 +91,7 @@ def encode_clip(
 
 
 def decode_clip(
-    vae: VAE,
+    vae: VAE | LightDecoder,
     params: Tree,
     latents: Float[AnyArray, "b n h2 w2 z"],
     frames: int,
@@ -100,9 +100,9 @@ def decode_clip(
     """Decodes a whole clip in one pass and takes off what `pad_video` has added.
 
     Args:
-        vae: The VAE.
-        params: Parameters of the VAE.
-        latents: Latents that are not normalised.
+        vae: The VAE, or a light decoder.
+        params: Its parameters.
+        latents: Latents that are not normalised; for a light decoder, normalised ones.
         frames: Number of frames to return.
         size: Height and width to return.
     """

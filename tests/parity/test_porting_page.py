@@ -108,16 +108,17 @@ def test_documented_commands_run_in_order(
         assert cli.main([*words, "--no-progress"]) == 0, words
         done.append(words[0])
     expected = (
-        "port reconstruct port generate calibrate encode decode decode port decode "
+        "port reconstruct port generate calibrate encode decode decode port decode generate "
         "port port port port"
     )
     assert done == expected.split()
 
     clips = {
         name: read_clip(f"{name}.mp4", 0, 5).astype(float)
-        for name in ("cat", "clip_decoded", "clip_refined", "clip_light")
+        for name in ("cat", "cat_light", "clip_decoded", "clip_refined", "clip_light")
     }
     assert clips["cat"].shape == (5, 32, 32, 3) and clips["cat"].std() > 1
+    assert np.abs(clips["cat_light"] - clips["cat"]).mean() > 1
     assert read_clip("clip_vae.mkv", 0, 7).shape == video.shape
     change = np.abs(clips["clip_refined"] - clips["clip_decoded"]).mean()
     assert change > 1
