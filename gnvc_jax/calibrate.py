@@ -6,8 +6,9 @@ level, and a probability table for each coefficient and level. Predicted latents
 difference to the latent decoded before. Training can go on from the model file (`init.model`).
 
 It takes two passes over latents of random clips. The first measures covariances and gives the
-transforms (`transforms_from_statistics`). The second codes some of the clips, in order to choose
-tables by the symbols that really occur (`tables_from_symbols`): a prediction from decoded latents
+transforms (`transforms_from_statistics`); steps are then made coarse enough for the largest
+coefficients (`within_range`). The second codes some of the clips, in order to choose tables by the
+symbols that really occur (`tables_from_symbols`): a prediction from decoded latents
 is worse than one from the source, which is all that covariances know.
 """
 
@@ -24,7 +25,13 @@ from tqdm import tqdm
 
 from gnvc_jax.arrays import Tree
 from gnvc_jax.cache_latents import find_vae, frozen_encoder
-from gnvc_jax.codec.config import KNOTS, LATENT_MULTIPLE, QUALITIES, CodecConfig
+from gnvc_jax.codec.config import (
+    KNOTS,
+    LATENT_MULTIPLE,
+    QUALITIES,
+    SYMBOL_BOUND,
+    CodecConfig,
+)
 from gnvc_jax.codec.fit import (
     deviation_of_symbols,
     init_from_statistics,
@@ -49,7 +56,8 @@ Latents = Float[np.ndarray, "t h w c"]
 # Steps of the quantiser at the lowest and at the best quality level, in units of the latents, whose
 # mean square is about 1.
 COARSEST, FINEST = 3.0, 0.1
-KEPT = 8  # clips that tables are chosen on
+KEPT = 8  # clips that tables are chosen on, and the range of symbols
+HEADROOM = 1.5  # of that range, for other clips
 
 
 def calibrate(
@@ -110,6 +118,7 @@ def calibrate(
             yield found
 
     params = transforms_from_statistics(config, latents())
+    params = within_range(params, np.stack(kept))
     params = tables_from_symbols(config, params, np.stack(kept), progress)
     return build(name, vae_config, config, vae_params, params, mean, std)
 
@@ -151,6 +160,27 @@ def transforms_from_statistics(config: CodecConfig, clips: Iterable[Latents]) ->
         variances = np.diag(plain[kind].covariance)
         part = init_from_statistics(params, config, kind, cells[kind], variances, *worth)
         part["entropy"] = quiet_hyperprior(part["entropy"])
+        params = {**params, kind: part}
+    return params
+
+
+def within_range(params: Tree, clips: Float[np.ndarray, "b t h w c"]) -> Tree:
+    """Makes steps so coarse that no coefficient of some clips leaves the range of symbols.
+
+    The six standard deviations that `init_from_statistics` provides for are not enough where
+    latents differ rarely, but then much.
+
+    Args:
+        params: Parameters from `transforms_from_statistics`.
+        clips: Normalised latents of clips.
+    """
+    for kind, coded in (("intra", clips[:, :1]), ("inter", np.diff(clips, axis=1))):
+        part = dict(params[kind])
+        largest = np.abs(space_to_depth(coded) @ part["basis"]).max((0, 1, 2, 3))
+        # Channels beyond the values of a cell are zero.
+        least = np.log(np.maximum(HEADROOM * largest / SYMBOL_BOUND, 1e-12))
+        log_steps = np.maximum(part["y_inverse"]["log_gain"], least.astype(np.float32))
+        part["y_gain"], part["y_inverse"] = {"log_gain": -log_steps}, {"log_gain": log_steps}
         params = {**params, kind: part}
     return params
 

@@ -11,8 +11,10 @@ from scipy.stats import norm
 
 import gnvc_jax
 from gnvc_jax import calibrate
+from gnvc_jax.codec.config import SYMBOL_BOUND
 from gnvc_jax.codec.fit import deviation_of_symbols
 from gnvc_jax.codec.layers import space_to_depth
+from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.codec.scales import export, scale_index_numpy, sigma_from_index
 from gnvc_jax.demo import camera_move, write_all
 from gnvc_jax.errors import UsageError
@@ -53,8 +55,6 @@ def test_transforms_are_the_eigenvectors_of_numpy(latents, fitted):
 
 def test_rate_is_close_to_that_of_an_ideal_coder(tiny_codec, latents, fitted):
     """Bits of the chosen tables against those of each coefficient's own Gaussian."""
-    from gnvc_jax.codec.model import LatentCodec
-
     code = jax.jit(LatentCodec(tiny_codec).apply)
     for q_index in (16, 40, 60):
         levels, key = jnp.full(12, q_index), jax.random.key(0)
@@ -71,6 +71,24 @@ def test_rate_is_close_to_that_of_an_ideal_coder(tiny_codec, latents, fitted):
                 mass = norm.cdf(symbols + 0.5, 0, sigma) - norm.cdf(symbols - 0.5, 0, sigma)
                 rates.append(-np.log2(np.maximum(mass, 1e-9)).sum())
             assert rates[0] < 1.03 * rates[1]
+
+
+def test_rare_large_differences_stay_within_the_range_of_symbols(
+    tiny_codec, latents, start_codec, monkeypatch
+):
+    """At the best level, too, where steps are smallest; otherwise quality would fall with rate."""
+    monkeypatch.setattr(calibrate, "init_codec", lambda codec, key: start_codec(codec))
+    rare = latents.copy()
+    rare[3, 2:, 4:6, 4:6] += 200.0
+    params = calibrate.transforms_from_statistics(tiny_codec, rare)
+    code, key = jax.jit(LatentCodec(tiny_codec).apply), jax.random.key(0)
+
+    def symbols(params):
+        output = code({"params": params}, jnp.asarray(rare), jnp.full(12, 63), key)
+        return np.abs(output.symbols.y).max()
+
+    assert symbols(params) == SYMBOL_BOUND  # clipped
+    assert 0.5 * SYMBOL_BOUND < symbols(calibrate.within_range(params, rare)) < SYMBOL_BOUND
 
 
 def test_fitted_codec_survives_its_file(tiny_codec, fitted, tmp_path):

@@ -26,8 +26,8 @@ SMALL = {
     "calibrate": "--clips 4 --frames 5 --size 64x64",
     "generate": "--size 32x32 --frames 5 --steps 2",
 }
-# Training and the weights of LPIPS have tests of their own.
-OMITTED = "gnvc train", "gnvc port --from FOLDER"
+# Training, evaluation and the weights of LPIPS have tests of their own.
+OMITTED = "gnvc train", "gnvc eval", "gnvc port --from FOLDER"
 
 
 def commands():
