@@ -42,6 +42,8 @@ from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.step import jit_step
 from gnvc_jax.training.throughput import operations
 
+CONFIG = "wan_1_3b/latent"
+
 
 def drawn(shapes: Tree) -> Tree:
     """Arrays of these shapes, types and shardings: small numbers where the type allows."""
@@ -175,7 +177,7 @@ def main() -> None:
     args = options.parse(
         __doc__,
         "accelerator",
-        config="wan_1_3b/latent",
+        config=CONFIG,
         sizes="832x480,1280x720,1920x1080",
         steps="1,5",
         frames=25,
@@ -192,6 +194,9 @@ def main() -> None:
         command = [sys.executable, *sys.argv, "--part", "peer"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         result["diffusers"] = json.loads(done.stdout) if not done.returncode else None
+    if args.config == CONFIG and jax.default_backend() == "cpu":
+        print("no GPU or TPU here: nothing is measured; to try it on a CPU, name a small --config")
+        return
     result |= {"environment": environment(), "coding": {}, "training": []}
     base = load_experiment(args.config, ())
     unit = base.vae.stride * LATENT_MULTIPLE
