@@ -48,6 +48,8 @@ class Tiles(NamedTuple):
 # that keys are fetched less often. All of them compile with libtpu's default limit of fast memory.
 SPLASH_TILES = {
     "TPU v5 lite": Tiles(2048, 1024, 512, 1024),
+    "TPU v5": Tiles(2048, 1024, 512, 1024),
+    "TPU v5p": Tiles(2048, 1024, 512, 1024),
     "TPU v6 lite": Tiles(3072, 2048, 1024, 1536),
     "TPU7x": Tiles(3072, 2048, 1024, 1024),
 }
