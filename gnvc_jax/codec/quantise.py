@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Shaped
 
 from gnvc_jax.arrays import AnyArray
 
+Limit = Shaped[AnyArray, ""] | float
+
 
 def straight_through(
     exact: Shaped[AnyArray, "*shape"], soft: Float[AnyArray, "*shape"]
@@ -28,9 +30,7 @@ def round_ste(x: Float[AnyArray, "*shape"]) -> Float[Array, "*shape"]:
 
 
 @jax.custom_vjp
-def bound(
-    x: Float[AnyArray, "*shape"], low: Shaped[AnyArray, ""], high: Shaped[AnyArray, ""]
-) -> Float[Array, "*shape"]:
+def bound(x: Float[AnyArray, "*shape"], low: Limit, high: Limit) -> Float[Array, "*shape"]:
     """Clips x with a gradient that passes inside, and outside where it leads back inside.
 
     The gradient of a plain clip is zero outside: a parameter that has left its range could never
@@ -39,7 +39,7 @@ def bound(
     return jnp.clip(x, low, high)
 
 
-def _bound_forward(x: AnyArray, low: AnyArray, high: AnyArray) -> tuple[Array, tuple]:
+def _bound_forward(x: AnyArray, low: Limit, high: Limit) -> tuple[Array, tuple]:
     return jnp.clip(x, low, high), (x, low, high)
 
 
