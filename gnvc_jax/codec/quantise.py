@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Shaped
 
 from gnvc_jax.arrays import AnyArray
 
-Limit = Shaped[AnyArray, ""] | float
+Limit = Shaped[AnyArray, ""] | float | int
 
 
 def straight_through(
