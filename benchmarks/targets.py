@@ -9,18 +9,15 @@ group of 97 frames and one of 16, is the hardest one for that.
 """
 
 import io
-import itertools
 import json
 import math
 from pathlib import Path
 
-import numpy as np
-from helpers import options
+from helpers import clips, options
 
 from gnvc_jax.errors import UsageError
 from gnvc_jax.evaluation.environment import environment
 from gnvc_jax.leaky_bucket import LeakyBucket
-from gnvc_jax.media.reader import open_video
 from gnvc_jax.pretrained import load_pretrained
 from gnvc_jax.rate_control import Target, encode_to_target, measure
 
@@ -31,17 +28,6 @@ TARGETS = (
     Target("size", 20_000),
     Target("psnr", 24),
 )
-SIDE = 256
-
-
-def load(path: Path, count: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The middle of the first frames of a clip, and its frame rate."""
-    with open_video(str(path)) as video:
-        top, left = (video.height - SIDE) // 2, (video.width - SIDE) // 2
-        frames = [
-            frame[top : top + SIDE, left : left + SIDE] for frame in itertools.islice(video, count)
-        ]
-        return np.stack(frames), video.fps.as_integer_ratio()
 
 
 def deviation(target: Target, value: float) -> float:
@@ -60,8 +46,8 @@ def main() -> None:
         print(*(f"{v:.4g}" if isinstance(v, float) else v for v in rows[-1].values()), flush=True)
 
     for clip in CLIPS:
-        frames, fps = load(Path(args.data, f"{clip}.mp4"), args.frames)
-        header = coder.header(SIDE, SIDE, fps)
+        frames, fps = clips.load(Path(args.data, f"{clip}.mp4"), args.frames)
+        header = coder.header(clips.SIDE, clips.SIDE, fps)
         for target in TARGETS:
             passes: list[str] = []
 
@@ -86,7 +72,7 @@ def main() -> None:
                 coder.encode_frames(frames, out, header, bucket)
                 given = header, target.kind, out, len(frames), begin, 0
                 add(clip, target, way, measure(coder, lambda f=frames: f, *given))
-        facts = {"frames": args.frames, "side": SIDE, **environment()}
+        facts = {"frames": args.frames, "side": clips.SIDE, **environment()}
         args.out.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
 
 

@@ -23,7 +23,7 @@ from gnvc_jax.bitstream.tables import TOTAL
 from gnvc_jax.codec.model import CodecState
 from gnvc_jax.decoder import Decoder, check_columns, latent_symbols
 from gnvc_jax.errors import UsageError
-from gnvc_jax.frames import check_frame, pad_frames, to_float
+from gnvc_jax.frames import HALF_RANGE, check_frame, pad_frames, to_float
 from gnvc_jax.leaky_bucket import LeakyBucket
 from gnvc_jax.media.errors import UnsupportedFormat
 from gnvc_jax.media.video import VideoInfo
@@ -37,6 +37,9 @@ MAX_QP = 63
 # One intra latent and 24 predicted ones of four frames each.
 DEFAULT_GOP = 97
 NEAR = 2  # levels; the price of a bit of motion differs by 11 %
+# Bits that a squared error of one 8-bit step of a pixel is worth, at the worst and the best level:
+# eight times the lambda of training, since the latents after a latent inherit its errors.
+PIXEL_WORTH = (8e-5, 8e-2)
 Progress = Callable[[int], None]  # called with the number of frames that were finished
 
 
@@ -100,6 +103,7 @@ class Coder(Decoder):
         scene_cuts: bool = True,
         analysis: "Analysis | None" = None,
         audio: bytes = b"",
+        effort: int = 0,
     ) -> int:
         """Encodes frames as they come.
 
@@ -114,14 +118,18 @@ class Coder(Decoder):
             analysis: What earlier passes over the same frames found, which this one adds to; None
                 for a single pass.
             audio: Audio track to write before the frames, see `gnvc_jax.media.audio.AudioTrack`.
+            effort: 1 chooses symbols by the bits that they take, too, 0 by the error alone.
 
         Returns:
             The number of frames.
 
         Raises:
             UsageError: If a frame has another size or type, `qp` is out of range, the mesh in use
-                cannot shard frames of this width, or there is no frame.
+                cannot shard frames of this width, there is no frame, or the model has no block
+                motion and `effort` is not 0.
         """
+        if effort and not self.motion:
+            raise UsageError(f"effort {effort} needs a model with block motion")
         if not isinstance(qp, LeakyBucket):
             check_qp(qp)
         check_columns(header.width, header.latent_stride)
@@ -139,7 +147,9 @@ class Coder(Decoder):
                 # A model may code some latents of a group better than others, which are predicted
                 # from them.
                 levels = self.model.codec_config.levels(MAX_QP - qp, header.gop_latents, number)
-            payload, count = self._encode_group(chunks, levels, number, first, progress, analysis)
+            payload, count = self._encode_group(
+                chunks, levels, number, first, progress, analysis, effort
+            )
             writer.write_group(payload)
             first += count
         if not first:
@@ -202,6 +212,7 @@ class Coder(Decoder):
         first: int,
         progress: Progress,
         analysis: "Analysis",
+        effort: int,
     ) -> tuple[bytes, int]:
         """Encodes the frames of one group.
 
@@ -212,6 +223,7 @@ class Coder(Decoder):
             first: Number of its first frame.
             progress: See `encode_frames`.
             analysis: See `encode_frames`.
+            effort: See `encode_frames`.
 
         Returns:
             The payload of the group, and its number of frames.
@@ -235,11 +247,13 @@ class Coder(Decoder):
                     fields.append(field)
                     predicted, prediction = self.functions.predict(reference, expand(field))
             with self.timed("codec"):
-                coded = self._code(latent[:, 0], state, q_index, prediction, latents)
+                coded = self._code(latent[:, 0], state, q_index, prediction, latents, effort)
                 if bucket is not None:
                     bits = self._bits(coded, fields)
                     if bucket.misjudges(bits):
-                        coded = self._code(latent[:, 0], state, bucket.level(), None, latents)
+                        coded = self._code(
+                            latent[:, 0], state, bucket.level(), None, latents, effort
+                        )
                         bits = self._bits(coded, fields)
                     bucket.coded(bits)
                 # From here on the encoder is a decoder: what it predicts from is what that sees.
@@ -274,11 +288,13 @@ class Coder(Decoder):
         q_index: int,
         prediction: Array | None,
         before: list[QuantisedLatent],
+        effort: int,
     ) -> QuantisedLatent:
         """Codes a latent (1, h, w, c) to symbols, given the symbols of those before it."""
         kind = int(bool(before))
         previous = (before[-1].y, before[-1].index) if before else (None, None)
-        coded = self.functions.analyse(latent, state, q_index, prediction)
+        worth = self._worth(kind, q_index) if effort else None
+        coded = self.functions.analyse(latent, state, q_index, prediction, worth)
         z, y = (np.asarray(v, np.int8) for v in coded[:2])
         # The indices come from the exported integers, as in the decoder, not from the network in
         # training form.
@@ -286,6 +302,15 @@ class Coder(Decoder):
         # Symbols that are almost surely zero are not coded; the decoder takes them as zero.
         y = np.where(index >= self.model.tables.k_skip, y, 0).astype(np.int8)
         return QuantisedLatent(kind, q_index, z, y, index)
+
+    def _worth(self, kind: int, q_index: int) -> float:
+        """Bits that a squared error of an element of a latent is worth."""
+        klt = self.model.vae["klt"]
+        # Latents of a linear VAE are orthonormal coefficients of pixels in [-1, 1], times a scale.
+        scale = float(klt[("first_scale", "later_scale")[kind]])
+        low, high = PIXEL_WORTH
+        pixel = low * (high / low) ** (q_index / MAX_QP)
+        return pixel * (HALF_RANGE / scale) ** 2 / 3.0  # of three colours, the mean counts
 
     def _bits(self, coded: QuantisedLatent, fields: list[MotionField]) -> float:
         """Information content in bits of a latent, and of its motion, the last of `fields`."""

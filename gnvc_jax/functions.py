@@ -53,7 +53,7 @@ class CodecPrograms(NamedTuple):
             (1, 4, h / 16, w / 16, 2) predict from a uint8 frame (1, h, w, 3).
         compensate: (vae, decoded, prediction, predicted) -> uint8 frames of a latent with motion.
         add_latent: (vae, frames, latent, first) -> uint8 frames with what a latent adds to them.
-        analyse: (codec, latent, state, q_index, prediction) -> symbols.
+        analyse: (codec, latent, state, q_index, prediction, worth) -> symbols; worth is optional.
         reconstruct: (codec, symbols, state, q_index, prediction) -> decoded latent, state.
         velocity: (refiner, state, tau, decoded, features, q_index) -> velocity; None for a model
             without a refiner.
@@ -132,10 +132,11 @@ def codec_programs(model: Model) -> CodecPrograms:
         state: CodecState | None,
         q_index: Array,
         prediction: Array | None,
+        worth: Array | None = None,
     ) -> LatentSymbols:
         # Frames were padded for the VAE only; the codec needs multiples of eight latents.
         latent = shard_columns(pad_latents(latent[:, None])[:, 0])
-        inputs = latent, state, q_index, prediction
+        inputs = latent, state, q_index, prediction, worth
         # The bitstream knows no batch axis, and its symbols are integers.
         symbols = codec.apply({"params": params}, *inputs, method="encode")
         return jax.tree.map(lambda x: x[0].astype(jnp.int32), symbols)
@@ -258,12 +259,21 @@ class CodecFunctions:
         return self.programs.add_latent(self.vae_params, frames, latent, first)
 
     def analyse(
-        self, latent: Array, state: CodecState | None, q_index: int, prediction: Array | None = None
+        self,
+        latent: Array,
+        state: CodecState | None,
+        q_index: int,
+        prediction: Array | None = None,
+        worth: float | None = None,
     ) -> LatentSymbols:
-        """Codes a latent to symbols, without the batch axis; an intra latent has no state."""
-        # An array rather than a Python number, so that another level does not compile again.
+        """Codes a latent to symbols, without the batch axis; an intra latent has no state.
+
+        `worth` makes the choice of symbols depend on their bits, see `LatentCodec.encode`.
+        """
+        # Arrays rather than Python numbers, so that another level does not compile again.
         q = jnp.full((1,), q_index)
-        return self.programs.analyse(self.codec_params, latent, state, q, prediction)
+        bits = None if worth is None else jnp.full((1,), worth, jnp.float32)
+        return self.programs.analyse(self.codec_params, latent, state, q, prediction, bits)
 
     def reconstruct(
         self,

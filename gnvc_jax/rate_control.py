@@ -151,6 +151,7 @@ def encode_to_target(
     *,
     scene_cuts: bool = True,
     audio: bytes = b"",
+    effort: int = 0,
 ) -> Trial:
     """Encodes a video at the level that meets a target.
 
@@ -163,6 +164,7 @@ def encode_to_target(
             called with the number of new frames whenever some are finished.
         scene_cuts: See `Coder.encode_frames`.
         audio: Audio track for the stream. It counts for a size; a rate is that of the pictures.
+        effort: See `Coder.encode_frames`.
 
     Returns:
         The stream. A rate is met within 1 % where one of the 505 levels allows it, else by the
@@ -182,8 +184,9 @@ def encode_to_target(
     def attempt(qp: float) -> Trial:
         file = tempfile.TemporaryFile()
         progress = begin(f"encoding at qp {qp:g}")
-        options: dict[str, Any] = {"scene_cuts": scene_cuts, "analysis": analysis, "audio": audio}
-        count = coder.encode_frames(frames(), file, header, qp, progress, **options)
+        options: dict[str, Any] = {"scene_cuts": scene_cuts, "audio": audio, "effort": effort}
+        given = frames(), file, header, qp, progress
+        count = coder.encode_frames(*given, analysis=analysis, **options)
         value = measure(coder, frames, header, target.kind, file, count, begin, len(audio))
         return Trial(qp, file, count, value, target.surplus(value))
 

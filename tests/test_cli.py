@@ -193,6 +193,7 @@ WRONG = [
     ("decode stream.mkv stream.mkv --force", 73, "is the input"),
     ("encode clip.mp4 nowhere/o.gnvc", 73, "nowhere/o.gnvc"),
     ("encode clip.mp4 o.gnvc --qp 64", 2, "got 64"),
+    ("encode clip.mp4 o.gnvc --effort 2", 2, "--effort must be in [0, 1], got 2"),
     ("encode clip.mp4 o.gnvc --qp 20 --max-size 9k", 2, "--qp and --max-size exclude each other"),
     ("encode clip.mp4 o.gnvc --bitrate fast", 2, "--bitrate must be a positive number such as"),
     ("encode clip.mp4 o.gnvc --bpp -1", 2, "a target must be a positive number, got -1"),

@@ -114,6 +114,25 @@ def test_wrong_use_is_said(coder, video, change, reason):
         coder.header(70, 40, (30, 1), gop=6)
 
 
+def test_effort_needs_motion(coder, video):
+    header = coder.header(70, 40, (30, 1), gop=5)
+    with pytest.raises(ValueError, match="effort 1 needs a model with block motion"):
+        coder.encode_frames(video, io.BytesIO(), header, 20, effort=1)
+
+
+def test_effort_lowers_what_bits_and_errors_cost_together(tiny_model, video):
+    coder = Coder(tiny_model(motion=True))
+    header, costs, sizes = coder.header(70, 40, (25, 1), gop=5), [], []
+    for effort in (0, 1):
+        out = io.BytesIO()
+        coder.encode_frames(video[:5], out, header, 30, effort=effort)
+        decoded = np.stack(list(coder.decode_frames(StreamReader(out.getvalue()), steps=0)))
+        error = ((decoded.astype(float) - video[:5]) ** 2).mean(-1).sum()
+        sizes.append(len(out.getvalue()))
+        costs.append(8 * sizes[-1] + 8e-5 * 1000 ** (33 / 63) * error)
+    assert sizes[1] < sizes[0] and costs[1] < costs[0]
+
+
 @pytest.mark.slow
 def test_symbols_from_one_device(coder, stream, tmp_path):
     """A process with one device, not eight, parses the same symbols."""

@@ -91,6 +91,27 @@ def probabilities(params: Mapping) -> Float[np.ndarray, "levels channels symbols
     return np.maximum(np.diff(np.concatenate(edges, axis=-1), axis=-1), 0.0)
 
 
+def cheapest_symbols(
+    x: Float[Array, "*shape"],
+    sigma: Float[Array, "*shape"] | float,
+    worth: Float[Array, "#*shape"] | float,
+) -> Float[Array, "*shape"]:
+    """Rounds x with the bits in mind: to the nearest whole number, or to the next one towards zero.
+
+    Args:
+        x: Values to round.
+        sigma: Standard deviations of the tables that the symbols are coded with.
+        worth: Bits that a squared error of 1 is worth.
+    """
+    nearest = jnp.round(x)
+    smaller = nearest - jnp.sign(nearest)
+
+    def cost(symbols: Array) -> Array:
+        return worth * (x - symbols) ** 2 + gaussian_bits(symbols, sigma)
+
+    return jnp.where(cost(smaller) < cost(nearest), smaller, nearest)
+
+
 def gaussian_bits(
     x: Float[Array, "*shape"], sigma: Float[Array, "*shape"] | float
 ) -> Float[Array, "*shape"]:

@@ -21,7 +21,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, Key
 
 from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
-from gnvc_jax.codec.density import FactorisedDensity, gaussian_bits
+from gnvc_jax.codec.density import FactorisedDensity, cheapest_symbols, gaussian_bits
 from gnvc_jax.codec.layers import DepthwiseBlock, DepthwiseBlocks, Downsample, Upsample, dense
 from gnvc_jax.codec.quantise import bound, round_ste
 from gnvc_jax.codec.scales import ScaleNetwork, sigma_from_index
@@ -169,6 +169,7 @@ class EntropyModel(nn.Module):
         temporal: Float[Array, "b h w width"] | None,
         previous: LatentSymbols,
         skip: bool = True,
+        worth: Float[Array, "b 1 1 cy"] | None = None,
     ) -> tuple[Array, Array, LatentSymbols]:
         """Quantises y, with straight-through gradients.
 
@@ -179,6 +180,8 @@ class EntropyModel(nn.Module):
             skip: Whether symbols with a scale index below `k_skip` are zero, as in a stream.
                 Training keeps them: a coefficient that is set to zero has no gradient to come back
                 by.
+            worth: Bits that a squared error of y is worth, if symbols are to be chosen by their
+                bits, too; this has no gradient. None rounds to the nearest.
 
         Returns:
             y_hat and mu (b, h, w, cy), and the symbols.
@@ -190,7 +193,10 @@ class EntropyModel(nn.Module):
 
         # What is skipped is zero already here, since later passes see y_hat as the decoder does.
         def residual(mu: Array) -> Array:
-            return coded * round_ste(bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND))
+            wanted = bound(y - mu, -SYMBOL_BOUND, SYMBOL_BOUND)
+            if worth is None:
+                return coded * round_ste(wanted)
+            return coded * cheapest_symbols(wanted, sigma_from_index(index), worth)
 
         y_hat, mu, symbols = self.run_passes(z, temporal, residual)
         return y_hat, mu, LatentSymbols(z, symbols, index)
@@ -199,12 +205,14 @@ class EntropyModel(nn.Module):
         """1 where an element is written to the stream, 0 where it is skipped; no gradient."""
         return jax.lax.stop_gradient(index >= self.config.k_skip).astype(jnp.float32)
 
+    def y_bits(self, symbols: LatentSymbols) -> Float[Array, "b h w cy"]:
+        """Bits of each element of y, integers without noise. Skipped elements cost nothing."""
+        bits = gaussian_bits(symbols.y, sigma_from_index(symbols.index))
+        return bits * self.carries_symbol(symbols.index)
+
     def written_bits(self, symbols: LatentSymbols, q_index: Int[Array, " b"]) -> Float[Array, " b"]:
         """Bits that the tables of a released model will give these symbols; no gradient."""
-        # Integers without noise. Skipped elements cost nothing.
-        y_bits = gaussian_bits(symbols.y, sigma_from_index(symbols.index))
-        y_bits = y_bits * self.carries_symbol(symbols.index)
-        bits = _total(y_bits) + _total(self.density.bits(symbols.z, q_index))
+        bits = _total(self.y_bits(symbols)) + _total(self.density.bits(symbols.z, q_index))
         return jax.lax.stop_gradient(bits)
 
     def bits(

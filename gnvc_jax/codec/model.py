@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.codec.config import LATENT_MULTIPLE, CodecConfig
 from gnvc_jax.codec.entropy import LatentSymbols
+from gnvc_jax.codec.layers import space_to_depth
 from gnvc_jax.codec.transform import DecodedLatent, ResidualTransform
 
 # The codec computes in full float32 on every backend: by default JAX multiplies float32 in bfloat16
@@ -139,13 +140,35 @@ class LatentCodec(nn.Module):
         state: CodecState | None,
         q_index: Int[Array, " b"],
         prediction: Float[Array, "b h w c"] | None = None,
+        worth: Float[Array, " b"] | None = None,
     ) -> LatentSymbols:
-        """Codes a latent to symbols as a stream holds them: skipped elements are zero."""
+        """Codes a latent to symbols as a stream holds them: skipped elements are zero.
+
+        Args:
+            latent, state, q_index, prediction: See the class.
+            worth: Bits that a squared error of a latent element is worth, if symbols are to be
+                chosen by the bits that they take, too; None rounds to the nearest.
+        """
         given = self._given(state, latent.shape[:3], q_index, prediction)
         part, expected, context, temporal, previous = given
         y = part.analyse(latent, expected, context, q_index)
         # The reconstruction is not used: encoders get it from `decode`, as decoders do.
-        return part.entropy.encode(y, q_index, temporal, previous)[2]
+        if worth is None:
+            return part.entropy.encode(y, q_index, temporal, previous)[2]
+        weight = worth[:, None, None, None]
+        given = temporal, previous, True, weight * part.squared_gain(q_index)
+        y_hat, _, symbols = part.entropy.encode(y, q_index, *given)
+        if state is None or self.config.motion is None:
+            return symbols
+        # A cell of 2x2 latents is coded only where that costs less than a copy of the prediction.
+        decoded, _ = part.synthesise(y_hat, symbols.y, expected, context, q_index)
+
+        def cost(latents: Array | float, y: Array) -> Array:  # (b, h/2, w/2)
+            errors = space_to_depth(weight * (latent - latents) ** 2).sum(-1)
+            return errors + part.entropy.y_bits(symbols._replace(y=y)).sum(-1)
+
+        coded = cost(decoded.latent, symbols.y) < cost(expected, jnp.zeros_like(symbols.y))
+        return symbols._replace(y=symbols.y * coded[..., None])
 
     @exact
     def decode(

@@ -172,6 +172,11 @@ class ResidualTransform(nn.Module):
         y = jnp.dot(space_to_depth(residual), self.basis, precision="highest")
         return self.y_gain(y + self.merge(space_to_depth(x)), q_index)
 
+    def squared_gain(self, q_index: Int[Array, " b"]) -> Float[Array, "b 1 1 cy"]:
+        """Squared error of a latent per squared error of y, by channel, without the networks."""
+        ones = jnp.ones((len(q_index), 1, 1, self.config.y_channels))
+        return self.y_inverse(ones, q_index) ** 2 * jnp.sum(self.inverse**2, axis=1)
+
     def synthesise(
         self,
         y_hat: Float[Array, "b hy wy cy"],

@@ -49,6 +49,7 @@ def encode(
     target_psnr: float | None = None,
     target_lpips: float | None = None,
     one_pass: bool = False,
+    effort: int = 0,
     gop: int = 97,
     no_scene_cut: bool = False,
     frames: int | None = None,
@@ -85,6 +86,8 @@ def encode(
         target_lpips: Largest mean LPIPS (AlexNet) of the decoded frames.
         one_pass: Encode the video only once and steer --bitrate or --bpp by what its first part
             took; always so from stdin.
+        effort: 1 spends half as much time again to choose symbols by the bits that they take, for
+            fewer bits at the same PSNR; 0 does not.
         gop: Most frames in a group, 1 + 4k; each group can be decoded on its own.
         no_scene_cut: Begin groups after --gop frames only, not at scene cuts, too.
         frames: Maximum number of frames to encode.
@@ -115,6 +118,7 @@ def encode(
         raise UsageError("an output is required when the input is stdin")
     output = output or f"{input.rstrip('/')}.gnvc"
     check_range("--frames", frames, 1)
+    check_range("--effort", effort, 0, 1)
     target = chosen_target(qp, bitrate, bpp, max_size, target_psnr, target_lpips)
     rate = target if target is not None and target.kind in ("bitrate", "bpp") else None
     if one_pass and rate is None:
@@ -170,7 +174,11 @@ def encode(
                     yield from itertools.islice(source, frames)
 
             source, out, found = video, cast(BinaryIO, file), ""
-            more: dict[str, Any] = {"scene_cuts": not no_scene_cut, "audio": track}
+            more: dict[str, Any] = {
+                "scene_cuts": not no_scene_cut,
+                "audio": track,
+                "effort": effort,
+            }
             if target is None or one_pass or input == "-":
                 # islice stops at the last frame wanted, so damage behind it is never looked at.
                 wanted, level = itertools.islice(video, frames), DEFAULT_QP if qp is None else qp

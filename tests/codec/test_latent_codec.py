@@ -163,6 +163,21 @@ def test_every_parameter_has_a_gradient(params):
     assert not still
 
 
+def test_cheapest_symbols_are_those_of_brute_force():
+    rng = np.random.default_rng(0)
+    x, sigma = rng.normal(0, 3, 2000), rng.uniform(0.11, 8, 2000)
+    for worth in (0.1, 1.0, 10.0):
+        got = np.asarray(density.cheapest_symbols(jnp.asarray(x), jnp.asarray(sigma), worth))
+        # The nearest whole number and the one before it, seen from zero.
+        nearest = np.round(x)
+        known = np.stack([nearest, nearest - np.sign(nearest)])
+        mass = norm.cdf(known + 0.5, scale=sigma) - norm.cdf(known - 0.5, scale=sigma)
+        costs = worth * (x - known) ** 2 - np.log2(np.maximum(mass, density.LIKELIHOOD_MIN))
+        chosen = np.where(got == known[0], costs[0], costs[1])
+        assert np.isin(got - nearest, [0, *(-np.sign(nearest))]).all()
+        np.testing.assert_allclose(chosen, costs.min(0), atol=1e-3)
+
+
 def test_gaussian_bits_match_scipy():
     x = np.linspace(-30, 30, 241)
     for sigma in (0.11, 0.5, 3.0, 16.0):
