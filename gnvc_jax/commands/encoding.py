@@ -86,8 +86,8 @@ def encode(
         target_lpips: Largest mean LPIPS (AlexNet) of the decoded frames.
         one_pass: Encode the video only once and steer --bitrate or --bpp by what its first part
             took; always so from stdin.
-        effort: 1 spends half as much time again to choose symbols by the bits that they take, for
-            fewer bits at the same PSNR; 0 does not.
+        effort: 1 chooses symbols by the bits that they take, too, which takes more time, for fewer
+            bits at the same PSNR; 0 does not.
         gop: Most frames in a group, 1 + 4k; each group can be decoded on its own.
         no_scene_cut: Begin groups after --gop frames only, not at scene cuts, too.
         frames: Maximum number of frames to encode.
