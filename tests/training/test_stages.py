@@ -116,6 +116,7 @@ def test_from_clips_to_a_model_that_codes(vae_experiment, clips, tiny_codec, tmp
         config = tmp_path / f"{experiment.stage}.py"
         config.write_text(
             "from gnvc_jax.codec.config import CodecConfig\n"
+            "from gnvc_jax.parallel import MeshConfig\n"
             "from gnvc_jax.training.config import *\n"
             "from gnvc_jax.training.stages.codec import CodecLoss\n"
             "from gnvc_jax.training.stages.pixel import PixelLoss\n"
