@@ -106,7 +106,7 @@ def test_from_clips_to_a_model_that_codes(vae_experiment, clips, tiny_codec, tmp
     pixel = dataclasses.replace(
         codec,
         stage="pixel",
-        train=("codec/", "vae/decoder"),
+        train=("codec/", "vae/klt"),
         init=InitConfig(run=codec.run.out),
         loss=PixelLoss(lpips_net="alex"),
         run=dataclasses.replace(codec.run, out=str(tmp_path / "pixel")),
