@@ -93,7 +93,7 @@ def test_hdr_tags_are_kept_or_their_loss_is_noted(colour, tmp_path, frames):
         with open_writer(tmp_path / name, 52, 36, 25, colour=colour) as out:
             out.write(frames[0])
         if name in ("a.mkv", "a.mp4"):
-            assert out.notes == ()
+            assert not out.notes
             with av.open(str(tmp_path / name)) as container:
                 frame = next(container.decode(video=0))
             assert (frame.color_primaries, frame.color_trc) == (9, 16)
