@@ -19,7 +19,7 @@ from gnvc_jax.arrays import Array
 from gnvc_jax.bitstream import Header, QuantisedLatent, StreamWriter, encode_group
 from gnvc_jax.bitstream.errors import LimitExceeded
 from gnvc_jax.bitstream.header import check_picture
-from gnvc_jax.bitstream.tables import TOTAL
+from gnvc_jax.bitstream.tables import QUALITIES, TOTAL
 from gnvc_jax.codec.model import CodecState
 from gnvc_jax.decoder import Decoder, check_columns, latent_symbols
 from gnvc_jax.errors import UsageError
@@ -308,8 +308,7 @@ class Coder(Decoder):
         klt = self.model.vae["klt"]
         # Latents of a linear VAE are orthonormal coefficients of pixels in [-1, 1], times a scale.
         scale = float(klt[("first_scale", "later_scale")[kind]])
-        low, high = PIXEL_WORTH
-        pixel = low * (high / low) ** (q_index / MAX_QP)
+        pixel = float(np.geomspace(*PIXEL_WORTH, QUALITIES)[q_index])
         return pixel * (HALF_RANGE / scale) ** 2 / 3.0  # of three colours, the mean counts
 
     def _bits(self, coded: QuantisedLatent, fields: list[MotionField]) -> float:

@@ -114,7 +114,7 @@ def test_codec_gets_gradients_of_refined_frames_only_where_its_loss_has_a_weight
 
 
 def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_others():
-    rng, weights = np.random.default_rng(1), RefineLoss()
+    rng, weights = np.random.default_rng(1), RefineLoss(codec=0.5)
     source = np.float32(camera_move(9)[None, :, :64, :64]) / 127.5 - 1
     constants = {"alex": load_weights("alex"), "dists": load_dists()}
 
@@ -125,7 +125,8 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
         frames = RefinedFrames(refined[:, 1:], source[:, 1:], source[:, 1:], first, error, codec)
         return refine_loss(weights, constants, frames, jax.random.key(0))
 
-    assert loss(source, jnp.zeros(1))[0] == pytest.approx(0.0, abs=1e-5)
+    # What is left is the loss of the codec.
+    assert loss(source, jnp.zeros(1))[0] == pytest.approx(0.5 * 7.0, abs=1e-5)
     noise = 0.05 * rng.normal(size=source.shape).astype(np.float32)
     total, terms = loss(source + noise, jnp.ones(1))
     squared = np.mean((np.clip(source + noise, -1, 1) - source) ** 2)
@@ -138,5 +139,6 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
         + weights.dists * terms["dists"]
         + weights.temporal * temporal
         + weights.latent
+        + 0.5 * 7.0
     )
     assert float(total) == pytest.approx(float(expected), rel=1e-3)
