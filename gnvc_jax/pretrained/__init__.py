@@ -72,6 +72,7 @@ class Codec(Coder):
         qp: float = 24,
         fps: float | Fraction = 30,
         gop: int = DEFAULT_GOP,
+        effort: int = 0,
     ) -> bytes:
         """Encodes a video.
 
@@ -80,12 +81,14 @@ class Codec(Coder):
             qp: Quality level, 0 (best) to 63 (smallest), in steps of 1/8.
             fps: Frames per second.
             gop: Frames per group, 1 + 4k; each group can be decoded on its own.
+            effort: 1 chooses symbols by the bits that they take, too, 0 by the error alone.
 
         Returns:
             The stream, what `gnvc encode` writes to a file.
 
         Raises:
-            UsageError: If the video has another shape or type, or an option is out of range.
+            UsageError: If the video has another shape or type, an option is out of range, or
+                `effort` is given for a model without block motion.
             LimitExceeded: If a stream cannot hold frames of this size or rate.
         """
         video = np.asarray(video)
@@ -94,7 +97,7 @@ class Codec(Coder):
         rate = Fraction(fps).limit_denominator(1001).as_integer_ratio()
         header = self.header(width, height, rate, gop=gop, frame_count=count)
         out = io.BytesIO()
-        self.encode_frames(video, out, header, qp)
+        self.encode_frames(video, out, header, qp, effort=effort)
         return out.getvalue()
 
     def decode(self, stream: bytes, steps: int | None = None) -> UInt8[np.ndarray, "t h w 3"]:

@@ -43,6 +43,11 @@ def test_a_still_scene_keeps_its_quality(codec):
     assert psnrs[-1] > psnrs[1] - 0.1, psnrs[::4]
 
 
+def test_effort_makes_files_smaller(codec):
+    video = camera_move(9)[:, :128, :128]
+    assert len(codec.encode(video, qp=32, effort=1)) < len(codec.encode(video, qp=32))
+
+
 def test_colours_stay(codec):
     """Flat pictures come back with their mean colour."""
     for colour in ((200, 60, 60), (60, 160, 60), (128, 128, 128), (40, 60, 180)):
