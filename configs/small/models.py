@@ -42,4 +42,5 @@ REFINER = RefinerConfig(
     # No noise in the starting state: refinement is one deterministic step.
     noise=0.0,
     deviation=0.5,
+    head=64,
 )

@@ -14,6 +14,7 @@ run. Only what is asked for is read: `load` takes shapes, with the types and sha
 in.
 """
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -160,7 +161,8 @@ def load_model_weights(experiment: Experiment, name: str, like: Tree) -> Tree:
     """Loads parameters from the model file `init.model`.
 
     A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
-    the same codec. The VAE is not, if `init.vae` names one: model files round theirs.
+    the same codec; it may lack the head, which then starts as the identity. The VAE is not, if
+    `init.vae` names one: model files round theirs.
     """
     model = find_model(name)
     if origins(experiment.init).vae is not None:
@@ -170,8 +172,11 @@ def load_model_weights(experiment: Experiment, name: str, like: Tree) -> Tree:
         if part in like and found != expected:
             raise UsageError(f"{name}: holds {found}, but the experiment has {expected}")
     parts = {"vae": model.vae, "codec": model.codec}
-    if model.refiner is not None and model.refiner_config == experiment.refiner:
-        parts["refiner"] = model.refiner
+    if (found := model.refiner_config) is not None and experiment.refiner is not None:
+        if not found.head:
+            found = dataclasses.replace(found, head=experiment.refiner.head)
+        if found == experiment.refiner:
+            parts["refiner"] = model.refiner
     wanted = flatten_dict(like, sep="/").keys()
     flat = flatten_dict(parts, sep="/")
     return unflatten_dict({path: x for path, x in flat.items() if path in wanted}, sep="/")
