@@ -138,8 +138,9 @@ def codec_programs(model: Model) -> CodecPrograms:
         given = frames, change[:, None] * std, first
         refined = cast(Array, vae.apply({"params": params}, *given, method="add_latents"))
         if head is not None:
-            variables = {"params": refiner["head"]}
-            refined = cast(Array, head.apply(variables, refined, frames, q_index))
+            # Kernels of refiners are float16 on devices; the head computes in float32.
+            exact = jax.tree.map(lambda x: x.astype(jnp.float32), refiner["head"])
+            refined = cast(Array, head.apply({"params": exact}, refined, frames, q_index))
         return to_uint8(frames + strength * (refined - frames))
 
     @jax.jit
