@@ -113,7 +113,7 @@ def plan(
 
     Args:
         config: Name of a shipped config, or path of a config file.
-        topology: One or more topologies, CHIP:AxB[xC].
+        topology: One or more topologies, CHIP:AxB[xC], or SLICESxCHIP:AxB[xC] for several slices.
         hardware: Kind of hardware to choose mesh, micro-batches, dtype and rematerialisation for,
             as for `gnvc train`.
         per_device: Clips per device along the mesh axes data and fsdp, overriding data.batch.
@@ -133,7 +133,7 @@ def plan(
 
     check_range("--steps", steps, 0, MAX_STEPS)
     if not topology:
-        raise UsageError("--topology needs at least one CHIP:AxB[xC]")
+        raise UsageError("--topology needs at least one [SLICESx]CHIP:AxB[xC]")
     if coding and (per_device or any(x.startswith("--mesh") for x in settings)):
         raise UsageError(
             "--mesh and --per-device apply to training; with --coding each frame is sharded over "

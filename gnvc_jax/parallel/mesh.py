@@ -6,7 +6,9 @@
 - tensor: attention heads and hidden units.
 
 The axes are ordered from least to most communication, because neighbours along the last axis have
-the fastest links. `parse_mesh` reads a mesh from the command line, `make_mesh` builds it.
+the fastest links. Several slices of TPUs, each with fast links of its own, are connected by the
+network of the data centre: they divide the axis data, along which only gradients travel.
+`parse_mesh` reads a mesh from the command line, `make_mesh` builds it.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
@@ -65,7 +68,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
             but must use all if they were given or if there are several processes.
 
     Raises:
-        UsageError: If the sizes do not fit the number of devices.
+        UsageError: If the sizes do not fit the number of devices or slices.
     """
     given, sizes = devices is not None, dataclasses.asdict(config)
     devices = jax.devices() if devices is None else list(devices)
@@ -78,11 +81,35 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     whole = given or jax.process_count() > 1
     if min(sizes.values()) < 1 or used > len(devices) or (used < len(devices) and whole):
         raise UsageError(f"mesh {sizes} needs {used} devices, there are {len(devices)}")
-    shape = tuple(sizes.values())
-    # Neighbours in the mesh become neighbours in the machine if its topology is known. Splitting a
-    # physical axis is allowed, since a torus of chips rarely has just the sizes of the mesh.
-    grid = mesh_utils.create_device_mesh(shape, devices[:used], allow_split_physical_axes=True)
+    grid = device_grid(sizes, devices[:used])
     return Mesh(grid, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def device_grid(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Places devices on a mesh, so that neighbours on it are neighbours in the machine.
+
+    Args:
+        sizes: Number of devices along each axis of the mesh, in its order.
+        devices: As many devices as the mesh has.
+
+    Raises:
+        UsageError: If they lie in several slices that do not divide the axis data.
+    """
+    # Splitting a physical axis is allowed, since a torus of chips rarely has just the sizes of the
+    # mesh.
+    split = {"allow_split_physical_axes": True}
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **split)
+    if sizes["data"] % slices:
+        raise UsageError(
+            f"mesh axis data={sizes['data']} must be a multiple of the {slices} slices: the other "
+            "axes need the links inside of a slice"
+        )
+    inside = sizes | {"data": sizes["data"] // slices}
+    across = dict.fromkeys(sizes, 1) | {"data": slices}
+    shapes = tuple(inside.values()), tuple(across.values())
+    return mesh_utils.create_hybrid_device_mesh(*shapes, devices, **split)
 
 
 def backend() -> str:

@@ -2,13 +2,15 @@
 
 Figures per chip are those of docs.cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}: bfloat16
 operations, capacity and bandwidth of memory, interconnect. The published figure of the interconnect
-counts both directions of all links.
+counts both directions of all links. The bandwidth of the data center network is published per chip
+of v5p and per pod of 256 chips of v5e and v6e.
 """
 
 import dataclasses
 import math
 import os
 import re
+from typing import NamedTuple
 
 import jax
 
@@ -27,6 +29,8 @@ class Chip:
         link: Bytes per second of one link of the interconnect, in one direction.
         axes: Number of axes of the torus.
         devices: Devices per chip in a topology. (On a real v4, both cores are one device.)
+        network: Bytes per second of the data center network, which connects slices; 0 where no
+            figure is published.
     """
 
     platform: str
@@ -36,14 +40,15 @@ class Chip:
     link: float
     axes: int
     devices: int = 1
+    network: float = 0.0
 
 
 # platform, operations/s, HBM in bytes, HBM in bytes/s, link in bytes/s, axes of the torus.
 CHIPS = {
     "v4": Chip("v4", 275e12, 32 << 30, 1228e9, 50e9, 3, devices=2),
-    "v5e": Chip("v5e", 197e12, 16 << 30, 819e9, 50e9, 2),
-    "v5p": Chip("v5", 459e12, 95 << 30, 2765e9, 100e9, 3),
-    "v6e": Chip("v6e", 918e12, 32 << 30, 1638e9, 100e9, 2),
+    "v5e": Chip("v5e", 197e12, 16 << 30, 819e9, 50e9, 2, network=6.4e12 / 8 / 256),
+    "v5p": Chip("v5", 459e12, 95 << 30, 2765e9, 100e9, 3, network=50e9 / 8),
+    "v6e": Chip("v6e", 918e12, 32 << 30, 1638e9, 100e9, 2, network=25.6e12 / 8 / 256),
     "v7x": Chip("tpu7x", 2307e12, 192 << 30, 7370e9, 100e9, 3, devices=2),
 }
 
@@ -68,19 +73,40 @@ PEAK_FLOPS = {
 }
 
 
-def parse_topology(text: str) -> tuple[Chip, tuple[int, ...]]:
-    """Splits a topology such as "v5p:4x4x4" into its chip and shape (4, 4, 4).
+class Topology(NamedTuple):
+    """Slices of one kind of chip.
+
+    Attributes:
+        chip: Figures of the chip.
+        shape: Chips along each axis of the torus of a slice.
+        slices: Number of slices, which the data center network connects.
+    """
+
+    chip: Chip
+    shape: tuple[int, ...]
+    slices: int
+
+
+def parse_topology(text: str) -> Topology:
+    """Parses a topology: "v5p:4x4x4" is one slice of 4x4x4 chips, "2xv5e:16x16" two of 16x16.
 
     Raises:
-        UsageError: If the chip is unknown, or the shape has the wrong number of axes.
+        UsageError: If the chip is unknown, the shape has the wrong number of axes, or there are
+            several slices of a chip whose network has no published figures.
     """
-    name, _, shape = text.partition(":")
-    if name not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
-        raise UsageError(f"topology {text!r}: expected CHIP:AxB[xC], CHIP of {', '.join(CHIPS)}")
-    sizes = tuple(map(int, shape.split("x")))
-    if len(sizes) != CHIPS[name].axes:
-        raise UsageError(f"topology {text!r}: {name} has {CHIPS[name].axes} dimensions")
-    return CHIPS[name], sizes
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(\w+):(\d+(?:x\d+)*)", text)
+    if found is None or found[2] not in CHIPS:
+        raise UsageError(
+            f"topology {text!r}: expected [SLICESx]CHIP:AxB[xC], CHIP of {', '.join(CHIPS)}"
+        )
+    count, name, shape = found.groups()
+    chip, sizes, slices = CHIPS[name], tuple(map(int, shape.split("x"))), int(count or 1)
+    if len(sizes) != chip.axes:
+        raise UsageError(f"topology {text!r}: {name} has {chip.axes} dimensions")
+    if slices > 1 and not chip.network:
+        known = ", ".join(name for name, chip in CHIPS.items() if chip.network)
+        raise UsageError(f"topology {text!r}: the network between slices is known for {known} only")
+    return Topology(chip, sizes, slices)
 
 
 def device_count(text: str) -> int:
@@ -89,8 +115,8 @@ def device_count(text: str) -> int:
     Raises:
         UsageError: If the topology cannot be parsed, see `parse_topology`.
     """
-    chip, sizes = parse_topology(text)
-    return math.prod(sizes) * chip.devices
+    chip, shape, slices = parse_topology(text)
+    return slices * math.prod(shape) * chip.devices
 
 
 def topology_devices(text: str) -> list[jax.Device]:
@@ -101,14 +127,15 @@ def topology_devices(text: str) -> list[jax.Device]:
     """
     from jax.experimental import topologies
 
-    chip, sizes = parse_topology(text)
+    chip, shape, slices = parse_topology(text)
     # Settings that libtpu reads when it is loaded.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU to query
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor to claim
     os.environ.setdefault("TPU_LIBRARY_PATH", libtpu_path())
-    name = f"{chip.platform}:{'x'.join(map(str, sizes))}"
+    name = f"{chip.platform}:{'x'.join(map(str, shape))}"
+    several = {"num_slices": slices} if slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **several)
     except Exception as error:
         raise UsageError(f"topology {text!r}: {str(error).splitlines()[0]}") from None
     if len(found.devices) != device_count(text):

@@ -52,7 +52,9 @@ def plan_coding(experiment: Experiment, topology: str, command: str, steps: int 
     Raises:
         UsageError: If sizes do not divide, the topology is unknown, or libtpu is not installed.
     """
-    chip, _ = parse_topology(topology)
+    chip, _, slices = parse_topology(topology)
+    if slices > 1:
+        raise UsageError(f"topology {topology!r}: a frame is coded within one slice")
     devices = topology_devices(topology)
     return {"topology": topology} | coding_for(experiment, devices, chip, command, steps)
 

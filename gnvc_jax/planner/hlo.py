@@ -21,7 +21,12 @@ ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\](\{[^}]*\})?")
 TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 # On TPU one collective can be cut into a chain of fusions; these two numbers identify it.
 CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
+# Between slices, libtpu turns a collective into a transfer to the host, which a runtime of its own
+# (Megascale) carries out: `send(...) frontend_attributes={..., _xla_megascale_target="{1,2}x{0:7}",
+# _xla_megascale_transfer_type="ALL_REDUCE"}` for slices 1 and 2 of eight devices each.
+TRANSFER = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*_transfer_type="(\w+)"')
 KIND = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?")
+TRANSFERS = {"ONE_TO_ONE": "collective-permute"}
 BITS = {"pred": 8, "token": 0}
 
 # Instructions that move nothing themselves, or whose parts are visited one by one.
@@ -161,6 +166,7 @@ class Collective:
     """Communication of one kind in one run of a program, on each device.
 
     Attributes:
+        network: "ici" for links inside of a slice, "dcn" for the network between slices.
         kind: Name of the collective, such as "all-gather".
         count: Number of times it executes.
         bytes: Bytes of its operands.
@@ -169,6 +175,7 @@ class Collective:
             that for an all-reduce, all of it for a permutation.
     """
 
+    network: str
     kind: str
     count: float
     bytes: float
@@ -176,7 +183,7 @@ class Collective:
 
 
 def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
-    """Adds up the communication of one run of a compiled program, by kind.
+    """Adds up the communication of one run of a compiled program, by network and kind.
 
     Args:
         text: HLO text of the program.
@@ -186,9 +193,24 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
     totals, seen = defaultdict(lambda: [0.0, 0.0, 0.0]), set()
 
+    def count(network: str, kind: str, times: float, given: int, n: int) -> None:
+        # Of the operand, which is a device's own part for an all-gather and the whole array
+        # otherwise; see `Collective.sent`.
+        part = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
+        sent = given * part.get(kind, (n - 1) / n)
+        if sent:
+            for i, value in enumerate((1, given, sent)):
+                totals[network, kind][i] += times * value
+
     def add(times: float, where: str, one: Instruction) -> None:
         found = KIND.fullmatch(one.operation)
         if found is None:
+            if one.operation == "send" and (transfer := TRANSFER.search(one.rest)):
+                listed, name = transfer.groups()
+                kind = TRANSFERS.get(name, name.lower().replace("_", "-"))
+                # The whole type has the data, and two numbers that the runtime needs.
+                data = one.result.lstrip("(").split(", u32")[0]
+                count("dcn", kind, times, size(data), slice_count(listed))
             return
         # On TPU a collective that overlaps with computation appears in each fusion that it
         # overlaps with, and must be counted once.
@@ -201,13 +223,7 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
         if where.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         given = sum(size(types[where][x]) for x in one.operands if x in types[where])
-        # Of the operand, which is a device's own part for an all-gather and the whole array
-        # otherwise; see `Collective.sent`.
-        part = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
-        sent = given * part.get(kind, (n - 1) / n)
-        if sent:
-            for i, value in enumerate((1, given, sent)):
-                totals[kind][i] += times * value
+        count("ici", kind, times, given, n)
 
     for times, where, instruction in runs(entry, computations, trip_count):
         add(times, where, instruction)
@@ -215,7 +231,15 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
             inner = instruction.calls("calls")
             for one in computations[inner]:
                 add(times, inner, one)
-    return [Collective(kind, *values) for kind, values in sorted(totals.items())]
+    # Links inside of a slice first.
+    found = sorted(totals.items(), key=lambda item: (item[0][0] == "dcn", item[0]))
+    return [Collective(*names, *values) for names, values in found]
+
+
+def slice_count(listed: str) -> int:
+    """Number of slices in a list such as "1,2,5:8"."""
+    ends = ([int(x) for x in part.split(":")] for part in listed.split(","))
+    return sum(each[-1] - each[0] + 1 for each in ends)
 
 
 def traffic(text: str, trip_count: float = 1.0) -> float:

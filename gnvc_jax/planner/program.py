@@ -57,7 +57,8 @@ def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
 def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) -> dict:
     """Reads a program's communication, and the seconds that each resource takes at its peak.
 
-    A collective is taken to run in a ring along one axis of the torus, in both directions.
+    A collective inside of a slice is taken to run in a ring along one axis of the torus, in both
+    directions; one between slices, over the data center network.
 
     Args:
         text: HLO text of the program.
@@ -67,15 +68,19 @@ def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) 
     """
     # Peak figures are per chip, and the program is that of a device: a chip may have two.
     sent, moved = hlo.collectives(text, trip_count), hlo.traffic(text, trip_count)
+    seconds = {
+        "compute": operations / (chip.flops / chip.devices),
+        "hbm": moved / (chip.bandwidth / chip.devices),
+    }
+    # Links of one axis, one for each direction of the ring; and the chip's share of the network.
+    for network, rate in (("ici", 2 * chip.link), ("dcn", chip.network)):
+        over = sum(one.sent for one in sent if one.network == network)
+        if over or network == "ici":
+            seconds[network] = over / (rate / chip.devices)
     return {
         "collectives": [dataclasses.asdict(one) for one in sent],
         "hbm_traffic_bytes": moved,
-        "roofline_s": {
-            "compute": operations / (chip.flops / chip.devices),
-            "hbm": moved / (chip.bandwidth / chip.devices),
-            # Links of one axis, one for each direction of the ring.
-            "ici": sum(one.sent for one in sent) / (2 * chip.link / chip.devices),
-        },
+        "roofline_s": seconds,
     }
 
 

@@ -42,7 +42,7 @@ def plan(
     Raises:
         UsageError: If sizes do not divide, the topology is unknown, or libtpu is not installed.
     """
-    chip, _ = parse_topology(topology)
+    chip = parse_topology(topology).chip
     if per_device is not None:
         mesh = experiment.mesh
         # Devices along context and tensor share clips, so they do not make the batch larger.
@@ -119,7 +119,8 @@ def report(found: dict) -> str:
         f"  operations   {found['flops']['model']:.3g} per step, "
         f"{found['flops']['computed']:.3g} including rematerialisation",
         *(
-            f"  {x['kind']:19}{x['count']:6.0f} times, {x['sent'] / gib:.3f} GiB sent per device"
+            f"  {x['kind']:19}{x['count']:6.0f} times, {x['sent'] / gib:.3f} GiB sent per device "
+            f"over {x['network'].upper()}"
             for x in found["collectives"]
         ),
         "  at peak      " + ", ".join(f"{k} {v:.4f} s" for k, v in found["roofline_s"].items()),
@@ -133,17 +134,23 @@ def report(found: dict) -> str:
 def table(plans: Sequence[dict]) -> str:
     """Puts plans side by side in a Markdown table."""
     rows = [
-        "| topology | mesh | batch | peak GiB | step s | MFU at most | clips/s | chip hours |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| topology | mesh | batch | peak GiB | GiB over ICI | GiB over DCN | step s | MFU at most "
+        "| clips/s | chip hours |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for one in plans:
         start = f"| {one['topology']} | {mesh_text(one)} | {one['batch']} | "
         if "peak_bytes" not in one:
-            rows.append(start + "does not fit | | | | |")
+            rows.append(start + "does not fit | | | | | | |")
             continue
         (low, high), hours = one["step_s"], one["chip_hours_per_epoch"]
+        sent = {
+            network: sum(x["sent"] for x in one["collectives"] if x["network"] == network) / 2**30
+            for network in ("ici", "dcn")
+        }
         rows.append(
             f"{start}{one['peak_bytes'] / 2**30:.1f}{'' if one['fits'] else ' (too much)'} | "
+            f"{sent['ici']:.2f} | {sent['dcn']:.2f} | "
             f"{low:.3f}–{high:.3f} | {one['mfu_bound']:.0%} | "
             f"{one['clips_per_s'][0]:.0f}–{one['clips_per_s'][1]:.0f} | "
             f"{hours[0]:,.0f}–{hours[1]:,.0f} |"

@@ -1,5 +1,7 @@
 """The mesh, and where parameters and activations lie on it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.codec.model import LatentCodec
 from gnvc_jax.parallel import MeshConfig, backend, constrain, make_mesh, parse_mesh, shardings
+from gnvc_jax.parallel.mesh import device_grid
 from gnvc_jax.parallel.rules import spec
 from gnvc_jax.refiner import VACE_1_3B, Refiner, RefinerConfig
 from gnvc_jax.training.config import OptimConfig
@@ -36,6 +39,28 @@ def test_parse_mesh_reads_axes_and_sizes():
 def test_impossible_meshes_are_refused(wrong):
     with pytest.raises(ValueError, match="there are 8"):
         make_mesh(wrong)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What meshes need to know of a device that lies in a slice."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "a platform without a known topology"
+    device_kind: str = ""
+
+
+def test_slices_divide_the_data_axis():
+    """Each slice holds whole copies of the other axes, in any order of the devices."""
+    devices = [Chip(i, i % 2) for i in range(16)]
+    grid = device_grid({"data": 4, "fsdp": 2, "context": 1, "tensor": 2}, devices)
+    assert grid.shape == (4, 2, 1, 2) and len({device.id for device in grid.flat}) == 16
+    slices = np.vectorize(lambda device: device.slice_index)(grid)
+    assert np.array_equal(slices, np.broadcast_to([[[[0]]], [[[0]]], [[[1]]], [[[1]]]], grid.shape))
+    with pytest.raises(ValueError, match="data=1 must be a multiple of the 2 slices"):
+        device_grid({"data": 1, "fsdp": 16}, devices)
 
 
 def test_sharding_follows_the_end_of_the_path():

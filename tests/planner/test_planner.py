@@ -314,9 +314,59 @@ def test_traffic_of_a_loop_over_slices():
     assert layers.nbytes <= read <= 3.5 * layers.nbytes
 
 
+def test_communication_between_slices():
+    """An all-reduce of 2x4 slices as libtpu compiles it: inside, between, and again inside."""
+    program = """
+ENTRY %main (p: f32[1024,1024]) -> f32[512,1024] {
+  %p = f32[1024,1024]{1,0} parameter(0)
+  %a = f32[1024,1024]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
+  %n = token[] after-all()
+  %s = (f32[128,1024]{1,0:T(8,128)}, u32[], token[]) send(%a, %n), channel_id=2, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_reduce_operation="SUM",_xla_megascale_target="{1,2:4}x{0:3}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %t = (f32[64]{0}, u32[], token[]) send(%a, %n), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,3}x{0:3}",_xla_megascale_transfer_type="ONE_TO_ONE"}
+  ROOT %g = f32[512,1024]{1,0} all-gather(%r), replica_groups={{0,2},{1,3}}, dimensions={0}
+}
+"""  # noqa: E501
+    found = {(c.network, c.kind): c for c in hlo.collectives(program)}
+    assert list(found) == [
+        ("ici", "all-reduce"),
+        ("dcn", "all-reduce"),
+        ("dcn", "collective-permute"),
+    ]
+    # Twice three quarters of what four slices reduce, and the whole of what one sends to another.
+    assert found["dcn", "all-reduce"].sent == 1.5 * 128 * 1024 * 4
+    assert found["dcn", "collective-permute"].sent == 64 * 4
+    cost = program_cost(program)
+    assert cost["dcn"] == pytest.approx((1.5 * 128 * 1024 * 4 + 64 * 4) / 6.25e9)
+    assert cost["ici"] == pytest.approx(1024 * 1024 * 4 / 200e9)
+
+
+def program_cost(text):
+    return program.roofline(text, 0.0, chips.CHIPS["v5p"])["roofline_s"]
+
+
+def test_several_slices_are_planned(experiment):
+    """Gradients alone travel between slices, each device's own part."""
+    pytest.importorskip("libtpu")
+    mesh = MeshConfig(data=2, fsdp=4)
+    found = training.plan(dataclasses.replace(experiment, mesh=mesh), "2xv5e:2x2")
+    assert found["chips"] == found["devices"] == 8
+    between = [c for c in found["collectives"] if c["network"] == "dcn"]
+    assert [c["kind"] for c in between] == ["all-reduce"]
+    gradients = 4 * WIDTH**2 * 4 / 4
+    # Rows of 64 take the 128 lanes of a register; a few numbers are sent beside.
+    assert gradients <= between[0]["sent"] <= 3 * gradients
+    assert found["roofline_s"]["dcn"] == pytest.approx(between[0]["sent"] / 3.125e9)
+    assert "over DCN" in training.report(found)
+    with pytest.raises(ValueError, match="must be a multiple of the 2 slices"):
+        mesh = MeshConfig(data=1, fsdp=8)
+        training.plan(dataclasses.replace(experiment, mesh=mesh), "2xv5e:2x2")
+
+
 def test_topologies_are_parsed():
-    assert chips.parse_topology("v5p:4x4x8") == (chips.CHIPS["v5p"], (4, 4, 8))
-    for wrong in ("v9:2x2", "v5p", "v5e:2y2", "v5p:2x2"):
+    assert chips.parse_topology("v5p:4x4x8") == (chips.CHIPS["v5p"], (4, 4, 8), 1)
+    assert chips.parse_topology("4xv5e:16x16") == (chips.CHIPS["v5e"], (16, 16), 4)
+    assert chips.device_count("4xv5e:16x16") == 1024
+    for wrong in ("v9:2x2", "v5p", "v5e:2y2", "v5p:2x2", "0xv5e:2x2", "2xv4:2x2x2", "2v5e:2x2"):
         with pytest.raises(ValueError, match="topology"):
             chips.parse_topology(wrong)
 
