@@ -76,8 +76,8 @@ def release(run: Positional[str], out: Positional[str], /, *, name: str | None =
 
     Example: gnvc release runs/small/codec small.safetensors
 
-    The model has the averaged weights of the newest checkpoint. The run folder says where the
-    parameters come from that the run did not train; these folders must still be there.
+    The model has the averaged weights of the newest checkpoint. The run folder has all that it
+    takes, but runs of earlier versions need the folders that they started from.
 
     Args:
         run: Run folder.

@@ -24,6 +24,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
+from gnvc_jax.array_trees import in_chunks, load_tree, read_leaves
 from gnvc_jax.arrays import Tree
 from gnvc_jax.files import atomic_output
 from gnvc_jax.porting.architectures import Architecture
@@ -34,7 +35,6 @@ from gnvc_jax.refiner import DiTConfig
 COMPONENTS = ("vae", "dit", "decoder")
 PROMPT = "prompt.npy"
 BATCH_BYTES = 256 << 20  # small parameters are written so many bytes at a time
-CHUNK_BYTES = 64 << 20  # a host reads only the chunks that its devices need
 
 
 @contextmanager
@@ -66,9 +66,7 @@ def write_component(
     """
     folder.mkdir()
     weights = os.fspath(folder.absolute() / "weights")
-    context = ocp.Context()
-    context.array.saving.storage_options.chunk_byte_size = CHUNK_BYTES
-    with context:
+    with in_chunks():
         batch: dict[str, np.ndarray] = {}
         for path, array in arrays:
             batch[path] = array
@@ -147,14 +145,7 @@ def load_weights(
     architecture = read_architecture(folder, component)
     saved, like = open_weights(folder, component, architecture)
     if wanted is not None:
-        part = {
-            k: x if x.sharding else dataclasses.replace(like[k], dtype=np.dtype(x.dtype))
-            for k, x in leaves_by_path(wanted).items()
-        }
-        context = ocp.Context()
-        context.pytree.loading.partial_load = True
-        with context:
-            return architecture, ocp.load(saved, unflatten_dict(part, sep="/"))
+        return architecture, load_tree(saved, wanted)
     if dtype is not None:
         like = {k: dataclasses.replace(x, dtype=np.dtype(dtype)) for k, x in like.items()}
     if shardings is not None:
@@ -181,7 +172,10 @@ def open_weights(
     if not saved.is_dir():
         raise PortError(f"{saved}: the weights are missing")
     saved = os.fspath(saved)
-    found = leaves_by_path(ocp.metadata(saved).metadata)
+    try:
+        found = read_leaves(saved)
+    except (ValueError, OSError, KeyError) as error:
+        raise PortError(f"{saved}: cannot be read ({error})") from error
     wanted = leaves_by_path(architecture.abstract())
     problems = [
         f"{path} is {getattr(found.get(path), 'shape', 'missing')}, expected "

@@ -5,8 +5,8 @@ the position of the data iterator, statistics of the data, and the configuration
 in the background under a temporary name and renamed when complete.
 
 `Checkpoints` saves and restores a run. `config_of`, `model_of`, `load_statistics` and `load_params`
-read a run folder for other purposes: to start another run from it, or to release a model. This is
-the only module that uses Orbax.
+read a run folder for other purposes: to start another run from it, or to release a model. What does
+not train is kept beside the checkpoints, see `gnvc_jax.training.fixed_parameters`.
 """
 
 import asyncio
@@ -274,6 +274,12 @@ def read_config(path: Path) -> dict:
     return found
 
 
+def steps_of(run: str | Path) -> list[int]:
+    """Lists the steps of the complete checkpoints in a run folder, in rising order."""
+    folder = Path(run).absolute() / "checkpoints"
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
 def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
     """Reads from the newest checkpoint of a run that is not damaged.
 
@@ -290,11 +296,10 @@ def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
         FileNotFoundError: If there is no checkpoint.
         UsageError: If none can be read, or `read` raises a UsageError.
     """
-    folder = Path(run).absolute() / "checkpoints"
-    steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else ()
+    folder, steps = Path(run).absolute() / "checkpoints", steps_of(run)
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint")
-    for step in sorted(steps, reverse=True):
+    for step in reversed(steps):
         try:
             with quiet_failure():
                 return read(folder / str(step))
@@ -317,6 +322,14 @@ def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
             return checkpointer.restore(folder / "statistics")
 
     return {name: np.asarray(value, np.float32) for name, value in read_newest(run, read).items()}
+
+
+def averaged_names(run: str | Path) -> set[str]:
+    """Names the parameters whose averages a run has: those that it trained.
+
+    It raises the errors of `read_newest`.
+    """
+    return read_newest(run, lambda folder: set(shapes(read_metadata(folder / "state")["ema"])))
 
 
 def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:

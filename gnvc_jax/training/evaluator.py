@@ -80,9 +80,8 @@ class Evaluator(Hook):
         # All that the model needs is read now, so that an error comes before training and not after
         # it.
         self.statistics = latent_statistics.complete(experiment, statistics)
-        # As a release reads them. The train step has them too, but in the types of their layers.
-        _, fixed = partition.split(shapes, stage.trainable)
-        self.fixed = weights.load(experiment, fixed, self.statistics)
+        # As a release reads them. The train step has them too, but on all devices.
+        self.fixed = weights.load(experiment, stages.stored_shapes(stage), self.statistics)
         self.clips = read_clips(self.config)
         self.lpips = load_lpips(self.config, self.clips)
         self.best = BestModel(Path(experiment.run.out), self.config)

@@ -63,6 +63,8 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         # `like` allocates nothing: it is shapes, types and shardings, into which state is restored.
         like = abstract_state(stage, mesh)
         state, position, statistics = start_state(stage, checkpoints, like)
+        if position is None:  # a new run: from now on its folder has the whole model
+            stages.keep(stage, statistics)
         frozen = stages.frozen(stage, statistics)
         frozen = jax.device_put(frozen, shardings(frozen, mesh))
         step = int(state.step)  # 0 for a new run

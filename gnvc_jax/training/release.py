@@ -3,9 +3,9 @@
     from gnvc_jax.training.release import release
     release("runs/small/codec", "small.safetensors")
 
-A run folder is all it takes: the resolved config says which networks the model has and where the
-parameters come from that the run did not train, checkpoints hold those that it did and the
-statistics of the latents.
+A run folder is all it takes: the resolved config says which networks the model has, checkpoints
+hold the parameters that the run trained and the statistics of the latents, and the others are kept
+beside them. What a run of an earlier version did not train is read from where it started.
 """
 
 from pathlib import Path
@@ -36,7 +36,7 @@ def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
         The model.
 
     Raises:
-        FileNotFoundError: If the run, or one that it started from, is not there.
+        FileNotFoundError: If the run, or a source of one of an earlier version, is not there.
         UsageError: If the run trains no codec, or a parameter is nowhere to be found.
         OSError: If the file cannot be written.
     """
@@ -55,7 +55,7 @@ def build_model(run: str | Path, name: str) -> Model:
         name: Name of the model.
 
     Raises:
-        FileNotFoundError: If the run, or one that it started from, is not there.
+        FileNotFoundError: If the run, or a source of one of an earlier version, is not there.
         UsageError: If the run trains no codec, or a parameter is nowhere to be found.
     """
     experiment = model_of(run)

@@ -6,12 +6,15 @@ Each parameter of a model comes from the last of these that has it:
 2. the ported VAE `init.vae`, or a run of the stage `vae`;
 3. the ported DiT `init.dit`;
 4. the model file `init.model`, but for its VAE if `init.vae` is given;
-5. the averaged weights of the run `init.run`, after those of the runs that it started from itself.
+5. what the run `init.run` did not train itself, from its folder, but for VAE or DiT if `init.vae`
+   or `init.dit` is given;
+6. the averaged weights of the run `init.run`.
 
-A run keeps in its checkpoints only what it trained, hence the chain of runs. A source that a run
-does not name is the one of the run before it, so that `init.run` alone is enough to go on from a
-run. Only what is asked for is read: `load` takes shapes, with the types and shardings to read them
-in.
+A run folder has the whole model: checkpoints have what trains, and `fixed_parameters` the rest, so
+that the sources of a run need not exist any more. Folders of earlier versions have checkpoints
+only; `origins` follows them to the runs that they started from, and a source that such a run does
+not name is the one of the run before it. Only what is asked for is read: `load` takes shapes, with
+the types and shardings to read them in.
 """
 
 import dataclasses
@@ -37,8 +40,8 @@ from gnvc_jax.porting.checkpoint import (
 )
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.refiner.config import DiTConfig
-from gnvc_jax.training import lora
-from gnvc_jax.training.checkpoints import config_of, load_params
+from gnvc_jax.training import fixed_parameters, lora
+from gnvc_jax.training.checkpoints import averaged_names, config_of, load_params
 from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
 from gnvc_jax.training.partition import join
 from gnvc_jax.vae import VAE, grey_latents, init_vae
@@ -57,6 +60,10 @@ class Origins(NamedTuple):
     Attributes:
         vae, dit, prompt, model: Sources as in `InitConfig`.
         runs: Run folders, oldest first.
+        fixed: Folder in which the oldest of these runs, or a resumed run itself, keeps what it did
+            not train (see `gnvc_jax.training.fixed_parameters`); None for older run folders.
+        replaced: Those of "vae", "dit" and "prompt" that later runs name, in place of what `fixed`
+            has of them.
     """
 
     vae: str | None
@@ -64,33 +71,49 @@ class Origins(NamedTuple):
     prompt: str | None
     model: str | None
     runs: tuple[str, ...]
+    fixed: Path | None
+    replaced: frozenset[str]
 
 
-def origins(init: InitConfig) -> Origins:
-    """Follows a run to those that it started from.
+def origins(init: InitConfig, out: str | None = None) -> Origins:
+    """Follows a run to those that it started from, up to one that keeps the whole model.
+
+    Args:
+        init: Sources that a run names.
+        out: Folder of the run itself. If it is resumed, all comes from there.
 
     Raises:
         FileNotFoundError: If a run is not there.
         UsageError: If a run leads back to itself.
     """
-    found, runs = init, []
+    named, runs, replaced = init, [], frozenset()
+    fixed = None if out is None else fixed_parameters.find(out)
+    if fixed is not None:
+        named = init = fixed_parameters.load_sources(fixed)
     # Newest run first; a source that it leaves open is that of the run before.
-    while init.run is not None:
+    while fixed is None and init.run is not None:
         if init.run in runs:
             raise UsageError(f"{runs[-1]}: its init.run leads back to {init.run}")
         runs.append(init.run)
-        init = InitConfig(**config_of(init.run).get("init") or {})
-        found = InitConfig(
-            found.vae or init.vae, found.dit or init.dit, found.prompt or init.prompt
+        if (fixed := fixed_parameters.find(init.run)) is not None:
+            given = {"vae": named.vae, "dit": named.dit, "prompt": named.prompt}
+            replaced = frozenset(name for name, source in given.items() if source is not None)
+            init = fixed_parameters.load_sources(fixed)
+        else:
+            init = InitConfig(**config_of(init.run).get("init") or {})
+        named = InitConfig(
+            named.vae or init.vae, named.dit or init.dit, named.prompt or init.prompt
         )
-    return Origins(found.vae, found.dit, found.prompt, init.model, tuple(reversed(runs)))
+    sources = named.vae, named.dit, named.prompt, init.model
+    return Origins(*sources, tuple(reversed(runs)), fixed, replaced)
 
 
 def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = None) -> Tree:
     """Loads parameters from the origins of an experiment, as far as these have them.
 
     Args:
-        experiment: Experiment; `init`, `lora` and the sizes of its networks count.
+        experiment: Experiment; `init`, `lora`, the sizes of its networks and, for a resumed run,
+            `run.out` count.
         wanted: Shapes of some parameters by part, each with the type and, if it has one, the
             sharding to read it in. Each process reads its own part of an array with a sharding;
             others become NumPy arrays.
@@ -104,19 +127,13 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
             it has others.
         FileNotFoundError: If a folder or run is not there.
     """
-    # Sources from the weakest to the strongest: ported folders, the model file, the refiner's grey
-    # latents, the chain of runs.
-    known = origins(experiment.init)
+    known = origins(experiment.init, experiment.run.out)
     like = wanted
     ranks = [config_of(run).get("lora", 0) for run in known.runs]
     # Else a type of fewer bits would round the kernel before its change is added.
     if any(ranks):  # changes are added to exact kernels
         like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), wanted)
-    found = load_ported(experiment, known, like)
-    if known.model is not None:
-        found = join(found, load_model_weights(experiment, known.model, like))
-    if statistics is not None and "grey" in like.get("refiner", {}):
-        found = join(found, {"refiner": {"grey": whitened_grey_latents(experiment, statistics)}})
+    found = load_sources(experiment, known, like, statistics)
     # From the oldest run to the newest: later ones replace what earlier ones have.
     trained_before: set[str] = set()
     kernels = {name: part for name, part in like.items() if name != "lora"}
@@ -141,6 +158,39 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
     )
 
 
+def load_sources(
+    experiment: Experiment, known: Origins, like: Tree, statistics: Statistics | None
+) -> Tree:
+    """Loads what lies below the averaged weights of runs, from the weakest source to the strongest.
+
+    These are ported folders, the model file, the refiner's grey latents and, in place of all of
+    them, what the oldest run keeps. A source that nothing is wanted of need not exist any more.
+    """
+    kept = {}
+    if known.fixed is not None:
+        kept = fixed_parameters.load(known.fixed, without_replaced(like, known.replaced))
+        there = flatten_dict(kept, sep="/").keys() | (
+            averaged_names(known.runs[0]) if known.runs else set()
+        )
+        flat = flatten_dict(like, sep="/")
+        like = unflatten_dict({k: x for k, x in flat.items() if k not in there}, sep="/")
+    found = load_ported(experiment, known, like)
+    if known.model is not None and like:
+        found = join(found, load_model_weights(experiment, known, like))
+    if statistics is not None and "grey" in like.get("refiner", {}):
+        found = join(found, {"refiner": {"grey": whitened_grey_latents(experiment, statistics)}})
+    return join(found, kept)
+
+
+def without_replaced(like: Tree, replaced: frozenset[str]) -> Tree:
+    """Leaves out parameters that come from another VAE or DiT than that of the run before."""
+    patterns = {"vae": r"vae/.*|refiner/grey", "dit": r"refiner/dit/.*"}
+    flat = flatten_dict(like, sep="/")
+    for name in replaced & patterns.keys():
+        flat = {path: x for path, x in flat.items() if not re.fullmatch(patterns[name], path)}
+    return unflatten_dict(flat, sep="/")
+
+
 def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
     """Loads parameters from the folders `init.vae` and `init.dit`."""
     found = {}
@@ -157,15 +207,17 @@ def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
     return found
 
 
-def load_model_weights(experiment: Experiment, name: str, like: Tree) -> Tree:
+def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tree:
     """Loads parameters from the model file `init.model`.
 
     A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
     the same codec; it may lack the head, which then starts as the identity. The VAE is not, if
     `init.vae` names one: model files round theirs.
     """
+    name = known.model
+    assert name is not None
     model = find_model(name)
-    if origins(experiment.init).vae is not None:
+    if known.vae is not None:
         like = {part: shapes for part, shapes in like.items() if part != "vae"}
     for part in ("vae", "codec"):
         found, expected = getattr(model, f"{part}_config"), getattr(experiment, part)
@@ -236,23 +288,25 @@ def load_vae(experiment: Experiment) -> Tree:
 
 
 def load_text(experiment: Experiment) -> np.ndarray | None:
-    """Loads the text condition (1, rows, width), None for a model without one."""
-    config, known = text_config(experiment), origins(experiment.init)
+    """Loads the text condition (1, rows, width), None for a model without one.
+
+    It is that of the file `init.prompt`, the one beside the ported DiT, that of the run that the
+    DiT comes from, or that of the model file; else zeros.
+    """
+    config, known = text_config(experiment), origins(experiment.init, experiment.run.out)
     if config is None:
         return None
-    # A file that is named, the prompt beside a ported DiT, that of a model file, or zeros.
+    if known.fixed is not None and not known.replaced & {"dit", "prompt"}:
+        text = fixed_parameters.load_text(known.fixed)
+        if text is not None:
+            return text
     path = known.prompt
     if path is None and known.dit and (kept := Path(known.dit) / PROMPT).is_file():
         path = kept
-    if (
-        path is None
-        and known.model is not None
-        and (text := find_model(known.model).text) is not None
-    ):
-        return text
-    if path is None:
-        return np.zeros((1, 1, config.text_width), np.float32)
-    return load_prompt(path, config)
+    if path is not None:
+        return load_prompt(path, config)
+    text = None if known.model is None else find_model(known.model).text
+    return np.zeros((1, 1, config.text_width), np.float32) if text is None else text
 
 
 def text_config(experiment: Experiment) -> DiTConfig | None:
@@ -281,7 +335,22 @@ def kept(shapes: Tree, compute: ComputeConfig) -> Tree:
 
     These are the types that their layers compute in, which saves memory and changes no result.
     """
-    kernels = {DIT_KERNELS: compute.jax_dtype, DECODER_KERNELS: compute.vae.jax_dtype}
+    return with_types(
+        shapes, {DIT_KERNELS: compute.jax_dtype, DECODER_KERNELS: compute.vae.jax_dtype}
+    )
+
+
+def stored(shapes: Tree, compute: ComputeConfig) -> Tree:
+    """Gives shapes the types in which a run's folder, and so a release, has what does not train.
+
+    The VAE stays exact, since model files tell VAEs by their bits; the DiT, which may be large, is
+    as the run computes with it.
+    """
+    return with_types(shapes, {DIT_KERNELS: compute.jax_dtype})
+
+
+def with_types(shapes: Tree, kernels: dict[str, jnp.dtype]) -> Tree:
+    """Gives shapes the types that go with the patterns of their paths."""
 
     def one(path: str, x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         found = [dtype for pattern, dtype in kernels.items() if re.fullmatch(pattern, path)]

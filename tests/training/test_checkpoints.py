@@ -249,7 +249,7 @@ def test_what_a_run_does_not_name_is_as_for_the_run_before(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps({"stage": name, "init": init}))
     runs = tuple(str(tmp_path / name) for name in ("codec", "latent"))
     found = origins(InitConfig(prompt="new.npy", run=runs[1]))
-    assert found == ("weights", "dit", "new.npy", None, runs)
+    assert found == ("weights", "dit", "new.npy", None, runs, None, frozenset())
 
 
 def test_new_stage_starts_from_averaged_weights(finished, tmp_path):

@@ -34,7 +34,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
-from gnvc_jax.training import lora, partition, weights
+from gnvc_jax.training import fixed_parameters, lora, partition, weights
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.inputs import Data
 from gnvc_jax.training.weights import Statistics
@@ -148,6 +148,12 @@ def fixed_shapes(stage: Stage) -> Tree:
     return weights.kept(fixed, stage.experiment.compute)
 
 
+def stored_shapes(stage: Stage) -> Tree:
+    """Shapes of the parameters that do not train, in the types that the run's folder has."""
+    _, fixed = partition.split(model_shapes(stage), stage.trainable)
+    return weights.stored(fixed, stage.experiment.compute)
+
+
 def teacher_shapes(stage: Stage) -> Tree:
     """Shapes of the teacher's own parameters: those that train; it shares the others."""
     whole = model_shapes(stage)
@@ -182,7 +188,11 @@ def load_teacher(stage: Stage, statistics: Statistics) -> Tree:
     """Loads the teacher's own parameters, the starting weights."""
     shapes = weights.on_mesh(teacher_shapes(stage))
     wanted: dict[str, Any] = flatten_dict(shapes, sep="/")
-    found = flatten_dict(weights.load(stage.experiment, shapes, statistics), sep="/")
+    if (kept := fixed_parameters.find(stage.experiment.run.out)) is not None:  # resumed
+        found = fixed_parameters.load(kept, shapes, "teacher")
+    else:
+        found = weights.load(stage.experiment, shapes, statistics)
+    found = flatten_dict(found, sep="/")
     missing = sorted(wanted.keys() - found.keys())
     if any(not path.startswith("lora/") for path in missing):
         raise UsageError(
@@ -191,6 +201,24 @@ def load_teacher(stage: Stage, statistics: Statistics) -> Tree:
     # New low-rank changes: the teacher has none.
     found |= {path: jnp.zeros_like(wanted[path]) for path in missing}
     return unflatten_dict(found, sep="/")
+
+
+def keep(stage: Stage, statistics: Statistics) -> None:
+    """Writes what does not train into the folder of a new run, which then has the whole model.
+
+    Raises:
+        UsageError: If a parameter is nowhere to be found.
+    """
+    experiment, model = stage.experiment, model_shapes(stage)
+    wanted = weights.on_mesh(stored_shapes(stage))
+    trees = {"fixed": weights.load(experiment, wanted, statistics)}
+    weights.check_complete(trees["fixed"], wanted)
+    if stage.teacher:
+        trees["teacher"] = load_teacher(stage, statistics)
+    text = weights.load_text(experiment) if "refiner" in model else None
+    known = weights.origins(experiment.init)
+    sources = {name: getattr(known, name) for name in ("vae", "dit", "prompt", "model")}
+    fixed_parameters.save(experiment.run.out, trees, text, sources)
 
 
 def frozen_shapes(stage: Stage) -> Tree:
