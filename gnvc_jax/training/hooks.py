@@ -15,6 +15,7 @@ to `gnvc_jax.training.loop.train`:
 import collections
 import contextlib
 import dataclasses
+import faulthandler
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -144,6 +145,30 @@ class Profiler(Hook):
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
+
+
+class Watchdog(Hook):
+    """Ends the process if a step, and what hooks do after it, takes longer than `run.watchdog_s`.
+
+    A process that waits for another one, or for a device, that will never answer holds a whole pod.
+    The stacks of all threads go to stderr, and the exit code is 1, so that whatever started the run
+    starts it again, from its newest checkpoint. Steps that are compiled are not watched.
+    """
+
+    def __init__(self, config: RunConfig):
+        self.seconds, self.compiled = config.watchdog_s, 0
+
+    def before_step(self, run: TrainingRun) -> None:
+        """Starts the time of a step anew."""
+        self.close()
+        if self.compiled == run.frames:
+            # A thread outside of Python: it ends a process that holds the interpreter's lock, too.
+            faulthandler.dump_traceback_later(self.seconds, exit=True)
+        self.compiled = run.frames
+
+    def close(self) -> None:
+        """Stops watching."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 class Meter(Hook):

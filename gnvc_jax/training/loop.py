@@ -22,7 +22,14 @@ from gnvc_jax.training import stages
 from gnvc_jax.training.checkpoints import Checkpoints, load_statistics
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.evaluator import Evaluator
-from gnvc_jax.training.hooks import Hook, Meter, Profiler, SaveCheckpoints, TrainingRun
+from gnvc_jax.training.hooks import (
+    Hook,
+    Meter,
+    Profiler,
+    SaveCheckpoints,
+    TrainingRun,
+    Watchdog,
+)
 from gnvc_jax.training.inputs import Clips
 from gnvc_jax.training.metrics import make_writer, say
 from gnvc_jax.training.stages import Stage
@@ -83,6 +90,8 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
             Meter(stage, clock),
             SaveCheckpoints(checkpoints, experiment.run),
         ]
+        if experiment.run.watchdog_s:
+            own.insert(0, Watchdog(experiment.run))
         if experiment.evaluate.every:
             own.append(Evaluator(stage, statistics))
         hooks = [stack.enter_context(closing(hook)) for hook in (*own, *hooks)]

@@ -148,6 +148,8 @@ class RunConfig:
         checkpoint_every: Steps between checkpoints, in place of seconds.
         keep: Number of checkpoints to keep, the newest ones.
         seed: Seed of parameters and of all noise.
+        watchdog_s: Seconds after which a step that does not end ends the process, with the stacks
+            of its threads; 0 for never. Evaluations and the copy of a checkpoint count.
         tensorboard: Whether to log for TensorBoard, too.
         profile: First and last step to trace; the trace for XProf or TensorBoard is written to
             `out`/profile.
@@ -159,10 +161,12 @@ class RunConfig:
     checkpoint_every: int | None = None
     keep: int = 2
     seed: int = 0
+    watchdog_s: float = 0.0
     tensorboard: bool = False
     profile: tuple[int, int] | None = None
 
     def __post_init__(self):
+        check_range("run", self, watchdog_s=(0, math.inf))
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise UsageError(f"run.profile: {self.profile} are no first and last step")
 

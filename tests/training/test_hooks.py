@@ -2,7 +2,11 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,13 +17,13 @@ from gnvc_jax.training.hooks import Hook
 from gnvc_jax.training.loop import train
 
 
-def toy(out, steps=3):
+def toy(out, steps=3, **run):
     base = toy_stage.experiment()
     return toy_stage.toy_stage(
         dataclasses.replace(
             base,
             optim=dataclasses.replace(base.optim, steps=steps),
-            run=dataclasses.replace(base.run, out=str(out)),
+            run=dataclasses.replace(base.run, out=str(out), **run),
         )
     )
 
@@ -90,3 +94,26 @@ def test_time_of_a_pause_is_in_no_rate(tmp_path, monkeypatch):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert max(line["step_s"] for line in lines) < 100
     assert lines[-1]["goodput"] < 0.1
+
+
+HANGING = """
+import pathlib, sys, time
+from test_hooks import Hook, toy, train
+
+class Hang(Hook):
+    def after_step(self, run):
+        if run.step == 2:
+            time.sleep(300)
+
+train(toy(pathlib.Path(sys.argv[1]), watchdog_s=1.0), hooks=(Hang(),))
+"""
+
+
+def test_a_step_that_hangs_ends_the_process_with_its_stack(tmp_path):
+    folders = os.pathsep.join([str(Path(__file__).parents[2]), str(Path(__file__).parent)])
+    command = [sys.executable, "-c", HANGING, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": folders}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert ended.returncode == 1
+    assert "Timeout" in ended.stderr and "in after_step" in ended.stderr
+    assert "compiled in" in ended.stdout
