@@ -13,6 +13,7 @@ T = TypeVar("T")
 
 MAX_STEPS = 100  # of refinement
 EXIT_PARTIAL = 3  # done, but something was left out or replaced, or does not fit
+EXIT_STOPPED = 75  # stopped by a signal; the same command continues
 
 # Flags that stand alone: `--force`, without a `--no-force` beside it.
 Force = Annotated[bool, tyro.conf.arg(aliases=("-y",))]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
-from gnvc_jax.commands.options import EXIT_PARTIAL, MAX_STEPS, check_range
+from gnvc_jax.commands.options import EXIT_PARTIAL, EXIT_STOPPED, MAX_STEPS, check_range
 from gnvc_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def train(*, config: str, hardware: Hardware | None = None, settings: Settings =
 
     Every setting of the experiment is an option as well; `gnvc train --config NAME --help` lists
     them. The run folder (--run.out) receives the resolved config, metrics and checkpoints. Rerun
-    the same command to resume an interrupted run.
+    the same command to resume an interrupted run. The exit code is 75 if SIGINT or SIGTERM ended
+    the run early, after a checkpoint.
 
     Args:
         config: Name of a shipped config, or path of a config file.
@@ -67,8 +68,7 @@ def train(*, config: str, hardware: Hardware | None = None, settings: Settings =
     join_processes()
     devices = jax.device_count() if hardware else 1
     experiment = load_experiment(config, settings, hardware, devices)
-    loop.train(make_stage(experiment))
-    return 0
+    return 0 if loop.train(make_stage(experiment)) is not None else EXIT_STOPPED
 
 
 def release(run: Positional[str], out: Positional[str], /, *, name: str | None = None) -> int:

@@ -276,7 +276,7 @@ def test_weights_that_do_not_fit_are_refused(finished, tmp_path):
 
 
 def test_terminated_run_saves_and_continues(tmp_path):
-    """SIGTERM to a real process: exit code 0, a checkpoint, and no step lost or done twice."""
+    """SIGTERM to a real process: exit code 75, a checkpoint, and no step lost or done twice."""
     command = [sys.executable, str(ROOT / "train.py"), "--config", toy_stage.__file__]
     command += ["--run.out", str(tmp_path), "--optim.steps", "1000000000"]
     paths = [str(ROOT), str(Path(toy_stage.__file__).parent)]
@@ -292,7 +292,7 @@ def test_terminated_run_saves_and_continues(tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 75
     reached = max(steps_done())
     assert f"stopped after step {reached} of" in output
     assert "the same command continues" in output
