@@ -46,13 +46,21 @@ def save_tree(folder: str | Path, tree: Tree) -> None:
 def read_leaves(folder: str | Path) -> dict[str, Any]:
     """Reads shape and type of each array by path, such as "vae/kernel", but not the arrays.
 
+    It raises the errors of `read_structure`.
+    """
+    return flatten_dict(read_structure(folder), sep="/")
+
+
+def read_structure(folder: str | Path) -> Tree:
+    """Reads a tree with shape and type in place of each array.
+
     Raises:
         ValueError, OSError, KeyError: If files are damaged or missing.
     """
     found = ocp.metadata(os.path.abspath(folder)).metadata
     if found is None:  # Orbax logs the reason
         raise ValueError("the description of its arrays is damaged")
-    return flatten_dict(found, sep="/")
+    return found
 
 
 def load_tree(folder: str | Path, wanted: Tree) -> Tree:

@@ -21,10 +21,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
+from gnvc_jax.array_trees import load_tree, read_structure
 from gnvc_jax.arrays import Tree
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
@@ -73,23 +74,29 @@ class Checkpoints:
             raise UsageError(f"run.out: no folder {out} can be made ({error.strerror})") from None
         # Tuples become lists, as they are when the file is read back for comparison.
         self.config = json.loads(json.dumps(dataclasses.asdict(experiment)))
-        # Writing is asynchronous by default; `close` waits for it.
-        options = ocp.CheckpointManagerOptions(max_to_keep=experiment.run.keep)
-        self.manager = ocp.CheckpointManager(out / "checkpoints", options=options)
+        self.directory, self.keep = out / "checkpoints", experiment.run.keep
+        self.series = self.open()
         try:
             # Checked before the file is written: another experiment must not leave its
             # configuration here.
             if self.latest() is not None:  # a run that failed before its first one binds nobody
                 check_same_config(out / "config.json", self.config)
         except ValueError:
-            self.manager.close()
+            self.series.close()
             raise
         if jax.process_index() == 0:
             write_json(out / "config.json", self.config)
 
+    def open(self) -> ocp.training.Checkpointer:
+        """Lists the checkpoints in the folder."""
+        newest: Any = ocp.training.preservation_policies.LatestN(self.keep)
+        return ocp.training.Checkpointer(
+            str(self.directory), context=with_json(), preservation_policy=newest
+        )
+
     def latest(self) -> int | None:
         """Step of the newest complete checkpoint, None if there is none."""
-        return self.manager.latest_step()
+        return None if self.series.latest is None else self.series.latest.step
 
     def save(
         self, step: int, state: Tree, data: dict, statistics: dict[str, np.ndarray] | None = None
@@ -107,14 +114,15 @@ class Checkpoints:
         if step == self.latest():
             return
         # One folder for each item, so that others can be read without the state.
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            data=ocp.args.JsonSave(data),
-            statistics=ocp.args.JsonSave({k: v.tolist() for k, v in (statistics or {}).items()}),
-            config=ocp.args.JsonSave(self.config),
-        )
-        # Returns once the state is copied, since the next step takes over its buffers.
-        self.manager.save(step, args=items)
+        items = {
+            "state": state,
+            "data": data,
+            "statistics": {k: v.tolist() for k, v in (statistics or {}).items()},
+            "config": self.config,
+        }
+        # Returns once the state is copied, since the next step takes over its buffers. The policy
+        # of the series would leave out a step while another is being written.
+        self.series.save_checkpointables_async(step, items, force=True)
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict]:
         """Restores the state and the position of the data of a step.
@@ -127,16 +135,13 @@ class Checkpoints:
             UsageError: If a name or shape differs.
             ValueError, OSError, KeyError: If the checkpoint is damaged.
         """
-        saved, wanted = shapes(read_metadata(self.folder(step) / "state")), shapes(like)
+        saved, wanted = shapes(read_structure(self.folder(step))), shapes(like)
         for found in (saved, wanted):
             found.pop("key", None)  # stored as integers, which have another shape
         check_shapes(saved, wanted)
         # Arrays are read into the shardings of `like`, not into those that they were saved with: a
         # run may go on with another mesh or number of processes.
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-        )
-        restored = self.manager.restore(step, args=items)
+        restored = self.series.load_checkpointables(step, {"state": like, "data": None})
         return restored["state"], restored["data"]
 
     def restore_newest(self, like: Tree) -> tuple[Tree, dict] | None:
@@ -153,7 +158,7 @@ class Checkpoints:
         """
         damaged = []
         # From the newest on. Damage to complete checkpoints shows only when they are read.
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        for step in reversed([found.step for found in self.series.checkpoints]):
             try:
                 with quiet_failure():
                     found = self.restore(step, like)
@@ -168,32 +173,35 @@ class Checkpoints:
                 log.warning("the run goes on from checkpoint %d", step)
             return found
         if damaged:
-            raise UsageError(f"{self.manager.directory}: no checkpoint in it can be read")
+            raise UsageError(f"{self.directory}: no checkpoint in it can be read")
         return None
 
     def folder(self, step: int) -> Path:
         """Folder of a checkpoint."""
-        return Path(self.manager.directory, str(step))
+        return self.directory / str(step)
 
     def set_aside(self, steps: list[int]) -> None:
         """Renames checkpoints so that Orbax no longer sees them, but nothing is lost."""
         if jax.process_index() == 0:
             for step in steps:
                 # Renamed onto a new, empty folder, so that none set aside before is lost.
-                place = tempfile.mkdtemp(prefix=f"damaged-{step}-", dir=self.manager.directory)
+                place = tempfile.mkdtemp(prefix=f"damaged-{step}-", dir=self.directory)
                 self.folder(step).replace(place)
         # All processes must list the folder after the renaming, not before.
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
-        self.manager.reload()
+        self.series.close()
+        self.series = self.open()
 
     def preempted(self, step: int) -> bool:
         """Whether the cluster has announced to all hosts that it will end this job."""
-        return self.manager.reached_preemption(step)
+        try:
+            return multihost_utils.reached_preemption_sync_point(step)
+        except RuntimeError:  # the service that would know is switched off
+            return False
 
     def close(self) -> None:
         """Waits for the last write."""
-        self.manager.wait_until_finished()
-        self.manager.close()
+        self.series.close()
 
 
 def check_same_config(path: Path, config: dict) -> None:
@@ -277,7 +285,9 @@ def read_config(path: Path) -> dict:
 def steps_of(run: str | Path) -> list[int]:
     """Lists the steps of the complete checkpoints in a run folder, in rising order."""
     folder = Path(run).absolute() / "checkpoints"
-    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    # A checkpoint has its final name, the number of its step, when it is complete.
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdigit())
 
 
 def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
@@ -318,8 +328,8 @@ def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
 
     def read(folder: Path) -> dict:
         # One item of the checkpoint, read without the others.
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(folder / "statistics")
+        with with_json():
+            return ocp.load_checkpointables(str(folder), {"statistics": None})["statistics"]
 
     return {name: np.asarray(value, np.float32) for name, value in read_newest(run, read).items()}
 
@@ -329,7 +339,7 @@ def averaged_names(run: str | Path) -> set[str]:
 
     It raises the errors of `read_newest`.
     """
-    return read_newest(run, lambda folder: set(shapes(read_metadata(folder / "state")["ema"])))
+    return read_newest(run, lambda folder: set(shapes(read_structure(folder)["ema"])))
 
 
 def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
@@ -345,12 +355,12 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
         FileNotFoundError: If there is no checkpoint.
         UsageError: If no checkpoint can be read, or a name or shape differs.
     """
-    return read_newest(run, lambda folder: read_average(folder / "state", like, partial))
+    return read_newest(run, lambda folder: read_average(folder, like, partial))
 
 
-def read_average(state: Path, like: Tree, partial: bool) -> Tree:
-    """Reads averaged weights from a saved train state; see `load_params`."""
-    found = shapes(read_metadata(state)["ema"])
+def read_average(checkpoint: Path, like: Tree, partial: bool) -> Tree:
+    """Reads averaged weights from a checkpoint; see `load_params`."""
+    found = shapes(read_structure(checkpoint)["ema"])
     if partial:
         flat = flatten_dict(like, sep="/")
         like = unflatten_dict({k: v for k, v in flat.items() if k in found}, sep="/")
@@ -360,25 +370,16 @@ def read_average(state: Path, like: Tree, partial: bool) -> Tree:
     if not wanted:
         return {}
     # Parameters and moments, three quarters of the file, are left on disk.
-    item = {"ema": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
-    args = ocp.args.PyTreeRestore(
-        item, ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-    )
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.restore(state, args)["ema"]
+    return load_tree(checkpoint, {"ema": like})["ema"]
 
 
-def read_metadata(state: Path) -> Tree:
-    """Reads shapes and types of a saved train state, without its arrays.
-
-    Raises:
-        ValueError, OSError, KeyError: If the checkpoint is damaged.
-    """
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(state).item_metadata
-    if metadata is None:
-        raise FileNotFoundError(f"{state}: no metadata")
-    return metadata.tree
+def with_json() -> ocp.Context:
+    """Makes a context in which these items are JSON, although they look like trees of arrays."""
+    context, registry = ocp.Context(), ocp.handlers.local_registry()
+    for item in ("data", "statistics", "config"):
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=item)
+    context.checkpointables.registry = registry
+    return context
 
 
 def check_shapes(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:

@@ -14,15 +14,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import toy_stage
 
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
+from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.training import stages
 from gnvc_jax.training.checkpoints import Checkpoints, load_params, load_statistics
 from gnvc_jax.training.config import ComputeConfig, InitConfig, Policy
 from gnvc_jax.training.loop import train
+from gnvc_jax.training.state import abstract_state, init_state
 from gnvc_jax.training.weights import origins
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +86,36 @@ def test_statistics_stay_those_of_the_start(tmp_path):
     assert len(measured) == 1 and len(seen) == 2
     np.testing.assert_array_equal(seen, np.float32([[1, 0.1]] * 2))
     np.testing.assert_array_equal(load_statistics(tmp_path / "run")["mean"], np.float32([1, 0.1]))
+
+
+def test_checkpoints_of_earlier_versions_are_read(tmp_path):
+    """They were written by Orbax's older interface; a run goes on from them, and adds new ones."""
+    experiment = toy(tmp_path)
+    stage = toy_stage.toy_stage(experiment)
+    params = stage.init(jax.random.key(1))
+    state = init_state(experiment.optim, params, jax.random.key(2))
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        data=ocp.args.JsonSave({"next": 7}),
+        statistics=ocp.args.JsonSave({"mean": [1.0, 0.5]}),
+        config=ocp.args.JsonSave({}),
+    )
+    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
+        manager.save(3, args=items)
+    np.testing.assert_array_equal(load_statistics(tmp_path)["mean"], np.float32([1.0, 0.5]))
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, params), params)
+    mesh = make_mesh(MeshConfig(data=1))
+    with jax.set_mesh(mesh), closing(Checkpoints(experiment)) as checkpoints:
+        assert checkpoints.latest() == 3
+        restored = checkpoints.restore_newest(abstract_state(stage, mesh))
+        assert restored is not None
+        found, data = restored
+        assert data == {"next": 7}
+        plain = [dataclasses.replace(x, key=jax.random.key_data(x.key)) for x in (found, state)]
+        jax.tree.map(np.testing.assert_array_equal, *plain)
+        checkpoints.save(4, found, {"next": 8})
+    jax.tree.map(np.testing.assert_array_equal, load_params(tmp_path, params), params)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
 
 
 def test_unfinished_checkpoint_is_ignored(tmp_path):
@@ -166,7 +199,7 @@ def damage(checkpoint, how):
     names = {"index": "manifest.ocdbt", "list": "_METADATA", "arrays": "d/*"}
     files = list((checkpoint / "state").glob(names.get(how, "*")))
     if how == "place":
-        files = [checkpoint / "data" / "metadata"]
+        files = [checkpoint / "data" / "data.json"]
     assert files
     for file in files:
         if how == "all":
