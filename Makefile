@@ -80,7 +80,7 @@ $(VENV)/.installed-docs: requirements.txt pyproject.toml | $(BIN)/python
 	@touch $@
 
 $(VENV)/.installed-parity: requirements.txt pyproject.toml | $(BIN)/python
-	$(INSTALL) --editable ".[test,parity]"
+	$(INSTALL) --editable ".[test,test-buckets,parity]"
 	# Without torchvision, which lpips requires: few builds of it match a build of torch.
 	$(INSTALL) --no-deps lpips==0.1.4
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed

@@ -9,8 +9,7 @@ array that is sharded.
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ import orbax.checkpoint.experimental.v1 as ocp
 from flax.traverse_util import flatten_dict
 
 from gnvc_jax.arrays import Tree
+from gnvc_jax.buckets import absolute, as_path, for_orbax, on_s3
+from gnvc_jax.files import atomic_output
 
 CHUNK_BYTES = 64 << 20  # a host reads only the chunks that its devices need
 
@@ -32,18 +33,19 @@ def in_chunks() -> Iterator[None]:
         yield
 
 
-def save_tree(folder: str | Path, tree: Tree) -> None:
+def save_tree(folder: str | os.PathLike, tree: Tree) -> None:
     """Writes a tree of arrays under a temporary name, and renames it when it is complete.
 
     Args:
         folder: Folder to make.
         tree: Nested dictionary of arrays, not empty.
     """
-    with in_chunks():
-        ocp.save(os.path.abspath(folder), tree)
+    target = absolute(as_path(folder))
+    with atomic_output(target) if on_s3(target) else nullcontext(target) as place, in_chunks():
+        ocp.save(os.fspath(place), tree)
 
 
-def read_leaves(folder: str | Path) -> dict[str, Any]:
+def read_leaves(folder: str | os.PathLike) -> dict[str, Any]:
     """Reads shape and type of each array by path, such as "vae/kernel", but not the arrays.
 
     It raises the errors of `read_structure`.
@@ -51,19 +53,19 @@ def read_leaves(folder: str | Path) -> dict[str, Any]:
     return flatten_dict(read_structure(folder), sep="/")
 
 
-def read_structure(folder: str | Path) -> Tree:
+def read_structure(folder: str | os.PathLike) -> Tree:
     """Reads a tree with shape and type in place of each array.
 
     Raises:
         ValueError, OSError, KeyError: If files are damaged or missing.
     """
-    found = ocp.metadata(os.path.abspath(folder)).metadata
+    found = ocp.metadata(_readable(folder)).metadata
     if found is None:  # Orbax logs the reason
         raise ValueError("the description of its arrays is damaged")
     return found
 
 
-def load_tree(folder: str | Path, wanted: Tree) -> Tree:
+def load_tree(folder: str | os.PathLike, wanted: Tree) -> Tree:
     """Reads a part of a tree of arrays.
 
     Args:
@@ -74,7 +76,12 @@ def load_tree(folder: str | Path, wanted: Tree) -> Tree:
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        return ocp.load(os.path.abspath(folder), jax.tree.map(abstract_leaf, wanted))
+        return ocp.load(_readable(folder), jax.tree.map(abstract_leaf, wanted))
+
+
+def _readable(folder: str | os.PathLike) -> str:
+    """Path at which Orbax reads a folder."""
+    return os.fspath(for_orbax(absolute(as_path(folder))))
 
 
 def abstract_leaf(x: Any) -> Any:

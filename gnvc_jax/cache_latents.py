@@ -4,13 +4,14 @@
 `cache_latents` runs it over many videos. The folder's format is in `gnvc_jax.data.latents`.
 """
 
+import os
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import numpy as np
 
 from gnvc_jax.arrays import Array, Tree
+from gnvc_jax.buckets import as_path
 from gnvc_jax.data.latents import CacheInfo, write_latents
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float
@@ -22,7 +23,11 @@ from gnvc_jax.vae import VAE, VAEConfig, encode_stream, init_vae
 
 
 def cache_latents(
-    source: str | Path, folder: str | Path, vae: str, frames: int, progress: bool = True
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    vae: str,
+    frames: int,
+    progress: bool = True,
 ) -> dict[str, str]:
     """Writes the latents of videos to a folder. Processes of one JAX runtime share the videos.
 
@@ -99,7 +104,7 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
         found, params = load_weights(vae, "vae", np.float32)
         config, mean, std = found.config, found.latents_mean, found.latents_std
         assert isinstance(config, VAEConfig)
-    elif (Path(vae) / "config.json").is_file():
+    elif (as_path(vae) / "config.json").is_file():
         facts = config_of(vae)
         if facts["stage"] != "vae":
             raise UsageError(f"{vae}: a run of the stage `{facts['stage']}`, expected `vae`")

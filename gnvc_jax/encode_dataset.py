@@ -6,10 +6,11 @@ manifest.csv, so that the same call resumes after an interruption.
 
 import io
 import logging
-from pathlib import Path
+import os
 
 import jax
 
+from gnvc_jax.buckets import AnyPath, as_path, make_folder
 from gnvc_jax.coder import DEFAULT_GOP, Coder, check_gop, check_qp, check_video_info
 from gnvc_jax.data.jobs import for_each_video
 from gnvc_jax.files import write_whole
@@ -21,8 +22,8 @@ COLUMNS = ("video", "stream", "width", "height", "frames", "bytes", "bpp")
 
 
 def encode_all(
-    source: str | Path,
-    folder: str | Path,
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
     coder: Coder,
     qp: int,
     gop: int = DEFAULT_GOP,
@@ -49,10 +50,10 @@ def encode_all(
     """
     check_gop(gop, coder.model.vae_config.temporal_stride)
     check_qp(qp)
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path(folder)
+    make_folder(folder)
 
-    def work(video: Path, name: str) -> dict:
+    def work(video: AnyPath, name: str) -> dict:
         return encode_one(video, folder / f"{name}.gnvc", coder, qp, gop)
 
     return for_each_video(
@@ -67,7 +68,7 @@ def encode_all(
     )
 
 
-def encode_one(video: Path, stream: Path, coder: Coder, qp: int, gop: int) -> dict:
+def encode_one(video: AnyPath, stream: AnyPath, coder: Coder, qp: int, gop: int) -> dict:
     """Encodes one video, and returns its row of the manifest.
 
     Raises:

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gnvc_jax.buckets import AnyPath, make_folder, upload
+
 MAX_NAME = 200  # bytes of a name that leave room for a key and a suffix in the 255 of file systems
 
 # What people find in place of weights, by how it begins.
@@ -42,16 +44,22 @@ def temporary_path(folder: Path, name: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def atomic_output(path: Path) -> Iterator[Path]:
+def atomic_output(path: AnyPath) -> Iterator[Path]:
     """Gives a path at which to make a file or folder; it replaces `path` if the block succeeds.
 
     If the block fails, `path` is left as it was. A symbolic link stays one, and the file that it
     points to is replaced. A device or named pipe is not replaced: the block writes straight into
-    it. The folder of `path` must exist.
+    it. The folder of `path` must exist. What belongs in a bucket is made on the local disk and
+    uploaded at the end; a folder arrives there file by file.
 
     Raises:
         OSError: If nothing can be written there.
     """
+    if not isinstance(path, Path):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            yield Path(folder, path.name)
+            upload(Path(folder, path.name), path)
+        return
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
         return
@@ -78,7 +86,7 @@ def is_same_file(source: str | os.PathLike | int, output: str | os.PathLike) -> 
         return False
 
 
-def write_whole(path: Path, data: bytes | str) -> None:
+def write_whole(path: AnyPath, data: bytes | str) -> None:
     """Writes a file with `atomic_output`; its folder is created if needed.
 
     Raises:
@@ -86,12 +94,12 @@ def write_whole(path: Path, data: bytes | str) -> None:
     """
     if isinstance(data, str):  # names of files may hold bytes that are not UTF-8
         data = data.encode(errors="backslashreplace")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with atomic_output(path) as temporary:
         temporary.write_bytes(data)
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: AnyPath, value: Any) -> None:
     """Writes a value as JSON with `write_whole`.
 
     Raises:

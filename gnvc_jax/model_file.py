@@ -10,7 +10,7 @@ whole, or `ModelCorrupt`.
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
+import os
 
 import numpy as np
 from flax.traverse_util import unflatten_dict
@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from gnvc_jax.bitstream import Tables
 from gnvc_jax.bitstream.errors import ModelCorrupt
+from gnvc_jax.buckets import as_path, local_copy, make_folder
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.files import atomic_output, not_weights
 from gnvc_jax.model import KINDS, REPLACEABLE, Model, to_arrays, update_digest
@@ -27,7 +28,7 @@ from gnvc_jax.vae import LightDecoderConfig, VAEConfig
 from gnvc_jax.vae.config import with_tuples
 
 
-def save_model(path: str | Path, model: Model) -> None:
+def save_model(path: str | os.PathLike, model: Model) -> None:
     """Writes a model file.
 
     Args:
@@ -37,7 +38,7 @@ def save_model(path: str | Path, model: Model) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    path = Path(path)
+    path = as_path(path)
     facts = {
         "format": "gnvc-model/1",
         "name": model.name,
@@ -51,26 +52,27 @@ def save_model(path: str | Path, model: Model) -> None:
     # these facts.
     arrays = to_arrays(model)
     facts["checksum"] = checksum(facts, arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # Written under another name and renamed, so that a file of this name is always whole.
     with atomic_output(path) as temporary:
         save_file(arrays, temporary, metadata={"gnvc": json.dumps(facts)})
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | os.PathLike) -> Model:
     """Reads a model file.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ModelCorrupt: If it is not a whole, intact model.
     """
-    if not Path(path).is_file():
+    if not as_path(path).is_file():
         raise FileNotFoundError(f"{path}: no such model file")
-    if kind := not_weights(Path(path)):
+    file_path = local_copy(path)
+    if kind := not_weights(file_path):
         raise ModelCorrupt(f"{path}: not a model file but {kind}")
     try:
         # Names such as "codec/intra/basis" become nested dictionaries, as Flax wants them.
-        with safe_open(path, framework="numpy") as file:
+        with safe_open(file_path, framework="numpy") as file:
             facts = json.loads(file.metadata()["gnvc"])
             arrays = {name: file.get_tensor(name) for name in file.keys()}
         nested = unflatten_dict(arrays, sep="/")

@@ -7,13 +7,8 @@ from pathlib import Path
 
 import jax
 
+from gnvc_jax.buckets import cache_folder
 from gnvc_jax.errors import UsageError
-
-
-def cache_folder() -> Path:
-    """Folder of the project below the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "gnvc_jax"
-
 
 # Variables in the environment of a process if others were started with it: the number of processes
 # and, for Slurm, a variable that `srun` sets and an allocation's shell lacks.

@@ -11,6 +11,8 @@ import os
 import sys
 from pathlib import Path
 
+from gnvc_jax.buckets import as_path, local_copy
+
 _PACKAGE = Path(__file__).parent
 ROOT = next(root for root in (_PACKAGE / "shipped", _PACKAGE.parent) if (root / "configs").is_dir())
 
@@ -19,15 +21,16 @@ def find_config(name: str, suffix: str = ".py") -> Path:
     """Returns the path of a config file.
 
     Args:
-        name: Path of a file, or name of a shipped config without its suffix.
+        name: Path of a file, or name of a shipped config without its suffix. Of a file in a bucket,
+            the path of a local copy is returned.
         suffix: Suffix of shipped configs of the kind: ".py" for experiments, ".txt" for
             arguments of evaluations.
 
     Raises:
         FileNotFoundError: If it is neither a file nor a shipped config; the message lists these.
     """
-    if Path(name).is_file():
-        return Path(name)
+    if as_path(name).is_file():
+        return local_copy(name)
     folder = ROOT / "configs"
     shipped = {
         path.relative_to(folder).with_suffix("").as_posix(): path

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from gnvc_jax.api.vae import load_vae
 from gnvc_jax.arrays import AnyArray, Tree
+from gnvc_jax.buckets import as_path
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import as_float32
 from gnvc_jax.porting.checkpoint import (
@@ -211,7 +212,7 @@ def _refiner_of_ported_dit(
     known |= _new_parameters(config, set(known), jax.random.key(seed))
     text = None
     if dit.text_length:
-        kept = Path(path) / PROMPT
+        kept = as_path(path) / PROMPT
         no_text = np.zeros((1, 1, dit.text_width), np.float32)
         text = load_prompt(kept, dit) if kept.is_file() else no_text
     return PretrainedRefiner(config, unflatten_dict(known, sep="/"), text, None, dtype)

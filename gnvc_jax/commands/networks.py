@@ -2,13 +2,13 @@
 
 import itertools
 import sys
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 from tyro.conf import Positional
 
+from gnvc_jax.buckets import as_path
 from gnvc_jax.commands.coding import progress_bar, refuse_same_file
 from gnvc_jax.commands.options import Force, check_range, parse_rate, parse_size
 from gnvc_jax.errors import UsageError
@@ -119,7 +119,7 @@ def generate(
 
     width, height = parse_size(size)
     check_range("--steps", steps, 1)
-    stored = Path(weights) / PROMPT
+    stored = as_path(weights) / PROMPT
     if prompt is None and not stored.is_file():
         raise UsageError(f"{weights} has no prompt of its own; name one with --prompt FILE")
     if negative is None and guidance != 1.0:

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from gnvc_jax.buckets import AnyPath, absolute, as_path, is_remote, read_range, stamp
 from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.files import atomic_output, keyed_name, write_json
 from gnvc_jax.media import search
@@ -66,8 +67,19 @@ class Video:
         if self.decoded is None:
             return read_clip(self.path, start, count, crop)
         top, left, height, width = crop
-        array = _mapped(self.decoded)
-        return array[start : start + count, top : top + height, left : left + width]
+        if is_remote(self.decoded):
+            array = self._download(start, count)
+        else:
+            array = _mapped(self.decoded)[start : start + count]
+        return array[:, top : top + height, left : left + width]
+
+    def _download(self, start: int, count: int) -> np.ndarray:
+        """Downloads consecutive decoded frames alone, which cannot be mapped in a bucket."""
+        assert self.decoded is not None
+        path, frame = as_path(self.decoded), 3 * self.height * self.width
+        begin = stamp(path)[0] - (self.frames - start) * frame  # from the end: before is a header
+        data = read_range(path, begin, count * frame)
+        return np.frombuffer(data, np.uint8).reshape(count, self.height, self.width, 3)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -99,25 +111,27 @@ class ClipIndex:
         decode_cache: str | os.PathLike | None = None,
         left_out: LeftOut | None = None,
     ) -> None:
-        files = sorted(set(find_videos(Path(path))))
+        files = sorted(set(find_videos(as_path(path))))
         self.left_out = LeftOut(limit=1.0) if left_out is None else left_out
         self.left_out.start(len(files))
         # First what is in each file, then, with a cache, all its frames.
-        cache = None if decode_cache is None else Path(decode_cache)
+        cache = None if decode_cache is None else as_path(decode_cache)
         known = {} if cache is None else _load_known(cache)
         look = functools.partial(_probe, known=known)
         videos = self._in_parallel("looking at videos", look, files)
         if cache is not None:
-            _save_known(cache, known | {_key(Path(v.path)): _record(v) for v in videos})
+            _save_known(cache, known | {_key(as_path(v.path)): _record(v) for v in videos})
             videos = self._in_parallel("decoding", functools.partial(_decode, cache=cache), videos)
         if not videos:
             raise NoFrames(path, "no readable video among the training data")
         self.videos: tuple[Video, ...] = tuple(videos)
 
-    def _in_parallel(self, title: str, function: Callable, items: Sequence[Path | Video]) -> list:
+    def _in_parallel(
+        self, title: str, function: Callable, items: Sequence[AnyPath | Video]
+    ) -> list:
         """Applies a function to all items, in order, and leaves out those that cannot be read."""
 
-        def attempt(item: Path | Video) -> Video | Exception:
+        def attempt(item: AnyPath | Video) -> Video | Exception:
             try:
                 return function(item)
             except (UnwritableOutput, WriteFailed):
@@ -147,7 +161,7 @@ class ClipIndex:
         return iter(self.videos)
 
 
-def find_videos(path: Path) -> list[Path]:
+def find_videos(path: AnyPath) -> Sequence[AnyPath]:
     """Finds the video files and picture folders that `path` is, contains or lists.
 
     Raises:
@@ -155,7 +169,11 @@ def find_videos(path: Path) -> list[Path]:
     """
     if path.is_file() and path.suffix.lower() in LIST_SUFFIXES:
         lines = map(str.strip, path.read_text(encoding="utf-8").splitlines())
-        return [path.parent / line for line in lines if line and not line.startswith("#")]
+        return [
+            as_path(line) if is_remote(line) else path.parent / line
+            for line in lines
+            if line and not line.startswith("#")
+        ]
     if path.is_file():
         return [path]
     if not path.is_dir():
@@ -163,11 +181,11 @@ def find_videos(path: Path) -> list[Path]:
     return search.find_videos(path)
 
 
-def _key(file: Path) -> str:
+def _key(file: AnyPath) -> str:
     """Key of a file in the cache, which changes when the file does."""
-    stat = file.stat()
     # Path, size and time of modification in place of a checksum, which would have to read the file.
-    return f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}"
+    size, changed = stamp(file)
+    return f"{absolute(file, links=True)}:{size}:{changed}"
 
 
 def _record(video: Video) -> list:
@@ -175,7 +193,7 @@ def _record(video: Video) -> list:
     return [video.frames, video.width, video.height, str(video.fps)]
 
 
-def _probe(file: Path, known: dict[str, list]) -> Video:
+def _probe(file: AnyPath, known: dict[str, list]) -> Video:
     """Finds the size of a video, from the cache if it is known there."""
     try:
         record = known.get(_key(file))
@@ -189,7 +207,7 @@ def _probe(file: Path, known: dict[str, list]) -> Video:
     return Video(str(file), frames, width, height, Fraction(fps))
 
 
-def _load_known(cache: Path) -> dict[str, list]:
+def _load_known(cache: AnyPath) -> dict[str, list]:
     try:
         return json.loads((cache / "index.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -201,16 +219,16 @@ def _load_known(cache: Path) -> dict[str, list]:
         return {}
 
 
-def _save_known(cache: Path, known: dict[str, list]) -> None:
+def _save_known(cache: AnyPath, known: dict[str, list]) -> None:
     try:
         write_json(cache / "index.json", known)
     except OSError as error:
         raise write_error(cache, error) from None
 
 
-def _decode(video: Video, cache: Path) -> Video:
+def _decode(video: Video, cache: AnyPath) -> Video:
     """Returns the video with its array in the cache, which is made on first use."""
-    file = Path(video.path)
+    file = as_path(video.path)
     digest = hashlib.sha256(os.fsencode(_key(file))).hexdigest()
     target = cache / f"{keyed_name(file.stem, digest[:16])}.npy"
     if not target.exists():

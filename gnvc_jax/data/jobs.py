@@ -13,11 +13,11 @@ import io
 import json
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from gnvc_jax.buckets import AnyPath, absolute, as_path, stamp
 from gnvc_jax.data.index import find_videos
 from gnvc_jax.data.left_out import log_left_out, reason
 from gnvc_jax.files import keyed_name, write_json, write_whole
@@ -27,9 +27,9 @@ LEFT_OUT = "left_out"  # column of the reason
 
 
 def for_each_video(
-    source: str | Path,
-    folder: str | Path,
-    work: Callable[[Path, str], dict[str, Any]],
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
+    work: Callable[[AnyPath, str], dict[str, Any]],
     columns: Sequence[str],
     *,
     settings: Any = None,
@@ -60,8 +60,8 @@ def for_each_video(
         MissingInput: If there is nothing at the source.
         OSError, UnwritableOutput, WriteFailed: If the output cannot be written.
     """
-    folder, failed = Path(folder), {}
-    videos = sorted(set(find_videos(Path(source))))
+    folder, failed = as_path(folder), {}
+    videos = sorted(set(find_videos(as_path(source))))
     # Every shard-th video of the sorted list: processes need not talk to each other.
     mine = videos[shard[0] :: shard[1]]
     for video in tqdm(mine, unit="video", desc=title, disable=not progress or None):
@@ -84,18 +84,17 @@ def for_each_video(
     return failed
 
 
-def video_key(video: Path) -> str:
+def video_key(video: AnyPath) -> str:
     """Twelve digits that differ for videos of the same name, and after a video has changed."""
     try:
-        facts = video.stat()
-        size, time = facts.st_size, facts.st_mtime_ns
+        size, time = stamp(video)
     except OSError:  # reported when it is opened
         size, time = 0, 0
-    text = f"{video.absolute()} {size} {time}"
+    text = f"{absolute(video)} {size} {time}"
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:12]
 
 
-def read_row(path: Path) -> dict[str, Any] | None:
+def read_row(path: AnyPath) -> dict[str, Any] | None:
     """Reads a row of the manifest, None if there is none."""
     try:
         row = json.loads(path.read_text())
@@ -104,7 +103,7 @@ def read_row(path: Path) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and "video" in row else None
 
 
-def write_manifest(folder: Path, columns: Sequence[str], videos: Sequence[Path]) -> None:
+def write_manifest(folder: AnyPath, columns: Sequence[str], videos: Sequence[AnyPath]) -> None:
     """Writes `manifest.csv` from the rows in a folder.
 
     Args:

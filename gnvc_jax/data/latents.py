@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from gnvc_jax.buckets import AnyPath, as_path, is_remote, local_copy, make_folder, stamp
 from gnvc_jax.data.clips import RandomRead, endless_batches
 from gnvc_jax.data.jobs import for_each_video
 from gnvc_jax.data.left_out import LeftOut, TooMuchLeftOut
@@ -53,8 +56,8 @@ class CacheInfo:
 
 
 def write_latents(
-    source: str | Path,
-    folder: str | Path,
+    source: str | os.PathLike,
+    folder: str | os.PathLike,
     info: CacheInfo,
     encode: Callable[[np.ndarray], np.ndarray],
     shard: tuple[int, int] = (0, 1),
@@ -80,11 +83,11 @@ def write_latents(
         MissingInput: If there is nothing at the source.
         UsageError: If the folder holds other latents.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = as_path(folder)
+    make_folder(folder)
     _claim(folder, info)
 
-    def work(video: Path, name: str) -> dict:
+    def work(video: AnyPath, name: str) -> dict:
         with atomic_output(folder / f"{name}.array_record") as target:
             count = _write_video(video, target, info, encode)
         return {"video": str(video), "records": count}
@@ -93,7 +96,7 @@ def write_latents(
     return for_each_video(source, folder, work, columns, title="latents", **options)
 
 
-def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -> int:
+def _write_video(video: AnyPath, target: Path, info: CacheInfo, encode: Callable) -> int:
     """Writes the records of one video to a new file, and returns their number."""
     # Groups of one record: random access then reads no other record.
     writer, count = ArrayRecordWriter(str(target), "group_size:1"), 0
@@ -108,7 +111,7 @@ def _write_video(video: Path, target: Path, info: CacheInfo, encode: Callable) -
     return count
 
 
-def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
+def _clips(path: AnyPath, frames: int, multiple: int) -> Iterator[np.ndarray]:
     """Yields consecutive clips of a video, cropped to multiples of `multiple` pixels."""
     with open_video(str(path)) as video:
         h, w = (size - size % multiple for size in (video.height, video.width))
@@ -120,7 +123,7 @@ def _clips(path: Path, frames: int, multiple: int) -> Iterator[np.ndarray]:
                 clip = []
 
 
-def _claim(folder: Path, info: CacheInfo) -> None:
+def _claim(folder: AnyPath, info: CacheInfo) -> None:
     """Writes the description of the cache.
 
     Raises:
@@ -137,14 +140,14 @@ def _claim(folder: Path, info: CacheInfo) -> None:
     write_json(path, dataclasses.asdict(info))
 
 
-def read_info(folder: str | Path) -> CacheInfo:
+def read_info(folder: str | os.PathLike) -> CacheInfo:
     """Reads the description of a cache.
 
     Raises:
         FileNotFoundError: If there is no cache.
         UsageError: If its description is damaged.
     """
-    path = Path(folder) / "cache.json"
+    path = as_path(folder) / "cache.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no latents found; create them with gnvc cache-latents")
     try:
@@ -174,21 +177,32 @@ class RandomLatents(RandomRead):
     latents: int
     size: tuple[int, int]
     left_out: LeftOut
-    _source: Any = dataclasses.field(init=False, repr=False, compare=False)
-
-    def __post_init__(self):
-        source = grain.sources.ArrayRecordDataSource(list(self.paths))
-        object.__setattr__(self, "_source", source)
+    _copies: dict[str, Path] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     @property
     def count(self) -> int:
         """Number of records in all files."""
         return sum(self.records)
 
+    def locate(self, element: int) -> tuple[str, int]:
+        """Finds the file that a record is in, and its number there."""
+        # Records are numbered through all files: a cumulated count is the first number of the next.
+        ends = np.cumsum(self.records)
+        number = int(np.searchsorted(ends, element, side="right"))
+        return self.paths[number], element - int(ends[number] - self.records[number])
+
     def name(self, element: int) -> str:
         """Path of the file that a record is in."""
-        # Records are numbered through all files: a cumulated count is the first number of the next.
-        return self.paths[int(np.searchsorted(np.cumsum(self.records), element, side="right"))]
+        return self.locate(element)[0]
+
+    def copy(self, path: str) -> Path:
+        """Path of a file on the local disk; it is downloaded on first use, and again if gone."""
+        copy = self._copies.get(path)
+        if copy is None or not copy.exists():
+            copy = self._copies[path] = local_copy(path)
+        return copy
 
     def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
         """Reads a random crop of a record.
@@ -196,7 +210,9 @@ class RandomLatents(RandomRead):
         Raises:
             UsageError: If the record is damaged or too small.
         """
-        record = self._source[element]
+        path, number = self.locate(element)
+        file = self.copy(path)
+        (record,) = _reader(str(file), stamp(file)).read([number])
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
             raise UsageError("damaged record")
         # The first latents of a record, since only its first latent stands for a single frame.
@@ -210,9 +226,20 @@ class RandomLatents(RandomRead):
         return latents[:, top : top + h, left : left + w].astype(np.float32)
 
 
+@functools.lru_cache(maxsize=256)  # open files
+def _reader(path: str, stamp: tuple) -> ArrayRecordReader:
+    """Opens a file once per process, and again after it has changed."""
+    return ArrayRecordReader(path)
+
+
 def _count_records(path: str, left_out: LeftOut) -> int:
-    """Counts the records in a file; 0 if it cannot be opened, as when its end is missing."""
+    """Counts the records in a file; 0 if it cannot be opened, as when its end is missing.
+
+    Files in a bucket are not downloaded for it: their rows of the manifest say the number.
+    """
     try:
+        if is_remote(path):
+            return json.loads(as_path(path).with_suffix(".json").read_text())["records"]
         with contextlib.closing(ArrayRecordReader(path)) as reader:
             return reader.num_records()
     except Exception as error:  # a RuntimeError of the library
@@ -221,7 +248,7 @@ def _count_records(path: str, left_out: LeftOut) -> int:
 
 
 def latent_dataset(
-    folder: str | Path,
+    folder: str | os.PathLike,
     *,
     frames: int,
     size: tuple[int, int],
@@ -246,7 +273,7 @@ def latent_dataset(
         UsageError: If the clips in the cache are shorter.
         TooMuchLeftOut: If too much of it cannot be read; the iterator may raise it, too.
     """
-    info, folder = read_info(folder), Path(folder)
+    info, folder = read_info(folder), as_path(folder)
     # The JSON file is written last, so an array without one is not complete.
     paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())
     if not paths:

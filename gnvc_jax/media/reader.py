@@ -1,10 +1,10 @@
 """Reading videos: `open_video` to stream, `read_clip` for random access, `probe` to describe.
 
 Sources: whatever PyAV reads (mp4, mkv, webm, avi, gif, ...), .y4m, headerless .yuv, a folder of PNG
-pictures, and '-' for y4m on standard input. Frames are returned exactly, one for one,
-in display order. A variable frame rate is never resampled; the mean is reported. Rotation and
-mirroring stored in the file are applied; sample aspect ratio, interlacing, alpha and audio are
-ignored. `VideoReader.notes` lists what was ignored or decided.
+pictures, and '-' for y4m on standard input. Files may be in buckets. Frames are returned exactly,
+one for one, in display order. A variable frame rate is never resampled; the mean is reported.
+Rotation and mirroring stored in the file are applied; sample aspect ratio, interlacing, alpha and
+audio are ignored. `VideoReader.notes` lists what was ignored or decided.
 
 Colour follows `gnvc_jax.media.colour`: BT.709 limited range unless tagged or told otherwise, full
 range for grey; YUV tagged as RGB has the matrix of its size. RGB sources are passed through. Errors
@@ -20,6 +20,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from gnvc_jax.buckets import is_remote, local_copy
 from gnvc_jax.media import container, folder, raw
 from gnvc_jax.media.colour import Colour
 from gnvc_jax.media.errors import EmptyInput, MissingInput, read_error
@@ -28,6 +29,14 @@ from gnvc_jax.media.video import Crop, VideoInfo, VideoReader
 __all__ = ["VideoInfo", "VideoReader", "open_video", "probe", "read_clip"]
 
 RAW_SUFFIXES = (".y4m", ".yuv")
+
+
+def _on_disk(path: str | os.PathLike) -> str | os.PathLike:
+    """Path of a local copy of a video in a bucket, otherwise the path as it is."""
+    try:
+        return local_copy(path) if is_remote(path) else path
+    except OSError as error:
+        raise read_error(path, error) from None
 
 
 def _kind(path: str | os.PathLike) -> str:
@@ -82,6 +91,7 @@ def open_video(
             raise ValueError(f"the frame rate must be positive, got {fps}")
     if os.fspath(path) == "-":
         return raw.open_y4m_pipe(sys.stdin.buffer, "-", fps, colour)
+    path = _on_disk(path)
     kind = _kind(path)
     if kind == "folder":
         return folder.open_folder(path, fps)
@@ -114,6 +124,7 @@ def read_clip(
     """
     if start < 0 or count < 1:
         raise ValueError(f"cannot read {count} frames from frame {start}")
+    path = _on_disk(path)
     kind = _kind(path)
     if kind == "folder":
         return folder.read_folder_clip(path, start, count, crop)
@@ -148,6 +159,7 @@ def probe(
     """
     if os.fspath(path) == "-":
         raise MissingInput(path, "standard input cannot be read twice")
+    path = _on_disk(path)
     with open_video(
         path, size=size, fps=fps, pix_fmt=pix_fmt, colour=colour, stream=stream
     ) as video:

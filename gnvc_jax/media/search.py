@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from gnvc_jax.buckets import AnyPath, as_path, files_below, is_remote
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +32,25 @@ _SYSTEM_FOLDERS = frozenset(
 )
 
 
-def find_videos(folder: str | os.PathLike) -> list[Path]:
+def _is_video(file: AnyPath, folder: AnyPath) -> bool:
+    """Whether a file in a bucket is one of the videos of a folder."""
+    names = file.relative_to(folder).parts
+    hidden = any(name[0] == "." or name in _SYSTEM_FOLDERS for name in names)
+    return not hidden and file.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_videos(folder: str | os.PathLike) -> Sequence[AnyPath]:
     """Finds the videos in a folder and its subfolders.
 
     Hidden files and folders, and those of network drives, are skipped. PNG images count as frames
-    only if there is no video beside or below them; otherwise they are left out with a warning.
+    only if there is no video beside or below them; otherwise they are left out with a warning. In
+    buckets they never count.
 
     Returns:
         Video files, then folders of PNG frames, each sorted.
     """
+    if is_remote(folder):
+        return [file for file in files_below(as_path(folder)) if _is_video(file, as_path(folder))]
     videos, pictures, visited = [], {}, set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)

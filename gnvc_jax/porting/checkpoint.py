@@ -26,6 +26,7 @@ from safetensors.numpy import load_file
 
 from gnvc_jax.array_trees import in_chunks, load_tree, read_leaves
 from gnvc_jax.arrays import Tree
+from gnvc_jax.buckets import absolute, as_path, for_orbax, local_copy, make_folder
 from gnvc_jax.files import atomic_output
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.errors import PortError
@@ -38,16 +39,16 @@ BATCH_BYTES = 256 << 20  # small parameters are written so many bytes at a time
 
 
 @contextmanager
-def new_folder(target: str | Path) -> Iterator[Path]:
+def new_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Context with a new folder, which becomes `target` if the block succeeds.
 
     Raises:
         FileExistsError: If the target exists.
     """
-    target = Path(target)
+    target = as_path(target)
     if target.exists():
         raise FileExistsError(f"{target}: exists")
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with atomic_output(target) as temporary:
         temporary.mkdir()
         yield temporary
@@ -85,12 +86,12 @@ def leaves_by_path(tree: Tree) -> dict[str, Any]:
     return cast(dict[str, Any], flatten_dict(tree, sep="/"))
 
 
-def has_component(folder: str | Path, component: str) -> bool:
+def has_component(folder: str | os.PathLike, component: str) -> bool:
     """Whether a folder holds this component in ported form."""
-    return (Path(folder) / component / "architecture.json").is_file()
+    return (as_path(folder) / component / "architecture.json").is_file()
 
 
-def refuse_other_components(folder: str | Path, wanted: str) -> None:
+def refuse_other_components(folder: str | os.PathLike, wanted: str) -> None:
     """Refuses a folder of ported weights that lacks the wanted component.
 
     Raises:
@@ -100,14 +101,14 @@ def refuse_other_components(folder: str | Path, wanted: str) -> None:
         raise FileNotFoundError(f"{folder}: holds {', '.join(others)}, but no ported {wanted}")
 
 
-def read_architecture(folder: str | Path, component: str) -> Architecture:
+def read_architecture(folder: str | os.PathLike, component: str) -> Architecture:
     """Reads the architecture of a component of a checkpoint folder.
 
     Raises:
         FileNotFoundError: If the folder has no such component.
         PortError: If its description is damaged.
     """
-    path = Path(folder) / component / "architecture.json"
+    path = as_path(folder) / component / "architecture.json"
     if not has_component(folder, component):
         raise FileNotFoundError(f"{folder}: no ported {component} in this folder")
     try:
@@ -117,7 +118,7 @@ def read_architecture(folder: str | Path, component: str) -> Architecture:
 
 
 def load_weights(
-    folder: str | Path,
+    folder: str | os.PathLike,
     component: str,
     dtype: jax.typing.DTypeLike | None = None,
     shardings: Tree = None,
@@ -158,7 +159,7 @@ def load_weights(
 
 
 def open_weights(
-    folder: str | Path, component: str, architecture: Architecture
+    folder: str | os.PathLike, component: str, architecture: Architecture
 ) -> tuple[str, dict[str, Any]]:
     """Opens the Orbax checkpoint of a component and checks that it matches the architecture.
 
@@ -168,10 +169,10 @@ def open_weights(
     Raises:
         PortError: If the weights are missing or do not match.
     """
-    saved = Path(folder).absolute() / component / "weights"
+    saved = absolute(as_path(folder)) / component / "weights"
     if not saved.is_dir():
         raise PortError(f"{saved}: the weights are missing")
-    saved = os.fspath(saved)
+    saved = os.fspath(for_orbax(saved))
     try:
         found = read_leaves(saved)
     except (ValueError, OSError, KeyError) as error:
@@ -188,7 +189,7 @@ def open_weights(
     return saved, found
 
 
-def load_prompt(path: str | Path, config: DiTConfig | None = None) -> np.ndarray:
+def load_prompt(path: str | os.PathLike, config: DiTConfig | None = None) -> np.ndarray:
     """Loads a text condition.
 
     Args:
@@ -204,7 +205,7 @@ def load_prompt(path: str | Path, config: DiTConfig | None = None) -> np.ndarray
         PortError: If the file cannot be read or does not fit.
     """
     config = config or DiTConfig()
-    path = Path(path)
+    path = local_copy(path)
     check_kind(path)
     try:
         if path.suffix == ".safetensors":

@@ -5,6 +5,7 @@
 """
 
 import io
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from gnvc_jax.bitstream import StreamReader
+from gnvc_jax.buckets import as_path
 from gnvc_jax.coder import DEFAULT_GOP, Coder
 from gnvc_jax.decoder import DecodedGroup
 from gnvc_jax.frames import check_video
@@ -26,12 +28,12 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.safetensors"))
 
 
-def is_run(path: str | Path) -> bool:
+def is_run(path: str | os.PathLike) -> bool:
     """Whether a path is the folder of a training run."""
-    return (Path(path) / "config.json").is_file() and (Path(path) / "checkpoints").is_dir()
+    return (as_path(path) / "config.json").is_file() and (as_path(path) / "checkpoints").is_dir()
 
 
-def find_model(name: str | Path) -> Model:
+def find_model(name: str | os.PathLike) -> Model:
     """Finds a model.
 
     Args:
@@ -42,7 +44,7 @@ def find_model(name: str | Path) -> Model:
         ModelCorrupt: If the model file is damaged.
         UsageError: If the run has no codec, or no checkpoint that can be read.
     """
-    shipped, path = FOLDER / f"{name}.safetensors", Path(name)
+    shipped, path = FOLDER / f"{name}.safetensors", as_path(name)
     if shipped.is_file():
         return load_model(shipped)
     if is_run(path):
@@ -140,7 +142,7 @@ class Codec(Coder):
         return self.functions.refine(*group, self.steps if steps is None else steps)
 
 
-def load_pretrained(name: str | Path = "small") -> Codec:
+def load_pretrained(name: str | os.PathLike = "small") -> Codec:
     """Loads a whole codec.
 
     Args:

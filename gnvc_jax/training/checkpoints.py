@@ -14,9 +14,9 @@ import contextlib
 import dataclasses
 import json
 import logging
-import tempfile
+import os
+import uuid
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -27,10 +27,21 @@ from jax.experimental import multihost_utils
 
 from gnvc_jax.array_trees import load_tree, read_structure
 from gnvc_jax.arrays import Tree
+from gnvc_jax.buckets import (
+    AnyPath,
+    absolute,
+    as_path,
+    check_bucket,
+    for_orbax,
+    is_remote,
+    make_folder,
+    on_s3,
+)
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
 from gnvc_jax.refiner.config import DiTConfig, RefinerConfig
+from gnvc_jax.training.bucket_runs import StagedCheckpoints, complete_steps
 from gnvc_jax.training.config import Experiment, InitConfig, RunConfig, flatten
 from gnvc_jax.vae.config import VAEConfig
 
@@ -67,14 +78,18 @@ class Checkpoints:
     """
 
     def __init__(self, experiment: Experiment):
-        out = Path(experiment.run.out).absolute()
+        out = absolute(as_path(experiment.run.out))
+        check_bucket(out)
         try:
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder(out)
         except OSError as error:  # such as a file at this place or above it
             raise UsageError(f"run.out: no folder {out} can be made ({error.strerror})") from None
         # Tuples become lists, as they are when the file is read back for comparison.
         self.config = json.loads(json.dumps(dataclasses.asdict(experiment)))
-        self.directory, self.keep = out / "checkpoints", experiment.run.keep
+        folder = out / "checkpoints"
+        self.staged = StagedCheckpoints(folder) if on_s3(out) else None
+        self.directory = folder if self.staged is None else self.staged.folder
+        self.keep = experiment.run.keep
         self.series = self.open()
         try:
             # Checked before the file is written: another experiment must not leave its
@@ -120,9 +135,13 @@ class Checkpoints:
             "statistics": {k: v.tolist() for k, v in (statistics or {}).items()},
             "config": self.config,
         }
+        if self.staged is not None:
+            self.staged.finish()  # Orbax is about to remove what is older
         # Returns once the state is copied, since the next step takes over its buffers. The policy
         # of the series would leave out a step while another is being written.
-        self.series.save_checkpointables_async(step, items, force=True)
+        response = self.series.save_checkpointables_async(step, items, force=True)
+        if self.staged is not None:
+            self.staged.start(response.result)
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict]:
         """Restores the state and the position of the data of a step.
@@ -176,7 +195,7 @@ class Checkpoints:
             raise UsageError(f"{self.directory}: no checkpoint in it can be read")
         return None
 
-    def folder(self, step: int) -> Path:
+    def folder(self, step: int) -> AnyPath:
         """Folder of a checkpoint."""
         return self.directory / str(step)
 
@@ -184,9 +203,9 @@ class Checkpoints:
         """Renames checkpoints so that Orbax no longer sees them, but nothing is lost."""
         if jax.process_index() == 0:
             for step in steps:
-                # Renamed onto a new, empty folder, so that none set aside before is lost.
-                place = tempfile.mkdtemp(prefix=f"damaged-{step}-", dir=self.directory)
-                self.folder(step).replace(place)
+                # A name that is new, so that none set aside before is lost.
+                place = self.folder(step).with_name(f"damaged-{step}-{uuid.uuid4().hex[:8]}")
+                self.folder(step).rename(place)
         # All processes must list the folder after the renaming, not before.
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self.series.close()
@@ -202,9 +221,11 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last write."""
         self.series.close()
+        if self.staged is not None:
+            self.staged.close()
 
 
-def check_same_config(path: Path, config: dict) -> None:
+def check_same_config(path: AnyPath, config: dict) -> None:
     """Checks a configuration against the one that a run folder holds.
 
     Raises:
@@ -226,20 +247,20 @@ def check_same_config(path: Path, config: dict) -> None:
         raise UsageError(f"{path}: belongs to another configuration: {'; '.join(differing)}")
 
 
-def config_of(run: str | Path) -> dict:
+def config_of(run: str | os.PathLike) -> dict:
     """Reads the resolved configuration of a run.
 
     Raises:
         FileNotFoundError: If there is no such run.
         UsageError: If the file is damaged.
     """
-    path = Path(run) / "config.json"
+    path = as_path(run) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{run}: no training run")
     return read_config(path)
 
 
-def model_of(run: str | Path) -> Experiment:
+def model_of(run: str | os.PathLike) -> Experiment:
     """Describes the model of a run by an experiment that starts from the run.
 
     The experiment has the sizes of the networks, `train` and `init.run`; loss, data and optimizer
@@ -261,11 +282,11 @@ def model_of(run: str | Path) -> Experiment:
         refiner,
         init=InitConfig(run=str(run)),
         train=tuple(facts.get("train") or ()),
-        run=RunConfig(out=str(Path(run) / "after")),  # of no use, but not the run itself
+        run=RunConfig(out=str(as_path(run) / "after")),  # of no use, but not the run itself
     )
 
 
-def read_config(path: Path) -> dict:
+def read_config(path: AnyPath) -> dict:
     """Reads the configuration that a run folder holds.
 
     Raises:
@@ -282,15 +303,19 @@ def read_config(path: Path) -> dict:
     return found
 
 
-def steps_of(run: str | Path) -> list[int]:
+def steps_of(run: str | os.PathLike) -> list[int]:
     """Lists the steps of the complete checkpoints in a run folder, in rising order."""
-    folder = Path(run).absolute() / "checkpoints"
-    # A checkpoint has its final name, the number of its step, when it is complete.
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if name.isdigit())
+    folder = absolute(as_path(run)) / "checkpoints"
+    if on_s3(folder):
+        return complete_steps(folder)
+    # A checkpoint has its final name, the number of its step, when it is complete; on gs://, where
+    # nothing can be renamed, it then has a file that says so.
+    found = [path for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
+    whole = [p for p in found if not is_remote(p) or (p / "commit_success.txt").exists()]
+    return sorted(int(path.name) for path in whole)
 
 
-def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
+def read_newest(run: str | os.PathLike, read: Callable[[AnyPath], Any]) -> Any:
     """Reads from the newest checkpoint of a run that is not damaged.
 
     A damaged one is left out for the one before, with a warning.
@@ -306,13 +331,13 @@ def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
         FileNotFoundError: If there is no checkpoint.
         UsageError: If none can be read, or `read` raises a UsageError.
     """
-    folder, steps = Path(run).absolute() / "checkpoints", steps_of(run)
+    folder, steps = absolute(as_path(run)) / "checkpoints", steps_of(run)
     if not steps:
         raise FileNotFoundError(f"{run}: no checkpoint")
     for step in reversed(steps):
         try:
             with quiet_failure():
-                return read(folder / str(step))
+                return read(for_orbax(folder / str(step)))
         except UsageError as error:
             raise UsageError(f"{run}: {error}") from None
         except DAMAGE as error:
@@ -320,13 +345,13 @@ def read_newest(run: str | Path, read: Callable[[Path], Any]) -> Any:
     raise UsageError(f"{run}: no checkpoint in it can be read")
 
 
-def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
+def load_statistics(run: str | os.PathLike) -> dict[str, np.ndarray]:
     """Loads the statistics that a run measured of its data when it began, as float32.
 
     It raises the errors of `read_newest`.
     """
 
-    def read(folder: Path) -> dict:
+    def read(folder: AnyPath) -> dict:
         # One item of the checkpoint, read without the others.
         with with_json():
             return ocp.load_checkpointables(str(folder), {"statistics": None})["statistics"]
@@ -334,7 +359,7 @@ def load_statistics(run: str | Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(value, np.float32) for name, value in read_newest(run, read).items()}
 
 
-def averaged_names(run: str | Path) -> set[str]:
+def averaged_names(run: str | os.PathLike) -> set[str]:
     """Names the parameters whose averages a run has: those that it trained.
 
     It raises the errors of `read_newest`.
@@ -342,7 +367,7 @@ def averaged_names(run: str | Path) -> set[str]:
     return read_newest(run, lambda folder: set(shapes(read_structure(folder)["ema"])))
 
 
-def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
+def load_params(run: str | os.PathLike, like: Tree, partial: bool = False) -> Tree:
     """Loads averaged weights from the newest checkpoint of a run.
 
     Args:
@@ -358,7 +383,7 @@ def load_params(run: str | Path, like: Tree, partial: bool = False) -> Tree:
     return read_newest(run, lambda folder: read_average(folder, like, partial))
 
 
-def read_average(checkpoint: Path, like: Tree, partial: bool) -> Tree:
+def read_average(checkpoint: AnyPath, like: Tree, partial: bool) -> Tree:
     """Reads averaged weights from a checkpoint; see `load_params`."""
     found = shapes(read_structure(checkpoint)["ema"])
     if partial:

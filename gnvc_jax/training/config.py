@@ -10,12 +10,14 @@ each other, so that an experiment that exists is valid.
 import argparse
 import dataclasses
 import importlib.util
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from gnvc_jax.buckets import absolute
 from gnvc_jax.codec.config import LATENT_MULTIPLE, CodecConfig
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, parse_mesh
@@ -104,7 +106,7 @@ class Experiment:
     evaluate: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self):
-        if self.init.run and Path(self.init.run).resolve() == Path(self.run.out).resolve():
+        if self.init.run and absolute(self.init.run, True) == absolute(self.run.out, True):
             raise UsageError(
                 f"init.run: {self.init.run} is run.out too; a run cannot start from itself"
             )
@@ -199,7 +201,7 @@ class Experiment:
         return self.refiner.dit.tokens(1 + (frames - 1) // self.vae.temporal_stride, *grid)
 
 
-def load(path: str | Path) -> Experiment:
+def load(path: str | os.PathLike) -> Experiment:
     """Loads the `experiment` that a config file defines, a value or a function without arguments.
 
     Raises:

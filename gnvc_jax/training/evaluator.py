@@ -17,13 +17,13 @@ import itertools
 import json
 import math
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from gnvc_jax.arrays import Tree
+from gnvc_jax.buckets import AnyPath, as_path
 from gnvc_jax.data.index import find_videos
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import write_json
@@ -84,7 +84,7 @@ class Evaluator(Hook):
         self.fixed = weights.load(experiment, stages.stored_shapes(stage), self.statistics)
         self.clips = read_clips(self.config)
         self.lpips = load_lpips(self.config, self.clips)
-        self.best = BestModel(Path(experiment.run.out), self.config)
+        self.best = BestModel(as_path(experiment.run.out), self.config)
         self.programs = None
 
     def after_step(self, run: TrainingRun) -> None:
@@ -105,7 +105,7 @@ class Evaluator(Hook):
     def model(self, averaged: Tree) -> Model:
         """Builds the model of averaged weights."""
         parts = partition.assemble(self.fixed, averaged)
-        name = Path(self.experiment.run.out).name
+        name = as_path(self.experiment.run.out).name
         return model_of_parts(self.experiment, name, parts, self.statistics)
 
     def measure(self, model: Model) -> dict[str, float]:
@@ -171,7 +171,7 @@ class BestModel:
             or by another measure.
     """
 
-    def __init__(self, folder: Path, config: EvaluationConfig):
+    def __init__(self, folder: AnyPath, config: EvaluationConfig):
         self.path, self.record = folder / "best.safetensors", folder / "best.json"
         # What scores depend on beside the model.
         self.settings = {
@@ -213,7 +213,7 @@ def read_clips(config: EvaluationConfig) -> list[np.ndarray]:
         UsageError: If there is no clip.
         MediaError: If a clip cannot be read.
     """
-    paths = sorted(set(find_videos(Path(config.data or ""))))[: config.clips]
+    paths = sorted(set(find_videos(as_path(config.data or ""))))[: config.clips]
     if not paths:
         raise UsageError(f"evaluate.data: {config.data} holds no video")
     clips = []

@@ -13,8 +13,7 @@ train is read from where they read it.
 """
 
 import json
-import shutil
-from pathlib import Path
+import os
 from typing import Any
 
 import jax
@@ -24,24 +23,25 @@ from jax.experimental import multihost_utils
 
 from gnvc_jax.array_trees import load_tree, read_leaves, save_tree
 from gnvc_jax.arrays import Tree
+from gnvc_jax.buckets import AnyPath, absolute, as_path, local_copy, make_folder, remove_folder
 from gnvc_jax.errors import UsageError
-from gnvc_jax.files import write_json
+from gnvc_jax.files import atomic_output, write_json
 from gnvc_jax.training.checkpoints import DAMAGE, check_shapes, first_line, quiet_failure, steps_of
 from gnvc_jax.training.settings import InitConfig
 
 
-def find(run: str | Path) -> Path | None:
+def find(run: str | os.PathLike) -> AnyPath | None:
     """Returns the folder in which a run keeps its fixed parameters, None if it keeps none.
 
     One that was left by a start without any checkpoint does not count: the next start may be that
     of another experiment.
     """
-    folder = Path(run) / "fixed"
+    folder = as_path(run) / "fixed"
     return folder if (folder / "sources.json").is_file() and steps_of(run) else None
 
 
 def save(
-    run: str | Path, trees: Tree, text: np.ndarray | None, sources: dict[str, str | None]
+    run: str | os.PathLike, trees: Tree, text: np.ndarray | None, sources: dict[str, str | None]
 ) -> None:
     """Keeps fixed parameters in the folder of a run that begins; all processes call it together.
 
@@ -51,29 +51,31 @@ def save(
         text: Text condition, None for a model without one.
         sources: Paths or names of where the parameters came from, as in `InitConfig`.
     """
-    folder = Path(run) / "fixed"
+    folder = as_path(run) / "fixed"
     if jax.process_index() == 0:  # of a start that ended before its first checkpoint
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            remove_folder(folder)
     multihost_utils.sync_global_devices("old fixed parameters are gone")
     if jax.tree.leaves(trees):  # Orbax writes no empty tree
         save_tree(folder / "parameters", trees)
     if jax.process_index() == 0:
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         if text is not None:
-            np.save(folder / "prompt.npy", text)
-        write_json(folder / "sources.json", absolute(sources))
+            with atomic_output(folder / "prompt.npy") as temporary:
+                np.save(temporary, text)
+        write_json(folder / "sources.json", absolute_sources(sources))
     multihost_utils.sync_global_devices("fixed parameters are kept")
 
 
-def absolute(sources: dict[str, str | None]) -> dict[str, str | None]:
+def absolute_sources(sources: dict[str, str | None]) -> dict[str, str | None]:
     """Makes paths absolute; names of shipped models, which are no paths, stay as they are."""
     return {
-        name: str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+        name: str(absolute(path)) if path is not None and as_path(path).exists() else path
         for name, path in sources.items()
     }
 
 
-def load(folder: Path, wanted: Tree, tree: str = "fixed") -> Tree:
+def load(folder: AnyPath, wanted: Tree, tree: str = "fixed") -> Tree:
     """Loads those of the wanted parameters that a run keeps.
 
     Args:
@@ -104,7 +106,7 @@ def load(folder: Path, wanted: Tree, tree: str = "fixed") -> Tree:
         raise UsageError(f"{parameters}: cannot be read ({first_line(error)})") from None
 
 
-def load_text(folder: Path) -> np.ndarray | None:
+def load_text(folder: AnyPath) -> np.ndarray | None:
     """Loads the text condition, None if the model has none.
 
     Raises:
@@ -114,12 +116,12 @@ def load_text(folder: Path) -> np.ndarray | None:
     if not path.is_file():
         return None
     try:
-        return np.load(path, allow_pickle=False)
+        return np.load(local_copy(path), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         raise UsageError(f"{path}: cannot be read ({first_line(error)})") from None
 
 
-def load_sources(folder: Path) -> InitConfig:
+def load_sources(folder: AnyPath) -> InitConfig:
     """Loads where the parameters came from.
 
     Raises:

@@ -19,7 +19,6 @@ import faulthandler
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +26,7 @@ import numpy as np
 from gnvc_jax.arrays import Array
 from gnvc_jax.errors import TrainingDiverged
 from gnvc_jax.training import inputs
+from gnvc_jax.training.bucket_runs import LogCopies, log_folder
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import Experiment, RunConfig
 from gnvc_jax.training.inputs import Clips
@@ -129,7 +129,7 @@ class Profiler(Hook):
 
     def __init__(self, config: RunConfig):
         self.first, self.last = config.profile or (0, -1)
-        self.folder, self.running = Path(config.out) / "profile", False
+        self.folder, self.running = log_folder(config.out) / "profile", False
 
     def before_step(self, run: TrainingRun) -> None:
         """Starts or ends the trace."""
@@ -263,6 +263,28 @@ class SaveCheckpoints(Hook):
                 position = run.clips.get_state() | {"clock": run.clock.get_state()}
                 self.checkpoints.save(run.step, run.state, position, run.statistics)
             self.saved_at = time.monotonic()
+
+
+class CopyLogs(Hook):
+    """Copies logs of a run in a bucket there: now and then, after a checkpoint, and at the end.
+
+    Lines up to a checkpoint are thus there when a run is resumed from it, even if its process was
+    killed. The profile is written after the last copy of a step, so `close` copies once more.
+    """
+
+    def __init__(self, saver: SaveCheckpoints, config: RunConfig):
+        self.saver, self.saved_at = saver, saver.saved_at
+        self.copies = LogCopies(config.out)
+
+    def after_step(self, run: TrainingRun) -> None:
+        """Copies if it is time."""
+        if self.copies.is_due() or self.saver.saved_at != self.saved_at:
+            self.saved_at = self.saver.saved_at
+            self.copies.copy()
+
+    def close(self) -> None:
+        """Copies what is left."""
+        self.copies.copy()
 
 
 def mean_of_finite(values: Sequence[float]) -> float:

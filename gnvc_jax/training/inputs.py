@@ -6,7 +6,6 @@ order and with clips that grow.
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import grain
@@ -19,6 +18,7 @@ from gnvc_jax.data.index import ClipIndex
 from gnvc_jax.data.latents import latent_dataset, read_info
 from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.errors import UsageError
+from gnvc_jax.training.bucket_runs import log_folder
 from gnvc_jax.training.config import DataConfig, Experiment
 
 
@@ -78,7 +78,7 @@ class Clips:
 def left_out(experiment: Experiment) -> LeftOut:
     """List of the data that this process could not read, kept in the run folder."""
     # One file for each process, which its decoding workers share.
-    file = Path(experiment.run.out) / f"left_out-{jax.process_index()}.jsonl"
+    file = log_folder(experiment.run.out) / f"left_out-{jax.process_index()}.jsonl"
     return LeftOut(experiment.data.max_left_out, file)
 
 

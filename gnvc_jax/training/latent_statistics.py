@@ -7,7 +7,7 @@ checkpoints:
     white (2, c)     factors that whiten the first normalised latent of a clip and the later ones
 """
 
-from pathlib import Path
+import os
 
 import jax
 import numpy as np
@@ -68,7 +68,7 @@ def measure(experiment: Experiment) -> Statistics:
     return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
-def of_run(run: str | Path, experiment: Experiment) -> Statistics:
+def of_run(run: str | os.PathLike, experiment: Experiment) -> Statistics:
     """Loads the statistics that a run keeps, see `complete`."""
     return complete(experiment, load_statistics(run))
 

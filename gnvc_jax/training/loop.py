@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from gnvc_jax.arrays import Tree
+from gnvc_jax.buckets import is_remote
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
@@ -23,6 +24,7 @@ from gnvc_jax.training.checkpoints import Checkpoints, load_statistics
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.evaluator import Evaluator
 from gnvc_jax.training.hooks import (
+    CopyLogs,
     Hook,
     Meter,
     Profiler,
@@ -81,6 +83,10 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         say(describe_run(experiment, state, frozen, clips.frames))
 
         # Log, checkpoints, and what else looks at the run.
+        saver = SaveCheckpoints(checkpoints, experiment.run)
+        copies = [CopyLogs(saver, experiment.run)] if is_remote(experiment.run.out) else []
+        for hook in copies:  # before the writer, so that it closes after it
+            stack.callback(hook.close)
         writer = stack.enter_context(closing(make_writer(experiment, step)))
         # A resumed run takes over the clock, so that goodput counts from the very first start.
         clock = Clock(**(position or {}).get("clock", {"started": began}))
@@ -88,7 +94,8 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         own = [
             Profiler(experiment.run),
             Meter(stage, clock),
-            SaveCheckpoints(checkpoints, experiment.run),
+            saver,
+            *copies,
         ]
         if experiment.run.watchdog_s:
             own.insert(0, Watchdog(experiment.run))

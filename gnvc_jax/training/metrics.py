@@ -15,6 +15,7 @@ from typing import Protocol
 import jax
 
 from gnvc_jax.files import write_whole
+from gnvc_jax.training.bucket_runs import fetch_log, log_folder
 from gnvc_jax.training.config import Experiment
 
 
@@ -122,13 +123,13 @@ def make_writer(experiment: Experiment, step: int) -> Writer:
         experiment: Experiment.
         step: Step that the run starts after.
     """
-    out = Path(experiment.run.out)
+    out = experiment.run.out
     if jax.process_index() != 0:
         return Many([])
     writers: list[Writer] = [
         Console(experiment.optim.steps),
-        JsonLines(out / "metrics.jsonl", step),
+        JsonLines(fetch_log(out, "metrics.jsonl"), step),
     ]
     if experiment.run.tensorboard:
-        writers.append(TensorBoard(out / "tensorboard", step))
+        writers.append(TensorBoard(log_folder(out) / "tensorboard", step))
     return Many(writers)

@@ -8,12 +8,13 @@ hold the parameters that the run trained and the statistics of the latents, and 
 beside them. What a run of an earlier version did not train is read from where it started.
 """
 
-from pathlib import Path
+import os
 
 import jax
 
 from gnvc_jax import model
 from gnvc_jax.arrays import Tree
+from gnvc_jax.buckets import as_path
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model
 from gnvc_jax.model_file import save_model
@@ -24,7 +25,7 @@ from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.weights import Statistics
 
 
-def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
+def release(run: str | os.PathLike, out: str | os.PathLike, name: str | None = None) -> Model:
     """Writes the model file of a run.
 
     Args:
@@ -40,12 +41,12 @@ def release(run: str | Path, out: str | Path, name: str | None = None) -> Model:
         UsageError: If the run trains no codec, or a parameter is nowhere to be found.
         OSError: If the file cannot be written.
     """
-    made = build_model(run, Path(out).stem if name is None else name)
+    made = build_model(run, as_path(out).stem if name is None else name)
     save_model(out, made)
     return made
 
 
-def build_model(run: str | Path, name: str) -> Model:
+def build_model(run: str | os.PathLike, name: str) -> Model:
     """Builds the model of a run in memory.
 
     The model has the averaged weights of the newest checkpoint, low-rank changes merged.

@@ -19,7 +19,6 @@ the types and shardings to read them in.
 
 import dataclasses
 import re
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
 from gnvc_jax.arrays import Array, Tree
+from gnvc_jax.buckets import AnyPath, as_path
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import shardings
 from gnvc_jax.porting.checkpoint import (
@@ -71,7 +71,7 @@ class Origins(NamedTuple):
     prompt: str | None
     model: str | None
     runs: tuple[str, ...]
-    fixed: Path | None
+    fixed: AnyPath | None
     replaced: frozenset[str]
 
 
@@ -301,7 +301,7 @@ def load_text(experiment: Experiment) -> np.ndarray | None:
         if text is not None:
             return text
     path = known.prompt
-    if path is None and known.dit and (kept := Path(known.dit) / PROMPT).is_file():
+    if path is None and known.dit and (kept := as_path(known.dit) / PROMPT).is_file():
         path = kept
     if path is not None:
         return load_prompt(path, config)
