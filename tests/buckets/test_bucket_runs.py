@@ -169,7 +169,7 @@ def test_caching_training_and_releasing_in_a_bucket(bucket, tiny_codec, tmp_path
         assert cli.main(["cache-latents", "--data", f"{bucket}/videos", "--vae", vae,
                          "--to", cache, "--frames", "5", "--no-progress"]) == 0  # fmt: skip
     assert len(list(as_path(cache).glob("*.array_record"))) == 2
-    experiment = dataclasses.replace(as_codec(base), init=InitConfig(vae=vae))
+    experiment = dataclasses.replace(as_codec(base), refiner=None, init=InitConfig(vae=vae))
     config = as_path(f"{bucket}/config.py")
     config.write_text(
         "from gnvc_jax.codec.config import CodecConfig\n"
