@@ -73,6 +73,11 @@ PEAK_FLOPS = {
 }
 
 
+# Seconds that data takes over one link of the interconnect, however little it is; "How to Scale
+# Your Model" (jax-ml.github.io/scaling-book), chapter on sharded matrices.
+HOP_S = 1e-6
+
+
 class Topology(NamedTuple):
     """Slices of one kind of chip.
 

@@ -173,6 +173,8 @@ class Collective:
         sent: Bytes that a device sends if the n devices of a group form a ring: n - 1 times the
             operand for an all-gather, (n - 1) / n of it for a reduce-scatter or all-to-all, twice
             that for an all-reduce, all of it for a permutation.
+        hops: Links that data crosses one after another, if a ring works in both directions: half of
+            it, all of it for an all-reduce, one for a permutation.
     """
 
     network: str
@@ -180,6 +182,7 @@ class Collective:
     count: float
     bytes: float
     sent: float
+    hops: float
 
 
 def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
@@ -191,15 +194,16 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
     """
     entry, computations = parse(text)
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
-    totals, seen = defaultdict(lambda: [0.0, 0.0, 0.0]), set()
+    totals, seen = defaultdict(lambda: [0.0] * 4), set()
 
     def count(network: str, kind: str, times: float, given: int, n: int) -> None:
         # Of the operand, which is a device's own part for an all-gather and the whole array
         # otherwise; see `Collective.sent`.
         part = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
         sent = given * part.get(kind, (n - 1) / n)
+        hops = {"all-reduce": 2 * (n // 2), "collective-permute": 1}.get(kind, n // 2)
         if sent:
-            for i, value in enumerate((1, given, sent)):
+            for i, value in enumerate((1, given, sent, hops)):
                 totals[network, kind][i] += times * value
 
     def add(times: float, where: str, one: Instruction) -> None:

@@ -15,7 +15,7 @@ import jax
 
 from gnvc_jax.arrays import Tree
 from gnvc_jax.planner import hlo
-from gnvc_jax.planner.chips import Chip
+from gnvc_jax.planner.chips import HOP_S, Chip
 
 
 def bytes_per_device(tree: Tree) -> int:
@@ -58,7 +58,8 @@ def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) 
     """Reads a program's communication, and the seconds that each resource takes at its peak.
 
     A collective inside of a slice is taken to run in a ring along one axis of the torus, in both
-    directions; one between slices, over the data center network.
+    directions, and to take the longer of the times of its bytes and of its hops (summed by kind);
+    one between slices takes that of its bytes over the data center network.
 
     Args:
         text: HLO text of the program.
@@ -72,11 +73,14 @@ def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) 
         "compute": operations / (chip.flops / chip.devices),
         "hbm": moved / (chip.bandwidth / chip.devices),
     }
-    # Links of one axis, one for each direction of the ring; and the chip's share of the network.
-    for network, rate in (("ici", 2 * chip.link), ("dcn", chip.network)):
-        over = sum(one.sent for one in sent if one.network == network)
-        if over or network == "ici":
-            seconds[network] = over / (rate / chip.devices)
+    # Links of one axis, one for each direction of the ring. Small collectives take the time of
+    # their hops.
+    rate = 2 * chip.link / chip.devices
+    inside = [max(one.sent / rate, one.hops * HOP_S) for one in sent if one.network == "ici"]
+    between = [one.sent for one in sent if one.network == "dcn"]
+    seconds["ici"] = sum(inside)
+    if between:
+        seconds["dcn"] = sum(between) / (chip.network / chip.devices)
     return {
         "collectives": [dataclasses.asdict(one) for one in sent],
         "hbm_traffic_bytes": moved,

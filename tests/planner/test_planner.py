@@ -316,7 +316,7 @@ def test_traffic_of_a_loop_over_slices():
 
 def test_communication_between_slices():
     """An all-reduce of 2x4 slices as libtpu compiles it: inside, between, and again inside."""
-    program = """
+    text = """
 ENTRY %main (p: f32[1024,1024]) -> f32[512,1024] {
   %p = f32[1024,1024]{1,0} parameter(0)
   %a = f32[1024,1024]{1,0} all-reduce(%p), channel_id=2, replica_groups={{0,1},{2,3}}, to_apply=%add
@@ -326,7 +326,7 @@ ENTRY %main (p: f32[1024,1024]) -> f32[512,1024] {
   ROOT %g = f32[512,1024]{1,0} all-gather(%r), replica_groups={{0,2},{1,3}}, dimensions={0}
 }
 """  # noqa: E501
-    found = {(c.network, c.kind): c for c in hlo.collectives(program)}
+    found = {(c.network, c.kind): c for c in hlo.collectives(text)}
     assert list(found) == [
         ("ici", "all-reduce"),
         ("dcn", "all-reduce"),
@@ -335,12 +335,15 @@ ENTRY %main (p: f32[1024,1024]) -> f32[512,1024] {
     # Twice three quarters of what four slices reduce, and the whole of what one sends to another.
     assert found["dcn", "all-reduce"].sent == 1.5 * 128 * 1024 * 4
     assert found["dcn", "collective-permute"].sent == 64 * 4
-    cost = program_cost(program)
+    cost = seconds_of(text)
     assert cost["dcn"] == pytest.approx((1.5 * 128 * 1024 * 4 + 64 * 4) / 6.25e9)
     assert cost["ici"] == pytest.approx(1024 * 1024 * 4 / 200e9)
+    # What is small takes the time of its hops: twice half of a ring of 64.
+    small = text.replace("1024,1024", "4,4").replace("{{0,1},{2,3}}", "[1,64]<=[64]")
+    assert seconds_of(small)["ici"] == pytest.approx(64e-6)
 
 
-def program_cost(text):
+def seconds_of(text):
     return program.roofline(text, 0.0, chips.CHIPS["v5p"])["roofline_s"]
 
 
