@@ -307,20 +307,21 @@ class Decoder:
     ) -> Iterator[tuple[Array, None, Array | None]]:
         """Refines the latents of a group and yields them in the form of `_decoded`.
 
-        With motion, frames hold detail that latents do not, so they are not decoded again. Codecs
-        with motion have a linear VAE, where a change of latents is one of frames.
+        With motion, frames hold detail that latents do not, so they are not decoded again: the
+        change of the latents is added to them.
         """
         with self.timed("refiner"):
             stacked = _stack(group, decoded)
             refined = self.functions.refine(*stacked, steps)
+            if strength != 1.0:
+                refined = stacked.latents + strength * (refined - stacked.latents)
             refined.block_until_ready()
         for t, (latent, _, frames) in enumerate(decoded):
-            change = refined[:, t] - latent
             if frames is not None:
                 with self.timed("vae"):
-                    given = frames, change, stacked.q_index, strength, t == 0
-                    frames = self.functions.refine_frames(*given)
-            yield latent + strength * change, None, frames
+                    # Codecs with motion have a linear VAE: what is added to latents adds to frames.
+                    frames = self.functions.add_latent(frames, refined[:, t] - latent, t == 0)
+            yield refined[:, t], None, frames
 
     def decode_frames(
         self, reader: StreamReader, steps: int | None = None

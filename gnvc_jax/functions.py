@@ -32,7 +32,7 @@ from gnvc_jax.frames import to_float, to_uint8
 from gnvc_jax.model import Model, self_test, stored_dtype
 from gnvc_jax.motion.warp import predict
 from gnvc_jax.parallel import backend, constrain
-from gnvc_jax.refiner import DetailHead, Refiner, refine
+from gnvc_jax.refiner import Refiner, refine
 from gnvc_jax.vae import VAE, LightDecoder, decode_chunk, encode_chunk
 
 # (tables, q_index, z, previous y, previous indices) -> table indices, in exact arithmetic.
@@ -52,8 +52,7 @@ class CodecPrograms(NamedTuple):
         predict: (vae, reference, vectors) -> frames, latent; the four frames that vectors
             (1, 4, h / 16, w / 16, 2) predict from a uint8 frame (1, h, w, 3).
         compensate: (vae, decoded, prediction, predicted) -> uint8 frames of a latent with motion.
-        refine_frames: (vae, refiner, frames, change, q_index, strength, first) -> uint8 frames as
-            refinement changes them, from the change of their latent; for codecs with motion.
+        add_latent: (vae, frames, latent, first) -> uint8 frames with what a latent adds to them.
         analyse: (codec, latent, state, q_index, prediction, worth) -> symbols; worth is optional.
         reconstruct: (codec, symbols, state, q_index, prediction) -> decoded latent, state.
         velocity: (refiner, state, tau, decoded, features, q_index) -> velocity; None for a model
@@ -64,7 +63,7 @@ class CodecPrograms(NamedTuple):
     decode_latents: Callable
     predict: Callable
     compensate: Callable
-    refine_frames: Callable
+    add_latent: Callable
     analyse: Callable
     reconstruct: Callable
     velocity: Callable | None
@@ -85,9 +84,6 @@ def codec_programs(model: Model) -> CodecPrograms:
     vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
     light = model.decoder_config and LightDecoder(model.decoder_config)
     mean, std = model.mean, model.std
-    head = None
-    if model.refiner_config is not None and model.refiner_config.head:
-        head = DetailHead(model.refiner_config.head)
 
     @jax.jit
     def encode_video(params: Tree, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
@@ -124,24 +120,10 @@ def codec_programs(model: Model) -> CodecPrograms:
         return to_uint8(cast(Array, vae.apply({"params": params}, *given, method="compensate")))
 
     @functools.partial(jax.jit, static_argnames="first")
-    def refine_frames(
-        params: Tree,
-        refiner: Tree,
-        frames: Array,
-        change: Array,
-        q_index: Array,
-        strength: Array,
-        first: bool,
-    ) -> Array:
-        frames = to_float(frames)
+    def add_latent(params: Tree, frames: Array, latent: Array, first: bool) -> Array:
         # A difference of latents: the mean cancels.
-        given = frames, change[:, None] * std, first
-        refined = cast(Array, vae.apply({"params": params}, *given, method="add_latents"))
-        if head is not None:
-            # Kernels of refiners are float16 on devices; the head computes in float32.
-            exact = jax.tree.map(lambda x: x.astype(jnp.float32), refiner["head"])
-            refined = cast(Array, head.apply({"params": exact}, refined, frames, q_index))
-        return to_uint8(frames + strength * (refined - frames))
+        given = to_float(frames), latent[:, None] * std, first
+        return to_uint8(cast(Array, vae.apply({"params": params}, *given, method="add_latents")))
 
     @jax.jit
     def analyse(
@@ -194,7 +176,7 @@ def codec_programs(model: Model) -> CodecPrograms:
         decode_latents,
         predict_frames,
         compensate,
-        refine_frames,
+        add_latent,
         analyse,
         reconstruct,
         velocity,
@@ -266,20 +248,15 @@ class CodecFunctions:
         """Decodes a latent with motion to uint8 frames (1, 4, h, w, 3), see `VAE.compensate`."""
         return self.programs.compensate(self.vae_params, decoded, prediction, predicted)
 
-    def refine_frames(
-        self, frames: Array, change: Array, q_index: int, strength: float, first: bool
-    ) -> Array:
-        """Changes the frames of a latent of a codec with motion as refinement does.
+    def add_latent(self, frames: Array, latent: Array, first: bool) -> Array:
+        """Adds the frames of a latent of a linear VAE to uint8 frames.
 
         Args:
-            frames: Frames before refinement, uint8 (1, t, h, w, 3).
-            change: What refinement adds to the latent, (1, h, w, c).
-            q_index: Quality level.
-            strength: Share of the refinement to apply, from 0 (none) to 1.
+            frames: Frames of the latent before the addition, uint8 (1, t, h, w, 3).
+            latent: Latent (1, h, w, c) to add.
             first: Whether the latent stands for the first frame of a group.
         """
-        given = self.vae_params, self.refiner_params, frames, change
-        return self.programs.refine_frames(*given, jnp.full((1,), q_index), strength, first)
+        return self.programs.add_latent(self.vae_params, frames, latent, first)
 
     def analyse(
         self,

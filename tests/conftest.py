@@ -93,7 +93,7 @@ def tiny_model(tiny_codec):
     """Makes a `gnvc_jax.model.Model` from a seed: random weights that have something to code.
 
     make(seed, refiner=True) has a refiner with windows of two latents, too; motion=True: a linear
-    VAE, block motion, and a head of the refiner.
+    VAE and block motion.
     """
     import jax
 
@@ -113,8 +113,7 @@ def tiny_model(tiny_codec):
         return {"vae": init_vae(VAE(vae), k), "codec": init_codec(LatentCodec(codec), k)}
 
     dit = DiTConfig(16, 16, 2, 2, 8, 4, text_length=0, context_every=1, context_channels=4)
-    plain = RefinerConfig(dit, codec_config.width, 2, 1, deviation=0.3)
-    refiner_configs = {False: plain, True: dataclasses.replace(plain, head=4)}
+    refiner_config = RefinerConfig(dit, codec_config.width, 2, 1, deviation=0.3)
 
     def shapes_of(*configs):
         return jax.eval_shape(lambda k: init(k, *configs), jax.random.key(0))
@@ -123,10 +122,9 @@ def tiny_model(tiny_codec):
         False: shapes_of(vae_config, codec_config),
         True: shapes_of(linear_config, motion_config),
     }
-    refiner_shapes = {
-        motion: jax.eval_shape(lambda k, c=config: init_refiner(Refiner(c), k), jax.random.key(0))
-        for motion, config in refiner_configs.items()
-    }
+    refiner_shapes = jax.eval_shape(
+        lambda k: init_refiner(Refiner(refiner_config), k), jax.random.key(0)
+    )
 
     def make(seed: int = 0, refiner: bool = False, motion: bool = False) -> models.Model:
         rng = np.random.default_rng(seed)
@@ -147,8 +145,8 @@ def tiny_model(tiny_codec):
         configs = (linear_config, motion_config) if motion else (vae_config, codec_config)
         extra = {}
         if refiner:
-            extra["refiner_config"] = refiner_configs[motion]
-            extra["refiner"] = jax.tree_util.tree_map_with_path(draw, refiner_shapes[motion])
+            extra["refiner_config"] = refiner_config
+            extra["refiner"] = jax.tree_util.tree_map_with_path(draw, refiner_shapes)
         mean, std = np.zeros(4), np.full(4, 0.3)
         return models.build("test", *configs, **params, mean=mean, std=std, **extra)
 

@@ -42,5 +42,4 @@ REFINER = RefinerConfig(
     # No noise in the starting state: refinement is one deterministic step.
     noise=0.0,
     deviation=0.5,
-    head=64,
 )

@@ -133,7 +133,7 @@ def program_times(
     if steps and refiner is not None:
         times["velocity"] = steps * len(window_starts(latents, refiner.window, refiner.overlap))
         if motion:
-            times["refine_frames"] = latents
+            times["add_latent"] = latents
     return times
 
 
@@ -219,9 +219,8 @@ def coding_programs(
         inputs = params["vae"], columns(inter), prediction, columns(array(*shown.shape))
         programs["predict"] = used.predict, (params["vae"], reference, vectors)
         programs["compensate"] = used.compensate, inputs
-        later = jax.jit(lambda *given: used.refine_frames(*given, 1.0, False))
-        inputs = params["vae"], params.get("refiner"), shown, columns(inter.latent), q_index
-        programs["refine_frames"] = later, inputs
+        add_later = jax.jit(lambda vae, frames, latent: used.add_latent(vae, frames, latent, False))
+        programs["add_latent"] = add_later, (params["vae"], shown, columns(inter.latent))
     if used.velocity is not None and refiner is not None:
         size = min(latents, refiner.window)
         group, features = (columns(array(1, size, *x.shape[1:])) for x in decoded[:2])

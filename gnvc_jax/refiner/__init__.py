@@ -6,7 +6,6 @@
 - `flow`: the equations of the flow, in the paper's convention and in Wan's.
 - `model`: `Refiner` conditions the DiT on what the codec decoded, and `refine` follows its velocity
   through a whole group in overlapping windows.
-- `head`: the convolutional head of a small refiner, which adds detail to refined frames.
 
 `gnvc_jax.load_refiner` gives a refiner with its weights; `gnvc_jax.training.stages` trains one.
 """
@@ -20,7 +19,6 @@ from gnvc_jax.refiner.config import (
     RefinerConfig,
 )
 from gnvc_jax.refiner.dit import DiT
-from gnvc_jax.refiner.head import DetailHead
 from gnvc_jax.refiner.model import Refiner, init_refiner, per_latent_factors, refine
 
 __all__ = [
@@ -28,7 +26,6 @@ __all__ = [
     "VACE_14B",
     "WAN_1_3B",
     "WAN_14B",
-    "DetailHead",
     "DiT",
     "DiTConfig",
     "Refiner",

@@ -132,8 +132,6 @@ class RefinerConfig:
             deviation of coding errors, for which the DiT corrects `flow.linear_velocity`; small
             models need this.
         steps: Number of steps that decoding takes, for which the refiner was trained.
-        head: Channels of the convolutional head that adds detail to refined frames, 0 for none; see
-            `gnvc_jax.refiner.head`. It needs a codec with motion.
 
     Raises:
         UsageError: If the DiT's adapter does not suit, or `steps` or `overlap` are out of range.
@@ -147,7 +145,6 @@ class RefinerConfig:
     noise: float = 1.0
     deviation: float = 0.0
     steps: int = 1
-    head: int = 0
 
     def __post_init__(self) -> None:
         known = self.dit.channels, self.vace_channels

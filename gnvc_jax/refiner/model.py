@@ -26,7 +26,6 @@ from gnvc_jax.codec.quality import interpolate_levels
 from gnvc_jax.refiner import flow
 from gnvc_jax.refiner.config import MASKS, PATCH, RefinerConfig
 from gnvc_jax.refiner.dit import DiT, patchify
-from gnvc_jax.refiner.head import init_head
 
 
 class Refiner(nn.Module):
@@ -109,17 +108,14 @@ class Refiner(nn.Module):
 
 @functools.partial(jax.jit, static_argnums=0)  # also traced once only, for shapes and for values
 def init_refiner(refiner: Refiner, key: Key[Array, ""]) -> Tree:
-    """Draws random parameters of a refiner, those of its head under "head"."""
+    """Draws random parameters of a refiner."""
     config = refiner.config
     # No parameter depends on the number of clips, latents or tokens, so the smallest inputs do.
     latents = jnp.zeros((1, 1, PATCH, PATCH, config.dit.channels))
     features = jnp.zeros((1, 1, PATCH, PATCH, config.features))
     text = jnp.zeros((1, 1, config.dit.text_width)) if config.dit.text_length else None
     tau, q_index = jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
-    params = dict(refiner.init(key, latents, tau, latents, features, q_index, text)["params"])
-    if config.head:
-        params["head"] = init_head(config.head, key)
-    return params
+    return refiner.init(key, latents, tau, latents, features, q_index, text)["params"]
 
 
 def vace_context(

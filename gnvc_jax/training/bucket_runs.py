@@ -131,7 +131,7 @@ class StagedCheckpoints:
         if pending is not None:
             pending.result()
 
-    def start(self, wait: Callable[[], None]) -> None:
+    def start(self, wait: Callable[[], object]) -> None:
         """Uploads in the background, once `wait` has returned."""
         self.pending = self.pool.submit(lambda: (wait(), self.upload()))
 

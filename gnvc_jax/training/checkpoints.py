@@ -140,6 +140,7 @@ class Checkpoints:
         # Returns once the state is copied, since the next step takes over its buffers. The policy
         # of the series would leave out a step while another is being written.
         response = self.series.save_checkpointables_async(step, items, force=True)
+        assert response is not None  # a forced save is never left out
         if self.staged is not None:
             self.staged.start(response.result)
 

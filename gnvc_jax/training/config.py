@@ -129,8 +129,6 @@ class Experiment:
             if value != expected:
                 raise UsageError(f"{name}: must equal {other}, {expected}, got {value}")
         if codec is None or codec.motion is None:
-            if refiner is not None and refiner.head:
-                raise UsageError("refiner.head: filters the frames of codecs with motion only")
             return
         if not vae.linear:
             raise UsageError("codec.motion: only a linear VAE gives frames to compensate from")

@@ -17,7 +17,6 @@ not name is the one of the run before it. Only what is asked for is read: `load`
 the types and shardings to read them in.
 """
 
-import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -211,8 +210,7 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
     """Loads parameters from the model file `init.model`.
 
     A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
-    the same codec; it may lack the head, which then starts as the identity. The VAE is not, if
-    `init.vae` names one: model files round theirs.
+    the same codec. The VAE is not, if `init.vae` names one: model files round theirs.
     """
     name = known.model
     assert name is not None
@@ -224,11 +222,8 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
         if part in like and found != expected:
             raise UsageError(f"{name}: holds {found}, but the experiment has {expected}")
     parts = {"vae": model.vae, "codec": model.codec}
-    if (found := model.refiner_config) is not None and experiment.refiner is not None:
-        if not found.head:
-            found = dataclasses.replace(found, head=experiment.refiner.head)
-        if found == experiment.refiner:
-            parts["refiner"] = model.refiner
+    if model.refiner is not None and model.refiner_config == experiment.refiner:
+        parts["refiner"] = model.refiner
     wanted = flatten_dict(like, sep="/").keys()
     flat = flatten_dict(parts, sep="/")
     return unflatten_dict({path: x for path, x in flat.items() if path in wanted}, sep="/")

@@ -167,8 +167,8 @@ def test_plan_of_coding_with_motion(with_motion, tiny_model):
     found = coding.coding_for(experiment, devices, chip, "encode")
     assert set(found["programs"]) == shared | {"encode_video", "analyse"} and found["fits"]
     found = coding.coding_for(experiment, devices, chip, "decode", steps=2)["programs"]
-    assert set(found) == shared | {"velocity", "refine_frames"}
-    assert found["refine_frames"]["times"] == found["predict"]["times"] == 2
+    assert set(found) == shared | {"velocity", "add_latent"}
+    assert found["add_latent"]["times"] == found["predict"]["times"] == 2
     # The latent of the predicted frames is one product of their blocks with the basis; so is the
     # inverse, which compensation takes of the latent and of the prediction, beside the head.
     product = 2 * 8 * 8 * (4 * 8 * 8 * 3) * 4

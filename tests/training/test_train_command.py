@@ -75,7 +75,7 @@ def test_a_damaged_configuration_is_named(run, tmp_path, damage):
     assert config.read_text() == damage  # nothing is overwritten
     config.write_text(whole)
     run("--run.out", tmp_path)
-    copies = [json.loads(p.read_text()) for p in tmp_path.glob("checkpoints/*/config/metadata")]
+    copies = [json.loads(p.read_text()) for p in tmp_path.glob("checkpoints/*/config/data.json")]
     assert copies and all(copy == json.loads(whole) for copy in copies)
 
 

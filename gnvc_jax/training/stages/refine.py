@@ -2,15 +2,14 @@
 
 The codec is rolled out as in the stage `transform`. The refiner sees a window of decoded latents
 and learns, by one step of its flow, to make the frames look like the source. Its change of latents
-becomes a change of decoded frames by the VAE's inverse transform and the refiner's head, as in
-decoders.
+becomes a change of decoded frames by the VAE's inverse transform, as in decoders.
 
 The codec stays as it is, unless `RefineLoss.codec` gives its own loss a weight: then both train
 together, and the codec learns to send what the refiner makes the most of (GNVC-VD, stage II).
 """
 
 import dataclasses
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,6 @@ from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
-from gnvc_jax.refiner import DetailHead
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
@@ -33,7 +31,6 @@ from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_con
 from gnvc_jax.training.stages.transform import TransformLoss, codec_loss, draw_levels
 from gnvc_jax.training.weights import Statistics
 
-CROP = 8  # rows and columns that a random crop leaves out before perceptual losses
 PAIR = 2  # latents whose frames are compared: two, so that differences cross their border
 
 
@@ -167,13 +164,9 @@ def refined_frames(
     change = window.unwhitened(refined - decoded)
 
     def shown(latents: Array, frames: Array, first: bool) -> Array:
-        """Changes decoded frames as refinement does, from the change of their latents."""
+        """Changes decoded frames as a change of their latents does."""
         vae = {"params": params["vae"]}
-        refined = networks.vae.apply(vae, frames, latents, first, method="add_latents")
-        if not config.head:
-            return refined
-        head = {"params": params["refiner"]["head"]}
-        return cast(Array, DetailHead(config.head).apply(head, refined, frames, batch["q_index"]))
+        return networks.vae.apply(vae, frames, latents, first, method="add_latents")
 
     # Two latents after the first one of the group, and their 8 frames. Latent n > 0 stands for the
     # frames 4n - 3 to 4n.
@@ -202,7 +195,7 @@ def refine_loss(
         weights: Weights of the terms.
         constants: Weights of the networks "alex" (LPIPS) and "dists".
         frames: Frames to compare.
-        key: Random key of the frame that DISTS sees, and of the crop.
+        key: Random key of the frame that DISTS sees.
     """
     # The first frame and those of the pair, (b, 1 + 4 * PAIR, h, w, 3), clipped as by a decoder.
     refined, decoded, source = (
@@ -210,20 +203,12 @@ def refine_loss(
         for a, b in zip(frames.first, (frames.refined, frames.decoded, frames.source))
     )
 
-    # Blocks of the codec lie on the grid on which AlexNet samples, every fourth pixel: without a
-    # shift the refiner learns a fine mesh that this grid does not see.
-    key_shift, key_frame = jax.random.split(key)
-    rows, columns = jax.random.randint(key_shift, (2,), 0, CROP)
-    _, _, height, width, _ = refined.shape
-
     def flat(x: Array) -> Array:
-        size = *x.shape[:2], height - CROP, width - CROP, 3
-        cropped = jax.lax.dynamic_slice(x, (0, 0, rows, columns, 0), size)
-        return rearrange(cropped, "b t h w c -> (b t) h w c")
+        return rearrange(x, "b t h w c -> (b t) h w c")
 
     # DISTS runs VGG16, which costs far more than the AlexNet of LPIPS, hence one frame for it. Its
     # images are in [0, 1].
-    one = jax.random.randint(key_frame, (1,), 0, refined.shape[1])
+    one = jax.random.randint(key, (1,), 0, refined.shape[1])
     perceptual = lpips(constants["alex"], flat(refined), flat(source)).mean()
     before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
     structure = dists(
