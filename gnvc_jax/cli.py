@@ -33,6 +33,7 @@ COMMANDS = {
     "train": ("training:train", "Train one stage of the codec."),
     "release": ("training:release", "Write the model file of a training run."),
     "cache-latents": ("datasets:cache_latents", "Encode many videos to latents for training."),
+    "make-shards": ("datasets:make_shards", "Pack many videos into shards for training."),
     "plan": ("training:plan", "Predict the cost of training or coding on a TPU pod."),
     "port": ("weights:port", "Convert public weights to a checkpoint folder."),
     "reconstruct": ("networks:reconstruct", "Pass a video through a VAE alone."),

@@ -66,6 +66,41 @@ def cache_latents(
     return report_left_out(run(data, to, vae, frames, not no_progress))
 
 
+def make_shards(
+    *, data: str, to: str, licence: str, shard_mib: int = 256, no_progress: bool = False
+) -> int:
+    """Pack many videos into shards, tar files in WebDataset's layout, to train on.
+
+    Example: gnvc make-shards --data clips --to gs://bucket/shards --licence CC-BY-4.0
+
+    Training takes the folder as --data.path. manifest.csv lists the videos with their licence, and
+    shards.csv the shards. Videos that cannot be read are left out, with exit code 3. Processes that
+    are started together share the work.
+
+    Args:
+        data: Folder of videos, list of videos (.txt), or a single video.
+        to: Output folder; rerun the same command to resume.
+        licence: Licence of the videos.
+        shard_mib: Size of a shard in MiB.
+        no_progress: Hide the progress bar.
+    """
+    import jax
+
+    from gnvc_jax.buckets import as_path
+    from gnvc_jax.data import shards
+    from gnvc_jax.data.index import find_videos
+    from gnvc_jax.runtime import join_processes
+
+    check_range("--shard-mib", shard_mib, 1)
+    join_processes()
+    videos = sorted(set(find_videos(as_path(data))))
+    processes = jax.process_index(), jax.process_count()
+    size = shard_mib * shards.MIB
+    return report_left_out(
+        shards.make_shards(videos, to, licence, size, processes, not no_progress)
+    )
+
+
 def report_left_out(failed: dict[str, str]) -> int:
     """Prints the reason for each video that was left out, and returns the exit code."""
     for reason in failed.values():

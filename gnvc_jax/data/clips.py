@@ -9,7 +9,9 @@ worker processes, resuming and the number of hosts change who computes it and no
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -197,6 +199,7 @@ def clip_dataset(
     worker_buffer: int = 2,
     downscale_prob: float = 0.5,
     motion: bool = False,
+    weights: Sequence[float] = (),
     shard: tuple[int, int] = (0, 1),
 ) -> grain.experimental.ElasticIterator:
     """Makes endless batches of random clips, uint8 (batch, frames, h, w, 3).
@@ -218,11 +221,14 @@ def clip_dataset(
         downscale_prob: Probability of a crop twice as large, if the video allows it, reduced by 2x2
             means.
         motion: Whether elements are the dictionaries of `with_motion`.
+        weights: Share of the clips that each path of the index gives, in any unit; without them,
+            all frames count alike.
         shard: Number of this process, and number of processes, which together read the global
             batch.
 
     Raises:
-        UsageError: If no video has enough frames. The iterator raises TooMuchLeftOut.
+        UsageError: If no video, or none of a path with a weight, has enough frames. The iterator
+            raises TooMuchLeftOut.
     """
     videos = tuple(video for video in index if video.frames >= frames)
     if not videos:
@@ -235,8 +241,20 @@ def clip_dataset(
             frames,
         )
     draw = RandomClip(videos, frames, size, downscale_prob, index.left_out, motion)
+    parts = [(draw.count, 1.0)]
+    if weights:
+        ends = np.cumsum([0, *index.counts])
+        counts = [
+            sum(video.frames for video in index.videos[first:last] if video.frames >= frames)
+            for first, last in itertools.pairwise(ends)
+        ]
+        if 0 in counts:
+            raise UsageError(
+                f"data.mixture: no video of path {1 + counts.index(0)} has {frames} frames"
+            )
+        parts = list(zip(counts, weights, strict=True))
     return endless_batches(
-        draw.count,
+        parts,
         draw,
         batch=batch,
         seed=seed,
@@ -271,7 +289,7 @@ class RowsOfProcesses(grain.MapDataset):
 
 
 def endless_batches(
-    count: int,
+    parts: int | Sequence[tuple[int, float]],
     draw: grain.transforms.RandomMap,
     *,
     batch: int,
@@ -281,19 +299,26 @@ def endless_batches(
     worker_buffer: int = 2,
     shard: tuple[int, int] = (0, 1),
 ) -> grain.experimental.ElasticIterator:
-    """Makes endless batches of elements that `draw` makes from the numbers 0 to count - 1.
+    """Makes endless batches of elements that `draw` makes from numbers from 0 on.
 
     Args:
-        count: Number of elements in an epoch.
+        parts: Number of elements in an epoch; or for each part of a mixture, whose elements are
+            numbered one after another, their number and the weight with which it is drawn.
         draw: Transformation that makes an element from its number and a random generator.
         batch, seed, shuffle, num_workers, worker_buffer, shard: See `clip_dataset`, which also says
             what the state of the iterator is.
     """
     # Numbers first, shuffled anew in each epoch, then the elements: reading happens last, in
     # workers.
-    order = grain.MapDataset.range(count).seed(seed)
-    if shuffle:
-        order = order.shuffle()
+    # Each part of a mixture has its own epochs: a small one with a large weight is seen more often.
+    orders, first = [], 0
+    for count, _ in [(parts, 1.0)] if isinstance(parts, int) else parts:
+        one = grain.MapDataset.range(first, first + count).seed(seed)
+        orders.append((one.shuffle() if shuffle else one).repeat())
+        first += count
+    order = orders[0]
+    if not isinstance(parts, int) and len(orders) > 1:
+        order = grain.MapDataset.mix(orders, weights=[weight for _, weight in parts]).seed(seed)
     if num_workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's workers read absl flags; we have no others
     number, processes = shard
@@ -302,7 +327,7 @@ def endless_batches(
     )
     # Batches are those of all processes; each iterator yields its own rows of them.
     return grain.experimental.ElasticIterator(
-        RowsOfProcesses(order.repeat().random_map(draw), batch, processes),
+        RowsOfProcesses(order.random_map(draw), batch, processes),
         batch * processes,
         grain.sharding.ShardOptions(number, processes),
         read_options=grain.ReadOptions(num_threads=1, prefetch_buffer_size=worker_buffer),

@@ -23,8 +23,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gnvc_jax.buckets import AnyPath, absolute, as_path, is_remote, read_range, stamp
+from gnvc_jax.buckets import AnyPath, absolute, as_path, is_remote, stamp
 from gnvc_jax.data.left_out import LeftOut
+from gnvc_jax.data.shards import ShardVideo, is_sharded, read_shards
+from gnvc_jax.data.video import Video
+from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, keyed_name, write_json
 from gnvc_jax.media import search
 from gnvc_jax.media.errors import (
@@ -35,57 +38,11 @@ from gnvc_jax.media.errors import (
     WriteFailed,
     write_error,
 )
-from gnvc_jax.media.reader import open_video, probe, read_clip
-from gnvc_jax.media.video import Crop
+from gnvc_jax.media.reader import open_video, probe
 
 log = logging.getLogger(__name__)
 
 LIST_SUFFIXES = {".txt", ".list"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Video:
-    """A video file or folder of pictures.
-
-    Attributes:
-        path: Path of the file or folder.
-        frames: Number of frames.
-        width, height: Size of a frame in pixels.
-        fps: Frames per second.
-        decoded: Path of the array of its frames, if there is one.
-    """
-
-    path: str
-    frames: int
-    width: int
-    height: int
-    fps: Fraction
-    decoded: str | None = None
-
-    def read(self, start: int, count: int, crop: Crop) -> np.ndarray:
-        """Reads consecutive frames from `start` on, cropped, as uint8 RGB (count, h, w, 3)."""
-        if self.decoded is None:
-            return read_clip(self.path, start, count, crop)
-        top, left, height, width = crop
-        if is_remote(self.decoded):
-            array = self._download(start, count)
-        else:
-            array = _mapped(self.decoded)[start : start + count]
-        return array[:, top : top + height, left : left + width]
-
-    def _download(self, start: int, count: int) -> np.ndarray:
-        """Downloads consecutive decoded frames alone, which cannot be mapped in a bucket."""
-        assert self.decoded is not None
-        path, frame = as_path(self.decoded), 3 * self.height * self.width
-        begin = stamp(path)[0] - (self.frames - start) * frame  # from the end: before is a header
-        data = read_range(path, begin, count * frame)
-        return np.frombuffer(data, np.uint8).reshape(count, self.height, self.width, 3)
-
-
-@functools.lru_cache(maxsize=1024)
-def _mapped(path: str) -> np.ndarray:
-    """Opens an array of frames, once per process."""
-    return np.load(path, mmap_mode="r")
 
 
 class ClipIndex:
@@ -93,29 +50,50 @@ class ClipIndex:
 
     Args:
         path: A folder, searched with its subfolders for video files and for folders of PNG
-            pictures; a list (.txt) with one path per line, relative to the list; or one video.
+            pictures; a list (.txt) with one path per line, relative to the list; one video; or a
+            folder made by `gnvc make-shards`. Several such paths come one after another.
         decode_cache: Folder that keeps probing results and all decoded frames; without it every
-            clip is decoded when it is drawn.
+            clip is decoded when it is drawn. Shards cannot be kept.
         left_out: Account of videos that cannot be read; by default without a limit.
+
+    Attributes:
+        videos: All videos.
+        counts: Number of videos of each path.
 
     Raises:
         MissingInput: If there is nothing at the path.
-        NoFrames: If no video is readable.
+        UsageError: If shards are missing or damaged, or given with a cache.
+        NoFrames: If no video of a path is readable.
         TooMuchLeftOut: If too many videos cannot be read.
         UnwritableOutput, WriteFailed, DiskFull: If the cache cannot be written.
     """
 
     def __init__(
         self,
-        path: str | os.PathLike,
+        path: str | os.PathLike | Sequence[str],
         decode_cache: str | os.PathLike | None = None,
         left_out: LeftOut | None = None,
     ) -> None:
-        files = sorted(set(find_videos(as_path(path))))
+        paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         self.left_out = LeftOut(limit=1.0) if left_out is None else left_out
-        self.left_out.start(len(files))
-        # First what is in each file, then, with a cache, all its frames.
+        found = [_list(as_path(one)) for one in paths]
+        self.left_out.start(sum(map(len, found)))
         cache = None if decode_cache is None else as_path(decode_cache)
+        parts = [self._look(one, items, cache) for one, items in zip(paths, found)]
+        self.videos: tuple[Video, ...] = tuple(video for part in parts for video in part)
+        self.counts = tuple(map(len, parts))
+
+    def _look(
+        self, path: str | os.PathLike, items: Sequence[AnyPath | ShardVideo], cache: AnyPath | None
+    ) -> Sequence[Video]:
+        """Looks at the videos of one path."""
+        shards = [item for item in items if isinstance(item, ShardVideo)]
+        if shards:
+            if cache is not None:
+                raise UsageError(f"data.decode_cache: does not keep shards such as {path}")
+            return shards
+        files = [item for item in items if not isinstance(item, ShardVideo)]
+        # First what is in each file, then, with a cache, all its frames.
         known = {} if cache is None else _load_known(cache)
         look = functools.partial(_probe, known=known)
         videos = self._in_parallel("looking at videos", look, files)
@@ -124,7 +102,7 @@ class ClipIndex:
             videos = self._in_parallel("decoding", functools.partial(_decode, cache=cache), videos)
         if not videos:
             raise NoFrames(path, "no readable video among the training data")
-        self.videos: tuple[Video, ...] = tuple(videos)
+        return videos
 
     def _in_parallel(
         self, title: str, function: Callable, items: Sequence[AnyPath | Video]
@@ -159,6 +137,11 @@ class ClipIndex:
 
     def __iter__(self) -> Iterator[Video]:
         return iter(self.videos)
+
+
+def _list(path: AnyPath) -> Sequence[AnyPath | ShardVideo]:
+    """Lists what is at a path: videos of shards, or files."""
+    return read_shards(path) if is_sharded(path) else sorted(set(find_videos(path)))
 
 
 def find_videos(path: AnyPath) -> Sequence[AnyPath]:

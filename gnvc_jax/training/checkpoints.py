@@ -55,6 +55,7 @@ FREE_KEYS = (
     "compute.",
     "optim.steps",
     "data.path",
+    "data.mixture",
     "data.workers",
     "data.decode_cache",
     "data.max_left_out",

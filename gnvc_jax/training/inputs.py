@@ -92,7 +92,8 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
 
     @functools.cache  # one index, and one list of what is left out, for all clip lengths
     def index() -> ClipIndex:
-        return ClipIndex(data.path, data.decode_cache, left_out(experiment))
+        paths = [path for path, _ in data.mixture] or data.path
+        return ClipIndex(paths, data.decode_cache, left_out(experiment))
 
     def batches(frames: int) -> grain.IterDataset:
         return clip_dataset(
@@ -105,6 +106,7 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
             num_workers=data.workers,
             downscale_prob=data.downscale_prob,
             motion=motion,
+            weights=[weight for _, weight in data.mixture],
             shard=(jax.process_index(), jax.process_count()),
         )
 

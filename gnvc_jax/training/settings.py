@@ -48,7 +48,10 @@ class DataConfig:
     """Training clips.
 
     Attributes:
-        path: Folder of videos, list of videos (.txt), or a single video.
+        path: Folder of videos, list of videos (.txt), a single video, or a folder made by `gnvc
+            make-shards`.
+        mixture: (path, weight) pairs to draw from in place of `path`, each a share of the clips in
+            proportion to its weight.
         frames: Number of frames per clip, 1 + 4k.
         clip_length_schedule: (step, frames) pairs in order; from that step on, clips have that
             length (GNVC-VD: 5, then 9, then 13).
@@ -66,6 +69,7 @@ class DataConfig:
     """
 
     path: str = "data"
+    mixture: tuple[tuple[str, float], ...] = ()
     frames: int = 5
     clip_length_schedule: tuple[tuple[int, int], ...] = ()
     size: tuple[int, int] = (256, 256)
@@ -82,6 +86,11 @@ class DataConfig:
         counts = {"batch": (1, math.inf), "workers": (0, math.inf)}
         counts["statistics_batches"] = (1, math.inf)
         check_range("data", self, **counts, downscale_prob=(0, 1), max_left_out=(0, 1))
+        for path, weight in self.mixture:
+            if not (weight > 0 and math.isfinite(weight)):
+                raise UsageError(
+                    f"data.mixture: the weight of {path} must be positive, got {weight}"
+                )
         # Step 0 is `frames` itself, so entries begin at 1.
         steps = [step for step, _ in self.clip_length_schedule]
         if steps != sorted(set(steps)) or min(steps, default=1) < 1:

@@ -1,11 +1,12 @@
 """Files and videos in buckets of real servers: written whole, copied once, found, read in part."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from gnvc_jax import buckets
+from gnvc_jax import buckets, cli
 from gnvc_jax.buckets import as_path, local_copy, stamp
 from gnvc_jax.data.clips import clip_dataset
 from gnvc_jax.data.index import ClipIndex
@@ -62,6 +63,21 @@ def test_files_videos_and_clips_in_a_bucket(bucket, tmp_path):
     np.testing.assert_array_equal(
         one.read(2, 4, crop), read_clip(tmp_path / "clip.mkv", 2, 4, crop)
     )
+
+
+def test_shards_in_a_bucket_are_read_in_place(bucket, tmp_path):
+    for name in ("a", "b"):
+        video(tmp_path / f"{name}.mkv")
+        buckets.upload(tmp_path / f"{name}.mkv", as_path(f"{bucket}/v/{name}.mkv"))
+    command = ["make-shards", "--data", f"{bucket}/v", "--to", f"{bucket}/s", "--licence", "CC0"]
+    assert cli.main([*command, "--no-progress"]) == 0
+    options = {"frames": 5, "size": (16, 16), "batch": 2, "seed": 3}
+    shutil.rmtree(tmp_path / "cache")
+    index = ClipIndex(f"{bucket}/s")
+    batch = next(iter(clip_dataset(index, **options)))
+    assert not (tmp_path / "cache").exists()  # no shard was copied
+    expected = next(iter(clip_dataset(ClipIndex(f"{bucket}/v"), **options)))
+    np.testing.assert_array_equal(batch, expected)
 
 
 def test_least_recently_used_copies_make_room(bucket, monkeypatch):
