@@ -236,7 +236,7 @@ def _write_tables(folder: AnyPath, shards: Sequence[dict[str, Any]]) -> None:
         ("shards.csv", SHARD_COLUMNS, counts),
     ):
         text = io.StringIO()
-        writer = csv.DictWriter(text, columns, extrasaction="ignore")
+        writer: csv.DictWriter[str] = csv.DictWriter(text, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
         write_whole(folder / name, text.getvalue())
