@@ -86,7 +86,7 @@ def test_a_run_writes_its_rates(tmp_path):
         assert "mfu" not in values and "tokens_per_s" not in values
     longer = dataclasses.replace(experiment, optim=dataclasses.replace(base.optim, steps=8))
     loop.train(toy_stage.toy_stage(longer))
-    saved = tmp_path / "checkpoints/8/data/metadata"
+    saved = tmp_path / "checkpoints/8/data/data.json"
     position = json.loads(saved.read_text())
     started = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["time"]
     assert position["clock"]["started"] < started  # that of the first start
