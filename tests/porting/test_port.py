@@ -75,6 +75,14 @@ def test_shards_in_and_out(public, golden, tmp_path):
         open_sources(tmp_path / "sharded")
 
 
+@pytest.mark.parametrize("damaged", ["_METADATA", "manifest.ocdbt"])
+def test_damaged_weights_are_named(public, tmp_path, damaged):
+    port(public("vae"), tmp_path / "ported", progress=False)
+    (tmp_path / "ported/vae/weights/state" / damaged).write_bytes(b"{")
+    with pytest.raises(PortError, match="weights: cannot be read"):
+        load_weights(tmp_path / "ported", "vae")
+
+
 def test_the_report_lists_every_tensor(public, golden, tmp_path):
     _, _, tensors = golden("vace")
     (summary,) = port(public("vace"), tmp_path / "ported", progress=False)
