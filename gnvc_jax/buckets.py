@@ -167,6 +167,7 @@ def local_copy(path: str | os.PathLike) -> Path:
     known: Any = filesystem(source).find(os.fspath(source), detail=True)
     if not known:
         raise FileNotFoundError(f"{source}: no such file or folder")
+    # The copy's name depends on what is in the bucket now, so an old copy is never taken for it.
     stamps = {name: _stamp(facts) for name, facts in sorted(known.items())}
     key = hashlib.sha256(f"{source} {stamps}".encode()).hexdigest()[:24]
     folder = cache_folder() / "buckets"
@@ -183,7 +184,7 @@ def local_copy(path: str | os.PathLike) -> Path:
             except OSError:  # another process was faster
                 if not copy.exists():
                     raise
-    os.utime(copy.parent)
+    os.utime(copy.parent)  # used now, see `_make_room`
     return copy
 
 
@@ -214,6 +215,7 @@ def download(source: AnyPath, target: Path) -> None:
     Raises:
         OSError: If it cannot be read or written.
     """
+    # A single file is the only one below itself, and adds nothing to the path of the target.
     below = len(os.fspath(source))
     for file in files_below(source):
         place = Path(f"{target}{os.fspath(file)[below:]}")

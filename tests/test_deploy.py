@@ -69,4 +69,5 @@ def test_image_has_what_the_package_is_built_from():
     assert needed | set(project["project"]["license-files"]) <= set(copied)
     extras = project["project"]["optional-dependencies"]
     install = next(line for line in lines if line.startswith("RUN pip install"))
-    assert re.search(r"\.\[\$ACCELERATOR,eval\]", install) and {"tpu", "gpu", "eval"} <= set(extras)
+    assert re.search(r"\.\[\$ACCELERATOR,buckets,eval\]", install)
+    assert {"tpu", "gpu", "buckets", "eval"} <= set(extras)

@@ -243,6 +243,8 @@ def clip_dataset(
     draw = RandomClip(videos, frames, size, downscale_prob, index.left_out, motion)
     parts = [(draw.count, 1.0)]
     if weights:
+        # Elements are numbered through all videos in the order of the paths, so each path's are a
+        # range of numbers. A video has as many elements as frames; see `RandomClip`.
         ends = np.cumsum([0, *index.counts])
         counts = [
             sum(video.frames for video in index.videos[first:last] if video.frames >= frames)

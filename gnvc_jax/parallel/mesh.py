@@ -106,6 +106,7 @@ def device_grid(sizes: dict[str, int], devices: Sequence[jax.Device]) -> np.ndar
             f"mesh axis data={sizes['data']} must be a multiple of the {slices} slices: the other "
             "axes need the links inside of a slice"
         )
+    # The mesh is a product of two: `inside` of each slice, and `across` slices along data alone.
     inside = sizes | {"data": sizes["data"] // slices}
     across = dict.fromkeys(sizes, 1) | {"data": slices}
     shapes = tuple(inside.values()), tuple(across.values())

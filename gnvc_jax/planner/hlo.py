@@ -212,7 +212,7 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
             if one.operation == "send" and (transfer := TRANSFER.search(one.rest)):
                 listed, name = transfer.groups()
                 kind = TRANSFERS.get(name, name.lower().replace("_", "-"))
-                # The whole type has the data, and two numbers that the runtime needs.
+                # `(f32[256,1024]{1,0}, u32[], token[])`: the data come first.
                 data = one.result.lstrip("(").split(", u32")[0]
                 count("dcn", kind, times, size(data), slice_count(listed))
             return

@@ -114,6 +114,7 @@ class StagedCheckpoints:
         self.target = target
         key = hashlib.sha256(os.fspath(target).encode()).hexdigest()[:24]
         self.folder = cache_folder() / "checkpoints" / key
+        # What an earlier process left here may be older than what another machine has uploaded.
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         for step in complete_steps(target):
@@ -152,6 +153,7 @@ class StagedCheckpoints:
         source, target = self.folder / str(step), self.target / str(step)
         if target.exists():
             remove_folder(target)
+        # False sorts before True: the file that makes the step count is the last.
         for file in sorted(source.rglob("*"), key=lambda p: p.name == COMPLETE):
             if file.is_file():
                 upload(file, target / file.relative_to(source).as_posix())

@@ -171,6 +171,7 @@ def load_sources(
         there = flatten_dict(kept, sep="/").keys() | (
             averaged_names(known.runs[0]) if known.runs else set()
         )
+        # Only what neither the folder nor its checkpoints have is asked of the original sources.
         flat = flatten_dict(like, sep="/")
         like = unflatten_dict({k: x for k, x in flat.items() if k not in there}, sep="/")
     found = load_ported(experiment, known, like)
