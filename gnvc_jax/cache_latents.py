@@ -18,7 +18,7 @@ from gnvc_jax.frames import to_float
 from gnvc_jax.model import as_float32, vae_fingerprint
 from gnvc_jax.porting.checkpoint import has_component, load_weights
 from gnvc_jax.pretrained import find_model
-from gnvc_jax.training.checkpoints import config_of, load_params
+from gnvc_jax.training.run_folder import config_of, load_params
 from gnvc_jax.vae import VAE, VAEConfig, encode_stream, init_vae
 
 

@@ -178,7 +178,7 @@ def _refiner_of_run(path: str | Path, dtype: jax.typing.DTypeLike) -> Pretrained
     Unlike that of a model file, it is not rounded.
     """
     from gnvc_jax.training import latent_statistics, weights
-    from gnvc_jax.training.checkpoints import model_of
+    from gnvc_jax.training.run_folder import model_of
 
     experiment = model_of(path)
     if experiment.refiner is None:

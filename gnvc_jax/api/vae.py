@@ -187,7 +187,7 @@ def load_vae(path: str | Path) -> PretrainedVAE:
     refuse_other_components(path, "vae")
     if is_run(path):
         from gnvc_jax.training import latent_statistics, weights
-        from gnvc_jax.training.checkpoints import model_of
+        from gnvc_jax.training.run_folder import model_of
 
         experiment = model_of(path)
         known = latent_statistics.identity_statistics(experiment.vae.latent_channels)

@@ -15,7 +15,8 @@ How it is trained:
 - `loop`: `train`, the whole run; `startup` prints what it consists of.
 - `step`, `state`, `batched_optimizer`: one jitted step, the train state, and the optimizer.
 - `hooks`, `evaluator`, `metrics`, `throughput`: what happens around steps, and what is logged.
-- `checkpoints`, `release`: saving, resuming, and the model file of a run.
+- `checkpoints`, `run_folder`, `release`: saving and resuming, reading a run for other purposes, and
+  the model file of a run.
 
 `gnvc train --config NAME` does all of this; docs/training.md explains it.
 """

@@ -26,7 +26,8 @@ from gnvc_jax.arrays import Tree
 from gnvc_jax.buckets import AnyPath, absolute, as_path, local_copy, make_folder, remove_folder
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output, write_json
-from gnvc_jax.training.checkpoints import DAMAGE, check_shapes, first_line, quiet_failure, steps_of
+from gnvc_jax.training.damaged_checkpoints import DAMAGE, first_line, quiet_failure
+from gnvc_jax.training.run_folder import check_shapes, steps_of
 from gnvc_jax.training.settings import InitConfig
 
 

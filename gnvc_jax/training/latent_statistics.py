@@ -17,8 +17,8 @@ from gnvc_jax.frames import to_float
 from gnvc_jax.porting.checkpoint import has_component, read_architecture
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.training import inputs
-from gnvc_jax.training.checkpoints import load_statistics
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.run_folder import load_statistics
 from gnvc_jax.training.weights import Statistics, load_vae, origins
 from gnvc_jax.vae import VAE, encode_clip
 

@@ -20,7 +20,7 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.training import stages
-from gnvc_jax.training.checkpoints import Checkpoints, load_statistics
+from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.evaluator import Evaluator
 from gnvc_jax.training.hooks import (
@@ -34,6 +34,7 @@ from gnvc_jax.training.hooks import (
 )
 from gnvc_jax.training.inputs import Clips
 from gnvc_jax.training.metrics import make_writer, say
+from gnvc_jax.training.run_folder import load_statistics
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.startup import describe_run
 from gnvc_jax.training.state import State, abstract_state, init_state

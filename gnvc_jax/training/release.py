@@ -19,9 +19,9 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.model import Model
 from gnvc_jax.model_file import save_model
 from gnvc_jax.training import latent_statistics, weights
-from gnvc_jax.training.checkpoints import model_of
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.networks import init_networks, make_networks
+from gnvc_jax.training.run_folder import model_of
 from gnvc_jax.training.weights import Statistics
 
 

@@ -40,9 +40,9 @@ from gnvc_jax.porting.checkpoint import (
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.refiner.config import DiTConfig
 from gnvc_jax.training import fixed_parameters, lora
-from gnvc_jax.training.checkpoints import averaged_names, config_of, load_params
 from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
 from gnvc_jax.training.partition import join
+from gnvc_jax.training.run_folder import averaged_names, config_of, load_params
 from gnvc_jax.vae import VAE, grey_latents, init_vae
 
 Statistics = dict[str, np.ndarray]

@@ -19,9 +19,9 @@ from gnvc_jax.buckets import as_path
 from gnvc_jax.errors import UsageError
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.training import bucket_runs
-from gnvc_jax.training.checkpoints import load_params, load_statistics
 from gnvc_jax.training.config import InitConfig
 from gnvc_jax.training.loop import train
+from gnvc_jax.training.run_folder import load_params, load_statistics
 
 ROOT = Path(__file__).parents[2]
 TOY = ROOT / "tests" / "training" / "toy_stage.py"

@@ -1,9 +1,7 @@
-"""Checkpoint folders: retention, foreign configurations, weights for the next stage."""
+"""Saving and resuming: what is kept, and which configurations may go on with it."""
 
 import dataclasses
-import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,42 +15,28 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import toy_stage
+from toy_stage import experiment_in
 
 from gnvc_jax.codec.config import CodecConfig
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, make_mesh
-from gnvc_jax.training import stages
-from gnvc_jax.training.checkpoints import Checkpoints, load_params, load_statistics
-from gnvc_jax.training.config import ComputeConfig, InitConfig, Policy
+from gnvc_jax.training.checkpoints import Checkpoints
+from gnvc_jax.training.config import ComputeConfig, Policy
 from gnvc_jax.training.loop import train
+from gnvc_jax.training.run_folder import load_params, load_statistics
 from gnvc_jax.training.state import abstract_state, init_state
-from gnvc_jax.training.weights import origins
 
 ROOT = Path(__file__).parents[2]
 
 
-def toy(out, **changes):
-    base = toy_stage.experiment()
-    run = dataclasses.replace(base.run, out=str(out), keep=2)
-    return dataclasses.replace(base, run=run, **changes)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of the toy stage and its last state."""
-    out = tmp_path_factory.mktemp("runs") / "toy"
-    experiment = toy(out)
-    return out, train(toy_stage.toy_stage(experiment))
-
-
 def test_newest_are_kept(tmp_path):
-    checkpoints = Checkpoints(toy(tmp_path))
+    checkpoints = Checkpoints(experiment_in(tmp_path))
     for step in (1, 2, 3):
         checkpoints.save(step, {"x": jnp.full(3, step)}, {"next": step})
     checkpoints.save(3, {"x": jnp.zeros(3)}, {"next": -1})  # saved already: left alone
     checkpoints.close()
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
-    again = Checkpoints(toy(tmp_path))
+    again = Checkpoints(experiment_in(tmp_path))
     like = {"x": jax.ShapeDtypeStruct((3,), jnp.int32, sharding=jnp.zeros(3).sharding)}
     state, data = again.restore(again.latest(), like)
     assert state["x"].tolist() == [3, 3, 3] and data == {"next": 3}
@@ -76,7 +60,7 @@ def test_statistics_stay_those_of_the_start(tmp_path):
         stage = toy_stage.toy_stage(experiment)
         return dataclasses.replace(stage, measure=measure, constants=constants)
 
-    experiment = toy(tmp_path / "run")
+    experiment = experiment_in(tmp_path / "run")
     experiment = dataclasses.replace(
         experiment, optim=dataclasses.replace(experiment.optim, steps=2)
     )
@@ -90,7 +74,7 @@ def test_statistics_stay_those_of_the_start(tmp_path):
 
 def test_checkpoints_of_earlier_versions_are_read(tmp_path):
     """They were written by Orbax's older interface; a run goes on from them, and adds new ones."""
-    experiment = toy(tmp_path)
+    experiment = experiment_in(tmp_path)
     stage = toy_stage.toy_stage(experiment)
     params = stage.init(jax.random.key(1))
     state = init_state(experiment.optim, params, jax.random.key(2))
@@ -119,17 +103,17 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path):
 
 
 def test_unfinished_checkpoint_is_ignored(tmp_path):
-    checkpoints = Checkpoints(toy(tmp_path))
+    checkpoints = Checkpoints(experiment_in(tmp_path))
     checkpoints.save(1, {"x": jnp.zeros(3)}, {})
     checkpoints.close()
     assert checkpoints.latest() == 1
     (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-123" / "state").mkdir(parents=True)
-    with closing(Checkpoints(toy(tmp_path))) as again:
+    with closing(Checkpoints(experiment_in(tmp_path))) as again:
         assert again.latest() == 1
 
 
 def test_foreign_run_folder_is_refused(tmp_path):
-    base = toy(tmp_path)
+    base = experiment_in(tmp_path)
     never_ran = dataclasses.replace(base, optim=dataclasses.replace(base.optim, lr=9.0))
     Checkpoints(never_ran).close()
     first = Checkpoints(base)
@@ -153,7 +137,7 @@ def test_foreign_run_folder_is_refused(tmp_path):
 
 def test_a_resumed_run_may_move_and_compute_differently(tmp_path):
     """What it trains on and what it is stay as they were, groups that were None included."""
-    base = toy(tmp_path)
+    base = experiment_in(tmp_path)
     with closing(Checkpoints(base)) as first:
         first.save(1, {"w": jnp.zeros(1)}, {})
 
@@ -173,139 +157,10 @@ def test_a_resumed_run_may_move_and_compute_differently(tmp_path):
     ):
         with pytest.raises(UsageError, match=told):
             Checkpoints(other)
-    with closing(Checkpoints(toy(tmp_path / "b", codec=CodecConfig()))) as first:
+    with closing(Checkpoints(experiment_in(tmp_path / "b", codec=CodecConfig()))) as first:
         first.save(1, {"w": jnp.zeros(1)}, {})
     with pytest.raises(UsageError, match=r"codec.width was 256, is None"):
-        Checkpoints(toy(tmp_path / "b"))
-
-
-@pytest.fixture(scope="module")
-def three_checkpoints(tmp_path_factory):
-    """A run of 6 steps, saved at 2, 4 and 6."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    experiment = saving(out)
-    train(toy_stage.toy_stage(experiment))
-    return out
-
-
-def saving(out):
-    base = toy(out)
-    run = dataclasses.replace(base.run, checkpoint_every=2, keep=3)
-    return dataclasses.replace(base, run=run, optim=dataclasses.replace(base.optim, steps=6))
-
-
-def damage(checkpoint, how):
-    """Cut, changed or missing files, as crashes and full disks leave them."""
-    names = {"index": "manifest.ocdbt", "list": "_METADATA", "arrays": "d/*"}
-    files = list((checkpoint / "state").glob(names.get(how, "*")))
-    if how == "place":
-        files = [checkpoint / "data" / "data.json"]
-    assert files
-    for file in files:
-        if how == "all":
-            shutil.rmtree(file) if file.is_dir() else file.unlink()
-        else:
-            file.write_bytes(file.read_bytes()[:40])
-
-
-@pytest.mark.parametrize("how", ["index", "list", "arrays", "place", "all"])
-def test_a_damaged_newest_checkpoint_falls_back(three_checkpoints, tmp_path, how, caplog, capfd):
-    """To the one before, with a warning; the run ends as if nothing had been."""
-    out = tmp_path / "run"
-    shutil.copytree(three_checkpoints, out)
-    damage(out / "checkpoints" / "6", how)
-    wanted = load_params(three_checkpoints, toy_shapes())
-    if how != "place":  # of no concern to the next stage
-        found = load_params(out, toy_shapes())
-        assert not np.array_equal(found["w"], wanted["w"])
-        assert f"checkpoint {out / 'checkpoints' / '6'} is damaged" in caplog.text
-    caplog.clear()
-    experiment = saving(out)
-    train(toy_stage.toy_stage(experiment))
-    assert f"checkpoint {out / 'checkpoints' / '6'} is damaged" in caplog.text
-    assert "the run goes on from checkpoint 4" in caplog.text
-    assert "Traceback" not in capfd.readouterr().err
-    names = sorted(p.name for p in (out / "checkpoints").iterdir())
-    assert names[:3] == ["2", "4", "6"] and names[3].startswith("damaged-6-")
-    jax.tree.map(np.testing.assert_array_equal, load_params(out, toy_shapes()), wanted)
-
-
-def test_a_run_without_a_whole_checkpoint_says_so(three_checkpoints, tmp_path):
-    out = tmp_path / "run"
-    shutil.copytree(three_checkpoints, out)
-    for step in (2, 4, 6):
-        damage(out / "checkpoints" / str(step), "index")
-    experiment = saving(out)
-    with pytest.raises(UsageError, match="checkpoints: no checkpoint in it can be read"):
-        train(toy_stage.toy_stage(experiment))
-    with pytest.raises(UsageError, match=f"{out}: no checkpoint in it can be read"):
-        load_params(out, toy_shapes())
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4", "6"]
-
-
-def test_a_state_of_other_shapes_is_no_damage(three_checkpoints, tmp_path):
-    """The model was changed under a run: nothing is set aside, and the difference is named."""
-    out = tmp_path / "run"
-    shutil.copytree(three_checkpoints, out)
-    stage = toy_stage.toy_stage(saving(out))
-
-    for changes, told in (
-        ({"extra": jnp.zeros(3)}, r"ema/extra has shape None, expected \(3,\)"),
-        ({"w": jnp.zeros((4, 3))}, r"ema/w has shape \(4, 2\), expected \(4, 3\)"),
-    ):
-        with pytest.raises(UsageError, match=f"{out / 'checkpoints' / '6'}: parameter {told}"):
-            train(dataclasses.replace(stage, init=lambda key, c=changes: toy_stage.init(key) | c))
-    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["2", "4", "6"]
-
-
-def toy_shapes():
-    return jax.eval_shape(toy_stage.init, jax.random.key(0))
-
-
-def test_a_run_does_not_start_from_itself(tmp_path):
-    with pytest.raises(UsageError, match=r"init\.run: .* is run\.out too"):
-        toy(tmp_path / "run", init=InitConfig(run=str(tmp_path / "other" / ".." / "run")))
-    for name, start in (("a", "b"), ("b", "a")):
-        facts = {"stage": "pixel", "init": {"run": str(tmp_path / start)}}
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(facts))
-    with pytest.raises(UsageError, match=r"its init\.run leads back to"):
-        origins(InitConfig(run=str(tmp_path / "a")))
-
-
-def test_what_a_run_does_not_name_is_as_for_the_run_before(tmp_path):
-    for name, init in (
-        ("codec", {"vae": "weights", "prompt": "old.npy"}),
-        ("latent", {"dit": "dit", "run": str(tmp_path / "codec")}),
-    ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"stage": name, "init": init}))
-    runs = tuple(str(tmp_path / name) for name in ("codec", "latent"))
-    found = origins(InitConfig(prompt="new.npy", run=runs[1]))
-    assert found == ("weights", "dit", "new.npy", None, runs, None, frozenset())
-
-
-def test_new_stage_starts_from_averaged_weights(finished, tmp_path):
-    out, state = finished
-    following = toy(tmp_path, init=InitConfig(run=str(out)))
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    start = stages.start(toy_stage.toy_stage(following), zeros, {})
-    jax.tree.map(np.testing.assert_array_equal, start, state.ema)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state.ema)
-    on_host = load_params(out, like=abstract)
-    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(on_host))
-    jax.tree.map(np.testing.assert_array_equal, on_host, state.ema)
-
-
-def test_weights_that_do_not_fit_are_refused(finished, tmp_path):
-    out, state = finished
-    with pytest.raises(FileNotFoundError, match="nowhere: no checkpoint"):
-        load_params(tmp_path / "nowhere", like=state.params)
-    with pytest.raises(ValueError, match="parameter extra has shape None, expected"):
-        load_params(out, like={**state.params, "extra": jnp.zeros(1)})
-    for w in (jnp.zeros((4, 3)), np.zeros((4, 3)), jax.ShapeDtypeStruct((4, 3), jnp.float32)):
-        with pytest.raises(ValueError, match=r"parameter w has shape \(4, 2\), expected \(4, 3\)"):
-            load_params(out, like={**state.params, "w": w})
+        Checkpoints(experiment_in(tmp_path / "b"))
 
 
 def test_terminated_run_saves_and_continues(tmp_path):
@@ -330,7 +185,7 @@ def test_terminated_run_saves_and_continues(tmp_path):
     assert f"stopped after step {reached} of" in output
     assert "the same command continues" in output
 
-    experiment = toy(tmp_path)
+    experiment = experiment_in(tmp_path)
     optim = dataclasses.replace(experiment.optim, steps=reached + 2)
     train(toy_stage.toy_stage(dataclasses.replace(experiment, optim=optim)))
     assert steps_done() == list(range(1, reached + 3))

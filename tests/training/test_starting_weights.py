@@ -1,6 +1,7 @@
 """Where the weights of a stage come from, what of them trains, and what is fixed."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +9,10 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from refiner_runs import DIT, STATISTICS, codec_of, save_start, started
+from toy_stage import experiment_in
 
 from gnvc_jax.codec.model import LatentCodec
+from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, make_mesh, rules
 from gnvc_jax.porting.architectures import Architecture
 from gnvc_jax.porting.checkpoint import write_component
@@ -18,6 +21,7 @@ from gnvc_jax.training import lora, networks, partition, stages
 from gnvc_jax.training.config import ComputeConfig, InitConfig, RunConfig
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.stages.pixel import PixelLoss
+from gnvc_jax.training.weights import origins
 
 
 def paths(tree):
@@ -238,3 +242,26 @@ def test_stages_say_what_they_lack(base, tmp_path):
     other = dataclasses.replace(base.codec, entropy_width=12)
     with pytest.raises(ValueError, match="shape"):
         started(dataclasses.replace(base, codec=other))
+
+
+def test_a_run_does_not_start_from_itself(tmp_path):
+    with pytest.raises(UsageError, match=r"init\.run: .* is run\.out too"):
+        experiment_in(tmp_path / "run", init=InitConfig(run=str(tmp_path / "other" / ".." / "run")))
+    for name, start in (("a", "b"), ("b", "a")):
+        facts = {"stage": "pixel", "init": {"run": str(tmp_path / start)}}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(facts))
+    with pytest.raises(UsageError, match=r"its init\.run leads back to"):
+        origins(InitConfig(run=str(tmp_path / "a")))
+
+
+def test_what_a_run_does_not_name_is_as_for_the_run_before(tmp_path):
+    for name, init in (
+        ("codec", {"vae": "weights", "prompt": "old.npy"}),
+        ("latent", {"dit": "dit", "run": str(tmp_path / "codec")}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"stage": name, "init": init}))
+    runs = tuple(str(tmp_path / name) for name in ("codec", "latent"))
+    found = origins(InitConfig(prompt="new.npy", run=runs[1]))
+    assert found == ("weights", "dit", "new.npy", None, runs, None, frozenset())

@@ -1,5 +1,7 @@
 """A linear regression as a training stage: small enough to train in milliseconds."""
 
+import dataclasses
+
 import grain
 import jax
 import jax.numpy as jnp
@@ -58,3 +60,10 @@ def experiment() -> Experiment:
         optim=OptimConfig(lr=0.1, warmup=2, steps=4),
         run=RunConfig(log_every=1),
     )
+
+
+def experiment_in(out, **changes) -> Experiment:
+    """The experiment with the run folder `out`, which keeps two checkpoints."""
+    base = experiment()
+    run = dataclasses.replace(base.run, out=str(out), keep=2)
+    return dataclasses.replace(base, run=run, **changes)
