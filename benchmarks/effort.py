@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from helpers import clips, options
 
+from gnvc_jax.analysis import Analysis
 from gnvc_jax.bitstream import StreamReader
-from gnvc_jax.coder import Analysis
 from gnvc_jax.decoder import Timing
 from gnvc_jax.evaluation.bd_rate import bd_rate
 from gnvc_jax.evaluation.environment import environment

@@ -6,7 +6,6 @@ writes chunks to any file; inside a group it works on four frames at a time, so 
 depend on the length of the video. For whole videos in memory, see `gnvc_jax.load_pretrained`.
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import UInt8
 
+from gnvc_jax.analysis import Analysis
 from gnvc_jax.arrays import Array
 from gnvc_jax.bitstream import Header, QuantisedLatent, StreamWriter, encode_group
 from gnvc_jax.bitstream.errors import LimitExceeded
@@ -36,7 +36,6 @@ from gnvc_jax.scenes import split_groups
 MAX_QP = 63
 # One intra latent and 24 predicted ones of four frames each.
 DEFAULT_GOP = 97
-NEAR = 2  # levels; the price of a bit of motion differs by 11 %
 # Bits that a squared error of one 8-bit step of a pixel is worth, at the worst and the best level:
 # eight times the lambda of training, since the latents after a latent inherit its errors.
 PIXEL_WORTH = (8e-5, 8e-2)
@@ -101,7 +100,7 @@ class Coder(Decoder):
         progress: Progress = lambda n: None,
         *,
         scene_cuts: bool = True,
-        analysis: "Analysis | None" = None,
+        analysis: Analysis | None = None,
         audio: bytes = b"",
         effort: int = 0,
     ) -> int:
@@ -164,7 +163,7 @@ class Coder(Decoder):
             yield frame
 
     def _chunks(
-        self, frames: Iterable[np.ndarray], header: Header, first: int, analysis: "Analysis"
+        self, frames: Iterable[np.ndarray], header: Header, first: int, analysis: Analysis
     ) -> Iterator[tuple[UInt8[np.ndarray, "t h w 3"], int, Array]]:
         """Takes the frames of a group latent by latent.
 
@@ -211,7 +210,7 @@ class Coder(Decoder):
         number: int,
         first: int,
         progress: Progress,
-        analysis: "Analysis",
+        analysis: Analysis,
         effort: int,
     ) -> tuple[bytes, int]:
         """Encodes the frames of one group.
@@ -326,46 +325,6 @@ class Coder(Decoder):
         from gnvc_jax.motion.search import search, search_rate  # needs OpenCV; decoding does not
 
         return search(frames, reference, search_rate(q_index), fields[-1] if fields else None)
-
-
-@dataclasses.dataclass
-class Analysis:
-    """What passes over the same video at several levels have in common.
-
-    Latents of the VAE are kept for whole groups, as long as they fit. Motion depends on the level
-    through the price of its bits; a field serves for levels so close that the price hardly differs.
-
-    Attributes:
-        limit: Bytes of latents to keep; with 0, nothing is kept.
-        latents: Latents of each group by the number of its first frame.
-        fields: Motion of each latent by the number of its first frame, with the level that it was
-            searched for.
-    """
-
-    limit: int = 1 << 30
-    latents: dict[int, list[np.ndarray]] = dataclasses.field(default_factory=dict)
-    fields: dict[int, tuple[int, MotionField]] = dataclasses.field(default_factory=dict)
-    _size: int = 0
-
-    def new_group(self) -> list[np.ndarray] | None:
-        """A list for the latents of a group, None if there is no more room for them."""
-        return [] if self._size < self.limit else None
-
-    def keep(self, first: int, latents: list[np.ndarray]) -> None:
-        """Keeps the latents of the group that begins with frame `first`."""
-        if first not in self.latents:
-            self.latents[first] = latents
-            self._size += sum(x.nbytes for x in latents)
-
-    def field(self, first: int, q_index: int) -> MotionField | None:
-        """Motion of the latent that begins with frame `first`, None if it must be searched."""
-        known, field = self.fields.get(first, (None, None))
-        return field if known is not None and abs(known - q_index) <= NEAR else None
-
-    def keep_field(self, first: int, q_index: int, field: MotionField) -> None:
-        """Keeps the motion of a latent; that of another level is replaced."""
-        if self.limit:
-            self.fields[first] = q_index, field
 
 
 def check_video_info(info: VideoInfo) -> None:

@@ -15,9 +15,10 @@ from typing import Any, BinaryIO, Literal
 import jax
 import numpy as np
 
+from gnvc_jax.analysis import Analysis
 from gnvc_jax.bitstream import Header, StreamReader
 from gnvc_jax.codec.config import MIXED
-from gnvc_jax.coder import MAX_QP, Analysis, Coder, Progress
+from gnvc_jax.coder import MAX_QP, Coder, Progress
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import MIN_SIDE, load_weights

@@ -7,9 +7,10 @@ import cv2
 import numpy as np
 import pytest
 
+from gnvc_jax.analysis import Analysis
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.coder import Analysis, Coder
+from gnvc_jax.coder import Coder
 from gnvc_jax.errors import UsageError
 from gnvc_jax.leaky_bucket import LeakyBucket
 from gnvc_jax.pretrained import load_pretrained

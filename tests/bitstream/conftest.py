@@ -1,5 +1,6 @@
 """A toy codec without a network: small tables, an affine scale index, a short stream of groups."""
 
+import functools
 import io
 import struct
 import types
@@ -128,6 +129,35 @@ def edit(data: bytes, at: int, value: bytes) -> bytes:
     return data[:at] + value + data[at + len(value) :]
 
 
+class Pipe(io.RawIOBase):
+    """Cannot seek and gives a few bytes at a time."""
+
+    def __init__(self, data: bytes):
+        self.data = io.BytesIO(data)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        return self.data.readinto(memoryview(buffer)[:7])
+
+
+def write(payloads: list[bytes], order=(0, 1, 2), **changes) -> bytes:
+    """Header, groups in any order, and an index of the right size: a careless writer's file."""
+    file = io.BytesIO()
+    writer = StreamWriter(file, make_header(**changes))
+    for number in order:
+        writer._chunk(b"GOPC", payloads[number])
+    writer._chunk(b"INDX", struct.pack("<QI", 19, len(order)) + bytes(24 * len(order)))
+    return file.getvalue()
+
+
+@pytest.fixture(params=["bytes", "pipe"])
+def source(request):
+    """Makes what a reader reads of the bytes of a file: these bytes, or a pipe."""
+    return Pipe if request.param == "pipe" else bytes
+
+
 @pytest.fixture(scope="session")
 def toy():
     """A stream of three groups (9 + 9 + 1 frames), its bytes, coder and symbols."""
@@ -173,5 +203,7 @@ def toy():
         chunks=chunks,
         mend=mend,
         edit=edit,
+        pipe=Pipe,
+        write=functools.partial(write, payloads),
         version_1=lambda n: version_1(payloads[n], groups[n], coder),
     )
