@@ -66,11 +66,13 @@ def frozen_encoder(vae: str, frames: int) -> tuple[Callable[[np.ndarray], np.nda
     config, params, mean, std = find_vae(vae)
     if frames < 1 or (frames - 1) % config.temporal_stride:
         raise UsageError(f"frames {frames}: expected 1 + {config.temporal_stride}k")
+    # An argument of the program below; as a constant it would be compiled into it.
     module, placed = VAE(config), jax.device_put(params)
 
     @jax.jit
     def run(params: Tree, clip: Array) -> Array:
         latents = encode_stream(module, params, to_float(clip)[None])
+        # One clip, so without the axis of the batch.
         return (latents[0] - mean) / std
 
     info = CacheInfo(
@@ -109,6 +111,7 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
         if facts["stage"] != "vae":
             raise UsageError(f"{vae}: a run of the stage `{facts['stage']}`, expected `vae`")
         config = VAEConfig.from_json(facts["vae"])
+        # Statistics of a learned encoder belong to the codec that was trained on them.
         if not config.linear:
             raise UsageError(f"{vae}: its encoder is learned; codecs for it train on frames")
         like = jax.eval_shape(lambda key: init_vae(VAE(config), key), jax.random.key(0))
@@ -117,5 +120,6 @@ def find_vae(vae: str) -> tuple[VAEConfig, Tree, np.ndarray, np.ndarray]:
     else:
         model = find_model(vae)
         config, mean, std = model.vae_config, model.mean, model.std
+        # Kernels of model files are float16.
         params = as_float32(model.vae)
     return config, params, np.asarray(mean, np.float32), np.asarray(std, np.float32)

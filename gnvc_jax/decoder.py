@@ -243,6 +243,8 @@ class Decoder:
         for latent, _, frames in decoded:
             if frames is None:
                 with self.timed("vae"):
+                    # (1, 1, h, w, c): one latent, with an axis for time; the cache is that of the
+                    # causal VAE.
                     frames, cache = self.functions.decode_latents(cache, latent[:, None, :h, :w])
             # Takes off the padding, and the frames by which the last chunk was filled up.
             frames = np.asarray(frames[0, :left, : header.height, : header.width])

@@ -119,6 +119,7 @@ def build(
     """
     z = np.stack([density.probabilities(codec[k]["entropy"]["density"]) for k in KINDS])
     intra, inter = (scales.export(codec_config, codec[kind]["entropy"]["scales"]) for kind in KINDS)
+    # Probability tables of all symbols of y are chosen by these integers alone.
     networks = intra, inter
     sigmas = np.asarray(scales.sigma_from_index(np.arange(SCALES, dtype=np.float64)), np.float64)
     tables = Tables(
@@ -132,6 +133,7 @@ def build(
         lambda path, x: np.asarray(x, stored_dtype(path), order="C"), (vae, codec, refiner)
     )
     mean, std = np.asarray(mean, np.float32), np.asarray(std, np.float32)
+    # Computed by NumPy, the reference that devices are compared with.
     crc = self_test(codec_config, networks, scales.scale_index_numpy)
     return Model(
         name,
@@ -155,6 +157,7 @@ def to_arrays(model: Model) -> dict[str, np.ndarray]:
     """Returns all arrays of a model under flat names, such as "vae/klt/first_basis"."""
     flat = {"latents/mean": model.mean, "latents/std": model.std}
     flat |= {"tables/y": model.tables.y, "tables/z": model.tables.z}
+    # Absent rather than empty: fingerprints of models without motion have no such name.
     if len(model.tables.motion):
         flat["tables/motion"] = model.tables.motion
     for kind, network in zip(KINDS, model.scale_networks, strict=True):
@@ -188,6 +191,7 @@ def _digest(arrays: dict[str, np.ndarray], config: dict) -> bytes:
 
 def update_digest(sha: Any, arrays: Mapping[str, np.ndarray]) -> None:
     """Continues a digest of hashlib over arrays, with their names, types and shapes."""
+    # Sorted, so that a fingerprint does not depend on the order in a file.
     for name, value in sorted(arrays.items()):
         sha.update(f"{name} {value.dtype} {value.shape}\n".encode())
         sha.update(np.ascontiguousarray(value).tobytes())
@@ -213,10 +217,12 @@ def self_test(config: CodecConfig, networks: tuple[Tree, Tree], scale_index: Cal
         nonlocal state
         out = np.empty(int(np.prod(shape)), np.int64)
         for i in range(out.size):
+            # Written out, since generators of libraries may change between versions.
             state = (state * np.uint64(1664525) + np.uint64(1013904223)) & np.uint64(0xFFFFFFFF)
             out[i] = low + int(state >> np.uint64(16)) % (high - low + 1)
         return out.reshape(shape)
 
+    # Both networks, at the ends of the levels and between knots.
     for kind, q_index in ((0, 0), (0, 63), (1, 7), (1, 40)):
         z = draw((2, 2, cz), -15, 15)
         prev_y, prev_index = (draw((8, 8, cy), *r) if kind else np.zeros((8, 8, cy), np.int64)

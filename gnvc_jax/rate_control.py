@@ -232,6 +232,7 @@ def search(attempt: Callable[[float], Trial], rule: Rule) -> Trial:
         else:
             _close(under)
             under = trial
+        # The aim is not enclosed yet: move towards it by the slope, at least by one step.
         if over is None or under is None:
             end = LAST if under is None else 0
             if step == end:
@@ -242,11 +243,13 @@ def search(attempt: Callable[[float], Trial], rule: Rule) -> Trial:
         low, high = round(MIXED * over.qp), round(MIXED * under.qp)
         if high - low <= 1:
             break
+        # Regula falsi: where the line through both would cross the aim.
         share = (over.surplus - aim) / (over.surplus - under.surplus)
         step = round(low + share * (high - low))
         if high - low > width / 2:  # interpolation hardly narrows the interval: halve it
             step = (low + high) // 2
         step, width = min(max(step, low + 1), high - 1), high - low
+    # Neighbouring levels: nothing lies between them.
     best = min((over, under), key=lambda t: (not rule.allows(t.surplus), abs(t.surplus)))
     _close(under if best is over else over)
     return best
@@ -283,6 +286,7 @@ def measure(
     size = file.seek(0, 2)
     if kind == "size":
         return size
+    # Rates are those of the pictures; a size is that of the whole file.
     size -= audio
     if kind == "bitrate":
         return 8 * size * header.fps[0] / header.fps[1] / count
@@ -291,6 +295,7 @@ def measure(
     file.seek(0)
     metric, progress, values = frame_metric(kind), begin(f"measuring {kind.upper()}"), []
     for x, y in zip(frames(), coder.decode_frames(StreamReader(file))):
+        # Frame by frame: neither video need fit into memory.
         values.append(float(metric(x[None], y[None])[0]))
         progress(1)
     return float(np.mean(values))

@@ -147,6 +147,7 @@ def _parse_2(payload: bytes, temporal_stride: int) -> GroupPayload:
         fields.append(value)
     number, first, n_frames = fields
     # Every number is checked before it decides how much is read or allocated.
+    # One latent for the first frame, then one for every `temporal_stride` frames, rounded up.
     count = 1 + -(-(n_frames - 1) // temporal_stride)
     if not 1 <= n_frames or count > MAX_LATENTS:
         raise MalformedChunk(f"group {number}: {n_frames} frames make {count} latents")

@@ -77,6 +77,7 @@ class ClipIndex:
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         self.left_out = LeftOut(limit=1.0) if left_out is None else left_out
         found = [_list(as_path(one)) for one in paths]
+        # The number of all videos, since the limit is a share of them.
         self.left_out.start(sum(map(len, found)))
         cache = None if decode_cache is None else as_path(decode_cache)
         parts = [self._look(one, items, cache) for one, items in zip(paths, found)]
@@ -118,12 +119,14 @@ class ClipIndex:
                 return error
 
         found = []
+        # Threads suffice: PyAV decodes without holding the lock of Python.
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             results = tqdm(
                 pool.map(attempt, items), desc=title, total=len(items), unit="video", delay=2
             )
             for item, result in zip(items, results):
                 if isinstance(result, Exception):
+                    # Raises once too many are left out, which ends the work.
                     self.left_out.add(str(getattr(item, "path", item)), result)
                 else:
                     found.append(result)

@@ -112,6 +112,7 @@ def make_shards(
     make_folder(folder)
     sizes = [_size(video) for video in videos]
     listed = [[str(absolute(video)), size] for video, size in zip(videos, sizes)]
+    # What decides how videos are divided; processes that share the work must agree on it.
     text = json.dumps([listed, shard_bytes, licence])
     groups = _group(videos, sizes, shard_bytes)
     facts = {
@@ -126,6 +127,7 @@ def make_shards(
     write_json(folder / DATASET, facts)
     mine = range(len(groups))[shard[0] :: shard[1]]
     for number in tqdm(mine, unit="shard", desc="packing", disable=not progress or None):
+        # The description is written last: where it is, the shard is complete.
         if not (folder / f"{_name(number)}.json").exists():
             _write_shard(groups[number], folder, _name(number), licence)
     found = [_read_json(path) for path in sorted(folder.glob("shard-*.json"))]
@@ -150,6 +152,7 @@ def _group(
     videos: Sequence[AnyPath], sizes: Sequence[int], limit: int
 ) -> list[list[tuple[AnyPath, int]]]:
     """Divides videos, in their order, into groups of at most `limit` bytes."""
+    # More than the limit, so that the first video opens a group.
     groups, total = [], limit + 1
     for video, size in zip(videos, sizes):
         if total + size > limit:
@@ -171,6 +174,7 @@ def _write_shard(
             for number, (video, _) in enumerate(videos):
                 try:
                     record = _describe(video, f"{number:06}", licence)
+                # Decoders raise errors of many kinds; one bad video must not end the work.
                 except Exception as error:
                     left_out.append({"video": str(video), "reason": reason(str(video), error)})
                     log_left_out(str(video), error)
@@ -215,11 +219,14 @@ def _add(tar: tarfile.TarFile, file: Path, record: dict[str, Any]) -> dict[str, 
     member = tarfile.TarInfo(record["key"])
     member.size, crc = file.stat().st_size, 0
     with file.open("rb") as opened:
+        # In blocks, since a video may not fit into memory.
         while block := opened.read(MIB):
             crc = zlib.crc32(block, crc)
         opened.seek(0)
+        # Behind the header of the member that is about to be added.
         offset = tar.offset + tarfile.BLOCKSIZE
         tar.addfile(member, opened)
+    # Names of files may hold bytes that are not UTF-8.
     text = json.dumps(record, ensure_ascii=False).encode(errors="backslashreplace")
     member = tarfile.TarInfo(Path(record["key"]).with_suffix(".json").name)
     member.size = len(text)
@@ -272,6 +279,7 @@ def read_shards(folder: AnyPath) -> list[ShardVideo]:
     if facts.get("format") != FORMAT:
         raise UsageError(f"{folder / DATASET}: expected format {FORMAT}")
     paths = [folder / f"{_name(number)}.json" for number in range(facts["shards"])]
+    # In a bucket each file costs a round trip, so many are under way at once.
     with ThreadPoolExecutor(READERS) as pool:
         there = list(pool.map(lambda path: path.exists(), paths))
         if not all(there):

@@ -70,13 +70,16 @@ def find_clips(paths: Sequence[Path]) -> dict[str, Path]:
     if not found:
         raise FileNotFoundError(f"{', '.join(map(str, paths))}: no videos found")
     clips: dict[str, Path] = {}
+    # A file may be found twice, by its own name and below a folder or a link.
     for path in dict.fromkeys(p.resolve() for p in found):
+        # The name of a folder of frames may hold a dot that begins no suffix.
         name = path.name if path.is_dir() else path.stem
         parents = iter(path.parents)
         # Folder names from the innermost outwards, until the name is new.
         while name in clips and (parent := next(parents, None)):
             name = f"{parent.name}_{name}"
         if len(os.fsencode(name)) > MAX_NAME:
+            # Cut and made unique by a hash of the path, since other long names may begin alike.
             name = keyed_name(name, hashlib.sha256(os.fsencode(path)).hexdigest()[:8], MAX_NAME)
         clips[name] = path
     return clips

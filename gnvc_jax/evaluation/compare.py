@@ -43,6 +43,7 @@ def compare(a: dict, b: dict, names: Sequence[str]) -> tuple[str, bool]:
     """
     runs = [_finished(a), _finished(b)]
     both = [key for key in runs[0] if key in runs[1]]
+    # Clips of one name may be different videos; only their content counts.
     same = [key for key in both if _sha256(runs[0][key]) == _sha256(runs[1][key])]
     parts = [
         "\n".join(
@@ -55,6 +56,7 @@ def compare(a: dict, b: dict, names: Sequence[str]) -> tuple[str, bool]:
         return "\n\n".join([*parts, "No clip and point in common."]) + "\n", False
     pairs = [(runs[0][key], runs[1][key]) for key in same]
     measured = [measured_columns(records) for records in zip(*pairs)]
+    # Metrics that both runs have, in the order of the first.
     columns = {heading: c for heading, c in measured[0].items() if heading in measured[1]}
     headings = [f"{heading}, A → B" for heading in columns]
     mean_rows = []
@@ -103,6 +105,7 @@ def _differences(
         for letter, mine, other in zip("AB", sets, sets[::-1]):
             if only := [x for x in dict.fromkeys(mine) if x not in other]:
                 lines.append(f"Only {letter} has {what}: {', '.join(map(_plain, only))}.")
+    # Among clips and points that both runs know, some combinations may be missing in one.
     clips, points = (
         [name for name in dict.fromkeys(collections[what][0]) if name in collections[what][1]]
         for what in ("clips", "points")
@@ -151,6 +154,7 @@ def _source(record: dict) -> str:
 def _change(pairs: Sequence[tuple[dict, dict]], section: str, field: str, spec: str) -> str:
     """Means over the pairs in which both have the number, such as '26.78 → 27.01 (+0.23)'."""
     values = [[value_of(record, section, field) for record in pair] for pair in pairs]
+    # A mean over other clips on either side would be no comparison.
     values = [pair for pair in values if None not in pair]
     if not values:
         return "–"

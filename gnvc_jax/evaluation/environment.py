@@ -35,6 +35,7 @@ def _version(package: str) -> str | None:
 
 def _processor() -> str:
     try:
+        # On Linux, the `platform` module gives the architecture at best.
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
@@ -45,6 +46,7 @@ def _processor() -> str:
 def _git() -> dict | None:
     """Commit of the checkout that the package runs from, and whether files differ from it."""
     folder = Path(__file__).parents[2]
+    # Installed from a wheel; a repository further up, if any, is another project.
     if not (folder / ".git").exists():
         return None
 

@@ -60,6 +60,7 @@ def choose_view(frames: np.ndarray) -> View:
         frames: Source, (t, h, w, 3) uint8.
     """
     t, h, w = frames.shape[:3]
+    # A set, since very short clips give the same index twice.
     shown = tuple(sorted({t // 6, t // 2, t * 5 // 6}))
     middle = shown[len(shown) // 2]
     side = min(h, w, max(64, min(h, w) // 4))

@@ -27,6 +27,8 @@ Colours = Mapping[str, str]
 _ERRORS = ("lpips", "dists", "pulse")  # prefixes of fields of which less is better
 _COLOURS = ("#d1495b", "#2a78b8", "#3a8f4d", "#b8740f", "#7d5ba6", "#0f8b8d", "#8c6a4f")
 _PANEL = (3.3, 2.6)  # inches, width and height of one panel
+# Texts stay texts, in the font of the page, and identifiers are the same in every run, so that
+# equal records give equal files.
 _STYLE: dict[Any, Any] = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"}
 
 
@@ -43,8 +45,11 @@ def rate_groups(records: Sequence[dict]) -> list[list[dict]]:
     points without a file last.
     """
     groups: dict[int | None, list[dict]] = {}
+    # Points that differ in refinement steps alone have the same file, and so the same size.
     sizes = {r["point"]: r["rate"]["bytes"] for r in records if not is_anchor(r)}
     for record in records:
+        # `like` is the label of the point that gave the rate. At a multiple of it, it has a prefix,
+        # such as "2x-", and names no point.
         point = record["codec"].get("like", record["point"])
         if point in sizes:
             groups.setdefault(sizes[point], []).append(record)
@@ -91,6 +96,7 @@ def rd_figure(records: Sequence[dict], columns: Columns, colours: Colours, title
             dashes = "--" if is_anchor(group[0]) else "-"
             if points:
                 panel.plot(*zip(*points), dashes, color=colour, marker="o", ms=4, label=name)
+            # A point without a file, such as the VAE alone, has a quality but no rate.
             for level in (y for x, y in values if x is None and y is not None):
                 panel.axhline(level, color=colour, linestyle=":", label=name)
         _finish(panel, heading, field)
@@ -132,6 +138,7 @@ def frame_figure(
         # Panels come row by row.
         row, group = place // len(groups), groups[place % len(groups)]
         heading, (_, field, _) = list(columns.items())[row]
+        # Frame 0 begins a group in any case; a seam lies between two frames.
         for seam in sorted({s for r in group for s in seams.get(r["point"], ()) if s}):
             panel.axvline(seam - 0.5, color="#888888", linewidth=0.7, linestyle=":")
         for record in group:
@@ -226,6 +233,7 @@ def inline_svg(drawing: str, prefix: str, label: str) -> str:
     svg = re.sub(r' id="([^"]+)"', lambda m: m[0] if f"#{m[1]}" in svg else "", svg)
     svg = re.sub(r'(id="|href="#|url\(#)', rf"\1{prefix}", svg)
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Black texts and axes follow the page, which may be dark.
     svg = svg.replace("#000000", "currentColor")
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
 
@@ -253,9 +261,11 @@ def _figure(
 
 
 def _finish(panel: Axes, heading: str, field: str) -> None:
+    """Gives a panel its label and grid, and turns the axis of an error metric upside down."""
     panel.set_ylabel(heading)
     panel.grid(color="#888888", alpha=0.25, linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
+    # Panels of a row share their axis: inverted twice, it would be as before.
     if field.startswith(_ERRORS) and not panel.yaxis_inverted():
         panel.invert_yaxis()
 
@@ -264,6 +274,7 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     """Adds one legend below all panels, and removes panels that stayed empty."""
     entries = {}
     for panel in panels:
+        # By label, so that a curve that several panels have is listed once.
         entries |= dict(zip(*reversed(panel.get_legend_handles_labels())))
         if not panel.has_data():
             panel.remove()

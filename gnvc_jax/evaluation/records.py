@@ -91,6 +91,7 @@ def finished(
 
 def failed(key: dict, clip: Clip, point: Point, error: Exception) -> dict:
     """Record of a point that could not be coded or measured."""
+    # Tables have room for one line.
     reason = (str(error).strip().splitlines() or [""])[0]
     return {
         **_head(key, clip, point),
@@ -147,9 +148,11 @@ def means(records: Sequence[dict]) -> dict[str, dict]:
         {point: {"clips": how many finished, section: {field: mean over the clips that have it}}}.
     """
     result = {}
+    # In the order in which points were measured.
     for label in dict.fromkeys(r["point"] for r in records if r["status"] == "ok"):
         group = [r for r in records if r["point"] == label and r["status"] == "ok"]
         result[label] = {"clips": len(group)}
+        # A clip may lack a field: short ones have no temporal metrics, small ones no LPIPS.
         for section in ("rate", "quality", "temporal"):
             values = {
                 field: [v for r in group if (v := r[section].get(field)) is not None]

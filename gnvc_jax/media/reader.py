@@ -43,13 +43,16 @@ def _kind(path: str | os.PathLike) -> str:
     """'folder', 'raw' or 'container', after the checks that hold for all of them."""
     try:
         if os.path.isdir(path):
+            # Fails here, with a clear message, if the folder may not be read.
             os.listdir(path)
             return "folder"
         if os.path.isfile(path):
             with open(path, "rb") as file:
+                # Decoders would call an empty file damaged or of an unknown format.
                 if not file.read(1):
                     raise EmptyInput(path, "the file is empty")
         else:
+            # Raises what is wrong with the path; pipes and devices pass, and are left to FFmpeg.
             os.stat(path)
     except OSError as error:
         raise read_error(path, error) from None
@@ -86,6 +89,7 @@ def open_video(
         ValueError: If the rate is not positive.
     """
     if fps is not None:
+        # A float such as 29.97 is meant as 2997/100, not as its 52 binary digits.
         fps = Fraction(fps).limit_denominator(1_000_000)
         if fps <= 0:
             raise ValueError(f"the frame rate must be positive, got {fps}")
@@ -166,4 +170,5 @@ def probe(
         info = video.info
     if _kind(path) != "container":
         return info
+    # The number in the header of a container is often an estimate, or missing.
     return dataclasses.replace(info, frames=container.count_frames(path, stream))

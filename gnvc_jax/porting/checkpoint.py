@@ -77,6 +77,7 @@ def write_component(
                 batch = {}
         if batch:
             ocp.partial.save(weights, unflatten_dict(batch, sep="/"))
+    # Until then the checkpoint has a temporary name, and no reader takes it for complete.
     ocp.partial.finalize(weights)
     (folder / "architecture.json").write_text(json.dumps(architecture.to_json(), indent=2) + "\n")
 
@@ -97,6 +98,7 @@ def refuse_other_components(folder: str | os.PathLike, wanted: str) -> None:
     Raises:
         FileNotFoundError: If the folder holds other components only.
     """
+    # A folder of something else is left to the caller, who may know what it is.
     if others := [name for name in COMPONENTS if has_component(folder, name)]:
         raise FileNotFoundError(f"{folder}: holds {', '.join(others)}, but no ported {wanted}")
 
@@ -177,6 +179,7 @@ def open_weights(
         found = read_leaves(saved)
     except (ValueError, OSError, KeyError) as error:
         raise PortError(f"{saved}: cannot be read ({error})") from error
+    # Compared both ways: neither may have a parameter that the other lacks.
     wanted = leaves_by_path(architecture.abstract())
     problems = [
         f"{path} is {getattr(found.get(path), 'shape', 'missing')}, expected "
@@ -215,6 +218,7 @@ def load_prompt(path: str | os.PathLike, config: DiTConfig | None = None) -> np.
         array = np.asarray(array, np.float32)
     except (SafetensorError, ValueError, EOFError) as error:
         raise PortError(f"{path}: not one array ({error})") from error
+    # One prompt serves all clips of a batch: (1, rows, width).
     array = array[None] if array.ndim == 2 else array
     rows, width = config.text_length, config.text_width
     if array.ndim != 3 or array.shape[::2] != (1, width) or not 0 < array.shape[1] <= rows:

@@ -118,6 +118,7 @@ class Experiment:
         """Checks that each network has the sizes that the others expect of it."""
         vae, codec, refiner = self.vae, self.codec, self.refiner
         channels = "vae.latent_channels", vae.latent_channels
+        # (name, value, name of the other, its value) of sizes that must be equal.
         equal = []
         if codec is not None:
             equal += [("codec.latent_channels", codec.latent_channels, *channels)]
@@ -214,6 +215,7 @@ def load(path: str | os.PathLike) -> Experiment:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     found = getattr(module, "experiment", None)
+    # A function puts off what is slow, such as reading the sizes of a model file.
     found = found() if callable(found) else found
     if not isinstance(found, Experiment):
         raise UsageError(f"{path}: defines no `experiment` of type Experiment")
@@ -229,6 +231,7 @@ def override(experiment: Experiment, args: Sequence[str]) -> Experiment:
     Raises:
         UsageError: If the mesh has other axes, or the settings do not fit each other.
     """
+    # tyro knows the axes one by one, as `--mesh.data 2`; the short form is taken out before.
     mesh = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     mesh.add_argument("--mesh")
     known, args = mesh.parse_known_args(args)

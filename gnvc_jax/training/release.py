@@ -62,8 +62,8 @@ def build_model(run: str | os.PathLike, name: str) -> Model:
     experiment = model_of(run)
     if experiment.codec is None:
         raise UsageError(f"{run}: a run of the stage `{experiment.stage}` has no codec to release")
-    # Weights of a model file are rounded once, from what was stored.
     # Shapes alone say which parameters the model has; `load` finds them wherever they come from.
+    # They are asked for as float32: a model file rounds them, and must not round twice.
     networks = make_networks(experiment)
     shapes = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
     statistics = latent_statistics.of_run(run, experiment)
