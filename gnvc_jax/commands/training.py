@@ -1,5 +1,6 @@
 """Commands on experiments: train, release, and plan their cost on a pod."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -97,6 +98,7 @@ def plan(
     topology: tuple[str, ...],
     hardware: Hardware | None = None,
     per_device: int | None = None,
+    find_mesh: Annotated[int, arg(metavar="N")] = 0,
     clips: int = 1_000_000,
     coding: Literal["encode", "decode"] | None = None,
     steps: int = 1,
@@ -117,6 +119,8 @@ def plan(
         hardware: Kind of hardware to choose mesh, micro-batches, dtype and rematerialisation for,
             as for `gnvc train`.
         per_device: Clips per device along the mesh axes data and fsdp, overriding data.batch.
+        find_mesh: Search for the cheapest mesh and rematerialisation that fit, by compiling up to N
+            combinations; overrides mesh and compute.remat.
         clips: Clips per epoch.
         coding: Plan encoding or decoding instead of training: groups of data.frames frames of
             data.size, with each frame sharded over all devices.
@@ -128,30 +132,43 @@ def plan(
 
     from gnvc_jax.files import write_json
     from gnvc_jax.planner import coding as coding_planner
+    from gnvc_jax.planner import find_mesh as search
     from gnvc_jax.planner import training as training_planner
     from gnvc_jax.planner.chips import device_count
 
     check_range("--steps", steps, 0, MAX_STEPS)
     if not topology:
         raise UsageError("--topology needs at least one [SLICESx]CHIP:AxB[xC]")
-    if coding and (per_device or any(x.startswith("--mesh") for x in settings)):
+    check_range("--find-mesh", find_mesh, 0, math.inf)
+    meshes = any(x.startswith("--mesh") for x in settings)
+    if coding and (per_device or find_mesh or meshes):
         raise UsageError(
-            "--mesh and --per-device apply to training; with --coding each frame is sharded over "
-            "all devices"
+            "--mesh, --find-mesh and --per-device apply to training; with --coding each frame is "
+            "sharded over all devices"
         )
+    if find_mesh and meshes:
+        raise UsageError("--find-mesh chooses the mesh; leave out --mesh")
     jax.config.update("jax_platforms", "cpu")  # compiling for TPUs needs none
     done = []
     for one in topology:
         experiment = load_experiment(config, settings, hardware, device_count(one))
         if coding:
-            found = coding_planner.plan_coding(experiment, one, coding, steps)
-            print(coding_planner.coding_report(found), flush=True)
+            plans = [coding_planner.plan_coding(experiment, one, coding, steps)]
+            report = coding_planner.coding_report
+        elif find_mesh:
+            plans = search.find_mesh(experiment, one, find_mesh, per_device, clips)
+            report = search.line
         else:
-            found = training_planner.plan(experiment, one, clips, per_device)
-            print(training_planner.report(found), flush=True)
-        done.append(found)
-        if out:  # after each, since a large one takes minutes
-            write_json(Path(out), done)
-    if len(done) > 1 and not coding:
+            plans = [training_planner.plan(experiment, one, clips, per_device)]
+            report = training_planner.report
+        for found in plans:  # a search finds them one by one
+            print(report(found), flush=True)
+            done.append(found)
+            if out:  # after each, since a large one takes minutes
+                write_json(Path(out), done)
+        if find_mesh:
+            print(search.summary([found for found in done if found["topology"] == one]))
+    if len(topology) > 1 and not (coding or find_mesh):
         print(training_planner.table(done))
-    return 0 if all(found["fits"] for found in done) else EXIT_PARTIAL
+    fitting = {found["topology"] for found in done if found["fits"]}
+    return 0 if fitting == set(topology) else EXIT_PARTIAL
