@@ -137,14 +137,14 @@ class StagedCheckpoints:
         self.pending = self.pool.submit(lambda: (wait(), self.upload()))
 
     def upload(self) -> None:
-        """Uploads new steps, and removes those that are older than all of Orbax's."""
+        """Uploads new steps, and removes those that Orbax has removed."""
         there = complete_steps(self.target)
         here = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
         for step in here:
             if step not in there:
                 self.upload_step(step)
         for step in there:
-            if here and step < here[0]:
+            if here and step < here[-1] and step not in here:
                 (self.target / str(step) / COMPLETE).unlink()  # first, so that no half is taken
                 remove_folder(self.target / str(step))
 

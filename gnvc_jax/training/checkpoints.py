@@ -47,7 +47,7 @@ FREE_KEYS = (
 
 
 class Checkpoints:
-    """The checkpoints of one run, the newest `experiment.run.keep` of them.
+    """The checkpoints of one run: the newest `experiment.run.keep`, and one of every `keep_every`.
 
     Args:
         experiment: Experiment of the run; `run.out` is its folder.
@@ -69,7 +69,7 @@ class Checkpoints:
         folder = out / "checkpoints"
         self.staged = StagedCheckpoints(folder) if on_s3(out) else None
         self.directory = folder if self.staged is None else self.staged.folder
-        self.keep = experiment.run.keep
+        self.keep, self.keep_every = experiment.run.keep, experiment.run.keep_every
         self.series = self.open()
         try:
             # Checked before the file is written: another experiment must not leave its
@@ -84,9 +84,14 @@ class Checkpoints:
 
     def open(self) -> ocp.training.Checkpointer:
         """Lists the checkpoints in the folder."""
-        newest: Any = ocp.training.preservation_policies.LatestN(self.keep)
+        policies = ocp.training.preservation_policies
+        kept: Any = policies.LatestN(self.keep)
+        if self.keep_every:
+            # At least so many steps apart. Checkpoints that are timed hit no exact multiples.
+            apart = policies.EveryNSteps(self.keep_every, exact_interval=False)
+            kept = policies.AnyPreservationPolicy([kept, apart])
         return ocp.training.Checkpointer(
-            str(self.directory), context=with_json(), preservation_policy=newest
+            str(self.directory), context=with_json(), preservation_policy=kept
         )
 
     def latest(self) -> int | None:

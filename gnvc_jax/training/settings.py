@@ -156,6 +156,7 @@ class RunConfig:
         checkpoint_every_s: Seconds between checkpoints.
         checkpoint_every: Steps between checkpoints, in place of seconds.
         keep: Number of checkpoints to keep, the newest ones.
+        keep_every: Steps between checkpoints that are kept for good, beside the newest; 0 for none.
         seed: Seed of parameters and of all noise.
         watchdog_s: Seconds after which a step that does not end ends the process, with the stacks
             of its threads; 0 for never. Evaluations and the copy of a checkpoint count.
@@ -169,12 +170,14 @@ class RunConfig:
     checkpoint_every_s: float = 600.0
     checkpoint_every: int | None = None
     keep: int = 2
+    keep_every: int = 0
     seed: int = 0
     watchdog_s: float = 0.0
     tensorboard: bool = False
     profile: tuple[int, int] | None = None
 
     def __post_init__(self):
+        check_range("run", self, keep=(1, math.inf), keep_every=(0, math.inf))
         check_range("run", self, watchdog_s=(0, math.inf))
         if self.profile and not 1 <= self.profile[0] <= self.profile[1]:
             raise UsageError(f"run.profile: {self.profile} are no first and last step")

@@ -43,6 +43,18 @@ def test_newest_are_kept(tmp_path):
     again.close()
 
 
+def test_some_are_kept_for_good(tmp_path):
+    """Those at least `keep_every` steps after the one kept before, beside the newest."""
+    experiment = experiment_in(tmp_path)
+    run = dataclasses.replace(experiment.run, keep=1, keep_every=4)
+    checkpoints = Checkpoints(dataclasses.replace(experiment, run=run))
+    for step in (2, 4, 7, 9, 12, 13):
+        checkpoints.save(step, {"x": jnp.full(3, step)}, {"next": step})
+    checkpoints.close()
+    kept = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert kept == [2, 7, 12, 13]
+
+
 def test_statistics_stay_those_of_the_start(tmp_path):
     """What a run measured comes back from its checkpoints, not from the data of the moment."""
 
