@@ -19,6 +19,7 @@ from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.planner.chips import Chip, device_count, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
+from gnvc_jax.refiner.attention import RING, exchanged_heads
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.stages import Stage, frozen_shapes, make_stage
 from gnvc_jax.training.state import abstract_state
@@ -79,7 +80,8 @@ def plan_for(
         "hbm_bytes": chip.memory // chip.devices,
         "flops": {
             "model": operations(stage, devices[0], frames),
-            "computed": operations(stage, devices[0], frames, remat=True),
+            "computed": operations(stage, devices[0], frames, remat=True)
+            + operations_on_padding(stage, mesh, frames),
         },
     }
     start = time.perf_counter()
@@ -96,6 +98,32 @@ def plan_for(
         | memory(compiled, found["hbm_bytes"])
         | cost(found, compiled.as_text() or "", stage, chip, frames, clips)
     )
+
+
+def operations_on_padding(stage: Stage, mesh: Mesh, frames: int) -> float:
+    """Counts operations on heads of zeros, over all devices.
+
+    They fill up the DiT's heads where the devices along context, which exchange tokens for heads,
+    do not divide these. `operations` counts a step as one device would compute it, without them.
+    """
+    experiment = stage.experiment
+    refiner, context = experiment.refiner, mesh.shape["context"]
+    if refiner is None or experiment.compute.attention == RING:
+        return 0.0
+    tensor, dit = mesh.shape["tensor"], refiner.dit
+    filled = exchanged_heads(dit.heads // tensor, context)
+    if filled is None:  # keys travel around a ring
+        return 0.0
+    # Training refines a window of each clip, see `gnvc_jax.training.refinement.random_window`.
+    latents = (frames - 1) // experiment.vae.temporal_stride
+    h, w = (side // experiment.vae.stride for side in experiment.data.size)
+    size = min(refiner.window, max(1, latents)), h, w
+    zeros = dit.flops(*size, filled * tensor) - dit.flops(*size)
+    # Forward once and backward twice, and forward again where the backward pass keeps nothing.
+    passes = 3.0 + (experiment.compute.remat == "full")
+    if stage.trip_count != 1.0:  # steps of refinement without a gradient; 1 stands for no such loop
+        passes += stage.trip_count
+    return experiment.data.batch * passes * zeros
 
 
 def report(found: dict) -> str:

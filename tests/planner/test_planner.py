@@ -251,6 +251,36 @@ def test_operations_of_heads_of_zeros():
     assert grown == attention // 3
 
 
+def test_operations_on_heads_of_zeros_in_training(tiny_codec, tiny_model):
+    """Four devices of context fill three heads up to four, so attention grows by a third."""
+    model = tiny_model(refiner=True)
+    dit = dataclasses.replace(model.refiner_config.dit, width=48, heads=3)
+    experiment = Experiment(
+        "latent",
+        vae=model.vae_config,
+        codec=tiny_codec,
+        refiner=dataclasses.replace(model.refiner_config, dit=dit),
+        train=("refiner/",),
+        init=InitConfig(run="a codec"),
+        loss=LatentLoss(),
+        data=DataConfig(frames=13, size=(64, 128), batch=2),
+    )
+    stage, devices = make_stage(experiment), jax.devices()[:4]
+
+    def padding(stage, **mesh):
+        return training.operations_on_padding(stage, make_mesh(MeshConfig(**mesh), devices), 13)
+
+    assert padding(stage, data=4) == padding(stage, data=1, fsdp=4) == 0
+    # A window of two latents of 8x16, so 2 * 4 * 8 tokens; forward once, backward twice.
+    tokens, blocks = 64, dit.layers + dit.groups * bool(dit.context_every)
+    attention = 4 * tokens**2 * dit.width * blocks
+    expected = experiment.data.batch * 3 * attention // 3
+    assert padding(stage, data=1, context=4) == expected
+    compute = dataclasses.replace(experiment.compute, remat="full")
+    again = make_stage(dataclasses.replace(experiment, compute=compute))
+    assert padding(again, data=1, context=4) == expected * 4 // 3
+
+
 def test_a_mesh_is_refused_when_planning_to_code(capsys):
     args = ["plan", "--config", "configs/wan_1_3b/latent.py", "--topology", "v5e:2x4"]
     assert cli.main([*args, "--coding", "decode", "--mesh", "fsdp=8"]) == 2
