@@ -119,6 +119,7 @@ def stamp(path: AnyPath) -> tuple[int, Any]:
     """
     if isinstance(path, Path):
         facts = path.stat()
+        # In place of a checksum, which would read the whole file.
         return facts.st_size, facts.st_mtime_ns
     return _stamp(filesystem(path).info(os.fspath(path)))
 
@@ -175,6 +176,7 @@ def local_copy(path: str | os.PathLike) -> Path:
     if not copy.exists():
         folder.mkdir(parents=True, exist_ok=True)
         _make_room(folder, sum(size for size, _ in stamps.values()))
+        # Downloaded under a temporary name and renamed: a copy that is there is complete.
         with tempfile.TemporaryDirectory(prefix=".", dir=folder) as temporary:
             new = Path(temporary, key)
             new.mkdir()
@@ -201,6 +203,7 @@ def _make_room(folder: Path, size: int) -> None:
     """Removes copies, from the longest unused on, so that `size` more bytes fit."""
     disk = shutil.disk_usage(folder)
     missing = size + FREE_SHARE * disk.total - disk.free
+    # Names with a dot are downloads under way.
     used = sorted((p.stat().st_mtime, p) for p in folder.iterdir() if not p.name.startswith("."))
     for _, copy in used:
         if missing <= 0:

@@ -74,9 +74,11 @@ def encode_one(video: AnyPath, stream: AnyPath, coder: Coder, qp: int, gop: int)
     Raises:
         MediaError: If the video cannot be read.
     """
+    # In memory: a stream is small, and a half-written one must never be in the folder.
     data = io.BytesIO()
     with open_video(str(video)) as frames:
         check_video_info(frames.info)
+        # The rate is a fraction throughout, since 30000/1001 has no exact decimal.
         fps = frames.fps.numerator, frames.fps.denominator
         size = frames.width, frames.height
         header = coder.header(*size, fps, gop=gop, colour=frames.colour.code_points)

@@ -63,6 +63,7 @@ def atomic_output(path: AnyPath) -> Iterator[Path]:
     if path.exists() and not (path.is_file() or path.is_dir()):
         yield path
         return
+    # Through links to the file itself; the temporary one must lie on its file system.
     target = Path(os.path.realpath(path))
     with temporary_path(target.parent, target.name) as temporary:
         yield temporary
@@ -124,6 +125,7 @@ def not_weights(path: Path) -> str | None:
         OSError: If the file cannot be read.
     """
     with open(path, "rb") as file:
+        # Without the mark of UTF-8 that some editors put first.
         start = file.read(64).removeprefix(b"\xef\xbb\xbf")
     if not start:
         return "an empty file"

@@ -108,6 +108,7 @@ class PretrainedRefiner:
             raise UsageError(
                 f"latents are {shape}, expected (b, t, h, w, {channels}) with even h and w"
             )
+        # (b, t, h, w, f): features lie on the grid of the latents.
         given = (*shape[:-1], self.config.features)
         if features is None:
             features = jnp.zeros(given)
@@ -177,6 +178,7 @@ def _refiner_of_run(path: str | Path, dtype: jax.typing.DTypeLike) -> Pretrained
 
     Unlike that of a model file, it is not rounded.
     """
+    # Imported here: coding with a model file does not need the training code.
     from gnvc_jax.training import latent_statistics, weights
     from gnvc_jax.training.run_folder import model_of
 
@@ -200,6 +202,7 @@ def _refiner_of_ported_dit(
     dit = read_architecture(path, "dit").config
     assert isinstance(dit, DiTConfig)
     if context_every and not dit.context_every:
+        # The new blocks see decoded latents, which have as many channels.
         new = {"context_every": context_every, "context_channels": dit.channels}
         dit = dataclasses.replace(dit, **new)
     config = RefinerConfig(dit, features=features)
@@ -213,6 +216,7 @@ def _refiner_of_ported_dit(
     text = None
     if dit.text_length:
         kept = as_path(path) / PROMPT
+        # One row of zeros: attention needs at least one.
         no_text = np.zeros((1, 1, dit.text_width), np.float32)
         text = load_prompt(kept, dit) if kept.is_file() else no_text
     return PretrainedRefiner(config, unflatten_dict(known, sep="/"), text, None, dtype)

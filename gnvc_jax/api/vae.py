@@ -54,11 +54,13 @@ class PretrainedVAE:
     def _decoder(self) -> tuple[VAE | LightDecoder, Tree, Callable[[Array], Array]]:
         """What decodes, its parameters, and a function from normalised latents to its input."""
         if self.decoder_config is not None:
+            # A light decoder takes normalised latents; a VAE those that its encoder gave.
             return LightDecoder(self.decoder_config), self.decoder, lambda latents: latents
         return VAE(self.config), self.params, lambda latents: latents * self.std + self.mean
 
     @functools.cached_property
     def _functions(self) -> tuple[Callable, Callable]:
+        """Jitted functions that encode and decode whole clips."""
         vae, (decoder, _, scaled) = VAE(self.config), self._decoder
 
         def encode(params: Tree, video: Array) -> Array:
@@ -104,7 +106,8 @@ class PretrainedVAE:
         Raises:
             UsageError: If the video has another shape, type or range.
         """
-        return self._functions[0](self.params, as_network_input(video))
+        encode, _ = self._functions
+        return encode(self.params, as_network_input(video))
 
     def decode(
         self,
@@ -132,7 +135,8 @@ class PretrainedVAE:
             )
         frames = frames or 1 + self.config.temporal_stride * (shape[1] - 1)
         size = size or (self.config.stride * shape[2], self.config.stride * shape[3])
-        return self._functions[1](self._decoder[1], jnp.asarray(latents), frames, tuple(size))
+        (_, decode), (_, params, _) = self._functions, self._decoder
+        return decode(params, jnp.asarray(latents), frames, tuple(size))
 
     def decode_frames(
         self, latents: Float[AnyArray, "1 n h2 w2 c"]
@@ -146,9 +150,9 @@ class PretrainedVAE:
             RGB frames, all that the latents stand for.
         """
         # A cache of None starts a clip: its first latent stands for one frame, later ones for four.
-        cache = None
+        (_, decode), cache = self._chunk_functions, None
         for i in range(latents.shape[1]):
-            frames, cache = self._chunk_functions[1](cache, latents[:, i : i + 1])
+            frames, cache = decode(cache, latents[:, i : i + 1])
             yield from np.asarray(frames[0])
 
     def reconstruct(
@@ -186,6 +190,7 @@ def load_vae(path: str | Path) -> PretrainedVAE:
         return PretrainedVAE(architecture.config, params, *statistics)
     refuse_other_components(path, "vae")
     if is_run(path):
+        # Imported here: coding with a model file does not need the training code.
         from gnvc_jax.training import latent_statistics, weights
         from gnvc_jax.training.run_folder import model_of
 

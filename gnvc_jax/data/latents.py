@@ -114,6 +114,7 @@ def _write_video(video: AnyPath, target: Path, info: CacheInfo, encode: Callable
 def _clips(path: AnyPath, frames: int, multiple: int) -> Iterator[np.ndarray]:
     """Yields consecutive clips of a video, cropped to multiples of `multiple` pixels."""
     with open_video(str(path)) as video:
+        # Whole tokens of the refiner, which are 2x2 latents.
         h, w = (size - size % multiple for size in (video.height, video.width))
         clip: list[np.ndarray] = []
         for frame in video:
@@ -282,6 +283,7 @@ def latent_dataset(
         raise UsageError(
             f"{folder}: expected clips of at least {frames} frames, found {info.frames}"
         )
+    # From pixels to latents.
     size = size[0] // info.stride, size[1] // info.stride
     left_out = LeftOut() if left_out is None else left_out
     left_out.start(len(paths))
@@ -291,7 +293,6 @@ def latent_dataset(
         raise TooMuchLeftOut(f"{folder}: none of {len(paths)} files has a readable record")
     latents = 1 + (frames - 1) // info.temporal_stride
     draw = RandomLatents(tuple(records), tuple(records.values()), latents, size, left_out)
-    draw.random_map(
-        0, np.random.default_rng(0)
-    )  # fails now, rather than later, if crops do not fit
+    # Draws once, which fails now, rather than in a worker later, if crops do not fit.
+    draw.random_map(0, np.random.default_rng(0))
     return endless_batches(draw.count, draw, batch=batch, seed=seed, **options)

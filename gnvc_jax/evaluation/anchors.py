@@ -27,6 +27,7 @@ from gnvc_jax.media.colour import BT709, Colour, rgb_to_yuv420, yuv_to_rgb
 
 TRIES = 3  # libvvenc occasionally succeeds with an empty file
 
+# Given for input and output: ffmpeg would otherwise convert or guess.
 _COLOUR_TAGS = "-color_range tv -colorspace bt709 -color_primaries bt709 -color_trc bt709".split()
 
 
@@ -332,6 +333,7 @@ def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> b
         command = [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", *arguments]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, errors="replace")
         if done.returncode:
+            # The last line says why; those above it are of single frames or options.
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise AnchorError(f"ffmpeg: exit status {done.returncode}, {reason}")
         path = Path(folder) / output
@@ -340,6 +342,7 @@ def run_ffmpeg(arguments: list[str], inputs: dict[str, bytes], output: str) -> b
 
 def to_raw(frames: np.ndarray, colour: Colour = BT709) -> bytes:
     """Converts (t, h, w, 3) uint8 RGB to planar YUV 4:2:0, padded to even sides."""
+    # 4:2:0 needs even sides; the decoder crops again.
     even = [(0, side % 2) for side in frames.shape[1:3]]
     return b"".join(
         plane.tobytes()

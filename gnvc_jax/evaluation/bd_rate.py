@@ -74,6 +74,7 @@ def _delta(
 def rising(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Sorts points by rate and drops those that cost more than another and are no better."""
     kept: list[tuple[float, float]] = []
+    # Of points with the same rate, the best one comes first and is kept.
     for rate, quality in sorted(points, key=lambda p: (p[0], -p[1])):
         if not kept or (rate > kept[-1][0] and quality > kept[-1][1]):
             kept.append((rate, quality))
@@ -122,6 +123,7 @@ def bd_table(records: Sequence[dict]) -> list[dict]:
         sign = 1.0 if more_is_better else -1.0
         mean = curves(done, measure, sign)
         single = [curves([r for r in done if r["clip"] == clip], measure, sign) for clip in clips]
+        # Both directions, since either of two curves of ours may be the reference.
         for name, against in itertools.permutations(mean, 2):
             if name in ours:
                 value, note = bd_rate(mean[against], mean[name])
@@ -165,6 +167,7 @@ def curves(
         out.
     """
     section, field, _ = MEASURES[measure]
+    # PSNR of a perfect frame is infinite, and of no use on a curve.
     done = complete(records, lambda r: _finite(r[section].get(field)))
     curve = {r["point"]: curve_of(r) for r in done}
     found: dict[str, list[tuple[float, float]]] = {}

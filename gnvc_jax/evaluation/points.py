@@ -113,6 +113,7 @@ class FilePoint:
         bitstream, encode_seconds = _encoded(clip, self.model, self.qp, self.gop)
         with tempfile.TemporaryDirectory(prefix="gnvc-eval-") as folder:
             coded, decoded = Path(folder) / "coded.gnvc", Path(folder) / "decoded.mkv"
+            # Written again: points that share the encoding have a folder each.
             coded.write_bytes(bitstream)
             options = {"steps": self.steps, "refiner": self.refiner, "t-start": self.t_start}
             given = [[f"--{k}", v] for k, v in options.items() if v is not None]
@@ -217,6 +218,7 @@ def refiner_identity(refiner: str) -> str:
     Raises:
         FileNotFoundError: If there is neither.
     """
+    # A ported DiT is a folder; anything else is a model file or the name of one.
     if not Path(refiner).is_dir():
         return model_identity(refiner)["model_sha256"]
     files = [(path, path.stat()) for path in sorted(Path(refiner).rglob("*")) if path.is_file()]
@@ -232,6 +234,7 @@ def model_parameters(model: str, refiner: bool = True) -> int:
     """
     parts = ("vae/", "codec/", *["refiner/"] * refiner)
     with safe_open(_model_path(model), framework="numpy") as file:
+        # Shapes are in the header of the file; no tensor is read.
         names = [name for name in file.keys() if name.startswith(parts)]
         return sum(math.prod(file.get_slice(name).get_shape()) for name in names)
 
@@ -253,6 +256,7 @@ def _encoded(clip: Clip, model: str, qp: int, gop: int | None) -> tuple[bytes, f
         write_clip(clip, source)
         options = ["--qp", str(qp), "--model", model]
         options += [] if gop is None else ["--gop", str(gop)]
+        # A process of its own, so that the time includes start and compilation, as for users.
         seconds = _run_tool(["encode", source, coded, *options])
         return coded.read_bytes(), seconds
 

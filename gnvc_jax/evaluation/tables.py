@@ -82,12 +82,14 @@ def as_csv(records: Sequence[dict]) -> str:
     rows = []
     for record in records:
         row = {name: record.get(name) for name in ("clip", "point", "status", "error")}
+        # Failed records lack sections, and nested values have no column.
         for section in _SCALARS:
             for field, value in (record.get(section) or {}).items():
                 if not isinstance(value, dict):
                     row[f"{section}.{field}"] = value
         rows.append(row)
     text = io.StringIO()
+    # All fields of all records, in the order of their first appearance.
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
     writer.writeheader()
     writer.writerows(rows)
@@ -127,6 +129,7 @@ def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
         parts += [pipe_table(PAPER_HEADINGS, [paper_cells(row) for row in paper["rows"]])]
     if any("*" in row[1] for row in rows):
         parts.append("\\* The coarsest setting of this codec still takes more than the target.")
+    # The same reason holds for many records and is given once.
     reasons = dict.fromkeys(
         f"- {name}: {reason}"
         for record in records
@@ -163,6 +166,7 @@ def cell(record: dict, section: str, field: str, spec: str) -> str:
     value = value_of(record, section, field)
     if value is None:
         return "–"
+    # A mean of bytes is no whole number.
     return format(round(value) if spec == "d" else value, spec)
 
 

@@ -59,6 +59,7 @@ class RawLayout:
         shapes = [(self.height, self.width)]
         if self.chroma != "mono":
             rows, columns = _FACTORS[self.chroma]
+            # Rounded up: odd sides have a last chroma sample of their own.
             shapes += [(-(-self.height // rows), -(-self.width // columns))] * 2
         return shapes
 
@@ -73,6 +74,7 @@ class RawLayout:
 
     def rgb(self, data: bytes, colour: Colour, crop: Crop | None = None) -> np.ndarray:
         """Converts the bytes of a frame to uint8 RGB (h, w, 3)."""
+        # Samples of more than 8 bits take two bytes, little-endian, in files of every kind here.
         samples = np.frombuffer(data, "u1" if self.bit_depth <= 8 else "<u2")
         planes, offset = [], 0
         for rows, columns in self.shapes:
@@ -161,6 +163,7 @@ def _raw_video(path: str, size: tuple[int, int] | None, pix_fmt: str | None) -> 
     length = os.path.getsize(path)
     if length == 0:
         raise EmptyInput(path, "the file is empty")
+    # A size that is wrong rarely divides the length of the file, so this finds most of them.
     if not 0 < min(size) <= max(size) <= _MAX_SIDE or length % layout.frame_bytes:
         raise BadRawSize(
             path,
@@ -180,6 +183,7 @@ def _y4m_header(file: BinaryIO, name: str) -> _RawVideo:
     words = line.decode("ascii", "replace").split()
     if not line.endswith(b"\n") or words[:1] != ["YUV4MPEG2"]:
         raise NotAVideo(name, "does not begin with a YUV4MPEG2 header")
+    # Words that begin with X are extensions, and may occur several times.
     tags = {word[0]: word[1:] for word in words[1:] if word[0] != "X"}
     chroma = tags.get("C", "420")
     match = _Y4M_CHROMA.fullmatch(chroma)
@@ -193,6 +197,7 @@ def _y4m_header(file: BinaryIO, name: str) -> _RawVideo:
         raise NotAVideo(name, "the YUV4MPEG2 header has no valid size and rate") from None
     if not (0 < width <= _MAX_SIDE and 0 < height <= _MAX_SIDE):
         raise UnsupportedFormat(name, f"a frame size of {width}x{height} is not supported")
+    # ffmpeg writes the range as an extension; grey is full range unless it says otherwise.
     full = "XCOLORRANGE=FULL" in words or (layout == "mono" and "XCOLORRANGE=LIMITED" not in words)
     return _RawVideo(
         layout=RawLayout(width, height, layout, int(match.group(5) or 8)),

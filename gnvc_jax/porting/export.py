@@ -81,6 +81,7 @@ def export_one(
     # One parameter is read at a time; the placeholders stand for those that are not.
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for path, parts in architecture.by_parameter().items():
+            # Orbax reads what has a shape, and skips placeholders.
             like = {k: x if k == path else ocp.PLACEHOLDER for k, x in found.items()}
             array = leaves_by_path(ocp.load(saved, unflatten_dict(like, sep="/")))[path]
             for tensor in parts:
@@ -122,6 +123,7 @@ def in_shards(
     shard: dict[str, np.ndarray] = {}
     size = 0
     for name, value in tensors:
+        # A single tensor above the limit becomes a shard of its own.
         if shard and size + value.nbytes > limit:
             yield shard
             shard, size = {}, 0

@@ -82,11 +82,13 @@ def merge_lora(
         entry = entries[name]
         reader = functools.partial(read_sum, entry, delta, tensor.shape)
         origin = f"{entry.origin} + {scale:g} * {file}"
+        # A key later in the file changes what this one made, so changes add up.
         entries[name] = dataclasses.replace(entry, read=reader, origin=origin)
 
     for key, entry in list_tensors(file).items():
         ending = next((e for e in ENDINGS if key.endswith(e)), "")
         layer, role = key.removesuffix(ending), ENDINGS.get(ending)
+        # A pair and its alpha change the weight of their layer.
         kind = "weight" if role in (DOWN, UP, ALPHA) else role
         tensor = targets.get(flat(f"{PREFIX.sub('', layer)}.{kind}"))
         if role is None or tensor is None:

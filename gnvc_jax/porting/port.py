@@ -150,11 +150,13 @@ def port_one(
     source: Source, architecture: Architecture, folder: Path | None, dtype: str, progress: bool
 ) -> Ported:
     """Writes one component whose tensors fit, or only reads it if there is no folder."""
+    # Of whole parameters: those of scanned blocks have an axis for the blocks.
     shapes = {k: x.shape for k, x in leaves_by_path(architecture.abstract()).items()}
     report, size = [], 0
 
     def arrays() -> Iterator[tuple[str, np.ndarray]]:
         nonlocal size
+        # By parameter, not by file: one is complete, written and released before the next.
         for path, tensors in architecture.by_parameter().items():
             entries = [source.entries[t.name(source.scheme)] for t in tensors]
             # One type for all layers of a scanned parameter, which holds each of theirs.
@@ -173,6 +175,7 @@ def port_one(
                 bar.update()
             size += array.nbytes
             yield path, array
+            # Otherwise it stays in memory while the next one is made.
             del array
 
     with tqdm(

@@ -53,9 +53,9 @@ def save(
         sources: Paths or names of where the parameters came from, as in `InitConfig`.
     """
     folder = as_path(run) / "fixed"
-    if jax.process_index() == 0:  # of a start that ended before its first checkpoint
-        if folder.exists():
-            remove_folder(folder)
+    # What is there was left by a start that ended before its first checkpoint.
+    if jax.process_index() == 0 and folder.exists():
+        remove_folder(folder)
     multihost_utils.sync_global_devices("old fixed parameters are gone")
     if jax.tree.leaves(trees):  # Orbax writes no empty tree
         save_tree(folder / "parameters", trees)
@@ -64,6 +64,7 @@ def save(
         if text is not None:
             with atomic_output(folder / "prompt.npy") as temporary:
                 np.save(temporary, text)
+        # Written last: `find` takes a folder with this file for complete.
         write_json(folder / "sources.json", absolute_sources(sources))
     multihost_utils.sync_global_devices("fixed parameters are kept")
 
@@ -94,6 +95,7 @@ def load(folder: AnyPath, wanted: Tree, tree: str = "fixed") -> Tree:
     flat: dict[str, Any] = flatten_dict(wanted, sep="/")
     try:
         with quiet_failure():
+            # Shapes are compared first, since Orbax reports another shape as it reports damage.
             kept = {path: tuple(x.shape) for path, x in read_leaves(parameters).items()}
             flat = {path: x for path, x in flat.items() if f"{tree}/{path}" in kept}
             if not flat:

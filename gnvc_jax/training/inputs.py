@@ -92,6 +92,7 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
 
     @functools.cache  # one index, and one list of what is left out, for all clip lengths
     def index() -> ClipIndex:
+        # A mixture names its paths with weights; without one there is a single path.
         paths = [path for path, _ in data.mixture] or data.path
         return ClipIndex(paths, data.decode_cache, left_out(experiment))
 

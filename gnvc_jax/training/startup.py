@@ -53,6 +53,7 @@ def describe_run(experiment: Experiment, state: State, frozen: Tree, frames: int
 
 def parameter_rows(state: State, frozen: Tree) -> list[tuple[str, ...]]:
     """Rows of all parts that train or do not, and of the constants of the loss."""
+    # The parts of "fixed" are rows of their own; "constants" and "teacher" are one row each.
     fixed = {name: part for name, part in frozen.items() if name != "fixed"}
     groups = (("trained", state.params), ("frozen", frozen["fixed"] | fixed))
     return [
@@ -84,6 +85,7 @@ def placement(leaves: list[Any]) -> str:
     split = [x for x in leaves if x.sharding.shard_shape(x.shape) != x.shape]
     if not split:
         return "replicated"
+    # A dimension may be split over several axes at once, which are then a tuple.
     axes = set(jax.tree.leaves([tuple(x.sharding.spec) for x in split]))
     sizes = split[0].sharding.mesh.shape
     names = ", ".join(axis for axis in sizes if axis in axes and sizes[axis] > 1)
@@ -143,6 +145,7 @@ def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Formats rows as lines with columns of equal width, numbers flush right."""
     columns = list(zip(*rows))
     widths = [max(map(len, column)) for column in columns]
+    # The first row is the heading.
     right = [any(cell[:1].isdigit() for cell in column[1:]) for column in columns]
     right[-1] = False  # percentages in words
     return [
