@@ -2,8 +2,8 @@
 
 `codec_programs` makes them as pure functions of parameters and arrays: what a planner compiles, and
 what is exported for use elsewhere. `CodecFunctions` binds them to the parameters of a model, placed
-on devices; the coder calls these. Nothing here keeps state: caches of the VAE and states of the
-codec go in and come out.
+on devices; the coder calls these. Models of equal configurations share their programs. Nothing else
+keeps state: caches of the VAE and states of the codec go in and come out.
 
     frames --encode_video--> latent --analyse--> symbols --reconstruct--> decoded latent
     decoded latent --decode_latents (intra), compensate (with motion)--> uint8 frames
@@ -37,6 +37,8 @@ from gnvc_jax.vae import VAE, LightDecoder, decode_chunk, encode_chunk
 
 # (tables, q_index, z, previous y, previous indices) -> table indices, in exact arithmetic.
 ScaleNetwork = Callable[..., np.ndarray]
+
+KEPT_PROGRAMS = 8  # sets of programs that a process keeps, each of another architecture
 
 
 class CodecPrograms(NamedTuple):
@@ -83,7 +85,7 @@ def codec_programs(model: Model) -> CodecPrograms:
     # Modules without parameters. The statistics are small and become constants of the programs.
     vae, codec = VAE(model.vae_config), LatentCodec(model.codec_config)
     light = model.decoder_config and LightDecoder(model.decoder_config)
-    mean, std = model.mean, model.std
+    mean, std, text = model.mean, model.std, model.text
 
     @jax.jit
     def encode_video(params: Tree, cache: Tree | None, frames: Array) -> tuple[Array, Tree]:
@@ -166,7 +168,7 @@ def codec_programs(model: Model) -> CodecPrograms:
         def refiner_velocity(
             params: Tree, state: Array, tau: Array, decoded: Array, features: Array, q_index: Array
         ) -> Array:
-            inputs = decoded, features, q_index, model.text
+            inputs = decoded, features, q_index, text
             return cast(Array, refiner.apply({"params": params}, state, tau, *inputs))
 
         velocity = refiner_velocity
@@ -181,6 +183,43 @@ def codec_programs(model: Model) -> CodecPrograms:
         reconstruct,
         velocity,
     )
+
+
+class SharedPrograms(NamedTuple):
+    """What models of equal configurations have in common, see `shared_programs`.
+
+    Attributes:
+        programs: Programs of the networks.
+        scale_index: Jitted `gnvc_jax.codec.scales.scale_index` for the sizes of the codec.
+    """
+
+    programs: CodecPrograms
+    scale_index: Callable
+
+
+_shared: dict[tuple, SharedPrograms] = {}
+
+
+def shared_programs(model: Model) -> SharedPrograms:
+    """Returns programs that all models with the same configurations and statistics share.
+
+    Parameters are arguments of programs, so a process that makes several codecs, or the same one
+    again, traces and compiles each program only once. The last `KEPT_PROGRAMS` are kept.
+    """
+    configs = model.vae_config, model.codec_config, model.refiner_config, model.decoder_config
+    # What programs hold as constants. The mesh decides what they compile to.
+    constants = (
+        None if x is None else np.asarray(x).tobytes() for x in (model.mean, model.std, model.text)
+    )
+    key = repr(configs), *constants, jax.sharding.get_mesh()
+    if key not in _shared:
+        if len(_shared) >= KEPT_PROGRAMS:
+            del _shared[next(iter(_shared))]  # the oldest: dictionaries keep their order
+        scale_index = functools.partial(scales.scale_index, model.codec_config)
+        _shared[key] = SharedPrograms(
+            codec_programs(model), jax.jit(scale_index, static_argnames="dtype")
+        )
+    return _shared[key]
 
 
 class CodecFunctions:
@@ -199,7 +238,8 @@ class CodecFunctions:
     """
 
     def __init__(self, model: Model):
-        self.model, self.programs = model, codec_programs(model)
+        self.model = model
+        self.programs, self._scale_index = shared_programs(model)
         # Parameters lie on every device of the mesh; only frames and what is made of them are
         # divided.
         mesh = jax.sharding.get_mesh()
@@ -219,9 +259,6 @@ class CodecFunctions:
         self.refiner_params = None
         if model.refiner is not None:
             self.refiner_params = place(model.refiner, stored_dtype)
-        self._scale_index = jax.jit(
-            functools.partial(scales.scale_index, model.codec_config), static_argnames="dtype"
-        )
         self._network = self._exact_network()
 
     def encode_video(self, cache: Tree | None, frames: np.ndarray) -> tuple[Array, Tree]:

@@ -1,5 +1,6 @@
 """Video to bytes and back with a tiny model: the whole chain, on every kind of arithmetic."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -87,6 +88,22 @@ def test_another_model_is_refused(coder, stream, tiny_model):
     other = Coder(tiny_model(seed=1))
     with StreamReader(stream) as reader, pytest.raises(WrongModel, match="codec"):
         list(other.decode_frames(reader))
+
+
+def test_models_that_differ_in_parameters_alone_share_programs(coder, stream, video, tiny_model):
+    other = tiny_model(seed=1)
+    again = Coder(other)
+    programs = again.functions.programs
+    assert programs is coder.functions.programs
+    # Parameters are arguments: the streams are those of each model's own weights.
+    out = io.BytesIO()
+    traced = programs.analyse._cache_size()
+    again.encode_frames(video[:1], out, again.header(70, 40, (25, 1), gop=5), qp=20)
+    assert programs.analyse._cache_size() == traced
+    assert not same([symbols(coder, stream)[0][:1]], symbols(again, out.getvalue()))
+    for change in ({"mean": other.mean + 1}, {"text": np.zeros((1, 1, 8), np.float32)}):
+        assert Coder(dataclasses.replace(other, **change)).functions.programs is not programs
+    assert Coder(tiny_model(motion=True)).functions.programs is not programs
 
 
 def test_a_device_that_is_not_exact_is_refused(coder, monkeypatch):
