@@ -84,7 +84,7 @@ def test_the_wheel_holds_every_config_and_model(installed):
             assert copy.read_bytes() == source.read_bytes()
 
 
-@pytest.mark.parametrize("config", ["small/codec", "small/rollout", "own.py"])
+@pytest.mark.parametrize("config", ["small/rollout", "own.py"])
 def test_an_installed_package_finds_configs_by_name_and_path(installed, tmp_path, config):
     (tmp_path / "own.py").write_text("from configs.small.codec import experiment\n")
     env = os.environ | {"PYTHONPATH": str(installed)}

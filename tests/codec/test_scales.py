@@ -1,5 +1,7 @@
 """The integer scale network: the same indices from every arithmetic, and from the training form."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,25 +47,24 @@ def integers(h, w):
 
 def test_every_arithmetic_gives_the_same_indices(params):
     tables = scales.export(CONFIG, params)
+    plain = {
+        dtype: functools.partial(scales.scale_index, CONFIG, tables, dtype=dtype)
+        for dtype in (jnp.float32, jnp.bfloat16, jnp.int32)
+    }
+    jitted = {dtype: jax.jit(network) for dtype, network in plain.items()}  # once for all levels
+    trained = jax.jit(scales.ScaleNetwork(CONFIG).apply)
     for q_index in (0, 31, 63):
         given = integers(3, 5)
         exact = scales.scale_index_numpy(CONFIG, tables, q_index, *given)
         assert exact.dtype == np.uint8 and exact.max() <= 63
         assert len(np.unique(exact)) > 20  # the comparison is about something
-        for dtype in (jnp.float32, jnp.bfloat16, jnp.int32):
-            given32 = [np.asarray(v, np.int32) for v in given]
-
-            def network(*args, dtype=dtype):
-                return scales.scale_index(CONFIG, tables, *args, dtype=dtype)
-
-            np.testing.assert_array_equal(jax.jit(network)(q_index, *given32), exact)
-            np.testing.assert_array_equal(network(q_index, *given32), exact)
-        trained = scales.ScaleNetwork(CONFIG).apply(
-            {"params": params},
-            jnp.asarray([q_index]),
-            *(jnp.asarray(v, jnp.float32)[None] for v in given),
-        )
-        np.testing.assert_array_equal(np.asarray(trained[0]), exact)
+        given32 = [np.asarray(v, np.int32) for v in given]
+        for dtype in plain:
+            np.testing.assert_array_equal(jitted[dtype](q_index, *given32), exact)
+            np.testing.assert_array_equal(plain[dtype](q_index, *given32), exact)
+        batch = [jnp.asarray(v, jnp.float32)[None] for v in given]
+        (index,) = trained({"params": params}, jnp.asarray([q_index]), *batch)
+        np.testing.assert_array_equal(index, exact)
 
 
 def test_sharded_over_eight_devices_gives_the_same_indices(params):
