@@ -9,8 +9,6 @@ import pytest
 
 import gnvc_jax
 from gnvc_jax.demo import camera_move
-from gnvc_jax.metrics.backbones import load_weights
-from gnvc_jax.metrics.dists import load_dists
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
 from gnvc_jax.training.networks import init_networks, make_networks
@@ -113,10 +111,18 @@ def test_codec_gets_gradients_of_refined_frames_only_where_its_loss_has_a_weight
     assert trained == ("codec/" in trainable) == bool(weight)
 
 
-def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_others():
+def distance_of_means(weights, x, y):
+    """In place of the networks of LPIPS and DISTS, which have tests of their own."""
+    assert x.ndim == 4 and x.shape == y.shape
+    return weights * jnp.abs(x.mean((1, 2, 3)) - y.mean((1, 2, 3)))
+
+
+def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_others(monkeypatch):
+    for name in ("lpips", "dists"):
+        monkeypatch.setattr(f"gnvc_jax.training.stages.refine.{name}", distance_of_means)
     rng, weights = np.random.default_rng(1), RefineLoss(codec=0.5)
     source = np.float32(camera_move(9)[None, :, :64, :64]) / 127.5 - 1
-    constants = {"alex": load_weights("alex"), "dists": load_dists()}
+    constants = {"alex": 3.0, "dists": 5.0}
 
     @jax.jit
     def loss(refined, error):
@@ -127,12 +133,15 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
 
     # What is left is the loss of the codec.
     assert loss(source, jnp.zeros(1))[0] == pytest.approx(0.5 * 7.0, abs=1e-5)
-    noise = 0.05 * rng.normal(size=source.shape).astype(np.float32)
+    noise = 0.05 * rng.normal(1.0, size=source.shape).astype(np.float32)
     total, terms = loss(source + noise, jnp.ones(1))
     squared = np.mean((np.clip(source + noise, -1, 1) - source) ** 2)
     temporal = np.mean(np.diff(noise[:, 1:], axis=1) ** 2)
     assert terms["temporal"] == pytest.approx(temporal, rel=1e-3)
-    assert terms["lpips"] > 1e-3 and terms["dists"] > 1e-3
+    means = np.abs((np.clip(source + noise, -1, 1) - source).mean((0, 2, 3, 4)))  # of each frame
+    assert terms["lpips"] == pytest.approx(3.0 * means.mean(), rel=1e-3)
+    # DISTS sees one of the frames, with values from 0 to 1.
+    assert np.isclose(terms["dists"], 5.0 * means / 2, rtol=1e-3).any()
     expected = (
         weights.squared * squared
         + weights.lpips * terms["lpips"]
