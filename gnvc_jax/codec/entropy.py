@@ -210,9 +210,11 @@ class EntropyModel(nn.Module):
         bits = gaussian_bits(symbols.y, sigma_from_index(symbols.index))
         return bits * self.carries_symbol(symbols.index)
 
-    def written_bits(self, symbols: LatentSymbols, q_index: Int[Array, " b"]) -> Float[Array, " b"]:
-        """Bits that the tables of a released model will give these symbols; no gradient."""
-        bits = _total(self.y_bits(symbols)) + _total(self.density.bits(symbols.z, q_index))
+    def written_bits(
+        self, symbols: LatentSymbols, q_index: Int[Array, " b"]
+    ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+        """Bits of y and z that the tables of a released model will give them; no gradient."""
+        bits = _total(self.y_bits(symbols)), _total(self.density.bits(symbols.z, q_index))
         return jax.lax.stop_gradient(bits)
 
     def bits(

@@ -55,7 +55,8 @@ class LatentCodecOutput(NamedTuple):
             None for codecs without motion. The loss uses it for gradients, which copies lack.
         symbols: Rounded symbols, none of them skipped.
         y_bits, z_bits: Differentiable rates (b,) in bits, with additive noise in place of rounding.
-        written_bits: Cost (b,) in bits of the symbols that a stream would hold; no gradient.
+        written_y_bits, written_z_bits: Cost (b,) in bits of the symbols that a stream would hold;
+            no gradient.
     """
 
     latent: Array
@@ -66,7 +67,8 @@ class LatentCodecOutput(NamedTuple):
     symbols: LatentSymbols
     y_bits: Array
     z_bits: Array
-    written_bits: Array
+    written_y_bits: Array
+    written_z_bits: Array
 
 
 def pad_latents(latents: Float[Array, "b t h w c"]) -> Float[Array, "b t h2 w2 c"]:
@@ -223,7 +225,7 @@ class LatentCodec(nn.Module):
         written = part.entropy.written_bits(symbols, q_index)
         # The next latent's scale indices see these symbols; gradients through them are noise.
         state = self._after(state, decoded, jax.lax.stop_gradient(symbols))
-        return state, LatentCodecOutput(*decoded, skipped, symbols, *rates, written)
+        return state, LatentCodecOutput(*decoded, skipped, symbols, *rates, *written)
 
     @exact
     def __call__(

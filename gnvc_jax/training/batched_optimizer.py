@@ -6,11 +6,13 @@ minutes on. `gnvc_jax.training.step` packs parameters, gradients and moments by 
 updates the stacks, and unpacks them; checkpoints never see a stack.
 """
 
+import collections
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gnvc_jax.arrays import Tree
 from gnvc_jax.parallel import rules
@@ -43,6 +45,7 @@ class StackedParameters:
 
     Attributes:
         kernels: For each stack, whether it holds kernels (see `is_kernel`) or none.
+        parts: For each stack, the part of the model that each of its parameters belongs to.
     """
 
     def __init__(self, params: Tree):
@@ -56,6 +59,8 @@ class StackedParameters:
             groups.setdefault(kind, []).append(i)
         self.groups = list(groups.values())
         self.kernels = [is_kernel(leaves[group[0]][0]) for group in self.groups]
+        names = [rules.path_name(path).partition("/")[0] for path, _ in leaves]
+        self.parts = [[names[i] for i in group] for group in self.groups]
 
     def pack(self, tree: Tree) -> Tree:
         """Replaces every part of a tree that is structured as the parameters by its stacks.
@@ -74,6 +79,16 @@ class StackedParameters:
             return [jnp.stack([leaves[i] for i in group]) for group in self.groups]
 
         return jax.tree.map(one, tree, is_leaf=is_like_params)
+
+    def norms(self, stacks: Tree) -> dict[str, jax.Array]:
+        """Euclidean norm of each part of the model ("codec", "refiner", ...), from its stacks."""
+        squares = collections.defaultdict(list)
+        for stack, parts in zip(jax.tree.leaves(stacks), self.parts, strict=True):
+            # One sum for each parameter of the stack: (parameters in the group,).
+            sums = jnp.sum(jnp.square(stack), axis=tuple(range(1, stack.ndim)))
+            for part in sorted(set(parts)):
+                squares[part].append(sums[np.array([name == part for name in parts])].sum())
+        return {part: jnp.sqrt(sum(values)) for part, values in sorted(squares.items())}
 
     def unpack(self, tree: Tree) -> Tree:
         """Undoes `pack`."""

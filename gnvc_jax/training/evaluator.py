@@ -11,6 +11,9 @@ Rates are those of the streams, headers and motion included. For each level it l
 as means over clips, and `eval_score`, see `score`. The model of the highest score is kept as
 `best.safetensors` in the run's folder, beside `best.json`, which says what was best; both outlive
 restarts.
+
+TensorBoard gets the last frame of each clip as it is and as decoded from each level, large ones cut
+to their middle.
 """
 
 import itertools
@@ -46,6 +49,8 @@ from gnvc_jax.training.weights import Statistics
 
 # Both ends of the range, and its thirds.
 QPS = (0, 21, 42, 63)
+
+SHOWN = 512  # largest height and width of the frames in TensorBoard
 
 # What a doubling of the rate is worth, roughly as measured along the curves of codecs. The score
 # compares models of one run, whose rates differ little at the same level.
@@ -86,6 +91,7 @@ class Evaluator(Hook):
         self.lpips = load_lpips(self.config, self.clips)
         self.best = BestModel(as_path(experiment.run.out), self.config)
         self.programs = None
+        self.frames: dict[str, np.ndarray] = {}  # by name, as of the last evaluation
 
     def after_step(self, run: TrainingRun) -> None:
         """Evaluates if it is time."""
@@ -101,6 +107,7 @@ class Evaluator(Hook):
             if jax.process_index() == 0:
                 self.best.offer(model, run.step, found["eval_score"])
             run.write(found | {"eval_s": time.perf_counter() - began})
+            run.writer.show(run.step, self.frames)
 
     def model(self, averaged: Tree) -> Model:
         """Builds the model of averaged weights."""
@@ -114,15 +121,28 @@ class Evaluator(Hook):
         # Parameters are arguments of the programs: those of the first model serve all.
         self.programs = codec.functions.programs = self.programs or codec.functions.programs
         found = {}
+        for i, clip in enumerate(self.clips):
+            self.frames[f"clip{i}/source"] = middle(clip[-1])
         for qp in QPS:
-            measured = [self.measure_clip(codec, clip, qp) for clip in self.clips]
+            measured = []
+            for i, clip in enumerate(self.clips):
+                figures, decoded = self.measure_clip(codec, clip, qp)
+                measured.append(figures)
+                # The last frame, since errors add up from latent to latent.
+                self.frames[f"clip{i}/qp{qp}"] = middle(decoded[-1])
             for name in measured[0]:
                 # Means over clips of values that are means over frames.
                 found[f"eval_{name}_qp{qp}"] = float(np.mean([one[name] for one in measured]))
         return {"eval_score": score(found, self.config.best_by)} | found
 
-    def measure_clip(self, codec: Codec, clip: np.ndarray, qp: int) -> dict[str, float]:
-        """Measures rate and quality of one clip, uint8 (t, h, w, 3), at one level."""
+    def measure_clip(
+        self, codec: Codec, clip: np.ndarray, qp: int
+    ) -> tuple[dict[str, float], np.ndarray]:
+        """Measures rate and quality of one clip, uint8 (t, h, w, 3), at one level.
+
+        Returns:
+            The figures, and the decoded clip.
+        """
         stream = codec.encode(clip, qp=qp)
         decoded = codec.decode(stream)
         found = {
@@ -133,7 +153,7 @@ class Evaluator(Hook):
         if self.lpips is not None:
             pairs = zip(to_float(clip)[:, None], to_float(decoded)[:, None], strict=True)
             found["lpips"] = float(np.mean([frame_lpips(self.lpips, a, b) for a, b in pairs]))
-        return found
+        return found, decoded
 
 
 frame_lpips = jax.jit(lpips)  # frame by frame, which takes little memory
@@ -157,6 +177,12 @@ def score(found: dict[str, float], measure: str) -> float:
         for qp in QPS
     ]
     return float(np.mean(values))
+
+
+def middle(frame: np.ndarray) -> np.ndarray:
+    """Cuts the middle out of a frame (h, w, 3) that is larger than SHOWN."""
+    starts = (max(0, side - SHOWN) // 2 for side in frame.shape[:2])
+    return frame[tuple(slice(start, start + SHOWN) for start in starts)]
 
 
 class BestModel:

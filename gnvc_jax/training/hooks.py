@@ -23,13 +23,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import numpy as np
 
-from gnvc_jax.arrays import Array
 from gnvc_jax.errors import TrainingDiverged
 from gnvc_jax.training import inputs
 from gnvc_jax.training.bucket_runs import LogCopies, log_folder
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import Experiment, RunConfig
 from gnvc_jax.training.inputs import Clips
+from gnvc_jax.training.levels import LevelSums, Metrics, level_means
 from gnvc_jax.training.metrics import Writer
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.state import State
@@ -76,7 +76,7 @@ class TrainingRun:
     step: int
     frames: int = 0
     waited: float = 0.0
-    metrics: dict[str, Array] = dataclasses.field(default_factory=dict)
+    metrics: Metrics = dataclasses.field(default_factory=dict)
     stopped: bool = False
 
     @property
@@ -174,17 +174,17 @@ class Watchdog(Hook):
 class Meter(Hook):
     """Collects the metrics of each step and writes their means every `run.log_every` steps.
 
-    A mean is over the steps where the metric is finite, so that a skipped step spoils none. Beside
-    means it writes step_s (seconds of one step), the RATES of what `WorkPerStep` gives, data_wait
-    (share of the time spent waiting for batches), goodput (see `Clock`), device_gib (see
-    `device_memory`), and left_out (number of videos that this process could not read, wholly or in
-    part, if any).
+    A mean is over the steps where the metric is finite, so that a skipped step spoils none; means
+    by quality level are over clips, see `gnvc_jax.training.levels`. Beside means it writes step_s
+    (seconds of one step), the RATES of what `WorkPerStep` gives, data_wait (share of the time spent
+    waiting for batches), goodput (see `Clock`), device_gib (see `device_memory`), and left_out
+    (number of videos that this process could not read, wholly or in part, if any).
     """
 
     def __init__(self, stage: Stage, clock: Clock):
         self.experiment, self.work, self.clock = stage.experiment, WorkPerStep(stage), clock
         self.left_out = inputs.left_out(stage.experiment)
-        self.pending: tuple[int, int, dict[str, Array]] | None = None
+        self.pending: tuple[int, int, Metrics] | None = None
         self.skipped = 0
         self.restart()
 
@@ -209,7 +209,7 @@ class Meter(Hook):
             if one is not None:
                 self.add(run.writer, *one)
 
-    def add(self, writer: Writer, step: int, frames: int, values: dict[str, Array]) -> None:
+    def add(self, writer: Writer, step: int, frames: int, values: Metrics) -> None:
         """Adds the metrics of one step, and writes the means if it is time.
 
         Raises:
@@ -226,7 +226,11 @@ class Meter(Hook):
         seconds = self.clock.trained_s() - self.since
         # The loss is the first of the metrics, the others keep their order.
         keys = sorted(values, key=lambda k: k != "loss")
-        means = {k: mean_of_finite([v[k] for v in self.values]) for k in keys}
+        means = {}
+        for key in keys:
+            done = [v[key] for v in self.values]
+            by_level = isinstance(values[key], LevelSums)
+            means |= level_means(key, done) if by_level else {key: mean_of_finite(done)}
         # Time counts only between `Clock.run` and `Clock.stop`: compilation, evaluation and saving
         # are out.
         rates = {

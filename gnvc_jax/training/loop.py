@@ -36,6 +36,7 @@ from gnvc_jax.training.inputs import Clips
 from gnvc_jax.training.metrics import make_writer, say
 from gnvc_jax.training.run_folder import load_statistics
 from gnvc_jax.training.stages import Stage
+from gnvc_jax.training.stalls import StallAlarm
 from gnvc_jax.training.startup import describe_run
 from gnvc_jax.training.state import State, abstract_state, init_state
 from gnvc_jax.training.step import jit_step
@@ -102,7 +103,9 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
             own.insert(0, Watchdog(experiment.run))
         if experiment.evaluate.every:
             own.append(Evaluator(stage, statistics))
-        hooks = [stack.enter_context(closing(hook)) for hook in (*own, *hooks)]
+        hooks = [*own, *hooks, StallAlarm(clock)]
+        for hook in hooks:
+            stack.enter_context(closing(hook))
 
         # Compiled at its first call, and again for each new length of clips.
         train_step = jit_step(stage, mesh, state, frozen)

@@ -1,8 +1,9 @@
 """Writers of training metrics: the console, a file of JSON lines, TensorBoard.
 
-A writer has two methods: write(step, values) with a flat dict of floats, and close(). A writer that
-keeps what earlier runs wrote is made with the step that the run starts after, and drops what comes
-later: it will be written again.
+A writer has three methods: write(step, values) with a flat dict of floats, show(step, images) with
+images by name, and close(). A name with a slash, such as norm/grad_codec, is one of a group of
+details, which the console leaves out. A writer that keeps what earlier runs wrote is made with the
+step that the run starts after, and drops what comes later: it will be written again.
 """
 
 import json
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
+import numpy as np
 
 from gnvc_jax.files import write_whole
 from gnvc_jax.training.bucket_runs import fetch_log, log_folder
@@ -32,24 +34,32 @@ class Writer(Protocol):
         """Writes the values as of a step."""
         ...
 
+    def show(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images, uint8 (h, w, 3) each, where the writer can."""
+        ...
+
     def close(self) -> None:
         """Ends writing."""
         ...
 
 
 class Console:
-    """One line per write: step, values, time left."""
+    """One line per write: step, values but for details, time left."""
 
     def __init__(self, steps: int):
         self.steps = steps
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Prints the line."""
-        parts = [f"step {step}/{self.steps}", *(f"{k} {v:.4g}" for k, v in values.items())]
+        shown = (f"{k} {v:.4g}" for k, v in values.items() if "/" not in k)
+        parts = [f"step {step}/{self.steps}", *shown]
         if seconds := values.get("step_s"):
             left = round((self.steps - step) * seconds)
             parts.append(f"eta {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")
         print("  ".join(parts), flush=True)
+
+    def show(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Does nothing."""
 
     def close(self) -> None:
         """Does nothing: the console stays open."""
@@ -76,13 +86,16 @@ class JsonLines:
         self.file.write(json.dumps(record, allow_nan=False) + "\n")
         self.file.flush()  # so that a crash loses no line
 
+    def show(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Does nothing."""
+
     def close(self) -> None:
         """Closes the file."""
         self.file.close()
 
 
 class TensorBoard:
-    """Scalars for TensorBoard."""
+    """Scalars and images for TensorBoard."""
 
     def __init__(self, folder: Path, step: int):
         from tensorboardX import SummaryWriter  # slow to import, and off by default
@@ -93,6 +106,11 @@ class TensorBoard:
         """Adds one scalar for each value."""
         for key, value in values.items():
             self.writer.add_scalar(key, value, step)
+
+    def show(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Adds the images."""
+        for name, image in images.items():
+            self.writer.add_image(name, image, step, dataformats="HWC")
 
     def close(self) -> None:
         """Writes what is left."""
@@ -109,6 +127,11 @@ class Many:
         """Writes to each."""
         for writer in self.writers:
             writer.write(step, values)
+
+    def show(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Shows images in each."""
+        for writer in self.writers:
+            writer.show(step, images)
 
     def close(self) -> None:
         """Closes each."""

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from gnvc_jax.arrays import Array, Tree
+from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
+from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.codec.quantise import straight_through
 from gnvc_jax.frames import HALF_RANGE, to_float
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.training import losses
+from gnvc_jax.training.levels import Metrics
 from gnvc_jax.training.networks import Networks
 from gnvc_jax.vae import VAE, encode_clip
 
@@ -34,8 +37,9 @@ class CodecOutput:
         features: Features of the codec, (b, t, h, w, f), which condition a refiner.
         q_index: Quality levels, (b,) int32, rising.
         rate: Differentiable rate, (b,), in bits per pixel of the source.
+        written: Rate of what a stream would hold, (b,), in the same unit; no gradient.
         error: Mean squared error of the decoded latents, (b,).
-        metrics: Scalars for the log.
+        metrics: Metrics for the log.
     """
 
     latents: Array
@@ -43,8 +47,9 @@ class CodecOutput:
     features: Array
     q_index: Array
     rate: Array
+    written: Array
     error: Array
-    metrics: dict[str, Array]
+    metrics: Metrics
 
 
 class MotionOutput(NamedTuple):
@@ -56,6 +61,8 @@ class MotionOutput(NamedTuple):
         features: Features of the codec, (b, k, h, w, f), which condition a refiner.
         bits: Differentiable rate of each latent, (b, k).
         written: Bits that a stream would hold, (b, k); no gradient.
+        written_z: Those of them that hyperlatents take, (b, k).
+        skipped, clipped: See `symbol_shares`, (b, k).
         error: Mean squared error of the decoded frames in 8-bit steps, (b, k). Its gradient is that
             of frames without copies (see `roll_out_with_motion`).
         predicted_error: Mean squared error of the frames that motion predicts, (b, k - 1).
@@ -67,9 +74,34 @@ class MotionOutput(NamedTuple):
     features: Array
     bits: Array
     written: Array
+    written_z: Array
+    skipped: Array
+    clipped: Array
     error: Array
     predicted_error: Array
     frames: Array
+
+
+def symbol_shares(config: CodecConfig, symbols: LatentSymbols) -> tuple[Array, Array]:
+    """Shares of symbols that a stream skips, and that do not fit into their tables.
+
+    Args:
+        config: Sizes of the codec.
+        symbols: Symbols as training has them, none of them skipped: (..., h, w, c).
+
+    Returns:
+        The share of the elements of y that carry no symbol, (...); and the share of all symbols of
+        y and z in a stream that are as large as their bounds, which encoders clip them to. It
+        should be zero.
+    """
+
+    def total(x: Array) -> Array:
+        return x.sum((-3, -2, -1), dtype=jnp.float32)
+
+    sent = symbols.index >= config.k_skip
+    y, z = sent & (jnp.abs(symbols.y) >= SYMBOL_BOUND), jnp.abs(symbols.z) >= Z_BOUND
+    count = total(sent) + total(jnp.ones_like(z))
+    return 1.0 - sent.mean((-3, -2, -1)), (total(y) + total(z)) / count
 
 
 def normalised_latents(vae: VAE, params: Tree, statistics: Tree, batch: Array) -> Array:
@@ -113,18 +145,21 @@ def roll_out(
     bits = coded.y_bits + coded.z_bits
     error = losses.squared_error(coded.latent, latents)
     # The rate that trains bills noise where nothing is sent; what is logged is what a file has.
-    written = coded.written_bits.sum(1) / size
-    metrics = {
+    written = (coded.written_y_bits + coded.written_z_bits).sum(1) / size
+    skipped, clipped = symbol_shares(codec.config, coded.symbols)
+    metrics: Metrics = {
         "distortion": jnp.mean(error),
         "bpp": jnp.mean(written),
         # Levels rise along the batch, so its first and last clip are the extremes.
         "bpp_lowest": written[0],
         "bpp_highest": written[-1],
         "intra_share": bits[:, 0].sum() / bits.sum(),
-        "z_share": coded.z_bits.sum() / bits.sum(),
+        "z_share": coded.written_z_bits.sum() / (written.sum() * size),
+        "skip_share": skipped.mean(),
+        "clipped_share": clipped.mean(),
     }
     return CodecOutput(
-        latents, coded.latent, coded.feature, q_index, bits.sum(1) / size, error, metrics
+        latents, coded.latent, coded.feature, q_index, bits.sum(1) / size, written, error, metrics
     )
 
 
@@ -175,7 +210,9 @@ def roll_out_with_motion(
             coded.latent,
             coded.feature,
             bits,
-            coded.written_bits,
+            coded.written_y_bits + coded.written_z_bits,
+            coded.written_z_bits,
+            *symbol_shares(networks.codec.config, coded.symbols),
             straight_through(error(decoded, frames), error(compared, frames)),
             predicted_error,
             decoded,

@@ -63,6 +63,10 @@ def make_step(
     An update whose gradient norm is not finite is left out: weights, moments and average stay, only
     the step counts on, and the metric `skipped` is 1.
 
+    Metrics have, for each part of the model that trains, the norms of its parameters before the
+    update, of their gradient before clipping, and of the update: norm/param_codec,
+    norm/grad_codec, norm/update_codec.
+
     Args:
         config: Settings of the optimizer.
         loss: Function (params, frozen, batch, key, step) -> (loss, metrics), see
@@ -88,7 +92,13 @@ def make_step(
         lr = schedule(state.step)
         update = optimizer(config, stacks.kernels).update
         updates, opt_state = update(grads, opt_state, params)
-        params = jax.tree.map(lambda p, u: p - lr * u, params, updates)
+        updates = jax.tree.map(lambda u: lr * u, updates)
+        norms = {
+            f"norm/{name}_{part}": norm
+            for name, tree in (("param", params), ("grad", grads), ("update", updates))
+            for part, norm in stacks.norms(tree).items()
+        }
+        params = jax.tree.map(jnp.subtract, params, updates)
         # In the first steps the average follows closely, so that it forgets the initialisation.
         decay = jnp.minimum(config.ema, (1.0 + state.step) / (10.0 + state.step))
         ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p, ema, params)
@@ -106,6 +116,7 @@ def make_step(
             "grad_norm": grad_norm,
             "lr": lr,
             "skipped": jnp.where(finite, 0.0, 1.0),
+            **norms,
         }
         return State(state.step + 1, params, ema, opt_state, state.key), values
 

@@ -107,7 +107,9 @@ class Clock:
 
     def stop(self) -> None:
         """Stops the clock: from here on, time does not count."""
-        self.trained, self.since = self.trained_s(), None
+        trained = self.trained_s()
+        # In this order, so that another thread never counts the same time twice.
+        self.since, self.trained = None, trained
 
     def goodput(self) -> float:
         """Share of the time that went into steps, 0 to 1."""

@@ -48,10 +48,13 @@ class Log:
     """A writer that keeps what it is given."""
 
     def __init__(self):
-        self.lines = []
+        self.lines, self.images = [], {}
 
     def write(self, step, values):
         self.lines.append({"step": step} | dict(values))
+
+    def show(self, step, images):
+        self.images[step] = dict(images)
 
     def close(self):
         pass
@@ -118,14 +121,22 @@ def test_logged_figures_are_those_of_the_released_model(stage, tmp_path):
     for qp in QPS:
         stream = codec.encode(clip, qp=qp)
         assert line[f"eval_bpp_qp{qp}"] == 8 * len(stream) / (6 * 64 * 80)
-        errors = (codec.decode(stream).astype(float) - clip) ** 2
+        decoded = codec.decode(stream)
+        np.testing.assert_array_equal(log.images[step][f"clip0/qp{qp}"], decoded[-1])
+        errors = (decoded.astype(float) - clip) ** 2
         psnr = 10 * np.log10(255**2 / errors.mean((1, 2, 3)))
         assert line[f"eval_psnr_qp{qp}"] == pytest.approx(psnr.mean(), rel=1e-5)
         assert 0 < line[f"eval_lpips_qp{qp}"] < 2
+    np.testing.assert_array_equal(log.images[step]["clip0/source"], clip[-1])
     expected = [line[f"eval_psnr_qp{q}"] - 3 * np.log2(line[f"eval_bpp_qp{q}"]) for q in QPS]
     assert line["eval_score"] == pytest.approx(np.mean(expected))
     best = load_model(tmp_path / "run" / "best.safetensors")
     assert best.name == "run" and best.fingerprints == codec.model.fingerprints
+
+
+def test_large_frames_are_shown_by_their_middle():
+    frame = np.arange(600 * 20 * 3).reshape(600, 20, 3)
+    np.testing.assert_array_equal(evaluator.middle(frame), frame[44:556])
 
 
 def test_evaluation_is_every_so_many_steps_and_at_the_end(stage, monkeypatch):

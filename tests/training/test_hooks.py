@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import toy_stage
 
-from gnvc_jax.training import throughput
+from gnvc_jax.training import stalls, throughput
 from gnvc_jax.training.hooks import Hook
 from gnvc_jax.training.loop import train
 
@@ -117,3 +118,45 @@ def test_a_step_that_hangs_ends_the_process_with_its_stack(tmp_path):
     assert ended.returncode == 1
     assert "Timeout" in ended.stderr and "in after_step" in ended.stderr
     assert "compiled in" in ended.stdout
+
+
+def test_alarm_says_what_a_run_waits_for(monkeypatch):
+    """Steps of 20 s: from 200 s on a wait is a stall, whatever evaluation and compilation take."""
+    seconds, heard = [1000.0], []
+    for name in ("time", "monotonic"):
+        monkeypatch.setattr(stalls.time, name, lambda: seconds[0])
+    monkeypatch.setattr(stalls.StallAlarm, "watch", lambda self: None)
+    clock = throughput.Clock(0.0)
+    alarm, run = stalls.StallAlarm(clock, heard.append), SimpleNamespace(step=0)
+
+    def passes(amount):
+        seconds[0] += amount
+        alarm.check()
+
+    passes(59)
+    assert not heard
+    passes(2)  # before anything is known of steps
+    assert heard.pop() == "step 1 has waited 61 s for its batch"
+    for step in range(6):
+        run.step = step
+        alarm.before_step(run)
+        passes(1000 if step == 0 else 15)
+        if step == 0:  # compiled: the clock stood still
+            clock.run()
+        run.step += 1
+        alarm.after_step(run)
+        passes(5)
+    assert not heard
+    passes(196)
+    assert heard.pop() == "step 7 has waited 201 s for its batch; a step usually takes 20 s"
+    passes(200)
+    assert not heard
+    passes(2)  # twice as long as when it was said last
+    assert len(heard) == 1
+    alarm.before_step(run)
+    heard.clear()
+    passes(201)
+    assert heard.pop().startswith("step 7 has waited 201 s for the devices or other processes;")
+    clock.stop()
+    passes(5000)
+    assert not heard

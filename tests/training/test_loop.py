@@ -88,6 +88,32 @@ def test_step_is_optax_adamw_with_decay_on_kernels_only():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-5), after.params, params)
 
 
+def test_norms_by_part_are_those_of_numpy():
+    """Of parameters of equal shape in two parts, which share a stack, and of others."""
+    rng = np.random.default_rng(0)
+    shapes = {"codec": {"a": (3, 2), "b": (3, 2), "c": ()}, "lora": {"a": (3, 2), "d": (4,)}}
+    is_shape = dict(is_leaf=lambda x: isinstance(x, tuple))
+    params = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s)), shapes, **is_shape)
+    goal = jax.tree.map(lambda s: jnp.float32(rng.normal(size=s)), shapes, **is_shape)
+
+    def loss(params, goal, batch, key, step):
+        errors = jax.tree.map(lambda p, g: jnp.sum((p - g) ** 2), params, goal)
+        return sum(jax.tree.leaves(errors)), {}
+
+    config = OptimConfig(lr=0.1, warmup=0, steps=5, clip=0.5)
+    state = init_state(config, params, jax.random.key(0))
+    new, values = jax.jit(make_step(config, loss))(state, goal, jnp.zeros(1))
+    for part, old in params.items():
+        trees = {
+            "param": old,
+            "grad": jax.tree.map(lambda p, g: 2 * (p - g), old, goal[part]),  # before clipping
+            "update": jax.tree.map(np.subtract, new.params[part], old),
+        }
+        for name, tree in trees.items():
+            expected = np.linalg.norm(np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)]))
+            assert values[f"norm/{name}_{part}"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_accumulated_parts_are_one_batch():
     """k parts of b give the loss, the metrics and the update of one part of k * b."""
 

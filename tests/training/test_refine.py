@@ -13,6 +13,7 @@ from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.stages.refine import (
+    CODEC_METRICS,
     RefinedFrames,
     RefineLoss,
     refine_loss,
@@ -127,8 +128,9 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
     @jax.jit
     def loss(refined, error):
         first = refined[:, :1], source[:, :1], source[:, :1]
-        codec = jnp.float32(7.0), dict.fromkeys(("bpp", "bpp_low", "psnr_low"), 1.0)
-        frames = RefinedFrames(refined[:, 1:], source[:, 1:], source[:, 1:], first, error, codec)
+        codec = jnp.float32(7.0), {name: jnp.ones(()) for name in CODEC_METRICS}
+        pair = refined[:, 1:], source[:, 1:], source[:, 1:]
+        frames = RefinedFrames(*pair, first, error, codec, jnp.array([20]))
         return refine_loss(weights, constants, frames, jax.random.key(0))
 
     # What is left is the loss of the codec.
@@ -151,3 +153,6 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
         + 0.5 * 7.0
     )
     assert float(total) == pytest.approx(float(expected), rel=1e-3)
+    # The only clip is of the second band of levels; the codec's loss is not part of its mean.
+    np.testing.assert_array_equal(terms["levels/loss"].count, [0, 1, 0, 0])
+    np.testing.assert_allclose(terms["levels/loss"].total, [0, total - 3.5, 0, 0], rtol=1e-5)

@@ -25,7 +25,7 @@ function of the parameters that train (`objective`).
 
 import dataclasses
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.training import fixed_parameters, lora, partition, weights
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.inputs import Data
+from gnvc_jax.training.levels import Metric
 from gnvc_jax.training.weights import Statistics
 
 # Resolved on first use, so that one stage does not import the networks of the others.
@@ -59,9 +60,10 @@ class Stage:
         experiment: Experiment that the stage was made from.
         init: Function (key) -> random parameters of the whole model, a nested dictionary by part.
             It is traced, so nothing is read from disk in it.
-        loss: Function (params, constants, batch, key, step) -> (scalar loss, dictionary of scalar
-            metrics). `params` are those of the whole model, trained and fixed; `key` is new in each
-            step; `step` is an int32.
+        loss: Function (params, constants, batch, key, step) -> (scalar loss, dictionary of metrics:
+            scalars, or sums by quality level as `gnvc_jax.training.levels.by_level` makes them).
+            `params` are those of the whole model, trained and fixed; `key` is new in each step;
+            `step` is an int32.
         data: Training data.
         trainable: Regular expressions for the paths of the parameters that train; everything by
             default. See `gnvc_jax.training.partition.split`.
@@ -80,7 +82,7 @@ class Stage:
 
     experiment: Experiment
     init: Callable[[Array], Tree]
-    loss: Callable[[Tree, Tree, Tree, Array, Array], tuple[Array, dict[str, Array]]]
+    loss: Callable[[Tree, Tree, Tree, Array, Array], tuple[Array, Mapping[str, Metric]]]
     data: Data
     trainable: tuple[str, ...] = partition.EVERYTHING
     measure: Callable[[], Statistics] = dict
@@ -229,12 +231,12 @@ def frozen_shapes(stage: Stage) -> Tree:
 
 def objective(
     stage: Stage,
-) -> Callable[[Tree, Tree, Tree, Array, Array], tuple[Array, dict[str, Array]]]:
+) -> Callable[[Tree, Tree, Tree, Array, Array], tuple[Array, Mapping[str, Metric]]]:
     """Makes the loss a function of (trained parameters, frozen, batch, key, step)."""
 
     def loss(
         params: Tree, frozen: Tree, batch: Tree, key: Array, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Mapping[str, Metric]]:
         constants = frozen["constants"]
         if "teacher" in frozen:
             teacher = partition.assemble(frozen["fixed"], frozen["teacher"])

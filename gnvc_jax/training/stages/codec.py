@@ -6,13 +6,12 @@ cache of latents and no DiT runs.
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.model import vae_fingerprint
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.rollout import CodecOutput, roll_out
 from gnvc_jax.training.stages import Stage
@@ -56,10 +55,12 @@ def codec_stage(experiment: Experiment) -> Stage:
 
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Metrics]:
         output = roll_out(networks, params, constants, batch, key)
         # Distortion is that of latents alone: no frame is decoded.
-        return mean_rate_distortion(weights, output, output.error), output.metrics
+        costs = rate_distortion(weights, output, output.error)
+        levels = by_level(output.q_index, loss=costs, bpp=output.written, distortion=output.error)
+        return costs.mean(), output.metrics | levels
 
     return Stage(
         experiment,
@@ -73,8 +74,8 @@ def codec_stage(experiment: Experiment) -> Stage:
     )
 
 
-def mean_rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Array) -> Array:
-    """Rate-distortion loss of a batch, a scalar.
+def rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Array) -> Array:
+    """Rate-distortion loss of each clip, (b,).
 
     Args:
         weights: Settings of the loss; those of other stages are settings of this one, too.
@@ -83,7 +84,7 @@ def mean_rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Ar
     """
     # (b,), one lambda for the level of each clip.
     weight = losses.rd_lambda(output.q_index, weights.lambda_low, weights.lambda_high)
-    return jnp.mean(losses.rate_distortion(output.rate, distortion, weight, weights.balance))
+    return losses.rate_distortion(output.rate, distortion, weight, weights.balance)
 
 
 def codec_data(experiment: Experiment) -> inputs.Data:

@@ -12,11 +12,12 @@ import numpy as np
 from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.training import latent_statistics, losses, weights
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import Stage
-from gnvc_jax.training.stages.codec import CodecLoss, codec_data, mean_rate_distortion
+from gnvc_jax.training.stages.codec import CodecLoss, codec_data, rate_distortion
 from gnvc_jax.training.weights import Statistics
 
 
@@ -49,7 +50,7 @@ def latent_stage(experiment: Experiment) -> Stage:
 
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Metrics]:
         # Roll-out of the codec, with its rate and E_c.
         key_code, key_time, key_noise, key_window = jax.random.split(key, 4)
         output = roll_out(networks, params, constants, batch, key_code)
@@ -74,11 +75,12 @@ def latent_stage(experiment: Experiment) -> Stage:
         # E_1 is in the units of the codec's latents, as E_c is, hence not whitened.
         refined = losses.per_clip(window.unwhitened(found.estimate - clean) ** 2)
         distortion = loss_weights.refined * refined + loss_weights.decoded * output.error
-        matching = found.error.mean()
         # Matching is outside of the rate-distortion sum: no lambda weighs it.
-        total = mean_rate_distortion(loss_weights, output, distortion)
-        metrics = output.metrics | {"flow": matching, "refined": refined.mean()}
-        return total + loss_weights.matching * matching, metrics
+        costs = rate_distortion(loss_weights, output, distortion)
+        costs += loss_weights.matching * found.error
+        metrics = output.metrics | {"flow": found.error.mean(), "refined": refined.mean()}
+        levels = by_level(output.q_index, loss=costs, bpp=output.written, distortion=distortion)
+        return costs.mean(), metrics | levels
 
     return Stage(
         experiment,

@@ -16,12 +16,13 @@ from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.settings import check_choices
 from gnvc_jax.training.stages import Stage
-from gnvc_jax.training.stages.codec import CodecLoss, mean_rate_distortion
+from gnvc_jax.training.stages.codec import CodecLoss, rate_distortion
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
 from gnvc_jax.training.stages.vae import lpips_network
 from gnvc_jax.training.weights import Statistics
@@ -103,7 +104,7 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
 
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Metrics]:
         video = to_float(batch)
         # Roll-out of the codec on the whole batch, with its rate and E_c.
         key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
@@ -163,7 +164,9 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
             "lpips_lowest": errors.perceptual[0],
             "lpips_highest": errors.perceptual[-1],
         }
-        return mean_rate_distortion(weights, output, distortion), metrics
+        costs = rate_distortion(weights, output, distortion)
+        levels = by_level(output.q_index, loss=costs, bpp=output.written, distortion=distortion)
+        return costs.mean(), metrics | levels
 
     def constants(statistics: Statistics) -> Tree:
         return refiner_constants(experiment, statistics) | {"lpips": perceptual_weights}

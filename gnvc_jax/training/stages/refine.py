@@ -23,6 +23,7 @@ from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out_with_motion
@@ -32,6 +33,12 @@ from gnvc_jax.training.stages.transform import TransformLoss, codec_loss, draw_l
 from gnvc_jax.training.weights import Statistics
 
 PAIR = 2  # latents whose frames are compared: two, so that differences cross their border
+
+# Metrics of the codec that are of interest beside those of refined frames.
+CODEC_METRICS = (
+    *("bpp", "bpp_low", "psnr_low", "levels/bpp"),
+    *("z_share", "skip_share", "clipped_share"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +78,7 @@ class RefinedFrames(NamedTuple):
         first: The same three for the first frame of the group, each (b, 1, h, w, 3).
         latents: Error of the whitened latents of the window, (b,).
         codec: Loss and metrics of the codec, see `gnvc_jax.training.stages.transform.codec_loss`.
+        q_index: Quality levels of the clips, (b,).
     """
 
     refined: Array
@@ -78,7 +86,8 @@ class RefinedFrames(NamedTuple):
     source: Array
     first: tuple[Array, Array, Array]
     latents: Array
-    codec: tuple[Array, dict[str, Array]]
+    codec: tuple[Array, Metrics]
+    q_index: Array
 
 
 def refine_stage(experiment: Experiment) -> Stage:
@@ -99,7 +108,7 @@ def refine_stage(experiment: Experiment) -> Stage:
 
     def loss(
         params: Tree, constants: Tree, batch: Tree, key: Array, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Metrics]:
         key_frames, key_dists = jax.random.split(key)
         frames = refined_frames(networks, weights, params, constants, batch, key_frames)
         return refine_loss(weights, constants, frames, key_dists)
@@ -183,12 +192,13 @@ def refined_frames(
     first = shown(intra, coded.frames[:, :1], True), coded.frames[:, :1], video[:, :1]
     error = losses.squared_error(refined, window.whitened(coded.latents))
     codec = codec_loss(weights, coded, levels, batch)
-    return RefinedFrames(shown(pair, before, False), before, source, first, error, codec)
+    after = shown(pair, before, False)
+    return RefinedFrames(after, before, source, first, error, codec, batch["q_index"])
 
 
 def refine_loss(
     weights: RefineLoss, constants: Tree, frames: RefinedFrames, key: Array
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, Metrics]:
     """Computes loss and metrics of refined frames.
 
     Args:
@@ -209,34 +219,38 @@ def refine_loss(
     # DISTS runs VGG16, which costs far more than the AlexNet of LPIPS, hence one frame for it. Its
     # images are in [0, 1].
     one = jax.random.randint(key, (1,), 0, refined.shape[1])
-    perceptual = lpips(constants["alex"], flat(refined), flat(source)).mean()
+    perceptual = lpips(constants["alex"], flat(refined), flat(source))
+    perceptual = rearrange(perceptual, "(b t) -> b t", b=len(source)).mean(1)
     before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
     structure = dists(
         constants["dists"], (flat(refined[:, one]) + 1) / 2, (flat(source[:, one]) + 1) / 2
-    ).mean()
+    )
     squared = losses.squared_error(refined, source)
     # Differences of the pair alone, since the first frame need not come right before it.
     moves = jnp.diff(frames.refined, axis=1) - jnp.diff(frames.source, axis=1)
-    temporal = jnp.mean(moves**2)
-    loss = (
-        weights.squared * squared.mean()
+    temporal = losses.per_clip(moves**2)
+    costs = (  # (b,)
+        weights.squared * squared
         + weights.lpips * perceptual
         + weights.dists * structure
         + weights.temporal * temporal
-        + weights.latent * frames.latents.mean()
-        + weights.codec * frames.codec[0]
+        + weights.latent * frames.latents
     )
+    loss = costs.mean() + weights.codec * frames.codec[0]
 
     def psnr(error: Array) -> Array:
         return jnp.mean(10.0 * jnp.log10(4.0 / error))
 
     # The codec's metrics are means over whole clips, the others over the frames compared.
-    codec = {name: frames.codec[1][name] for name in ("bpp", "bpp_low", "psnr_low")}
-    return loss, codec | {
-        "lpips": perceptual,
+    codec = {name: frames.codec[1][name] for name in CODEC_METRICS}
+    metrics = {
+        "lpips": perceptual.mean(),
         "lpips_decoded": before,
-        "dists": structure,
+        "dists": structure.mean(),
         "psnr": psnr(squared),
         "psnr_decoded": psnr(losses.squared_error(decoded, source)),
-        "temporal": temporal,
+        "temporal": temporal.mean(),
     }
+    # Of refined frames alone, without the loss of the codec.
+    levels = by_level(frames.q_index, loss=costs, distortion=squared, lpips=perceptual)
+    return loss, codec | metrics | levels

@@ -23,6 +23,7 @@ from gnvc_jax.motion.warp import predict
 from gnvc_jax.training import inputs, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.latent_statistics import identity_statistics, shapes
+from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
 from gnvc_jax.training.rollout import MotionOutput, encode_latent, roll_out_with_motion
 from gnvc_jax.training.stages import Stage
@@ -63,7 +64,7 @@ def transform_stage(experiment: Experiment) -> Stage:
 
     def loss(
         params: Tree, constants: Tree, batch: Tree, key: Array, step: Array
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, Metrics]:
         return transform_loss(networks, weights, params, batch, key)
 
     def fit(params: Tree, statistics: Statistics) -> Tree:
@@ -92,7 +93,7 @@ def transform_stage(experiment: Experiment) -> Stage:
 
 def transform_loss(
     networks: Networks, weights: TransformLoss, params: Tree, batch: Tree, key: Array
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, Metrics]:
     """Computes loss and metrics of a batch of `gnvc_jax.data.clips.with_motion`."""
     video = to_float(batch["video"])
     # One key for the levels and one for each of the 1 + t // 4 latents.
@@ -105,7 +106,7 @@ def transform_loss(
 
 def codec_loss(
     weights: TransformLoss, coded: MotionOutput, levels: Array, batch: Tree
-) -> tuple[Array, dict[str, Array]]:
+) -> tuple[Array, Metrics]:
     """Computes rate-distortion loss and metrics of a roll-out with motion.
 
     Args:
@@ -119,10 +120,9 @@ def codec_loss(
     rd_lambda = losses.rd_lambda(levels, weights.lambda_low, weights.lambda_high)
     # (b, k): bits per pixel of a frame, and errors summed over the frames of a latent. The sum over
     # latents, divided by t, is a mean over frames.
-    costs = losses.rate_distortion(
-        coded.bits / size, coded.error * counts, rd_lambda, weights.balance
-    )
-    loss = jnp.mean(jnp.sum(costs, 1) / t)
+    errors = coded.error * counts
+    costs = losses.rate_distortion(coded.bits / size, errors, rd_lambda, weights.balance)
+    costs = LOSS_SCALE * costs.sum(1) / t  # (b,)
 
     written = coded.written.sum(1) / (t * size)
     motion = batch["motion_bits"].sum(1) / (t * size)
@@ -144,8 +144,12 @@ def codec_loss(
         "psnr_predicted": jnp.mean(10.0 * jnp.log10(255.0**2 / coded.predicted_error)),
         "bpp_low": mean_of(written + motion, low),
         "psnr_low": mean_of(psnr.mean(1), low),
+        "z_share": coded.written_z.sum() / coded.written.sum(),
+        "skip_share": coded.skipped.mean(),
+        "clipped_share": coded.clipped.mean(),
     }
-    return LOSS_SCALE * loss, metrics
+    values = {"loss": costs, "bpp": written + motion, "distortion": errors.sum(1) / t}
+    return costs.mean(), metrics | by_level(batch["q_index"], **values)
 
 
 def draw_levels(key: Array, weights: TransformLoss, q_index: Array, latents: int) -> Array:
