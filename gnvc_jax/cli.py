@@ -35,6 +35,7 @@ COMMANDS = {
     "cache-latents": ("datasets:cache_latents", "Encode many videos to latents for training."),
     "make-shards": ("datasets:make_shards", "Pack many videos into shards for training."),
     "plan": ("training:plan", "Predict the cost of training or coding on a TPU pod."),
+    "scaling": ("training:scaling", "Measure and plan a training step on many numbers of chips."),
     "port": ("weights:port", "Convert public weights to a checkpoint folder."),
     "reconstruct": ("networks:reconstruct", "Pass a video through a VAE alone."),
     "generate": ("networks:generate", "Generate a video from the embedding of a prompt."),

@@ -1,4 +1,4 @@
-"""Commands on experiments: train, release, and plan their cost on a pod."""
+"""Commands on experiments: train, release, plan their cost on a pod, and measure how they scale."""
 
 import math
 from collections.abc import Sequence
@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, Suppress, arg
 
-from gnvc_jax.commands.options import EXIT_PARTIAL, EXIT_STOPPED, MAX_STEPS, check_range
+from gnvc_jax.commands.options import (
+    EXIT_PARTIAL,
+    EXIT_STOPPED,
+    MAX_STEPS,
+    check_range,
+    numbers,
+)
 from gnvc_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from gnvc_jax.training.config import Experiment
 
 Settings = Suppress[Sequence[str]]
+Counts = Annotated[tuple[int, ...], numbers(int, "N,N,...")]
 Hardware = Literal["laptop", "gpu", "pod"]  # rows of `gnvc_jax.training.hardware.HARDWARE`
 
 
@@ -172,3 +179,71 @@ def plan(
         print(training_planner.table(done))
     fitting = {found["topology"] for found in done if found["fits"]}
     return 0 if fitting == set(topology) else EXIT_PARTIAL
+
+
+def scaling(
+    *,
+    config: str,
+    chips: Counts,
+    axis: Literal["weak", "strong"],
+    measure: bool = False,
+    steps: int = 10,
+    chip: Literal["v4", "v5e", "v5p", "v6e", "v7x"] = "v5p",
+    hardware: Hardware | None = None,
+    out: Annotated[str, arg(metavar="FOLDER")] = "scaling",
+    settings: Settings = (),
+) -> int:
+    """Measure and plan a training step on several numbers of chips.
+
+    Example: gnvc scaling --config wan_1_3b/latent --chips 8,64,512,4096 --axis weak --measure
+    --data.latents cache --mesh fsdp=8 --data.batch 8
+
+    Settings of the experiment are options as well, as for `gnvc train`. Writes scaling.json,
+    scaling.md with the table, and scaling.svg. Points that scaling.json has already are kept: run
+    the command on slices of several sizes, with the same folder, to measure all of them. The exit
+    code is 3 if a plan does not fit into memory.
+
+    Args:
+        config: Name of a shipped config, or path of a config file.
+        chips: Numbers of chips.
+        axis: "weak" keeps the clips per chip, as data.batch gives them for the smallest number of
+            chips; "strong" keeps data.batch.
+        measure: Measure where there are enough devices, by short runs of training; the rest is
+            planned.
+        steps: Number of steps to measure, after as many that are not.
+        chip: Kind of chip to plan for.
+        hardware: Kind of hardware to choose mesh, micro-batches, dtype and rematerialisation for,
+            as for `gnvc train`.
+        out: Folder to write to.
+        settings: Settings of the experiment.
+    """
+    import jax
+
+    from gnvc_jax.planner import scaling as points
+    from gnvc_jax.planner.chips import CHIPS
+    from gnvc_jax.planner.scaling_results import Results
+    from gnvc_jax.runtime import join_processes
+
+    check_range("--steps", steps, 2)
+    check_range("--chips", min(chips), 1)
+    if measure:
+        join_processes()
+    else:
+        jax.config.update("jax_platforms", "cpu")  # compiling for TPUs needs none
+    counts = sorted(set(chips))
+    facts = {"config": config, "settings": [*settings], "axis": axis, "chip": chip}
+    facts |= {"least": counts[0], "hardware": hardware}
+    results = Results(Path(out), facts)
+    for count in counts:
+        there = measure and points.can_measure(count * points.devices_per_chip())
+        if results.has(count, there):
+            continue
+        per_chip = points.devices_per_chip() if there else CHIPS[chip].devices
+        experiment = load_experiment(config, settings, hardware, counts[0] * per_chip)
+        experiment = points.sized(experiment, count, counts[0], axis, per_chip)
+        point: dict = {"chips": count}
+        if there:
+            point["measured"] = points.measure(experiment, Path(out) / f"run-{count}", steps)
+        results.add(point | {"plan": points.planned(experiment, chip, count, there)})
+    print(results.report())
+    return 0 if results.fit_into_memory else EXIT_PARTIAL

@@ -7,6 +7,7 @@ of v5p and per pod of 256 chips of v5e and v6e.
 """
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -52,9 +53,18 @@ CHIPS = {
     "v7x": Chip("tpu7x", 2307e12, 192 << 30, 7370e9, 100e9, 3, devices=2),
 }
 
+# Chips by `jax.Device.device_kind`. "Lite" in a kind is the "e" of v5e and v6e.
+KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU7x": "v7x",
+}
+
 # Dense bfloat16 operations per second of a device, by `jax.Device.device_kind`. Those of GPUs are
-# from the data sheets of NVIDIA, where the figures for sparse matrices are twice as high. "Lite" in
-# a kind is the "e" of v5e and v6e.
+# from the data sheets of NVIDIA, where the figures for sparse matrices are twice as high.
 PEAK_FLOPS = {
     "TPU v4": CHIPS["v4"].flops,
     "TPU v5 lite": CHIPS["v5e"].flops,
@@ -112,6 +122,20 @@ def parse_topology(text: str) -> Topology:
         known = ", ".join(name for name, chip in CHIPS.items() if chip.network)
         raise UsageError(f"topology {text!r}: the network between slices is known for {known} only")
     return Topology(chip, sizes, slices)
+
+
+def compact_topology(name: str, count: int) -> str:
+    """Topology of one slice whose torus has sides as equal as possible: "v5p:2x4x4" for 32 chips.
+
+    Args:
+        name: Name of the chip.
+        count: Number of chips.
+    """
+    sides = [n for n in range(1, count + 1) if count % n == 0]
+    shapes = itertools.combinations_with_replacement(sides, CHIPS[name].axes)
+    best = min((s for s in shapes if math.prod(s) == count), key=lambda s: (s[-1], -s[0]))
+    # Sides of one chip come last, as in libtpu's names of topologies.
+    return f"{name}:{'x'.join(map(str, sorted(best, key=lambda n: (n == 1, n))))}"
 
 
 def device_count(text: str) -> int:

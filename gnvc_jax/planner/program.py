@@ -73,19 +73,24 @@ def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) 
         "compute": operations / (chip.flops / chip.devices),
         "hbm": moved / (chip.bandwidth / chip.devices),
     }
-    # Links of one axis, one for each direction of the ring. Small collectives take the time of
-    # their hops.
-    rate = 2 * chip.link / chip.devices
-    inside = [max(one.sent / rate, one.hops * HOP_S) for one in sent if one.network == "ici"]
-    between = [one.sent for one in sent if one.network == "dcn"]
-    seconds["ici"] = sum(inside)
-    if between:
-        seconds["dcn"] = sum(between) / (chip.network / chip.devices)
+    collectives = [dataclasses.asdict(one) | {"seconds": at_peak(one, chip)} for one in sent]
+    seconds["ici"] = sum(one["seconds"] for one in collectives if one["network"] == "ici")
+    if between := [one["seconds"] for one in collectives if one["network"] == "dcn"]:
+        seconds["dcn"] = sum(between)
     return {
-        "collectives": [dataclasses.asdict(one) for one in sent],
+        "collectives": collectives,
         "hbm_traffic_bytes": moved,
         "roofline_s": seconds,
     }
+
+
+def at_peak(one: hlo.Collective, chip: Chip) -> float:
+    """Seconds that communication of one kind takes at the published peak of its network."""
+    if one.network == "dcn":
+        return one.sent / (chip.network / chip.devices)
+    # Links of one axis, one for each direction of the ring. Small collectives take the time of
+    # their hops.
+    return max(one.sent / (2 * chip.link / chip.devices), one.hops * HOP_S)
 
 
 def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:
