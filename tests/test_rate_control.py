@@ -10,7 +10,6 @@ import pytest
 from gnvc_jax.analysis import Analysis
 from gnvc_jax.bitstream import StreamReader
 from gnvc_jax.codec.config import CodecConfig
-from gnvc_jax.coder import Coder
 from gnvc_jax.errors import UsageError
 from gnvc_jax.leaky_bucket import LeakyBucket
 from gnvc_jax.pretrained import load_pretrained
@@ -168,19 +167,17 @@ def test_lpips_needs_frames_of_some_size(codec):
         encode_to_target(codec, list, header, Target("lpips", 0.1))
 
 
-def test_a_second_pass_repeats_neither_vae_nor_motion_search(tiny_model, monkeypatch):
-    coder = Coder(tiny_model(motion=True))
-    video = np.random.default_rng(1).integers(0, 256, (10, 40, 70, 3), np.uint8)
-    header, analysis = coder.header(70, 40, (25, 1), gop=5), Analysis()
+def test_a_second_pass_repeats_neither_vae_nor_motion_search(codec, video, monkeypatch):
+    header, analysis = codec.header(64, 64, (25, 1), gop=5), Analysis()
 
     def encode(qp):
         out = io.BytesIO()
-        coder.encode_frames(video, out, header, qp, analysis=analysis)
+        codec.encode_frames([*video, *video], out, header, qp, analysis=analysis)
         return out.getvalue()
 
     first = encode(20)
-    monkeypatch.setattr(coder.functions, "encode_video", None)
-    monkeypatch.setattr(coder, "_search", None)
+    monkeypatch.setattr(codec.functions, "encode_video", None)
+    monkeypatch.setattr(codec, "_search", None)
     assert encode(20) == first
     assert encode(21.5) != first
     with pytest.raises(TypeError):  # motion of a level far away is searched again

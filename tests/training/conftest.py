@@ -1,4 +1,4 @@
-"""Makes `toy_stage` importable by name, as a stage of a user's own would be; and shared runs."""
+"""Makes `toy_stage` importable by name, as a stage of a user's own would be; shared fixtures."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,15 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture
+def rolled(monkeypatch):
+    """Compiles the loop over latents as for accelerators, one body for all latents.
+
+    The form for CPUs has a copy of the body for each latent, which takes long to compile.
+    """
+    monkeypatch.setattr("gnvc_jax.training.rollout.backend", lambda: "tpu")
 
 
 @pytest.fixture(scope="module")

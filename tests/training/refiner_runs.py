@@ -31,8 +31,8 @@ STATISTICS = {
 }
 
 
-def make_base(tiny_codec, folder):
-    """An experiment of the stage `latent`, and runs of `vae` and `codec` that it starts from."""
+def make_vae(tiny_codec, folder):
+    """A run of the stage `vae` and its experiment, which has a codec for the stages after it."""
     experiment = Experiment(
         stage="vae",
         vae=VAE,
@@ -42,6 +42,12 @@ def make_base(tiny_codec, folder):
         run=RunConfig(out=str(folder / "vae")),
     )
     save_start(experiment)
+    return experiment
+
+
+def make_base(tiny_codec, folder):
+    """An experiment of the stage `latent`, and runs of `vae` and `codec` that it starts from."""
+    experiment = make_vae(tiny_codec, folder)
     codec = dataclasses.replace(
         experiment,
         stage="codec",

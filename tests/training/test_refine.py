@@ -45,7 +45,7 @@ def random_parameters(networks):
     return jax.tree.map(lambda x: jnp.asarray(draw(0, 0.1, x.shape), jnp.float32), shapes)
 
 
-def test_untrained_refiner_leaves_frames_as_they_are(experiment):
+def test_untrained_refiner_leaves_frames_as_they_are(experiment, rolled):
     """In whatever window; one with random weights in its last layer changes them."""
     networks, model = make_networks(experiment), gnvc_jax.load_pretrained("small").model
     params = random_parameters(networks) | {"vae": model.vae, "codec": model.codec}
@@ -79,7 +79,7 @@ def test_untrained_refiner_leaves_frames_as_they_are(experiment):
 
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 def test_codec_gets_gradients_of_refined_frames_only_where_its_loss_has_a_weight(
-    experiment, weight
+    experiment, weight, rolled
 ):
     loss = dataclasses.replace(experiment.loss, codec=weight)
     narrow = {"intra_width": 8, "width": 8, "scale_width": 8, "entropy_width": 8, "z_channels": 4}

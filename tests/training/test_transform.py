@@ -34,7 +34,7 @@ def stage(codec):
     )
 
 
-def test_logged_rate_is_that_of_the_file(codec, stage):
+def test_logged_rate_is_that_of_the_file(codec, stage, rolled):
     """Within 5 % at four levels, where the rate that trains is up to several times as much."""
     video = camera_move(17)[:, 64:192, 64:192]
     model, networks = codec.model, make_networks(stage.experiment)
