@@ -33,13 +33,15 @@ class VAEConfig:
             (see `gnvc_jax.vae.klt`). The sizes of the networks then only determine the strides.
         head: Width of the convolutions that filter the frames of a linear VAE
             (see `gnvc_jax.vae.head`), 0 for none.
+        fade: Whether the change of coded cells fades where they meet copied ones, if frames of a
+            linear VAE are predicted by motion (see `gnvc_jax.vae.head.fade_at_copies`).
         shortcuts: Whether each level that changes the resolution has a shortcut around it without
             parameters, as in Wan2.2's VAE (see `gnvc_jax.vae.layers.average_down`).
         decoder_base: `base` of the decoder, 0 for that of the encoder.
 
     Raises:
-        UsageError: If there is a head without a linear VAE, a wrong number of `temporal_down`, or
-            shortcuts between widths that do not divide.
+        UsageError: If there is a head or a fade without a linear VAE, a wrong number of
+            `temporal_down`, or shortcuts between widths that do not divide.
     """
 
     base: int = 96
@@ -50,12 +52,15 @@ class VAEConfig:
     patch: int = 1
     linear: bool = False
     head: int = 0
+    fade: bool = False
     shortcuts: bool = False
     decoder_base: int = 0
 
     def __post_init__(self) -> None:
         if self.head and not self.linear:
             raise UsageError(f"head must be 0 unless the VAE is linear, got {self.head}")
+        if self.fade and not self.linear:
+            raise UsageError("fade must be False unless the VAE is linear")
         if len(self.temporal_down) != len(self.multipliers) - 1:
             raise UsageError(
                 f"temporal_down must have one entry for each level but the last, "

@@ -1,11 +1,15 @@
-"""Convolutional head that removes what an inverse block transform leaves: seams and ringing.
+"""Filters of what an inverse block transform leaves: seams and ringing.
 
 The decoder of a linear VAE (`gnvc_jax.vae.klt`) reconstructs blocks of pixels independently.
+`fade_at_copies` softens the edges between blocks that are coded and blocks that copy a prediction.
 `DeblockingHead` filters its frames one by one, at a quarter of their resolution: 4x4 pixels become
 48 channels, which is cheap, and three 3x3 convolutions see across every seam. It starts as the
-identity. Encoder and decoder run it on reference frames, so it is part of the loop.
+identity. Encoder and decoder run both on reference frames, so they are part of the loop.
 """
 
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange, reduce
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -41,3 +45,41 @@ class DeblockingHead(nn.Module):
         # Zeros here make the head the identity at first.
         y = FrameConv(x.shape[-1], nn.initializers.zeros, name="last")(nn.relu(y))
         return video + from_blocks(y, 1, SIDE)
+
+
+def fade_at_copies(
+    change: Float[Array, "b t height width 3"], fresh: Float[Array, "b h w 1"]
+) -> Float[Array, "b t height width 3"]:
+    """Computes what makes a change of predicted frames fade where coded blocks meet copied ones.
+
+    Coded blocks often get brighter or darker as a whole. A copied neighbour does not, and the step
+    between them shows as an edge. Close to it, the means of blocks become a ramp from the centre of
+    one block to that of the other; everything else, detail above all, stays.
+
+    Args:
+        change: Change of the frames by what was coded; zero in copied blocks.
+        fresh: 1 in coded blocks, 0 in copied ones.
+
+    Returns:
+        What to add to the frames.
+    """
+    (h, w), side = fresh.shape[1:3], change.shape[-2] // fresh.shape[-2]
+    # Weights (3, side) of a block and its neighbours before and after in linear interpolation at
+    # each pixel of the block; both ways (9, side * side), less the block's own value.
+    x = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
+    one = np.stack([np.maximum(-x, 0), 1 - np.abs(x), np.maximum(x, 0)])
+    weights = np.einsum("ai,bj->abij", one, one).reshape(9, -1)
+    weights[4] -= 1
+
+    def slopes(blocks: Array) -> Float[Array, "b t h w c side*side"]:
+        padded = jnp.pad(blocks, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+        around = [padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
+        return jnp.stack(around, axis=-1) @ weights
+
+    # Rows first: XLA's CPU code is slow at means over two axes at once.
+    means = reduce(change, "b t (h i) width c -> b t h width c", "mean", i=side)
+    means = reduce(means, "b t h (w j) c -> b t h w c", "mean", j=side)
+    # 1 at an edge between coded and copied blocks, falling to 0 at the centres of both.
+    near = 2.0 * jnp.abs(slopes(fresh[:, None]))
+    places = {"i": side, "j": side}
+    return rearrange(near * slopes(means), "b t h w c (i j) -> b t (h i) (w j) c", **places)

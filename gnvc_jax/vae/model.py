@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key
 
 from gnvc_jax.arrays import AnyArray, Tree
 from gnvc_jax.vae.config import VAEConfig
-from gnvc_jax.vae.head import DeblockingHead
+from gnvc_jax.vae.head import DeblockingHead, fade_at_copies
 from gnvc_jax.vae.klt import EXACT, BlockTransform
 from gnvc_jax.vae.layers import (
     CausalConv,
@@ -216,7 +216,8 @@ class VAE(nn.Module):
 
         A latent holds the principal components of its frames. What these leave out of the predicted
         frames is kept, so that a copied block stays as it is instead of losing its finest detail
-        with every latent. The head filters only what is fresh, for the same reason.
+        with every latent. The head filters only what is fresh, for the same reason; with `fade`,
+        copied blocks change, too, within half a block of what is fresh.
 
         Args:
             latent: Decoded latent.
@@ -233,10 +234,12 @@ class VAE(nn.Module):
             side = self.config.stride
             return repeat(jnp.asarray(weights), "b h w c -> b 1 (h i) (w j) c", i=side, j=side)
 
-        # rest: the part of the predicted frames that no latent can express.
-        rest = predicted - self.klt.inverse(prediction[:, None], False)
         # A predicted latent is never the first of a clip, hence the transform of later blocks.
-        video = self.klt.inverse(latent[:, None], False) + of_pixels(detail) * rest
+        before, after = (self.klt.inverse(x[:, None], False) for x in (prediction, latent))
+        # predicted - before: the part of the predicted frames that no latent can express.
+        video = after + of_pixels(detail) * (predicted - before)
+        if self.config.fade:
+            video = video + fade_at_copies(after - before, jnp.asarray(fresh))
         start = 0 if cleaned is None else video.shape[1] - cleaned
         part = video[:, start:]
         part = part + of_pixels(fresh) * (self.clean(part) - part)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax.vae import VAE, VAEConfig, init_vae, klt
+from gnvc_jax.vae.head import fade_at_copies
 
 CONFIG = VAEConfig(
     multipliers=(1, 1), latent_channels=6, temporal_down=(True,), patch=2, linear=True, head=5
@@ -107,6 +108,33 @@ def test_compensation_copies_or_replaces(fitted):
     once = compensate(0, *arguments)  # without the head
     np.testing.assert_allclose(once[:, :, :, 4:], plain[:, :, :, 4:], atol=1e-5)
     assert np.abs(got - once)[:, :, :, 4:].max() > 1e-3
+
+
+def test_a_step_at_the_edge_of_a_copy_becomes_a_ramp():
+    """A row of blocks of four pixels: two copied ones, two that get brighter by 8."""
+    fresh = np.zeros((1, 1, 4, 1), np.float32)
+    fresh[:, :, 2:] = 1
+    change = np.zeros((1, 1, 4, 16, 3), np.float32)
+    change[..., 8:, :] = 8
+    detail = np.random.default_rng(7).normal(size=change.shape).astype(np.float32)
+    detail[..., :8, :] = 0
+    detail -= detail.reshape(1, 1, 4, 4, 4, 3).mean((2, 4)).repeat(4, 2)[:, :, None]
+    faded = change + np.asarray(fade_at_copies(jnp.asarray(change), jnp.asarray(fresh)))
+    # The ramp from 0 at 5.5 to 8 at 9.5 is 1, 3, 5, 7; 1/2 and 3/2 pixels from the edge it counts
+    # by 3/4 and 1/4.
+    expected = [0] * 6 + [0.25, 2.25, 5.75, 7.75] + [8] * 6
+    np.testing.assert_allclose(faded[0, 0, 0, :, 0], expected, atol=1e-5)
+    assert np.all(faded == faded[..., :1, :, :1])  # rows and colours are alike
+    # Detail without a mean passes as it is.
+    with_detail = np.asarray(fade_at_copies(jnp.asarray(change + detail), jnp.asarray(fresh)))
+    np.testing.assert_allclose(with_detail, faded - change, atol=1e-5)
+
+
+def test_nothing_fades_where_all_is_coded_or_copied():
+    change = np.random.default_rng(8).normal(size=(1, 2, 8, 8, 3)).astype(np.float32)
+    for value in (0.0, 1.0):
+        fresh = jnp.full((1, 2, 2, 1), value)
+        assert not np.any(fade_at_copies(jnp.asarray(change), fresh))
 
 
 @pytest.mark.parametrize("first", [True, False])
