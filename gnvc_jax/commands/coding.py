@@ -183,7 +183,7 @@ def info(input: Positional[str]) -> int:
 def demo(
     *,
     clip: str | None = None,
-    qp: int = 36,
+    qp: int = 45,
     frames: int = 33,
     model: str = "small",
     out: str = "demo_out",
