@@ -66,7 +66,7 @@ def test_plans_are_for_the_devices_of_each_topology(monkeypatch, capsys):
 
     def plan(experiment, topology, clips, per_device):
         planned.append((experiment.data.batch, experiment.compute.dtype, experiment.mesh.fsdp))
-        return {"fits": True}
+        return {"topology": topology, "fits": True}
 
     monkeypatch.setattr(planner, "plan", plan)
     monkeypatch.setattr(planner, "report", str)
