@@ -103,9 +103,9 @@ def efficiency_text(points: Points, chip: str) -> str:
     return " ".join(lines)
 
 
+@matplotlib.rc_context({"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"})
 def figure(points: Points, chip: str, path: Path) -> None:
     """Draws clips per second over chips: bounds of the plans, what was measured and fitted."""
-    matplotlib.rcParams |= {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "gnvc"}
     drawing = Figure(figsize=(6.4, 4.0), layout="constrained")
     panel = drawing.subplots()
     # Plans compiled for other devices have another program, but the same operations.
