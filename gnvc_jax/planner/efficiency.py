@@ -77,6 +77,7 @@ def fit(planned: Sequence[Seconds], measured: Sequence[float]) -> Efficiency:
         rows /= np.asarray(measured, float)[:, None]
         if points is divided[-1] or (len(rows) > len(names) and are_distinct(rows)):
             break
+    # A factor is the inverse of an efficiency: seconds needed per second at peak.
     factors = nonnegative_solution(rows, np.ones(len(rows)))
     shares = {name: float(1 / x) if x > 0 else None for name, x in zip(names, factors)}
     return Efficiency(shares, float(np.abs(rows @ factors - 1).max()), len(rows))
@@ -92,6 +93,7 @@ def are_distinct(columns: np.ndarray) -> bool:
 
 def nonnegative_solution(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Least squares with no negative factor, over all choices of factors that are zero."""
+    # There are at most a handful of resources, so all subsets of them can be tried.
     count, best, smallest = rows.shape[1], np.zeros(rows.shape[1]), np.inf
     for size in range(1, count + 1):
         for chosen in map(list, itertools.combinations(range(count), size)):

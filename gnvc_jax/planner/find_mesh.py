@@ -45,7 +45,7 @@ def find_mesh(
 
     Yields:
         Plans, see `gnvc_jax.planner.training.plan`, with "remat"; or for what was not compiled a
-        dictionary of "topology", "mesh", "batch", "remat", "fits" (False) and "reason".
+        dictionary of "topology", "mesh", "batch", "fits" (False) and "reason".
 
     Raises:
         UsageError: If the topology is unknown, or libtpu is not installed.
@@ -64,15 +64,17 @@ def find_mesh_for(
     clips: int = 1_000_000,
 ) -> Iterator[dict]:
     """Does what `find_mesh` does for given devices, with the peak figures of `chip`."""
+    # Compilations that may still be spent; what is dropped without one costs nothing.
     left = compilations
     for candidate in candidates(experiment, len(devices), per_device):
+        # Neither sizes nor the state depend on what is computed again.
+        if (reason := impossible(candidate, devices, chip)) is not None:
+            mesh, batch = dataclasses.asdict(candidate.mesh), candidate.data.batch
+            yield {"mesh": mesh, "batch": batch, "fits": False, "reason": reason}
+            continue
         for remat in REMATS if experiment.refiner is not None else REMATS[:1]:
             compute = dataclasses.replace(candidate.compute, remat=remat)
             one = dataclasses.replace(candidate, compute=compute)
-            what = {"mesh": dataclasses.asdict(one.mesh), "batch": one.data.batch, "remat": remat}
-            if (reason := impossible(one, devices, chip)) is not None:
-                yield what | {"fits": False, "reason": reason}
-                break
             if left == 0:
                 return
             left -= 1
@@ -88,10 +90,16 @@ def candidates(
     """The experiment on every mesh of so many devices, the one that should send least first.
 
     The axes context and tensor divide the refiner's work; without a refiner they are 1.
+
+    Args:
+        experiment: Experiment, whose mesh is replaced.
+        devices: Number of devices.
+        per_device: Clips per device along data and fsdp; None keeps `data.batch`.
     """
     divisors = [n for n in range(1, devices + 1) if devices % n == 0]
     found = []
     for fsdp, context, tensor in itertools.product(divisors, repeat=3):
+        # The axis data takes what the others leave.
         used = fsdp * context * tensor
         if devices % used or (context * tensor > 1 and experiment.refiner is None):
             continue
@@ -121,7 +129,12 @@ def estimated_bytes(experiment: Experiment, trained: int, fixed: int) -> float:
     Counted are the gathering of parameters and the reduction of gradients along fsdp, the reduction
     of gradients along data and context, the exchange of tokens for heads along context, and the
     sums of partial results along tensor; all as rings, in which a device sends (n - 1) / n of what
-    is gathered.
+    is gathered ("How to Scale Your Model", jax-ml.github.io/scaling-book, sharded matrices).
+
+    Args:
+        experiment: Experiment on one mesh.
+        trained: Bytes of the parameters that train, of all devices together.
+        fixed: Bytes of the others.
     """
     mesh, dit = experiment.mesh, experiment.refiner and experiment.refiner.dit
 
@@ -131,6 +144,8 @@ def estimated_bytes(experiment: Experiment, trained: int, fixed: int) -> float:
     # Every micro-batch gathers the layers twice, forward and backward, and scatters gradients once.
     micro = experiment.optim.accumulate
     along_fsdp = micro * ring((2 * (trained + fixed) + trained) / mesh.tensor, mesh.fsdp)
+    # Gradients are divided as parameters are, so only that share has to be summed elsewhere: over
+    # data, whose devices see other clips, and over context, which see other tokens.
     gradients = trained / (mesh.fsdp * mesh.tensor)
     sent = along_fsdp + 2 * ring(gradients, mesh.data * mesh.context)
     if dit is None:
@@ -159,6 +174,7 @@ def impossible(experiment: Experiment, devices: Sequence[jax.Device], chip: Chip
         arguments = abstract_arguments(make_stage(experiment), built, max(experiment.data.lengths))
     except UsageError as error:
         return str(error)
+    # Activations come on top, but nothing that is computed again can make the state smaller.
     size, there = sum(map(bytes_per_device, arguments)), chip.memory // chip.devices
     if size > there:
         return f"state and batch alone take {size / 2**30:.1f} of {there / 2**30:.0f} GiB"
@@ -173,14 +189,14 @@ def cheapest(plans: Sequence[dict]) -> dict | None:
 
 def line(found: dict) -> str:
     """Describes one plan of a search in a line."""
-    start = f"{found['topology']}: {mesh_text(found)}, remat {found['remat']}: "
+    start = f"{found['topology']}: {mesh_text(found)}"
+    if "remat" in found:
+        start += f", remat {found['remat']}"
     if "clips_per_s" not in found:
-        return start + found["reason"]
+        return f"{start}: {found['reason']}"
     fits = "" if found["fits"] else ", DOES NOT FIT"
-    low, high = found["clips_per_s"]
-    return (
-        f"{start}peak {found['peak_bytes'] / 2**30:.1f} GiB{fits}, {low:.1f} to {high:.1f} clips/s"
-    )
+    peak, (low, high) = found["peak_bytes"] / 2**30, found["clips_per_s"]
+    return f"{start}: peak {peak:.1f} GiB{fits}, {low:.1f} to {high:.1f} clips/s"
 
 
 def summary(plans: Sequence[dict]) -> str:

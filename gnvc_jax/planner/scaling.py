@@ -115,6 +115,7 @@ def measure(experiment: Experiment, folder: Path, steps: int) -> dict:
         raise UsageError("stopped; the same command continues")
     if jax.process_index():
         return {}
+    # With log_every = steps there are two lines; the first one holds the warm-up.
     line = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     shutil.rmtree(folder)
     figures = {name: line[name] for name in MEASURED if name in line}

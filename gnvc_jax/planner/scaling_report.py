@@ -48,6 +48,7 @@ def table(points: Points, chip: str) -> str:
     ]
     for point, seconds in zip(points, expected(points, fitted(points), chip)):
         plan, measured = point["plan"], point.get("measured", {})
+        # Bounds if everything overlaps, and if nothing does.
         low, high = plan.get("step_s", (None, None))
         rate, bound = measured.get("samples_per_s"), plan.get("mfu_bound")
         cells = [
@@ -122,6 +123,7 @@ def figure(points: Points, chip: str, path: Path) -> None:
     if measured:
         rates = [p["measured"]["samples_per_s"] for p in measured]
         panel.plot([p["chips"] for p in measured], rates, "o", color="C2", label="measured")
+    # Both logarithmic, so that ideal scaling is a straight line.
     panel.set(xscale="log", yscale="log", xlabel="chips", ylabel="clips per second")
     ticks = [p["chips"] for p in points]
     panel.set_xticks(ticks, labels=[str(tick) for tick in ticks])

@@ -90,7 +90,6 @@ class Evaluator(Hook):
         self.clips = read_clips(self.config)
         self.lpips = load_lpips(self.config, self.clips)
         self.best = BestModel(as_path(experiment.run.out), self.config)
-        self.programs = None
         self.frames: dict[str, np.ndarray] = {}  # by name, as of the last evaluation
 
     def after_step(self, run: TrainingRun) -> None:
@@ -118,8 +117,6 @@ class Evaluator(Hook):
     def measure(self, model: Model) -> dict[str, float]:
         """Measures rates, qualities and the score of a model, under the names in the log."""
         codec = Codec(model)
-        # Parameters are arguments of the programs: those of the first model serve all.
-        self.programs = codec.functions.programs = self.programs or codec.functions.programs
         found = {}
         for i, clip in enumerate(self.clips):
             self.frames[f"clip{i}/source"] = middle(clip[-1])

@@ -71,6 +71,7 @@ def level_means(name: str, sums: Sequence[LevelSums]) -> dict[str, float]:
     counts = np.stack([np.asarray(one.count, np.float64) for one in sums])
     usable = np.isfinite(totals)
     total, count = np.where(usable, totals, 0).sum(0), np.where(usable, counts, 0).sum(0)
+    # A band is named by its first and last level.
     width = QUALITIES // BANDS
     return {
         f"{name}_{i * width}_{(i + 1) * width - 1}": float(total[i] / count[i])

@@ -68,6 +68,8 @@ def test_the_compiled_order_is_that_of_the_estimate_and_the_best_is_the_fastest(
     best = find_mesh.cheapest(plans)
     assert best is not None
     assert best["clips_per_s"][0] == max(one["clips_per_s"][0] for one in compiled)
+    described = find_mesh.line({"topology": "v5p:2x2x2"} | compiled[0])
+    assert described.startswith("v5p:2x2x2: ") and "remat none: peak 0.0 GiB" in described
     text = find_mesh.summary(plans)
     assert text.count("\n") == 5 and f"fsdp={best['mesh']['fsdp']}" in text.splitlines()[-1]
 
@@ -81,6 +83,7 @@ def test_what_cannot_work_is_not_compiled(experiment):
     small = dataclasses.replace(V5P, memory=1000)
     first, *_ = find_mesh.find_mesh_for(experiment, jax.devices(), small, compilations=0)
     assert "state and batch alone take" in first["reason"]
+    assert find_mesh.line({"topology": "v5p:2x2x2"} | first).endswith(first["reason"])
 
 
 def test_more_is_computed_again_until_a_mesh_fits(experiment, tiny_model, monkeypatch):
