@@ -21,7 +21,7 @@ from gnvc_jax.media.writer import open_writer
 from gnvc_jax.training import bucket_runs
 from gnvc_jax.training.config import InitConfig
 from gnvc_jax.training.loop import train
-from gnvc_jax.training.run_folder import load_params, load_statistics
+from gnvc_jax.training.run_folder import load_params, load_statistics, steps_of
 from gnvc_jax.training.stages.codec import CodecLoss
 
 ROOT = Path(__file__).parents[2]
@@ -100,6 +100,12 @@ def test_half_an_upload_is_no_checkpoint(bucket, tmp_path):
     train(toy(tmp_path / "local", 3))
     assert losses(f"{bucket}/run") == losses(tmp_path / "local")
     assert bucket_runs.complete_steps(folder) == [2, 3]
+
+
+@pytest.mark.slow
+def test_what_is_kept_for_good_stays_in_a_bucket_and_the_rest_goes(bucket):
+    train(toy(f"{bucket}/run", 5, checkpoint_every=1, keep=1, keep_every=2))
+    assert steps_of(f"{bucket}/run") == [1, 3, 5]
 
 
 def test_several_processes_need_gs_or_a_shared_folder(bucket, monkeypatch):
