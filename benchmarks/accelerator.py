@@ -37,7 +37,7 @@ from gnvc_jax.planner import flops
 from gnvc_jax.planner.chips import PEAK_FLOPS
 from gnvc_jax.planner.coding import coding_programs, program_times, stored_shapes
 from gnvc_jax.planner.training import abstract_arguments
-from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.config import ClipShape, Experiment
 from gnvc_jax.training.stages import make_stage
 from gnvc_jax.training.step import jit_step
 from gnvc_jax.training.throughput import operations
@@ -120,14 +120,15 @@ def coding(experiment: Experiment, steps: list[int], repeats: int) -> dict:
 def training(experiment: Experiment, frames: int, repeats: int) -> dict:
     """Seconds of the train step on clips of so many frames."""
     stage, mesh = make_stage(experiment), jax.sharding.get_mesh()
-    shapes = abstract_arguments(stage, mesh, frames)
-    found = {"batch": experiment.data.batch, "frames": frames, "size": experiment.data.size}
+    clip = ClipShape(frames, *experiment.data.size)
+    shapes = abstract_arguments(stage, mesh, clip)
+    found = {"batch": experiment.data.batch, "frames": frames, "size": clip.size}
     try:
         program, facts = compiled(jit_step(stage, mesh, *shapes[:2]), *shapes)
         seconds = timed(program, repeats, *drawn(shapes), state=True)
     except jax.errors.JaxRuntimeError as error:
         return found | {"error": str(error).splitlines()[0]}
-    return found | facts | rate(operations(stage, jax.devices()[0], frames), seconds)
+    return found | facts | rate(operations(stage, jax.devices()[0], clip), seconds)
 
 
 def peer(sizes: list[tuple[int, int]], frames: int, repeats: int) -> dict:
@@ -204,7 +205,11 @@ def main() -> None:
         for size in sizes:
             padded = tuple(-(-side // unit) * unit for side in size)
             data = dataclasses.replace(
-                base.data, size=padded, frames=args.frames, clip_length_schedule=()
+                base.data,
+                size=padded,
+                frames=args.frames,
+                clip_length_schedule=(),
+                size_schedule=(),
             )
             experiment = dataclasses.replace(base, data=data)
             name = f"{size[1]}x{size[0]}"

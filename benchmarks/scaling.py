@@ -26,7 +26,7 @@ from gnvc_jax.planner import hlo
 from gnvc_jax.planner.program import bytes_per_device
 from gnvc_jax.planner.training import abstract_arguments
 from gnvc_jax.refiner import DiT, DiTConfig
-from gnvc_jax.training.config import DataConfig, Experiment, OptimConfig
+from gnvc_jax.training.config import ClipShape, DataConfig, Experiment, OptimConfig
 from gnvc_jax.training.inputs import Data
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.state import State, init_state
@@ -49,8 +49,8 @@ def velocity_stage(experiment: Experiment, attention: str | None) -> Stage:
     def init(key):
         return dit.init(key, jnp.zeros((1, 1, 2, 2, DIT.channels)), jnp.zeros(1))["params"]
 
-    def shapes(frames):
-        shape = experiment.data.batch, frames, 8, 16, DIT.channels
+    def shapes(clip):
+        shape = experiment.data.batch, *clip, DIT.channels
         return jax.ShapeDtypeStruct(shape, jnp.float32)
 
     def loss(params, constants, batch, key, step):
@@ -75,7 +75,7 @@ def measure(name: str, count: int) -> dict:
     experiment = Experiment("velocity", data=DataConfig(batch=8), optim=optim)
     stage = velocity_stage(experiment, attention)
     mesh = make_mesh(MeshConfig(**({"data": 1} | {axis: count})), jax.devices()[:count])
-    state, frozen, batch = abstract_arguments(stage, mesh, frames=4)
+    state, frozen, batch = abstract_arguments(stage, mesh, ClipShape(4, 8, 16))
     with jax.set_mesh(mesh):
         compiled = jit_step(stage, mesh, state, frozen).lower(state, frozen, batch).compile()
         now = jax.device_put(start(stage), jax.tree.map(lambda x: x.sharding, state))

@@ -74,7 +74,9 @@ def test_larger_small_model_is_the_small_one_but_for_its_sizes():
     assert starts == [None, "runs/small_gpu/codec", "runs/small_gpu/rollout"]
     stage = make_stage(large["refiner"])
     assert 55e6 < count(model_shapes(stage)["refiner"]["dit"]) < 65e6
-    arguments = abstract_arguments(stage, make_mesh(MeshConfig(data=1)), 33)
+    arguments = abstract_arguments(
+        stage, make_mesh(MeshConfig(data=1)), large["refiner"].data.largest
+    )
     assert bytes_per_device(arguments[:2]) < 2**30  # what is left of 80 GB is for activations
 
 

@@ -150,7 +150,7 @@ def estimated_bytes(experiment: Experiment, trained: int, fixed: int) -> float:
     sent = along_fsdp + 2 * ring(gradients, mesh.data * mesh.context)
     if dit is None:
         return sent
-    tokens = experiment.tokens(max(experiment.data.lengths)) * experiment.data.batch
+    tokens = experiment.tokens(experiment.data.largest) * experiment.data.batch
     # Activations of one layer on a device, in bytes.
     width = experiment.compute.jax_dtype.itemsize * dit.width
     layer = tokens * width / (mesh.data * mesh.fsdp * mesh.context)
@@ -171,7 +171,7 @@ def impossible(experiment: Experiment, devices: Sequence[jax.Device], chip: Chip
         return f"tensor {mesh.tensor} does not divide {refiner.dit.heads} heads"
     try:
         built = make_mesh(mesh, devices)
-        arguments = abstract_arguments(make_stage(experiment), built, max(experiment.data.lengths))
+        arguments = abstract_arguments(make_stage(experiment), built, experiment.data.largest)
     except UsageError as error:
         return str(error)
     # Activations come on top, but nothing that is computed again can make the state smaller.

@@ -20,7 +20,7 @@ from gnvc_jax.parallel.rules import BATCH
 from gnvc_jax.planner.chips import Chip, device_count, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.refiner.attention import RING, exchanged_heads
-from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.config import ClipShape, Experiment
 from gnvc_jax.training.stages import Stage, frozen_shapes, make_stage
 from gnvc_jax.training.state import abstract_state
 from gnvc_jax.training.step import jit_step
@@ -33,7 +33,7 @@ def plan(
     """Predicts the cost of an experiment's train step on a topology.
 
     Args:
-        experiment: Experiment; of its clip lengths, the longest is planned.
+        experiment: Experiment; of its shapes of clips, the largest is planned.
         topology: Topology such as "v5p:4x4x4".
         clips: Number of clips per epoch.
         per_device: Number of clips per device along the axes data and fsdp, overriding
@@ -64,13 +64,12 @@ def plan_for(
     pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
     if data.batch % pieces:
         raise UsageError(f"data.batch must be a multiple of {pieces}, got {data.batch}")
-    # The longest clips need the most memory and time.
-    frames = max(data.lengths)
-    arguments = abstract_arguments(stage, mesh, frames)
+    shape = data.largest
+    arguments = abstract_arguments(stage, mesh, shape)
     step = jit_step(stage, mesh, *arguments[:2])
     found = {
-        "experiment": f"{experiment.stage}, {data.batch} clips of {frames} x "
-        f"{data.size[0]} x {data.size[1]}",
+        "experiment": f"{experiment.stage}, {data.batch} clips of "
+        f"{shape.frames} x {shape.height} x {shape.width}",
         "batch": data.batch,
         "mesh": dict(mesh.shape),
         "devices": len(devices),
@@ -79,9 +78,9 @@ def plan_for(
         "argument_bytes": sum(map(bytes_per_device, arguments)),
         "hbm_bytes": chip.memory // chip.devices,
         "flops": {
-            "model": operations(stage, devices[0], frames),
-            "computed": operations(stage, devices[0], frames, remat=True)
-            + operations_on_padding(stage, mesh, frames),
+            "model": operations(stage, devices[0], shape),
+            "computed": operations(stage, devices[0], shape, remat=True)
+            + operations_on_padding(stage, mesh, shape),
         },
     }
     start = time.perf_counter()
@@ -96,11 +95,11 @@ def plan_for(
     return (
         found
         | memory(compiled, found["hbm_bytes"])
-        | cost(found, compiled.as_text() or "", stage, chip, frames, clips)
+        | cost(found, compiled.as_text() or "", stage, chip, shape, clips)
     )
 
 
-def operations_on_padding(stage: Stage, mesh: Mesh, frames: int) -> float:
+def operations_on_padding(stage: Stage, mesh: Mesh, shape: ClipShape) -> float:
     """Counts operations on heads of zeros, over all devices.
 
     They fill up the DiT's heads where the devices along context, which exchange tokens for heads,
@@ -115,9 +114,8 @@ def operations_on_padding(stage: Stage, mesh: Mesh, frames: int) -> float:
     if filled is None:  # keys travel around a ring
         return 0.0
     # Training refines a window of each clip, see `gnvc_jax.training.refinement.random_window`.
-    latents = (frames - 1) // experiment.vae.temporal_stride
-    h, w = (side // experiment.vae.stride for side in experiment.data.size)
-    size = min(refiner.window, max(1, latents)), h, w
+    latents, h, w = experiment.latents(shape)
+    size = min(refiner.window, max(1, latents - 1)), h, w
     zeros = dit.flops(*size, filled * tensor) - dit.flops(*size)
     # Forward once and backward twice, and forward again where the backward pass keeps nothing.
     passes = 3.0 + (experiment.compute.remat == "full")
@@ -186,7 +184,7 @@ def table(plans: Sequence[dict]) -> str:
     return "\n".join(rows)
 
 
-def abstract_arguments(stage: Stage, mesh: Mesh, frames: int) -> tuple[Tree, ...]:
+def abstract_arguments(stage: Stage, mesh: Mesh, shape: ClipShape) -> tuple[Tree, ...]:
     """Describes the arguments (state, frozen, batch) of the train step by shapes with shardings."""
 
     def placed(tree: Tree, places: Tree) -> Tree:
@@ -197,7 +195,7 @@ def abstract_arguments(stage: Stage, mesh: Mesh, frames: int) -> tuple[Tree, ...
 
     state = abstract_state(stage, mesh)
     frozen = frozen_shapes(stage)
-    batch = stage.data.shapes(frames)
+    batch = stage.data.shapes(shape)
     over_batch = jax.tree.map(lambda _: NamedSharding(mesh, P(BATCH)), batch)
     return state, placed(frozen, shardings(frozen, mesh)), placed(batch, over_batch)
 
@@ -208,7 +206,7 @@ def parameters(state: Tree, frozen: Tree) -> dict[str, int]:
     return {k: sum(math.prod(x.shape) for x in jax.tree.leaves(t)) for k, t in trees.items()}
 
 
-def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: int) -> dict:
+def cost(found: dict, text: str, stage: Stage, chip: Chip, shape: ClipShape, clips: int) -> dict:
     """Estimates communication and time of a step.
 
     The time lies between that of the slowest resource at its peak (if everything overlaps) and the
@@ -231,7 +229,7 @@ def cost(found: dict, text: str, stage: Stage, chip: Chip, frames: int, clips: i
         ],
         "clips_per_epoch": clips,
     }
-    if tokens := experiment.tokens(frames):
+    if tokens := experiment.tokens(shape):
         rate["tokens_per_clip"] = tokens
         rate["tokens_per_s"] = [tokens * x for x in rate["clips_per_s"]]
     return resources | rate

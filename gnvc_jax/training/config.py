@@ -23,6 +23,7 @@ from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import MeshConfig, parse_mesh
 from gnvc_jax.refiner.config import PATCH, RefinerConfig
 from gnvc_jax.training.settings import (
+    ClipShape,
     ComputeConfig,
     DataConfig,
     EvaluationConfig,
@@ -35,6 +36,7 @@ from gnvc_jax.vae.config import VAEConfig
 
 # What a config file needs, in one place.
 __all__ = [
+    "ClipShape",
     "ComputeConfig",
     "DataConfig",
     "EvaluationConfig",
@@ -141,18 +143,19 @@ class Experiment:
 
     def _check_data(self) -> None:
         """Checks that clips consist of whole latents, and batches of whole micro-batches."""
-        stride = self.vae.temporal_stride
-        for frames in self.data.lengths:
-            if (frames - 1) % stride:
-                raise UsageError(f"data.frames: must be 1 + {stride}k, got {frames}")
+        stride, shapes = self.vae.temporal_stride, self.data.shapes
+        for shape in shapes:
+            if (shape.frames - 1) % stride:
+                raise UsageError(f"data.frames: must be 1 + {stride}k, got {shape.frames}")
         # A codec needs whole hyperlatents, a DiT whole tokens: in latents, then in pixels.
         multiple = PATCH if self.refiner is not None else 1
         multiple = self.vae.stride * (LATENT_MULTIPLE if self.codec is not None else multiple)
-        if any(side < 1 or side % multiple for side in self.data.size):
-            raise UsageError(
-                f"data.size: must be multiples of {multiple}, got {self.data.size[0]} x "
-                f"{self.data.size[1]}"
-            )
+        for shape in shapes:
+            if any(side < 1 or side % multiple for side in shape.size):
+                raise UsageError(
+                    f"data.size: must be multiples of {multiple}, got {shape.height} x "
+                    f"{shape.width}"
+                )
         if self.data.batch % self.optim.accumulate:
             raise UsageError(
                 f"data.batch: must be a multiple of optim.accumulate, {self.optim.accumulate}, "
@@ -192,12 +195,14 @@ class Experiment:
                 f"data.latents: the stage `{self.stage}` needs frames, got {self.data.latents}"
             )
 
-    def tokens(self, frames: int) -> int:
-        """Number of the refiner's tokens for a clip of so many frames; 0 without a refiner."""
-        if self.refiner is None:
-            return 0
-        grid = (side // self.vae.stride for side in self.data.size)
-        return self.refiner.dit.tokens(1 + (frames - 1) // self.vae.temporal_stride, *grid)
+    def latents(self, shape: ClipShape) -> tuple[int, int, int]:
+        """Number, height and width of the latents of a clip."""
+        height, width = (side // self.vae.stride for side in shape.size)
+        return 1 + (shape.frames - 1) // self.vae.temporal_stride, height, width
+
+    def tokens(self, shape: ClipShape) -> int:
+        """Number of the refiner's tokens for a clip; 0 without a refiner."""
+        return 0 if self.refiner is None else self.refiner.dit.tokens(*self.latents(shape))
 
 
 def load(path: str | os.PathLike) -> Experiment:

@@ -27,7 +27,7 @@ from gnvc_jax.errors import TrainingDiverged
 from gnvc_jax.training import inputs
 from gnvc_jax.training.bucket_runs import LogCopies, log_folder
 from gnvc_jax.training.checkpoints import Checkpoints
-from gnvc_jax.training.config import Experiment, RunConfig
+from gnvc_jax.training.config import ClipShape, Experiment, RunConfig
 from gnvc_jax.training.inputs import Clips
 from gnvc_jax.training.levels import LevelSums, Metrics, level_means
 from gnvc_jax.training.metrics import Writer
@@ -61,7 +61,8 @@ class TrainingRun:
         clock: Time that went into steps.
         writer: Log of the run.
         step: Number of steps done.
-        frames: Frames per clip in the step that is about to be done, or was done last.
+        shape: Shape of the clips in the step that is about to be done, or was done last; None
+            before the first one.
         waited: Seconds that this step waited for its batch.
         metrics: Metrics of the last step, which the device may still be working on.
         stopped: Whether the run was asked to stop before its last step.
@@ -74,7 +75,7 @@ class TrainingRun:
     clock: Clock
     writer: Writer
     step: int
-    frames: int = 0
+    shape: ClipShape | None = None
     waited: float = 0.0
     metrics: Metrics = dataclasses.field(default_factory=dict)
     stopped: bool = False
@@ -156,15 +157,15 @@ class Watchdog(Hook):
     """
 
     def __init__(self, config: RunConfig):
-        self.seconds, self.compiled = config.watchdog_s, 0
+        self.seconds, self.compiled = config.watchdog_s, None
 
     def before_step(self, run: TrainingRun) -> None:
         """Starts the time of a step anew."""
         self.close()
-        if self.compiled == run.frames:
+        if self.compiled == run.shape:
             # A thread outside of Python: it ends a process that holds the interpreter's lock, too.
             faulthandler.dump_traceback_later(self.seconds, exit=True)
-        self.compiled = run.frames
+        self.compiled = run.shape
 
     def close(self) -> None:
         """Stops watching."""
@@ -184,7 +185,7 @@ class Meter(Hook):
     def __init__(self, stage: Stage, clock: Clock):
         self.experiment, self.work, self.clock = stage.experiment, WorkPerStep(stage), clock
         self.left_out = inputs.left_out(stage.experiment)
-        self.pending: tuple[int, int, Metrics] | None = None
+        self.pending: tuple[int, ClipShape, Metrics] | None = None
         self.skipped = 0
         self.restart()
 
@@ -194,29 +195,29 @@ class Meter(Hook):
         self.waited, self.since = 0.0, self.clock.trained_s()
 
     def before_step(self, run: TrainingRun) -> None:
-        """Counts the work of a step when clips have a new length, while the clock stands still."""
-        # Traces the step on the first call for a length, hence before the step and not in
+        """Counts the work of a step when clips have a new shape, while the clock stands still."""
+        # Traces the step on the first call for a shape, hence before the step and not in
         # `after_step`.
-        self.work.of(run.frames)
+        self.work.of(run.shape)
         self.waited += run.waited
 
     def after_step(self, run: TrainingRun) -> None:
         """Adds the step before this one, while the device works on this one."""
         # Reading metrics waits for their step. Those of the step before are there while the device
         # works on this one; at the end, this step's own are waited for.
-        before, self.pending = self.pending, (run.step, run.frames, run.metrics)
+        before, self.pending = self.pending, (run.step, run.shape, run.metrics)
         for one in (before, self.pending if run.ending else None):
             if one is not None:
                 self.add(run.writer, *one)
 
-    def add(self, writer: Writer, step: int, frames: int, values: Metrics) -> None:
+    def add(self, writer: Writer, step: int, shape: ClipShape, values: Metrics) -> None:
         """Adds the metrics of one step, and writes the means if it is time.
 
         Raises:
             TrainingDiverged: If all of the last updates had to be skipped.
         """
         self.values.append(jax.device_get(values))
-        self.done.update(self.work.of(frames))
+        self.done.update(self.work.of(shape))
         # Metrics arrive one step late, and so does this decision.
         self.skipped = self.skipped + 1 if self.values[-1]["skipped"] else 0
         if self.skipped == MAX_SKIPPED_IN_A_ROW:

@@ -19,30 +19,30 @@ from gnvc_jax.data.latents import latent_dataset, read_info
 from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.errors import UsageError
 from gnvc_jax.training.bucket_runs import log_folder
-from gnvc_jax.training.config import DataConfig, Experiment
+from gnvc_jax.training.config import ClipShape, DataConfig, Experiment
 
 
 class Data(NamedTuple):
     """Training data.
 
     Attributes:
-        batches: Function (frames per clip) -> endless data set of this process's part of each
+        batches: Function (shape of clips) -> endless data set of this process's part of each
             batch, in a fixed order, whose iterator can save and restore its place.
-        shapes: Function (frames per clip) -> a batch of all processes as shapes. Nothing is read.
+        shapes: Function (shape of clips) -> a batch of all processes as shapes. Nothing is read.
     """
 
-    batches: Callable[[int], grain.IterDataset]
-    shapes: Callable[[int], Tree]
+    batches: Callable[[ClipShape], grain.IterDataset]
+    shapes: Callable[[ClipShape], Tree]
 
 
 class Clips:
-    """The batches of a run, in order; a new iterator wherever clips change their length.
+    """The batches of a run, in order; a new iterator wherever clips change their shape.
 
     The new iterator goes on with the number of the next clip: draws are numbered through the whole
     run. One that began again at 0 would draw the same clips in every phase.
 
     Attributes:
-        frames: Frames per clip of the batch that was taken last.
+        shape: Shape of the clips of the batch that was taken last.
     """
 
     def __init__(self, data: Data, config: DataConfig, step: int, position: dict | None):
@@ -53,21 +53,27 @@ class Clips:
             config: Settings of the data.
             step: Number of steps done.
             position: Position that `get_state` gave there, None for a new run.
+
+        Raises:
+            UsageError, TooMuchLeftOut: If the data do not hold clips of all shapes.
         """
         self.data, self.config = data, config
-        self.start(config.frames_at(step), position and position["batches"])
+        # Data that lack a later shape are refused now, and not after days.
+        for shape in config.shapes:
+            data.batches(shape)
+        self.start(config.shape_at(step), position and position["batches"])
 
-    def start(self, frames: int, batches: dict | None) -> None:
+    def start(self, shape: ClipShape, batches: dict | None) -> None:
         """Starts an iterator where the one before stood, as its state `batches` says."""
-        self.frames, self.batches = frames, iter(self.data.batches(frames))
+        self.shape, self.batches = shape, iter(self.data.batches(shape))
         if batches is not None:
             self.batches.set_state(batches)
 
     def take(self, step: int) -> Tree:
         """Takes the batch of the step that follows `step` others."""
-        frames = self.config.frames_at(step)
-        if frames != self.frames:
-            self.start(frames, self.batches.get_state())
+        shape = self.config.shape_at(step)
+        if shape != self.shape:
+            self.start(shape, self.batches.get_state())
         return next(self.batches)
 
     def get_state(self) -> dict:
@@ -90,17 +96,17 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
     """
     data = experiment.data
 
-    @functools.cache  # one index, and one list of what is left out, for all clip lengths
+    @functools.cache  # one index, and one list of what is left out, for all shapes of clips
     def index() -> ClipIndex:
         # A mixture names its paths with weights; without one there is a single path.
         paths = [path for path, _ in data.mixture] or data.path
         return ClipIndex(paths, data.decode_cache, left_out(experiment))
 
-    def batches(frames: int) -> grain.IterDataset:
+    def batches(clip: ClipShape) -> grain.IterDataset:
         return clip_dataset(
             index(),
-            frames=frames,
-            size=data.size,
+            frames=clip.frames,
+            size=clip.size,
             # This process's rows; the loop makes global arrays of those of all processes.
             batch=data.batch // jax.process_count(),
             seed=data.seed,
@@ -111,13 +117,13 @@ def clips(experiment: Experiment, motion: bool = False) -> Data:
             shard=(jax.process_index(), jax.process_count()),
         )
 
-    def shapes(frames: int) -> Tree:
+    def shapes(clip: ClipShape) -> Tree:
         shape = jax.ShapeDtypeStruct
-        video = shape((data.batch, frames, *data.size, 3), np.uint8)
+        video = shape((data.batch, *clip, 3), np.uint8)
         if not motion:
             return video
         # Vectors are those of 4 frames per latent, in blocks of 16 pixels.
-        latents, blocks = (frames - 1) // 4, tuple(side // 16 for side in data.size)
+        latents, blocks = (clip.frames - 1) // 4, tuple(side // 16 for side in clip.size)
         return {
             "video": video,
             "vectors": shape((data.batch, latents, 4, *blocks, 2), np.int16),
@@ -144,7 +150,7 @@ def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str])
         return clips(experiment)
     unread = functools.cache(lambda: left_out(experiment))
 
-    def batches(frames: int) -> grain.IterDataset:
+    def batches(clip: ClipShape) -> grain.IterDataset:
         # Here and not above: the fingerprint needs the VAE's weights, which planning does without.
         if read_info(folder).vae != vae_fingerprint():
             raise UsageError(
@@ -152,8 +158,8 @@ def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str])
             )
         return latent_dataset(
             folder,
-            frames=frames,
-            size=data.size,
+            frames=clip.frames,
+            size=clip.size,
             left_out=unread(),
             batch=data.batch // jax.process_count(),
             seed=data.seed,
@@ -161,9 +167,8 @@ def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str])
             shard=(jax.process_index(), jax.process_count()),
         )
 
-    def shapes(frames: int) -> Tree:
-        h, w = (side // vae.stride for side in data.size)
-        t = 1 + (frames - 1) // vae.temporal_stride
-        return jax.ShapeDtypeStruct((data.batch, t, h, w, vae.latent_channels), np.float32)
+    def shapes(clip: ClipShape) -> Tree:
+        shape = data.batch, *experiment.latents(clip), vae.latent_channels
+        return jax.ShapeDtypeStruct(shape, np.float32)
 
     return Data(batches, shapes)

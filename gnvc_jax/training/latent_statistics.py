@@ -83,7 +83,7 @@ def measure_latents(experiment: Experiment) -> Statistics:
     """Measures statistics of the latents of some batches of clips."""
     vae, params = VAE(experiment.vae), load_vae(experiment)
     encode = jax.jit(lambda params, batch: encode_clip(vae, params, to_float(batch)))
-    batches = iter(inputs.clips(experiment).batches(experiment.data.frames))
+    batches = iter(inputs.clips(experiment).batches(experiment.data.shape_at(0)))
     count = experiment.data.statistics_batches
     latents = [np.asarray(encode(params, next(batches))) for _ in range(count)]
     # (clips, t, h, w, c); statistics are those of channels.

@@ -82,7 +82,7 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
 
         # Data, from where the checkpoint left off.
         clips = Clips(stage.data, experiment.data, step, position)
-        say(describe_run(experiment, state, frozen, clips.frames))
+        say(describe_run(experiment, state, frozen, clips.shape))
 
         # Log, checkpoints, and what else looks at the run.
         saver = SaveCheckpoints(checkpoints, experiment.run)
@@ -107,18 +107,18 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         for hook in hooks:
             stack.enter_context(closing(hook))
 
-        # Compiled at its first call, and again for each new length of clips.
+        # Compiled at its first call, and again for each new shape of clips.
         train_step = jit_step(stage, mesh, state, frozen)
         over_batch = NamedSharding(mesh, P(BATCH))
         # Steps are dispatched ahead of the device: metrics are read one step late (see `Meter`), so
         # that the next batch is taken while the device works.
-        # `frames` of the run is 0 at first, so that the first step counts as one of a new length.
+        # `shape` of the run is None at first, so that the first step counts as one of a new shape.
         while not run.ending:
             began = time.perf_counter()
             batch = put(clips.take(run.step), over_batch)
             run.waited = time.perf_counter() - began
-            with compilation(run) if clips.frames != run.frames else nullcontext():
-                run.frames = clips.frames
+            with compilation(run) if clips.shape != run.shape else nullcontext():
+                run.shape = clips.shape
                 for hook in hooks:
                     hook.before_step(run)
                 with jax.profiler.StepTraceAnnotation("train", step_num=run.step + 1):
@@ -193,7 +193,7 @@ def start_state(
 
 @contextmanager
 def compilation(run: TrainingRun) -> Iterator[None]:
-    """Surrounds the first step with clips of a new length, which is compiled; no rate counts it."""
+    """Surrounds the first step with clips of a new shape, which is compiled; no rate counts it."""
     run.waited, began = 0.0, time.perf_counter()
     with run.paused():
         yield

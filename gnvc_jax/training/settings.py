@@ -6,7 +6,8 @@ the code that they size. Each group checks its own values when it is made.
 
 import dataclasses
 import math
-from typing import Literal, get_args, get_origin, get_type_hints
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax.numpy as jnp
 
@@ -43,6 +44,29 @@ def check_choices(group: str, config: object) -> None:
         raise UsageError(f"{group}.{key}: expected one of {choices}, got {value!r}")
 
 
+class ClipShape(NamedTuple):
+    """Shape of training clips.
+
+    Attributes:
+        frames: Number of frames, 1 + 4k.
+        height, width: Size in pixels.
+    """
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+    @property
+    def volume(self) -> int:
+        """Number of pixels in all frames, by which the largest of some shapes is chosen."""
+        return self.frames * self.height * self.width
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Training clips.
@@ -56,6 +80,8 @@ class DataConfig:
         clip_length_schedule: (step, frames) pairs in order; from that step on, clips have that
             length (GNVC-VD: 5, then 9, then 13).
         size: Height and width of the crop in pixels.
+        size_schedule: (step, height, width) triples in order; from that step on, crops have that
+            size. It may change together with the length, or at other steps.
         batch: Number of clips per step over all devices.
         workers: Number of decoding processes; 0 decodes in a thread of this one.
         decode_cache: Folder to keep decoded frames in.
@@ -73,6 +99,7 @@ class DataConfig:
     frames: int = 5
     clip_length_schedule: tuple[tuple[int, int], ...] = ()
     size: tuple[int, int] = (256, 256)
+    size_schedule: tuple[tuple[int, int, int], ...] = ()
     batch: int = 8
     workers: int = 0
     decode_cache: str | None = None
@@ -91,26 +118,36 @@ class DataConfig:
                 raise UsageError(
                     f"data.mixture: the weight of {path} must be positive, got {weight}"
                 )
-        # Step 0 is `frames` itself, so entries begin at 1.
-        steps = [step for step, _ in self.clip_length_schedule]
-        if steps != sorted(set(steps)) or min(steps, default=1) < 1:
-            raise UsageError(
-                f"data.clip_length_schedule: steps must be positive and rising, got {steps}"
-            )
-        for frames in self.lengths:
-            if frames < 1:
-                raise UsageError(f"data.frames: must be positive, got {frames}")
+        # Step 0 has `frames` and `size` themselves, so entries begin at 1.
+        for name in ("clip_length_schedule", "size_schedule"):
+            steps = [step for step, *_ in getattr(self, name)]
+            if steps != sorted(set(steps)) or min(steps, default=1) < 1:
+                raise UsageError(f"data.{name}: steps must be positive and rising, got {steps}")
+        for shape in self.shapes:
+            if shape.frames < 1:
+                raise UsageError(f"data.frames: must be positive, got {shape.frames}")
 
     @property
-    def lengths(self) -> tuple[int, ...]:
-        """All lengths of clips, in frames, that a run comes to."""
-        return (self.frames, *(frames for _, frames in self.clip_length_schedule))
+    def shapes(self) -> tuple[ClipShape, ...]:
+        """Shapes of clips that a run comes to, in order."""
+        schedules = *self.clip_length_schedule, *self.size_schedule
+        return tuple(self.shape_at(step) for step in sorted({0, *(step for step, *_ in schedules)}))
 
-    def frames_at(self, step: int) -> int:
-        """Number of frames per clip in the step that follows `step` others."""
-        # The last entry that has begun, or the length before the first one.
-        schedule = reversed(self.clip_length_schedule)
-        return next((frames for first, frames in schedule if step >= first), self.frames)
+    @property
+    def largest(self) -> ClipShape:
+        """The shape with the most pixels, which needs the most memory and time."""
+        return max(self.shapes, key=lambda shape: shape.volume)
+
+    def shape_at(self, step: int) -> ClipShape:
+        """Shape of clips in the step that follows `step` others."""
+
+        def last(schedule: Sequence[tuple[int, ...]], before: tuple[int, ...]) -> tuple[int, ...]:
+            # The last entry that has begun, or the value before the first one.
+            begun = (tuple(value) for first, *value in reversed(schedule) if step >= first)
+            return next(begun, before)
+
+        lengths, sizes = self.clip_length_schedule, self.size_schedule
+        return ClipShape(*last(lengths, (self.frames,)), *last(sizes, self.size))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,21 +21,21 @@ from gnvc_jax import convolution
 from gnvc_jax.arrays import Tree
 from gnvc_jax.planner.program import bytes_per_device
 from gnvc_jax.refiner import attention
-from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.config import ClipShape, Experiment
 from gnvc_jax.training.state import State
 
 MIB = 2**20
 COLUMNS = ("part", "state", "parameters", "type", "MiB", "per device", "on the mesh")
 
 
-def describe_run(experiment: Experiment, state: State, frozen: Tree, frames: int) -> str:
+def describe_run(experiment: Experiment, state: State, frozen: Tree, shape: ClipShape) -> str:
     """Writes the table of a run; to be called under its mesh.
 
     Args:
         experiment: Experiment of the run.
         state: Train state, arrays or shapes, with shardings.
         frozen: Arrays or shapes that do not train, see `gnvc_jax.training.stages.frozen`.
-        frames: Number of frames per clip of the next step.
+        shape: Shape of the clips of the next step.
     """
     mesh = jax.sharding.get_mesh()
     axes = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -44,7 +44,7 @@ def describe_run(experiment: Experiment, state: State, frozen: Tree, frames: int
         [
             f"{experiment.stage} on {mesh.size} x {device}" + (f": {axes}" if axes else ""),
             *aligned([COLUMNS, *parameter_rows(state, frozen)]),
-            f"step     {step_text(experiment, frames)}",
+            f"step     {step_text(experiment, shape)}",
             f"kernels  {kernels_text(experiment)}",
             f"memory   {memory_text(state, frozen)}",
         ]
@@ -92,16 +92,20 @@ def placement(leaves: list[Any]) -> str:
     return f"{sum(map(nbytes, split)) / sum(map(nbytes, leaves)):.0%} split over {names}"
 
 
-def step_text(experiment: Experiment, frames: int) -> str:
+def step_text(experiment: Experiment, shape: ClipShape) -> str:
     """Says how much goes through one step."""
-    batch, (height, width) = experiment.data.batch, experiment.data.size
-    clips = f"{batch} clips of {frames} frames of {height} x {width}"
-    parts = [f"{batch * frames:,} frames"]
-    if tokens := experiment.tokens(frames):
+    data, batch = experiment.data, experiment.data.batch
+    clips = f"{batch} clips of {shape.frames} frames of {shape.height} x {shape.width}"
+    parts = [f"{batch * shape.frames:,} frames"]
+    if tokens := experiment.tokens(shape):
         parts.append(f"{batch * tokens:,} tokens")
     if (accumulate := experiment.optim.accumulate) > 1:
         parts.append(f"in {accumulate} micro-batches")
-    return f"{clips}: {', '.join(parts)}"
+    text = f"{clips}: {', '.join(parts)}"
+    # What must fit in memory in the end, if not at once.
+    last = data.largest
+    grows = f"; later {last.frames} frames of {last.height} x {last.width}"
+    return text + (grows if last.volume > shape.volume else "")
 
 
 def kernels_text(experiment: Experiment) -> str:

@@ -13,10 +13,11 @@ from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.planner import flops
 from gnvc_jax.planner.chips import PEAK_FLOPS
 from gnvc_jax.training import stages
+from gnvc_jax.training.config import ClipShape
 from gnvc_jax.training.stages import Stage
 
 
-def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = False) -> float:
+def operations(stage: Stage, device: jax.Device, shape: ClipShape, remat: bool = False) -> float:
     """Counts the operations of a step over all devices, forward and backward.
 
     See `gnvc_jax.planner.flops` for what counts.
@@ -24,7 +25,7 @@ def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = Fals
     Args:
         stage: Stage that is trained.
         device: One of the devices: layers take the form that suits its platform.
-        frames: Number of frames per clip.
+        shape: Shape of the clips.
         remat: Whether operations that the backward pass repeats count twice. False gives the number
             that MFU refers to.
     """
@@ -38,7 +39,7 @@ def operations(stage: Stage, device: jax.Device, frames: int, remat: bool = Fals
     key = jax.eval_shape(lambda: jax.random.key(0))
     step = jax.ShapeDtypeStruct((), "int32")
     params = jax.eval_shape(lambda key: stages.init_trained(stage, key), key)
-    arguments = params, stages.frozen_shapes(stage), stage.data.shapes(frames)
+    arguments = params, stages.frozen_shapes(stage), stage.data.shapes(shape)
     mesh = make_mesh(MeshConfig(data=1), [device])  # the platform's layers, undivided
     with jax.set_mesh(mesh):
         return flops.count(
@@ -56,8 +57,8 @@ class WorkPerStep:
     def __init__(self, stage: Stage):
         self.stage, self.known = stage, {}
 
-    def of(self, frames: int) -> dict[str, float]:
-        """Amounts for clips of so many frames, over all devices; the first call traces the step.
+    def of(self, shape: ClipShape) -> dict[str, float]:
+        """Amounts for clips of a shape, over all devices; the first call traces the step.
 
         Returns:
             "clips", "frames" and, with a refiner, "tokens"; "gflop", the operations in 10^9, where
@@ -65,20 +66,20 @@ class WorkPerStep:
             at the published peak of the devices, where that is known. "peak_s" over the seconds
             that the step took is the MFU (PaLM, Chowdhery et al. 2022, appendix B).
         """
-        if frames not in self.known:
+        if shape not in self.known:
             experiment, devices = self.stage.experiment, jax.devices()
             batch = experiment.data.batch
-            found = {"clips": float(batch), "frames": float(batch * frames)}
-            if tokens := experiment.tokens(frames):
+            found = {"clips": float(batch), "frames": float(batch * shape.frames)}
+            if tokens := experiment.tokens(shape):
                 found["tokens"] = float(batch * tokens)
             # Without rematerialisation: MFU counts what the model needs, not what the machine
             # repeats.
-            needed = operations(self.stage, devices[0], frames)
+            needed = operations(self.stage, devices[0], shape)
             found["gflop"] = needed / 1e9
             if peak := PEAK_FLOPS.get(devices[0].device_kind):
                 found["peak_s"] = needed / (peak * jax.sharding.get_mesh().size)
-            self.known[frames] = found
-        return self.known[frames]
+            self.known[shape] = found
+        return self.known[shape]
 
 
 class Clock:

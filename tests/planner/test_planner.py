@@ -86,7 +86,7 @@ def test_planned_memory_equals_that_of_the_training_step(experiment):
     mesh = MeshConfig(data=2, fsdp=4)
     found = plans(experiment, **dataclasses.asdict(mesh))
     stage, mesh = layers_stage(experiment), make_mesh(mesh)
-    shapes = training.abstract_arguments(stage, mesh, frames=1)
+    shapes = training.abstract_arguments(stage, mesh, experiment.data.largest)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), (shapes[0].params, *shapes[1:]))
     params, frozen, batch = zeros
     state = init_state(experiment.optim, params, jax.random.key(0))
@@ -190,7 +190,9 @@ def test_plan_of_training_with_motion(with_motion, monkeypatch):
     monkeypatch.setattr(jax.stages.Lowered, "compile", give_up)
     spread = dataclasses.replace(with_motion, mesh=MeshConfig(data=2))
     found = training.plan_for(spread, jax.devices()[:2], chips.CHIPS["v5p"])
-    arguments = training.abstract_arguments(make_stage(spread), make_mesh(spread.mesh), 5)
+    arguments = training.abstract_arguments(
+        make_stage(spread), make_mesh(spread.mesh), spread.data.largest
+    )
     clip = 5 * 64 * 64 * 3 + 4 * 4 * 4 * 2 * 2 + 4 + 4  # frames, vectors, bits, quality level
     assert program.bytes_per_device(arguments[2]) == clip
     assert found["argument_bytes"] == sum(map(program.bytes_per_device, arguments))
@@ -213,7 +215,9 @@ def test_what_is_planned_of_refining_frames(with_motion, tiny_model):
         data=DataConfig(frames=13, size=(64, 64), batch=1),
     )
     mesh = make_mesh(MeshConfig(data=1))
-    state, frozen, batch = training.abstract_arguments(make_stage(experiment), mesh, 13)
+    state, frozen, batch = training.abstract_arguments(
+        make_stage(experiment), mesh, experiment.data.largest
+    )
     assert set(state.params) == {"refiner"}
     assert set(frozen["fixed"]) == {"vae", "codec"}
     assert {"alex", "dists", "white"} <= set(frozen["constants"])
@@ -268,7 +272,8 @@ def test_operations_on_heads_of_zeros_in_training(tiny_codec, tiny_model):
     stage, devices = make_stage(experiment), jax.devices()[:4]
 
     def padding(stage, **mesh):
-        return training.operations_on_padding(stage, make_mesh(MeshConfig(**mesh), devices), 13)
+        mesh, shape = make_mesh(MeshConfig(**mesh), devices), stage.experiment.data.largest
+        return training.operations_on_padding(stage, mesh, shape)
 
     assert padding(stage, data=4) == padding(stage, data=1, fsdp=4) == 0
     # A window of two latents of 8x16, so 2 * 4 * 8 tokens; forward once, backward twice.

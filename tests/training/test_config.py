@@ -172,6 +172,11 @@ PIXEL = dataclasses.replace(LATENT, stage="pixel", loss=PixelLoss())
         ),
         (
             LATENT,
+            {"data": DataConfig(size_schedule=((100, 64, 128), (200, 480, 832)))},
+            "data.size: must be multiples of 64, got 480 x 832",
+        ),
+        (
+            LATENT,
             {"data": DataConfig(size=(64, 96))},
             "data.size: must be multiples of 64, got 64 x 96",
         ),

@@ -104,7 +104,8 @@ def test_stages_with_a_codec_have_levels_and_shares_of_symbols(name, tiny_codec)
     )
     stage = make_stage(experiment)
     with jax.set_mesh(make_mesh(MeshConfig(data=1), jax.devices()[:1])):
-        state, frozen, batch = abstract_arguments(stage, jax.sharding.get_mesh(), 13)
+        mesh, shape = jax.sharding.get_mesh(), experiment.data.largest
+        state, frozen, batch = abstract_arguments(stage, mesh, shape)
         step = make_step(experiment.optim, stages.objective(stage))
         _, metrics = jax.eval_shape(step, state, frozen, batch)
     shares = {"z_share", "skip_share", "clipped_share"}

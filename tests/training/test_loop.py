@@ -147,26 +147,34 @@ def test_parts_have_noise_of_their_own():
 
 
 def with_batches(stage, change):
-    """The stage with change(data set, frames) in place of its data."""
+    """The stage with change(data set, shape) in place of its data."""
     batches = stage.data.batches
-    data = stage.data._replace(batches=lambda frames: change(batches(frames), frames))
+    data = stage.data._replace(batches=lambda shape: change(batches(shape), shape))
     return dataclasses.replace(stage, data=data)
 
 
-def marked(dataset, frames):
-    """Batches with the number of frames in x."""
-    return dataset.map(lambda batch: batch | {"x": batch["x"] * 0 + frames})
+def marked(dataset, shape):
+    """Batches with the number of frames and the height in x."""
+    return dataset.map(lambda b: b | {"x": b["x"] * 0 + np.float32(shape[:2] * 2)})
 
 
 def test_clips_grow_at_the_steps_that_are_named(tmp_path):
     base = toy(tmp_path)
-    data = dataclasses.replace(base.data, frames=5, clip_length_schedule=((3, 9), (4, 13)))
+    data = dataclasses.replace(
+        base.data,
+        frames=5,
+        clip_length_schedule=((3, 9), (4, 13)),
+        size_schedule=((2, 64, 96), (4, 128, 64)),
+    )
+    assert data.shapes == ((5, 256, 256), (5, 64, 96), (9, 64, 96), (13, 128, 64))
+    assert data.largest == (5, 256, 256)  # the one with the most pixels, first or last
     stage = with_batches(toy_stage.toy_stage(dataclasses.replace(base, data=data)), marked)
     clips = Clips(stage.data, data, 0, None)
     taken = [clips.take(step) for step in range(6)]
     assert [int(b["x"][0, 0]) for b in taken] == [5, 5, 5, 9, 13, 13]
-    # What is drawn does not depend on the length: no draw comes twice and none is left out.
-    plain = iter(toy_stage.toy_stage(base).data.batches(5))
+    assert [int(b["x"][0, 1]) for b in taken] == [256, 256, 64, 64, 128, 128]
+    # What is drawn does not depend on the shape: no draw comes twice and none is left out.
+    plain = iter(toy_stage.toy_stage(base).data.batches(data.shape_at(0)))
     for batch in taken:
         np.testing.assert_array_equal(batch["y"], next(plain)["y"])
 
@@ -182,6 +190,10 @@ def test_clips_grow_at_the_steps_that_are_named(tmp_path):
     for wrong in (((3, 8),), ((3, 9), (2, 13)), ((0, 9),)):
         with pytest.raises(ValueError, match=r"data\."):
             changed = dataclasses.replace(data, clip_length_schedule=wrong)
+            dataclasses.replace(base, data=changed)
+    for wrong in (((3, 64, 4),), ((3, 64, 64), (2, 64, 96)), ((0, 64, 64),)):
+        with pytest.raises(ValueError, match=r"data\."):
+            changed = dataclasses.replace(data, size_schedule=wrong)
             dataclasses.replace(base, data=changed)
 
 

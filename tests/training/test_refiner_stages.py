@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from refiner_runs import STATISTICS, as_codec, batch, drawn, save_start, started
 
 from gnvc_jax.cache_latents import cache_latents
+from gnvc_jax.errors import GnvcError
 from gnvc_jax.frames import to_float
 from gnvc_jax.media.writer import open_writer
 from gnvc_jax.parallel import MeshConfig, make_mesh
@@ -20,6 +21,7 @@ from gnvc_jax.refiner import flow
 from gnvc_jax.training import partition, stages
 from gnvc_jax.training.checkpoints import Checkpoints
 from gnvc_jax.training.config import InitConfig, RunConfig
+from gnvc_jax.training.inputs import Clips
 from gnvc_jax.training.networks import make_networks
 from gnvc_jax.training.refinement import random_window
 from gnvc_jax.training.rollout import roll_out
@@ -43,7 +45,15 @@ def test_latents_of_a_run_are_taken_by_its_codec(base, tmp_path):
     assert cache_latents(video, cache, run, 5, progress=False) == {}
     data = dataclasses.replace(base.data, latents=str(cache))
     stage = make_stage(as_codec(base, data=data))
-    latents = next(iter(stage.data.batches(5)))
+    latents = next(iter(stage.data.batches(stage.experiment.data.shape_at(0))))
+    # A later phase that the cache does not have is refused before the first step.
+    for later, message in (
+        ({"clip_length_schedule": ((9, 9),)}, "expected clips of at least 9 frames, found 5"),
+        ({"size_schedule": ((9, 128, 64),)}, r"latents of \(8, 8\) are too small for .*\(16, 8\)"),
+    ):
+        later = dataclasses.replace(data, **later)
+        with pytest.raises(GnvcError, match=message):
+            Clips(make_stage(as_codec(base, data=later)).data, later, 0, None)
     params = stages.frozen(stage, STATISTICS)["fixed"]["vae"]
     vae = VAEModule(base.vae)
     (wanted,) = encode_clip(vae, params, to_float(frames[None]))
@@ -137,7 +147,7 @@ def test_whitening_evens_out_what_a_linear_vae_gives(base, tmp_path):
     assert (found["mean"] == 0).all() and (found["std"] == 1).all()
     batches = [
         encode_clip(VAEModule(base.vae), params["vae"], to_float(b))
-        for b, _ in zip(stage.data.batches(5), range(8))
+        for b, _ in zip(stage.data.batches(stage.experiment.data.shape_at(0)), range(8))
     ]
     later = np.concatenate(batches)[:, 1:]
     raw = later.std((0, 1, 2, 3))

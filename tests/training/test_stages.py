@@ -74,7 +74,7 @@ def test_a_linear_encoder_is_fitted_to_the_clips(vae_experiment, monkeypatch):
     monkeypatch.setattr("gnvc_jax.training.stages.vae.KLT_BLOCKS", 4000)
     stage = make_stage(vae_experiment)
     params = stages.start(stage, jax.jit(stage.init)(jax.random.key(0)), {})["vae"]
-    video = np.asarray(to_float(next(iter(stage.data.batches(5)))))
+    video = np.asarray(to_float(next(iter(stage.data.batches(stage.experiment.data.shape_at(0))))))
 
     def error(fitted):
         transform = klt.BlockTransform(4, VAE.stride, VAE.temporal_stride)

@@ -34,9 +34,14 @@ def stage(experiment):
 
 def test_table_of_a_stage_on_eight_devices():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
-    state, frozen, _ = abstract_arguments(stage(EXPERIMENT), mesh, frames=13)
+    state, frozen, _ = abstract_arguments(stage(EXPERIMENT), mesh, EXPERIMENT.data.largest)
+    grown = dataclasses.replace(EXPERIMENT.data, size_schedule=((7, 128, 96),))
+    grown = dataclasses.replace(EXPERIMENT, data=grown)
     with jax.set_mesh(mesh):
-        text = describe_run(EXPERIMENT, state, frozen, frames=13)
+        text = describe_run(EXPERIMENT, state, frozen, EXPERIMENT.data.shape_at(0))
+        later = describe_run(grown, state, frozen, grown.data.shape_at(0))
+    step = text.splitlines()[-3]
+    assert later == text.replace(step, f"{step}; later 13 frames of 128 x 96")
     # A quarter of the kernel lies on each device; the bias, and what has fewer than half a million
     # elements, lies on all of them whole. 13 frames are 4 latents of 8 x 12, or 4 x 6 tokens.
     assert text.splitlines() == [

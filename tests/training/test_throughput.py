@@ -11,7 +11,7 @@ import toy_stage
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.training import inputs, loop, throughput
-from gnvc_jax.training.config import DataConfig, Experiment
+from gnvc_jax.training.config import ClipShape, DataConfig, Experiment
 from gnvc_jax.training.stages import Stage
 
 
@@ -31,21 +31,21 @@ def test_share_of_the_peak(monkeypatch):
     monkeypatch.setitem(throughput.PEAK_FLOPS, "cpu", 1e6)
     stage = product(Experiment(f"{__name__}:product", data=DataConfig(size=(8, 8), batch=4)))
     with jax.set_mesh(make_mesh(MeshConfig(data=4))):
-        found = throughput.WorkPerStep(stage).of(5)
+        found = throughput.WorkPerStep(stage).of(stage.experiment.data.largest)
     # Forward, and the gradient of the matrix, by four devices.
     operations = 2 * 2 * (4 * 5) * 192 * 16
     amounts = {"clips": 4, "frames": 20, "gflop": pytest.approx(operations / 1e9)}
     assert found == amounts | {"peak_s": pytest.approx(operations / 4e6)}
     monkeypatch.delitem(throughput.PEAK_FLOPS, "cpu")
-    assert throughput.WorkPerStep(stage).of(5) == amounts
+    assert throughput.WorkPerStep(stage).of(stage.experiment.data.largest) == amounts
 
 
 def test_tokens_of_a_clip():
     """Wan: 4 frames and 16 x 16 pixels are a token, and the first frame has tokens of its own."""
     refiner = RefinerConfig(DiTConfig(16, 16, 2, 2, 8, context_every=1), 16)
     experiment = Experiment(f"{__name__}:product", refiner=refiner, data=DataConfig(size=(64, 96)))
-    assert experiment.tokens(13) == 4 * 4 * 6
-    assert dataclasses.replace(experiment, refiner=None).tokens(13) == 0
+    assert experiment.tokens(ClipShape(13, 64, 96)) == 4 * 4 * 6
+    assert dataclasses.replace(experiment, refiner=None).tokens(ClipShape(13, 64, 96)) == 0
 
 
 def test_goodput_of_an_interrupted_run(monkeypatch):

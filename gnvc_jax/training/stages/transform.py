@@ -69,7 +69,7 @@ def transform_stage(experiment: Experiment) -> Stage:
 
     def fit(params: Tree, statistics: Statistics) -> Tree:
         # An iterator of its own: the run's first step sees the same clips again.
-        batches = iter(data.batches(experiment.data.frames))
+        batches = iter(data.batches(experiment.data.shape_at(0)))
         batches = [next(batches) for _ in range(experiment.data.statistics_batches)]
         fitted = fit_to_clips(networks, weights, jax.device_get(params), batches)
         return placed_like(params, agreed(fitted))

@@ -87,7 +87,7 @@ def vae_stage(experiment: Experiment) -> Stage:
             return params
         strides = experiment.vae.stride, experiment.vae.temporal_stride
         moments = klt.moments_of_blocks(*strides)
-        batches = iter(data.batches(experiment.data.frames))
+        batches = iter(data.batches(experiment.data.shape_at(0)))
         # First frames have statistics of their own, which need fewer blocks.
         # As many batches as it takes, whatever the size of clips.
         while moments["later"].count < KLT_BLOCKS:
