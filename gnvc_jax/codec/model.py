@@ -231,31 +231,40 @@ class LatentCodec(nn.Module):
     def __call__(
         self,
         latents: Float[AnyArray, "b t h w c"],
-        q_index: Int[AnyArray, " b"],
+        q_index: Int[AnyArray, " b"] | Int[AnyArray, "b t"],
         key: Key[Array, ""],
     ) -> LatentCodecOutput:
         """Runs `train` over a whole group, each latent predicted by the one before.
 
         Gradients flow through time and straight through every rounding.
 
+        Args:
+            latents: Latents of the source.
+            q_index: Quality level of each clip, or of each latent.
+            key: Key of the noise that stands for rounding in the rates.
+
         Returns:
             The outputs of all latents: every field that is not None has an axis t after b.
         """
         latents, q_index = jnp.asarray(latents), jnp.asarray(q_index)
+        if q_index.ndim == 1:
+            q_index = jnp.broadcast_to(q_index[:, None], latents.shape[:2])
         # Every latent has its own key, hence independent noise.
         keys = jax.random.split(key, latents.shape[1])
-        state, first = self.train(latents[:, 0], None, q_index, keys[0])
+        state, first = self.train(latents[:, 0], None, q_index[:, 0], keys[0])
 
         def step(
-            codec: LatentCodec, state: CodecState, xs: tuple[Array, Array]
+            codec: LatentCodec, state: CodecState, xs: tuple[Array, Array, Array]
         ) -> tuple[CodecState, LatentCodecOutput]:
-            latent, key = xs
+            latent, q_index, key = xs
             return codec.train(latent, state, q_index, key)
 
         # The first latent is coded by another transform, so it stays outside the scan.
         scan = nn.scan(step, variable_broadcast="params", split_rngs={"params": False})
         # One trip per latent: (b, t - 1, h, w, c) -> (t - 1, b, h, w, c).
-        _, rest = scan(self, state, (jnp.moveaxis(latents[:, 1:], 1, 0), keys[1:]))
+        _, rest = scan(
+            self, state, (jnp.moveaxis(latents[:, 1:], 1, 0), q_index[:, 1:].T, keys[1:])
+        )
         # first: (b, ...), rest: (t - 1, b, ...)
         return jax.tree.map(
             lambda a, b: jnp.concatenate([a[:, None], jnp.moveaxis(b, 0, 1)], axis=1), first, rest

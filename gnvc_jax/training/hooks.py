@@ -39,6 +39,8 @@ from gnvc_jax.training.weights import Statistics
 # A run whose gradients stay non-finite this long will not recover.
 MAX_SKIPPED_IN_A_ROW = 100
 
+NO_CLIPS = ClipShape(0, 0, 0)  # before the first step
+
 # Names in the log of the amounts of `WorkPerStep` when divided by the time they took.
 RATES = {
     "clips": "samples_per_s",
@@ -61,8 +63,8 @@ class TrainingRun:
         clock: Time that went into steps.
         writer: Log of the run.
         step: Number of steps done.
-        shape: Shape of the clips in the step that is about to be done, or was done last; None
-            before the first one.
+        shape: Shape of the clips in the step that is about to be done, or was done last;
+            zeros before the first one.
         waited: Seconds that this step waited for its batch.
         metrics: Metrics of the last step, which the device may still be working on.
         stopped: Whether the run was asked to stop before its last step.
@@ -75,7 +77,7 @@ class TrainingRun:
     clock: Clock
     writer: Writer
     step: int
-    shape: ClipShape | None = None
+    shape: ClipShape = NO_CLIPS
     waited: float = 0.0
     metrics: Metrics = dataclasses.field(default_factory=dict)
     stopped: bool = False
@@ -157,7 +159,7 @@ class Watchdog(Hook):
     """
 
     def __init__(self, config: RunConfig):
-        self.seconds, self.compiled = config.watchdog_s, None
+        self.seconds, self.compiled = config.watchdog_s, NO_CLIPS
 
     def before_step(self, run: TrainingRun) -> None:
         """Starts the time of a step anew."""

@@ -112,7 +112,7 @@ def train(stage: Stage, hooks: Sequence[Hook] = ()) -> State | None:
         over_batch = NamedSharding(mesh, P(BATCH))
         # Steps are dispatched ahead of the device: metrics are read one step late (see `Meter`), so
         # that the next batch is taken while the device works.
-        # `shape` of the run is None at first, so that the first step counts as one of a new shape.
+        # `shape` of the run is zeros at first, so that the first step counts as one of a new shape.
         while not run.ending:
             began = time.perf_counter()
             batch = put(clips.take(run.step), over_batch)

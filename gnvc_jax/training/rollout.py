@@ -14,16 +14,69 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from gnvc_jax.arrays import Array, Tree
-from gnvc_jax.codec.config import SYMBOL_BOUND, Z_BOUND, CodecConfig
+from gnvc_jax.codec.config import QUALITIES, SYMBOL_BOUND, Z_BOUND, CodecConfig
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.codec.quantise import straight_through
+from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import HALF_RANGE, to_float
 from gnvc_jax.motion.warp import predict, to_eight_bits
 from gnvc_jax.parallel import backend, constrain
 from gnvc_jax.training import losses
 from gnvc_jax.training.levels import Metrics
 from gnvc_jax.training.networks import Networks
+from gnvc_jax.training.settings import check_range
 from gnvc_jax.vae import VAE, encode_clip
+
+
+@dataclasses.dataclass(frozen=True)
+class LevelPattern:
+    """Settings of the quality levels of latents within a group (hierarchical quality).
+
+    Latents that others are predicted from are worth more bits; see `CodecConfig.levels` for what
+    encoders do.
+
+    Attributes:
+        intra_offset: Range of levels by which the first latent is better, drawn for each clip.
+        pattern: Levels by which latents 1, 2, 3, 4 after the first (and so on) are better, in clips
+            that have a pattern.
+        pattern_prob: Share of clips that have a pattern.
+    """
+
+    intra_offset: tuple[int, int] = (0, 0)
+    pattern: tuple[int, ...] = (0,)
+    pattern_prob: float = 0.0
+
+    def __post_init__(self) -> None:
+        low, high = self.intra_offset
+        if low > high:
+            raise UsageError(f"loss.intra_offset: must be a rising range, got {low} to {high}")
+        if not self.pattern:
+            raise UsageError("loss.pattern: must name at least one level, got none")
+        check_range("loss", self, pattern_prob=(0, 1))
+
+
+def draw_levels(key: Array, settings: LevelPattern, q_index: Array, latents: int) -> Array:
+    """Draws the quality level of every latent.
+
+    Args:
+        key: Random key.
+        settings: Range and pattern of levels.
+        q_index: Quality levels of the clips, (b,).
+        latents: Number of latents per clip.
+
+    Returns:
+        Quality levels (b, latents), int32.
+    """
+    (b,) = q_index.shape
+    key_intra, key_pattern = jax.random.split(key)
+    low, high = settings.intra_offset
+    # (b, 1), the upper end included.
+    intra = jax.random.randint(key_intra, (b, 1), low, high + 1)
+    # Repeated to the number of later latents: (1, latents - 1).
+    pattern = jnp.resize(jnp.asarray(settings.pattern, jnp.int32), (1, latents - 1))
+    on = jax.random.bernoulli(key_pattern, settings.pattern_prob, (b, 1))
+    offsets = jnp.concatenate([intra, on * pattern], axis=1)
+    return jnp.clip(q_index[:, None] + offsets, 0, QUALITIES - 1)
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +88,12 @@ class CodecOutput:
         latents: Latents of the source, (b, t, h, w, c), normalised; no gradient.
         decoded: Decoded latents, same shape.
         features: Features of the codec, (b, t, h, w, f), which condition a refiner.
-        q_index: Quality levels, (b,) int32, rising.
+        q_index: Quality levels of the clips, (b,) int32, rising.
+        levels: Quality levels of the latents, (b, t) int32.
         rate: Differentiable rate, (b,), in bits per pixel of the source.
         written: Rate of what a stream would hold, (b,), in the same unit; no gradient.
         error: Mean squared error of the decoded latents, (b,).
+        latent_error: The same of each latent, (b, t).
         metrics: Metrics for the log.
     """
 
@@ -46,9 +101,11 @@ class CodecOutput:
     decoded: Array
     features: Array
     q_index: Array
+    levels: Array
     rate: Array
     written: Array
     error: Array
+    latent_error: Array
     metrics: Metrics
 
 
@@ -123,7 +180,12 @@ def normalised_latents(vae: VAE, params: Tree, statistics: Tree, batch: Array) -
 
 
 def roll_out(
-    networks: Networks, params: Tree, statistics: Tree, batch: Array, key: Array
+    networks: Networks,
+    params: Tree,
+    statistics: Tree,
+    batch: Array,
+    key: Array,
+    pattern: LevelPattern | None = None,
 ) -> CodecOutput:
     """Codes a batch at random quality levels, each latent predicted by the one before.
 
@@ -133,6 +195,7 @@ def roll_out(
         statistics: "mean" and "std" of the VAE's latents.
         batch: Frames (b, t, h, w, 3) uint8, h and w multiples of 64, or latents of such clips.
         key: Random key of quality levels and noise.
+        pattern: Settings of levels within a group; all latents of a clip have the same by default.
     """
     vae, codec = networks.vae, networks.codec
     key_quality, key_noise = jax.random.split(key)
@@ -141,9 +204,12 @@ def roll_out(
     strides = vae.config.temporal_stride, vae.config.stride
     size = (1 + (t - 1) * strides[0]) * h * w * strides[1] ** 2  # pixels of a clip
     q_index = losses.draw_quality(key_quality, count)
-    coded = codec.apply({"params": params["codec"]}, latents, q_index, key_noise)
+    # A key of its own: levels of clips are the same with and without a pattern.
+    key_pattern = jax.random.fold_in(key_quality, 1)
+    levels = draw_levels(key_pattern, pattern or LevelPattern(), q_index, t)
+    coded = codec.apply({"params": params["codec"]}, latents, levels, key_noise)
     bits = coded.y_bits + coded.z_bits
-    error = losses.squared_error(coded.latent, latents)
+    error = ((coded.latent - latents) ** 2).mean((2, 3, 4))
     # The rate that trains bills noise where nothing is sent; what is logged is what a file has.
     written = (coded.written_y_bits + coded.written_z_bits).sum(1) / size
     skipped, clipped = symbol_shares(codec.config, coded.symbols)
@@ -159,7 +225,16 @@ def roll_out(
         "clipped_share": clipped.mean(),
     }
     return CodecOutput(
-        latents, coded.latent, coded.feature, q_index, bits.sum(1) / size, written, error, metrics
+        latents,
+        coded.latent,
+        coded.feature,
+        q_index,
+        levels,
+        bits.sum(1) / size,
+        written,
+        error.mean(1),
+        error,
+        metrics,
     )
 
 

@@ -11,9 +11,9 @@ from gnvc_jax.demo import camera_move
 from gnvc_jax.motion import expand
 from gnvc_jax.training.config import DataConfig, Experiment
 from gnvc_jax.training.networks import make_networks
-from gnvc_jax.training.rollout import roll_out_with_motion
+from gnvc_jax.training.rollout import draw_levels, roll_out_with_motion
 from gnvc_jax.training.stages import make_stage
-from gnvc_jax.training.stages.transform import TransformLoss, draw_levels
+from gnvc_jax.training.stages.transform import TransformLoss
 
 
 @pytest.fixture(scope="module")

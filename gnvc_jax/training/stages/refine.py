@@ -26,10 +26,10 @@ from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
-from gnvc_jax.training.rollout import roll_out_with_motion
+from gnvc_jax.training.rollout import draw_levels, roll_out_with_motion
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
-from gnvc_jax.training.stages.transform import TransformLoss, codec_loss, draw_levels
+from gnvc_jax.training.stages.transform import TransformLoss, codec_loss
 from gnvc_jax.training.weights import Statistics
 
 PAIR = 2  # latents whose frames are compared: two, so that differences cross their border

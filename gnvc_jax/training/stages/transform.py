@@ -25,7 +25,13 @@ from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.latent_statistics import identity_statistics, shapes
 from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
-from gnvc_jax.training.rollout import MotionOutput, encode_latent, roll_out_with_motion
+from gnvc_jax.training.rollout import (
+    LevelPattern,
+    MotionOutput,
+    draw_levels,
+    encode_latent,
+    roll_out_with_motion,
+)
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.weights import Statistics, agreed, placed_like
 from gnvc_jax.vae import klt
@@ -34,7 +40,7 @@ LOSS_SCALE = 0.03  # keeps the norm of gradients well below `optim.clip`
 
 
 @dataclasses.dataclass(frozen=True)
-class TransformLoss:
+class TransformLoss(LevelPattern):
     """Settings of the mean over frames of (lambda * E + R) / lambda^balance.
 
     E is the mean squared error of frames in 8-bit steps, R the rate in bits per pixel.
@@ -43,10 +49,6 @@ class TransformLoss:
         lambda_low: Bits per pixel that a squared error of one 8-bit step is worth at quality 0.
         lambda_high: The same at quality 63, geometric between.
         balance: 0 counts a bit alike at all levels, 1 counts a squared error alike.
-        intra_offset: Range of levels by which the first latent is better, drawn for each clip.
-        pattern: Levels by which latents 1, 2, 3, 4 after the first (and so on) are better, in clips
-            that have a pattern.
-        pattern_prob: Share of clips that have a pattern.
     """
 
     lambda_low: float = 1e-5
@@ -150,30 +152,6 @@ def codec_loss(
     }
     values = {"loss": costs, "bpp": written + motion, "distortion": errors.sum(1) / t}
     return costs.mean(), metrics | by_level(batch["q_index"], **values)
-
-
-def draw_levels(key: Array, weights: TransformLoss, q_index: Array, latents: int) -> Array:
-    """Draws the quality level of every latent.
-
-    Args:
-        key: Random key.
-        weights: Settings, of which those of quality levels count.
-        q_index: Quality levels of the clips, (b,).
-        latents: Number of latents per clip.
-
-    Returns:
-        Quality levels (b, latents), int32.
-    """
-    (b,) = q_index.shape
-    key_intra, key_pattern = jax.random.split(key)
-    low, high = weights.intra_offset
-    # (b, 1), the upper end included.
-    intra = jax.random.randint(key_intra, (b, 1), low, high + 1)
-    # Repeated to the number of later latents: (1, latents - 1).
-    pattern = jnp.resize(jnp.asarray(weights.pattern, jnp.int32), (1, latents - 1))
-    on = jax.random.bernoulli(key_pattern, weights.pattern_prob, (b, 1))
-    offsets = jnp.concatenate([intra, on * pattern], axis=1)
-    return jnp.clip(q_index[:, None] + offsets, 0, QUALITIES - 1)
 
 
 def fit_to_clips(
