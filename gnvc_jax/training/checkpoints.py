@@ -147,7 +147,12 @@ class Checkpoints:
         # Arrays are read into the shardings of `like`, not into those that they were saved with: a
         # run may go on with another mesh or number of processes.
         restored = self.series.load_checkpointables(step, {"state": like, "data": None})
-        return restored["state"], restored["data"]
+        # Orbax gives keys the sharding of their integers, which have one more dimension. On a mesh
+        # of one device, JAX 0.10 keeps that sharding and refuses it in the next step.
+        state = jax.tree.map(
+            lambda x, like: jax.device_put(x, like.sharding), restored["state"], like
+        )
+        return state, restored["data"]
 
     def restore_newest(self, like: Tree) -> tuple[Tree, dict] | None:
         """Restores the newest step that can be read, see `restore`.

@@ -319,6 +319,14 @@ def test_resuming_on_another_mesh(tmp_path, monkeypatch):
     np.testing.assert_allclose(moved.params["w"], whole.params["w"], rtol=1e-5)
 
 
+def test_resuming_on_one_device(tmp_path):
+    experiment = toy(tmp_path, checkpoint_every=2)
+    experiment = dataclasses.replace(experiment, mesh=MeshConfig(data=1))
+    whole = train(experiment)
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    np.testing.assert_array_equal(train(experiment).params["w"], whole.params["w"])
+
+
 def test_finished_run_is_left_alone(tmp_path):
     state = train(toy(tmp_path))
     before = (tmp_path / "metrics.jsonl").read_text()
