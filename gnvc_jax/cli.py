@@ -65,9 +65,9 @@ written (gnvc_jax.media.errors); 130 interrupted.
 Errors are reported on stderr. A command that fails leaves no output behind."""
 
 STYLE = (
-    tyro.conf.FlagCreatePairsOff,
-    tyro.conf.DisallowNone,
-    tyro.conf.PositionalMetavarFromFieldName,
+    tyro.conf.FlagCreatePairsOff,  # --force, and no --no-force
+    tyro.conf.DisallowNone,  # "None" is not a value: leaving the option out is
+    tyro.conf.PositionalMetavarFromFieldName,  # INPUT rather than STR
 )
 
 
@@ -86,6 +86,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, Callable[[], int]]:
     name, *arguments = argv or [""]
     if name == "eval":
         arguments = expand_files(arguments)
+    # --help, a wrong name, or nothing: tyro prints the list of commands, or suggests one.
     if name not in COMMANDS:
         tyro.extras.subcommand_cli_from_dict(
             {name: _described(text) for name, (_, text) in COMMANDS.items()},
@@ -107,6 +108,7 @@ def parse(argv: Sequence[str]) -> tuple[str, str | None, Callable[[], int]]:
         call = functools.partial(call, settings=settings)
     else:
         call = tyro.cli(deferred, **options)
+    # Commands that read a file call that parameter `input`.
     bound = inspect.signature(function).bind_partial(*call.args, **call.keywords)
     return name, bound.arguments.get("input"), call
 
@@ -180,6 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         prefix = f"{source or name}: " if isinstance(error, BitstreamError | UsageError) else ""
         return _fail(f"{prefix}{error}", error.exit_code)
     except BrokenPipeError:
+        # The reader has had enough, as in `gnvc decode ... - | head`. Closing stderr keeps Python
+        # from reporting the pipe again when it flushes at exit.
         sys.stderr.close()
         return 1
     except ModuleNotFoundError as error:

@@ -140,6 +140,7 @@ class Coder(Decoder):
         for number, group in enumerate(groups):
             chunks = self._chunks(group, header, first, analysis)
             if isinstance(qp, LeakyBucket):
+                # A bitrate is that of the pictures, so audio does not count.
                 qp.begin_group(writer.closed_size - len(audio), first)
                 levels = qp
             else:
@@ -250,6 +251,7 @@ class Coder(Decoder):
                 if bucket is not None:
                     bits = self._bits(coded, fields)
                     if bucket.misjudges(bits):
+                        # Only first latents are judged, and these have no prediction.
                         coded = self._code(
                             latent[:, 0], state, bucket.level(), None, latents, effort
                         )
@@ -305,10 +307,12 @@ class Coder(Decoder):
     def _worth(self, kind: int, q_index: int) -> float:
         """Bits that a squared error of an element of a latent is worth."""
         klt = self.model.vae["klt"]
-        # Latents of a linear VAE are orthonormal coefficients of pixels in [-1, 1], times a scale.
+        # Latents of a linear VAE are orthonormal coefficients of pixels in [-1, 1], times a scale:
+        # an error e of a latent is a squared error of (127.5 e / scale)^2 in 8-bit steps.
         scale = float(klt[("first_scale", "later_scale")[kind]])
         pixel = float(np.geomspace(*PIXEL_WORTH, QUALITIES)[q_index])
-        return pixel * (HALF_RANGE / scale) ** 2 / 3.0  # of three colours, the mean counts
+        # PIXEL_WORTH counts the mean of three colours, the coefficients sum over them.
+        return pixel * (HALF_RANGE / scale) ** 2 / 3.0
 
     def _bits(self, coded: QuantisedLatent, fields: list[MotionField]) -> float:
         """Information content in bits of a latent, and of its motion, the last of `fields`."""

@@ -318,6 +318,7 @@ class Decoder:
             if strength != 1.0:
                 refined = stacked.latents + strength * (refined - stacked.latents)
             refined.block_until_ready()
+        # Latents without frames (no motion) are decoded by `_shown`, with the cache of the VAE.
         for t, (latent, _, frames) in enumerate(decoded):
             if frames is not None:
                 with self.timed("vae"):

@@ -96,6 +96,7 @@ def codec_programs(model: Model) -> CodecPrograms:
 
     @jax.jit
     def decode_latents(params: Tree, cache: Tree | None, latents: Array) -> tuple[Array, Tree]:
+        # A light decoder was trained on normalised latents; the VAE wants its own units back.
         latents = shard_columns(latents)
         if light:
             frames, cache = decode_chunk(light, params, cache, latents)
@@ -211,6 +212,7 @@ def shared_programs(model: Model) -> SharedPrograms:
     constants = (
         None if x is None else np.asarray(x).tobytes() for x in (model.mean, model.std, model.text)
     )
+    # Compared by value, not by identity: two models loaded from one file share their programs.
     key = repr(configs), *constants, jax.sharding.get_mesh()
     if key not in _shared:
         if len(_shared) >= KEPT_PROGRAMS:
@@ -389,6 +391,8 @@ class CodecFunctions:
         def reference(tables: Tree, q_index: int, *integers: np.ndarray) -> np.ndarray:
             return scales.scale_index_numpy(model.codec_config, tables, q_index, *integers)
 
+        # The fastest first: the matrix units of accelerators take floats, but not int32, and NumPy
+        # runs on the host.
         for network in (jitted(jnp.float32), jitted(jnp.int32), reference):
             # `f=network` binds this turn's network; a plain closure would see the variable change.
             crc = self_test(

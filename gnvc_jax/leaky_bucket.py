@@ -18,7 +18,7 @@ SLOPE = 0.08  # of the logarithm of bits over the level, about that of the shipp
 # Before anything is known, at level 0 and without offsets: bits per pixel of a frame that is coded
 # as first latent, and bits of a later latent as a share of this.
 FIRST_BITS, LATER_SHARE = 0.003, 0.5
-HORIZON = 12  # latents after which the bucket should hold what it should
+HORIZON = 12  # number of latents over which a surplus or a deficit of bits is made up
 MEMORY = 0.8  # weight of a latent when the next one of its kind is coded
 JUMP = 2  # largest change of the level from one latent to the next
 MISJUDGED = 1.3  # factor by which the bits of a first latent may be off, else it is coded again
@@ -38,7 +38,7 @@ class LeakyBucket:
     def __init__(
         self, config: CodecConfig, header: Header, bitrate: float, frames: int | None = None
     ) -> None:
-        self.per_frame = bitrate * header.fps[1] / header.fps[0]
+        self.per_frame = bitrate * header.fps[1] / header.fps[0]  # bits
         self.gop, self.stride, self.frames = header.gop_frames, header.temporal_stride, frames
         pattern = config.level_pattern
         later = (pattern[i % len(pattern)] for i in range(header.gop_latents - 1))
@@ -67,10 +67,14 @@ class LeakyBucket:
         self._place = 0
         self._end = first + self.gop if self.frames is None else max(self.frames, first + 1)
         groups, rest = divmod(self._end - first, self.gop)
+        # A last group of `rest` frames has one latent for its first frame and one for each `stride`
+        # frames after it, rounded up.
         self._ahead = groups * len(self.offsets) + (rest and 1 + -(-(rest - 1) // self.stride))
 
     def level(self) -> int:
         """Chooses the level of the next latent, 0 (worst) to 63."""
+        # A weight is what a latent takes relative to others if all have the same base level: the
+        # share that it should get of the bits. `cycle` has those from the next latent on.
         weights, place = self._weights(), self._place
         cycle = [*weights[place:], *weights[:place]]
         past = sum(weight * count for weight, count in zip(weights, self._coded))
@@ -79,13 +83,17 @@ class LeakyBucket:
         soon = sum(itertools.islice(itertools.cycle(cycle), min(max(self._ahead, 1), HORIZON)))
         # Bits for a unit of weight, the same for all latents.
         unit = self.per_frame * self._end / (past + future)
+        # What was spent beyond the share of the latents so far is taken from those that come soon;
+        # a tenth always remains, so that the level does not collapse.
         debt = self._spent - unit * past
         budget = max(unit - debt / soon, 0.1 * unit)
+        # Bits of weight 1 are exp(SLOPE * level), see `_weights`; this solves for the level.
         base = math.log(budget) / SLOPE
         if place and self._base is not None:
             base = min(max(base, self._base - JUMP), self._base + JUMP)
         lowest = -max(self.offsets)  # below it, no level changes any more
         self._base = min(max(base, lowest), QUALITIES - 1 - min(self.offsets))
+        # Levels are whole; what rounding leaves goes to the next latent, so the mean is exact.
         wanted = self._base + self._carry + self.offsets[place]
         self._level = min(max(round(wanted), 0), QUALITIES - 1)
         self._carry = min(max(wanted - self._level, -0.5), 0.5)

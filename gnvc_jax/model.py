@@ -117,10 +117,12 @@ def build(
         mean, std: Statistics (c,) of the VAE's latents.
         text, white: See `Model`.
     """
+    # (kinds, levels, cz, 31): each kind of latent has a density of its own at every level.
     z = np.stack([density.probabilities(codec[k]["entropy"]["density"]) for k in KINDS])
     intra, inter = (scales.export(codec_config, codec[kind]["entropy"]["scales"]) for kind in KINDS)
     # Probability tables of all symbols of y are chosen by these integers alone.
     networks = intra, inter
+    # In float64: tables are made once, here, and every machine reads the integers that result.
     sigmas = np.asarray(scales.sigma_from_index(np.arange(SCALES, dtype=np.float64)), np.float64)
     tables = Tables(
         gaussian_frequencies(sigmas), frequencies_from_probabilities(z), codec_config.k_skip
@@ -222,7 +224,8 @@ def self_test(config: CodecConfig, networks: tuple[Tree, Tree], scale_index: Cal
             out[i] = low + int(state >> np.uint64(16)) % (high - low + 1)
         return out.reshape(shape)
 
-    # Both networks, at the ends of the levels and between knots.
+    # Both networks, at the ends of the levels and between knots. An intra latent (kind 0) has no
+    # latent before it. The grid of y is four times that of z.
     for kind, q_index in ((0, 0), (0, 63), (1, 7), (1, 40)):
         z = draw((2, 2, cz), -15, 15)
         prev_y, prev_index = (draw((8, 8, cy), *r) if kind else np.zeros((8, 8, cy), np.int64)
@@ -232,6 +235,8 @@ def self_test(config: CodecConfig, networks: tuple[Tree, Tree], scale_index: Cal
     return crc
 
 
+# Last names of the parameters that files hold in float16: factors of matrix products. Biases, gains
+# and steps are few, and errors of theirs would shift whole channels.
 HALF = ("kernel", "basis", "inverse", "first_basis", "later_basis")
 
 

@@ -43,6 +43,7 @@ def save_model(path: str | os.PathLike, model: Model) -> None:
         "format": "gnvc-model/1",
         "name": model.name,
         **model.configs,
+        # None without a refiner. A config holds nothing but numbers, strings and tuples of these.
         "refiner": model.refiner_config and dataclasses.asdict(model.refiner_config),
         "decoder": model.decoder_config and dataclasses.asdict(model.decoder_config),
         "self_test": model.self_test_crc,
@@ -103,6 +104,8 @@ def load_model(path: str | os.PathLike) -> Model:
             # As stored, not as parsed: fingerprints must not change when a config gets a new field.
             {name: facts[name] for name in ("vae", "codec")},
         )
+    # Whatever is missing, superfluous or of another type: TypeError for a field that a config does
+    # not know, as in a file of a later version.
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ModelCorrupt(f"{path}: not a model file ({error!r})") from error
     if [f.hex() for f in model.fingerprints] != facts["fingerprints"]:

@@ -22,6 +22,7 @@ class Moments:
 
     def add(self, vectors: np.ndarray) -> None:
         """Adds vectors (..., size)."""
+        # float64: `covariance` subtracts two numbers that may be far larger than their difference.
         x = np.asarray(vectors, np.float64).reshape(-1, len(self.sum))
         self.count += len(x)
         self.sum += x.sum(0)

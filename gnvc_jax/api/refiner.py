@@ -1,4 +1,9 @@
-"""A refiner of normalised latents, from a model, a run, or a DiT that was not trained for one."""
+"""A refiner of normalised latents, from a model, a run, or a DiT that was not trained for one.
+
+`load_refiner` returns a `PretrainedRefiner`. Its `refine` takes the decoded latents of a group to
+better ones; `velocity` is the network alone, at one state of the flow, for samplers and losses of
+your own. The network is `gnvc_jax.refiner.Refiner`, the equations are in `gnvc_jax.refiner.flow`.
+"""
 
 import dataclasses
 import functools
@@ -52,6 +57,7 @@ class PretrainedRefiner:
 
     @functools.cached_property
     def _velocity(self) -> Callable[..., Array]:
+        # The text is a constant of the program, since it is the same for every video.
         refiner = Refiner(self.config, jnp.dtype(self.dtype))
 
         def velocity(params: Tree, *inputs: Array) -> Array:
@@ -70,7 +76,7 @@ class PretrainedRefiner:
         """Velocity of the flow, data minus noise; see `gnvc_jax.refiner.Refiner`.
 
         Args:
-            state: State of the flow at time `tau`, whitened.
+            state: State of the flow at time `tau`, whitened: normalised latents times `white`.
             tau: Flow time, 0 for noise and 1 for data.
             decoded: Decoded latents, whitened.
             features: Features of the codec.
@@ -205,10 +211,12 @@ def _refiner_of_ported_dit(
         # The new blocks see decoded latents, which have as many channels.
         new = {"context_every": context_every, "context_channels": dit.channels}
         dit = dataclasses.replace(dit, **new)
+    # VACE's context layout is recognised by its number of channels, see `RefinerConfig`.
     config = RefinerConfig(dit, features=features)
     # Ported parameters stay NumPy arrays: nothing is copied to a device before it is used.
     known = {f"dit/{k}": x for k, x in flatten_dict(load_weights(path, "dit")[1], sep="/").items()}
     if config.vace_layout and has_component(path, "vae"):
+        # What VACE was given in place of pixels to generate: mid-grey, encoded and normalised.
         vae = load_vae(path)
         grey = grey_latents(VAE(vae.config), vae.params)
         known["grey"] = (grey - vae.mean) / vae.std

@@ -1,4 +1,10 @@
-"""A VAE with normalised latents, from a shipped model, a model file, a run or ported weights."""
+"""A VAE with normalised latents, from a shipped model, a model file, a run or ported weights.
+
+`load_vae` returns a `PretrainedVAE`, which goes from frames to normalised latents and back, a clip
+at once (`encode`, `decode`) or a few frames at a time (`decode_frames`, `reconstruct`). Underneath
+are the pure functions of `gnvc_jax.vae`; their latents are not normalised. What this class adds is
+the choice of the decoder, the statistics of the latents, and compiled functions that are kept.
+"""
 
 import dataclasses
 import functools
@@ -63,6 +69,8 @@ class PretrainedVAE:
         """Jitted functions that encode and decode whole clips."""
         vae, (decoder, _, scaled) = VAE(self.config), self._decoder
 
+        # Parameters are arguments rather than constants: XLA would try to fold constants. Each size
+        # of video compiles once.
         def encode(params: Tree, video: Array) -> Array:
             return (encode_clip(vae, params, video) - self.mean) / self.std
 
@@ -133,6 +141,8 @@ class PretrainedVAE:
             raise UsageError(
                 f"latents are {shape}, expected (b, n, h, w, {self.config.latent_channels})"
             )
+        # The first latent is one frame, each later one `temporal_stride` frames. Both sizes are
+        # static: they decide shapes.
         frames = frames or 1 + self.config.temporal_stride * (shape[1] - 1)
         size = size or (self.config.stride * shape[2], self.config.stride * shape[3])
         (_, decode), (_, params, _) = self._functions, self._decoder
@@ -182,6 +192,7 @@ def load_vae(path: str | Path) -> PretrainedVAE:
         FileNotFoundError: If there is none of these.
         PortError, ModelCorrupt, UsageError: If the files are damaged.
     """
+    # A folder of `gnvc port` first, then a run; whatever else is the name or path of a model.
     if has_component(path, "vae"):
         architecture, params = load_weights(path, "vae", np.float32)
         assert isinstance(architecture.config, VAEConfig)
@@ -196,6 +207,7 @@ def load_vae(path: str | Path) -> PretrainedVAE:
 
         experiment = model_of(path)
         known = latent_statistics.identity_statistics(experiment.vae.latent_channels)
+        # Measured by a later stage, for which the VAE was finished; else mean 0 and std 1 remain.
         known |= latent_statistics.of_run(path, experiment)
         params = weights.load_vae(experiment)
         return PretrainedVAE(experiment.vae, params, known["mean"], known["std"])

@@ -108,6 +108,7 @@ class CodecConfig:
             before, after = (eighths * p + MIXED // 2 for p in (place, place + 1))
             return after // MIXED - before // MIXED
 
+        # The first latent takes its turn among those of other groups, hence better(group).
         pattern = self.level_pattern
         later = (pattern[i % len(pattern)] + better(i) for i in range(latents - 1))
         offsets = [self.intra_offset + better(group), *later]

@@ -103,6 +103,8 @@ def cheapest_symbols(
         sigma: Standard deviations of the tables that the symbols are coded with.
         worth: Bits that a squared error of 1 is worth.
     """
+    # A symbol further out costs more in both terms, since probabilities fall with the magnitude.
+    # Two steps inwards rarely pay and are not tried. Zero stays zero: its sign is 0.
     nearest = jnp.round(x)
     smaller = nearest - jnp.sign(nearest)
 

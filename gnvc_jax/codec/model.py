@@ -163,6 +163,8 @@ class LatentCodec(nn.Module):
         if state is None or self.config.motion is None:
             return symbols
         # A cell of 2x2 latents is coded only where that costs less than a copy of the prediction.
+        # Both costs are in bits, distortion first. A copied cell still pays for its zero symbols,
+        # whose tables do not change: they were chosen from z and the past.
         decoded, _ = part.synthesise(y_hat, symbols.y, expected, context, q_index)
 
         def cost(latents: Array | float, y: Array) -> Array:  # (b, h/2, w/2)

@@ -174,6 +174,8 @@ class ResidualTransform(nn.Module):
 
     def squared_gain(self, q_index: Int[Array, " b"]) -> Float[Array, "b 1 1 cy"]:
         """Squared error of a latent per squared error of y, by channel, without the networks."""
+        # Row k of `inverse` is what coefficient k adds to the (4c,) values of a cell: its squared
+        # norm is the error in the latent per unit of error in the coefficient.
         ones = jnp.ones((len(q_index), 1, 1, self.config.y_channels))
         return self.y_inverse(ones, q_index) ** 2 * jnp.sum(self.inverse**2, axis=1)
 

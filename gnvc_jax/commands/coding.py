@@ -1,4 +1,9 @@
-"""Commands on single streams: decode, info, demo; what they share with `encode`."""
+"""Commands on single streams: decode, info, demo; what they share with `encode`.
+
+The order inside a command is always the same: options are checked, then the input is opened and its
+header read, then the model is loaded, and the output is opened last. A mistake thus shows before
+seconds are spent on a model, and no failed command leaves an output behind.
+"""
 
 import contextlib
 import dataclasses
@@ -100,6 +105,7 @@ def decode(
             coder = Codec(with_refiner(coder.model, refiner, t_start))
         elif steps not in (None, 0, coder.steps) and coder.steps:
             trained = f"{coder.steps} step{'s' * (coder.steps > 1)}"
+            # A note rather than an error: other numbers work, but were not trained for.
             print(f"gnvc: --steps {steps}: {model} was trained for {trained}", file=sys.stderr)
         if steps is None:
             # Naming a refiner, or a number of steps, overrides the mark in the stream.
@@ -114,7 +120,8 @@ def decode(
         shape = header.width, header.height, fps
         shown = GroupDecoder(coder, header, steps, strength, guard, map is not None, tolerant)
         groups = reader.groups(tolerant=tolerant)
-        first = list(itertools.islice(groups, 1))  # the audio comes before it
+        # Streams hold the audio before the first group, and a writer must know it from the start.
+        first = list(itertools.islice(groups, 1))
         audio = AudioTrack.unpack(reader.audio) if reader.audio else None
         with contextlib.ExitStack() as outputs:
             out = outputs.enter_context(
@@ -219,6 +226,8 @@ def frames_over(devices: int) -> contextlib.AbstractContextManager:
 
     from gnvc_jax.parallel import MeshConfig, make_mesh
 
+    # `context` is the axis along which the columns of a frame are sharded, see
+    # `gnvc_jax.functions.shard_columns`.
     return jax.set_mesh(make_mesh(MeshConfig(data=1, context=devices)))
 
 
@@ -274,6 +283,7 @@ class GroupDecoder:
             except BitstreamError as caught:
                 if not self.tolerant:
                     raise
+                # So many frames take the place of the group, and the video keeps its length.
                 error, caught.n_frames = caught, group.n_frames
         damaged.append(error)
         yield from [(self.last, np.zeros_like(self.last))] * error.n_frames
@@ -282,6 +292,7 @@ class GroupDecoder:
         from gnvc_jax.fidelity import change_map, limit_change
 
         given = self.header, group, self.steps, self.strength
+        # Without a limit or a map, frames need not be decoded without refinement as well.
         if self.guard is None and not self.mapped:
             for frame in self.coder.decode_group(*given):
                 yield frame, frame

@@ -1,4 +1,9 @@
-"""Commands on many videos, which processes that are started together share."""
+"""Commands on many videos: encode them, cache their latents, pack them into shards.
+
+Processes that are started together (on the hosts of a TPU slice, by Slurm, Open MPI or Kubernetes,
+see `gnvc_jax.runtime.join_processes`) divide the videos among themselves. A video that cannot be
+read is left out and reported, since one bad file should not stop a run of hours.
+"""
 
 import sys
 
@@ -18,7 +23,8 @@ def encode_all(
 
     Example: gnvc encode-all --data clips --to streams --qp 24
 
-    All have the same quality level and no audio; for a target, or with audio, use gnvc encode.
+    All videos get the same quality level and no audio. For a target, or with audio, use
+    gnvc encode.
     Videos that cannot be read are left out, with exit code 3. Processes that are started together
     share the work.
 

@@ -1,4 +1,9 @@
-"""The command that encodes a single video."""
+"""The command that encodes a single video.
+
+`encode` opens input and output and has the video encoded: once, at a fixed level or by a leaky
+bucket, or several times by `gnvc_jax.rate_control`. Then it reports what came out. `chosen_target`
+makes one target of the options that exclude each other.
+"""
 
 import contextlib
 import itertools
@@ -81,15 +86,15 @@ def encode(
             else is given.
         bitrate: Bits per second, for example 200k or 1.5M.
         bpp: Bits per pixel, for example 0.01.
-        max_size: Largest size of the stream in bytes, for example 500k or 8M.
-        target_psnr: Smallest mean PSNR of the decoded frames in dB.
-        target_lpips: Largest mean LPIPS (AlexNet) of the decoded frames.
+        max_size: Maximum size of the stream in bytes, for example 500k or 8M.
+        target_psnr: Minimum mean PSNR of the decoded frames in dB.
+        target_lpips: Maximum mean LPIPS (AlexNet) of the decoded frames.
         one_pass: Encode the video only once and steer --bitrate or --bpp by what its first part
             took; always so from stdin.
-        effort: 1 chooses symbols by the bits that they take, too, which takes more time, for fewer
-            bits at the same PSNR; 0 does not.
-        gop: Most frames in a group, 1 + 4k; each group can be decoded on its own.
-        no_scene_cut: Begin groups after --gop frames only, not at scene cuts, too.
+        effort: With 1, symbols are also chosen by the bits that they take: slower, and fewer bits
+            at the same PSNR. With 0, they are chosen by the error alone.
+        gop: Maximum number of frames in a group, 1 + 4k; each group can be decoded on its own.
+        no_scene_cut: Do not begin a group at a scene cut, only every --gop frames.
         frames: Maximum number of frames to encode.
         size: Frame size of a raw .yuv file, for example 1920x1080.
         fps: Frame rate such as 25, 29.97 or 30000/1001, overriding that of the input.
@@ -156,6 +161,7 @@ def encode(
             refine=not no_refine,
         )
         track = b""
+        # With another frame rate the pictures run at another speed than the audio.
         if video.has_audio and not no_audio and fps is None:
             seconds = None if frames is None else frames / video.fps
             track = audio_track(input, stream, audio_bitrate, seconds)
@@ -168,6 +174,7 @@ def encode(
                 bar = bars.enter_context(progress_bar(total, text, no_progress))
                 return lambda count: cast(None, bar.update(count))
 
+            # Opens the video again for each pass; the notes reported below are those of the last.
             def read() -> Iterator[np.ndarray]:
                 nonlocal source
                 with open_video(input, **options) as source:
@@ -188,6 +195,7 @@ def encode(
                 progress = begin("encoding")
                 count = coder.encode_frames(wanted, out, header, level, progress, **more)
             else:
+                # The trial that met the target best, in a temporary file: it need not be the last.
                 trial = encode_to_target(coder, read, header, target, begin, **more)
                 trial.file.seek(0)
                 shutil.copyfileobj(trial.file, out)

@@ -123,8 +123,8 @@ def evaluate(
             BD-rates need rates at which the qualities of both overlap.
         metrics: Metrics to compute, or "all". lpips_vgg and dists take seconds per frame without an
             accelerator.
-        weights: Weights of yours (.safetensors) for metrics that need them.
-        flow: Folder with optical flow of yours for e_warp: CLIP/forward_00000.flo,
+        weights: Your own weights (.safetensors) for metrics that need them.
+        flow: Folder with your own optical flow for e_warp: CLIP/forward_00000.flo,
             CLIP/backward_00000.flo, and so on.
         yuv_range: Range of YUV samples: as the file says, or "full" as in the figures of DCVC.
         frames: Maximum number of frames per video.
@@ -132,6 +132,7 @@ def evaluate(
         processes: Number of clips to evaluate at the same time.
         force: Measure again what is already on record.
     """
+    # First of all: here `locals()` holds the options and nothing else. The report lists them.
     given = {name: json_ready(value) for name, value in locals().items()}
     check_range("--frames", frames, 1)
     check_range("--processes", processes, 1)
@@ -144,15 +145,16 @@ def evaluate(
     if not anchor_rates or not all(0 < factor < float("inf") for factor in anchor_rates):
         raise UsageError("--anchor-rates must be positive numbers")
     if unused := [name for name, _ in weights if name not in metrics]:
-        raise UsageError(f"--weights for {unused[0]}, which is not among --metrics")
+        raise UsageError(f"--weights names {unused[0]}, which is not among --metrics")
     if t_start is not None and refiner is None:
         raise UsageError("--t-start needs --refiner")
     if t_start is not None and not 0 <= t_start < 1:
         raise UsageError(f"--t-start must be in [0, 1), got {t_start:g}")
     if flow and "e_warp" not in metrics:
-        raise UsageError("--flow without e_warp among --metrics")
+        raise UsageError("--flow needs e_warp among --metrics")
     if flow and not flow.is_dir():
         raise UsageError(f"--flow {flow}: no such folder")
+    # Only to see that there is one: a wrong path should fail now, not once for every point.
     if refiner is not None:
         try:
             refiner_identity(refiner)
@@ -165,10 +167,13 @@ def evaluate(
     if sequences:
         paths = paper.sequences(sequences, paths)
 
+    # Read when their turn comes: a test set does not fit into memory. Partials, unlike lambdas, can
+    # be sent to worker processes.
     clips = {
         name: functools.partial(read_clip, path, name, frames, yuv_range == "full")
         for name, path in paths.items()
     }
+    # Every level with every number of steps; None leaves the number to the decoder.
     points = [
         FilePoint(model, level, count, gop, refiner, t_start)
         for level in qp
@@ -199,6 +204,7 @@ def evaluate(
 
     failed = [record for record in records if record["status"] != "ok"]
     unread = [record for record in failed if not record["point"]]  # clips, before any point
+    # A few videos that cannot be read are forgiven; a point that failed never is.
     if len(failed) == len(unread) <= MAX_SHARE * len(clips):
         return EXIT_PARTIAL if unread else 0
     return EXIT_FAILED

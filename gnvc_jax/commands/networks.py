@@ -1,4 +1,8 @@
-"""Commands that run the networks of a codec without the codec: reconstruct, generate."""
+"""Commands that run the networks of a codec without the codec: reconstruct, generate.
+
+They show what ported weights can do before any codec is trained: `reconstruct` measures what the
+VAE alone loses, the bound of every codec on its latents; `generate` shows that the DiT is intact.
+"""
 
 import itertools
 import sys
@@ -55,6 +59,7 @@ def reconstruct(
         ):
             for frame, decoded in loaded.reconstruct(itertools.islice(video, frames)):
                 out.write(decoded)
+                # (1, h, w, 3): the metric takes batches of frames.
                 decibels.append(float(psnr(frame[None], decoded[None])[0]))
                 progress.update(1)
         for note in [*video.notes, *["audio is not carried"] * video.has_audio]:
@@ -127,6 +132,7 @@ def generate(
             f"--guidance {guidance:g} needs --negative FILE, the embedding of a negative prompt; "
             "without one, use --guidance 1"
         )
+    # Prompts are checked against the DiT's width; no text encoder is part of the package.
     generator = load_generator(weights, vae, decoder)
     text = load_prompt(prompt or stored, generator.dit)
     other = None if negative is None else load_prompt(negative, generator.dit)

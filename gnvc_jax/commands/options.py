@@ -1,4 +1,10 @@
-"""Types of options that several commands share, and how their texts are read."""
+"""Types of options that several commands share, and how their texts are read.
+
+tyro derives an option from the annotation of a parameter. Where the type alone does not say how a
+text is read, an annotation carries a specification: `numbers` and `names` for lists with commas.
+The functions `parse_...` convert texts that commands keep as strings, since what is wrong with them
+should name the option. `check_range` is for limits, of which tyro has no notion.
+"""
 
 import math
 from collections.abc import Callable, Collection
@@ -55,6 +61,7 @@ def names(choices: Collection[str]) -> tyro.constructors.PrimitiveConstructorSpe
 def _one_text(
     parse: Callable[[str], tuple[T, ...]], metavar: str
 ) -> tyro.constructors.PrimitiveConstructorSpec[tuple[T, ...]]:
+    # By itself, tyro would read a tuple as several words: --qp 8 24 40.
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=metavar,
@@ -105,6 +112,7 @@ def parse_amount(option: str, text: str) -> float:
     Raises:
         UsageError: If the text is something else, or not positive.
     """
+    # Bitrates and sizes count in powers of 1000, as in ffmpeg.
     number, power = (text[:-1], text[-1].lower()) if text[-1:].isalpha() else (text, "")
     try:
         value = float(number) * {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}[power]

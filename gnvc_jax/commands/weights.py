@@ -1,4 +1,9 @@
-"""Commands on weights: port and export those of others."""
+"""Commands on weights: port and export those of others.
+
+`port` reads public weights into a checkpoint folder, and `export` writes such a folder back.
+`calibrate` makes a codec for a ported VAE from statistics, and `export_programs` turns a model into
+programs that run without this package's networks.
+"""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -47,9 +52,11 @@ def port(
 
     if (to is None) != check:
         raise UsageError("expected either --to FOLDER or --check")
+    # One factor serves all files.
     scales = scale * len(lora) if len(scale) == 1 else scale
     if len(scales) != len(lora) or (scale != (1.0,) and not lora):
         raise UsageError(f"--scale has {len(scale)} factors for {len(lora)} files of --lora")
+    # Recognised by its files. It has neither prompt, heads nor variants.
     if open_perceptual(source):
         if to is None or prompt or heads is not None or dtype != "stored" or lora or vace:
             raise UsageError("of all options, weights of LPIPS take --from and --to alone")

@@ -169,6 +169,7 @@ def with_motion(clip: np.ndarray, margin: int, rng: np.random.Generator) -> Samp
         fields.append(previous)
     _, height, width, _ = clip.shape
     inside = slice(margin, height - margin), slice(margin, width - margin)
+    # `expand` gives a vector per 16x16 block, and the margin is one block: (k, 4, h/16, w/16, 2).
     blocks = tuple(slice(s.start // 16, s.stop // 16) for s in inside)
     # The bits are those of the clip with its margin; the sample gets its share of the area.
     share = (height - 2 * margin) * (width - 2 * margin) / (height * width)
@@ -318,6 +319,7 @@ def endless_batches(
         one = grain.MapDataset.range(first, first + count).seed(seed)
         orders.append((one.shuffle() if shuffle else one).repeat())
         first += count
+    # `mix` interleaves in fixed proportions, so the part of an element depends on its number alone.
     order = orders[0]
     if not isinstance(parts, int) and len(orders) > 1:
         order = grain.MapDataset.mix(orders, weights=[weight for _, weight in parts]).seed(seed)

@@ -92,6 +92,7 @@ def write_latents(
             count = _write_video(video, target, info, encode)
         return {"video": str(video), "records": count}
 
+    # The description of the latents is in cache.json, so rows need no settings of their own.
     columns, options = ("video", "records"), {"shard": shard, "progress": progress}
     return for_each_video(source, folder, work, columns, title="latents", **options)
 

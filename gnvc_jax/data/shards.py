@@ -224,6 +224,7 @@ def _add(tar: tarfile.TarFile, file: Path, record: dict[str, Any]) -> dict[str, 
             crc = zlib.crc32(block, crc)
         opened.seek(0)
         # Behind the header of the member that is about to be added.
+        # USTAR puts no other block in between.
         offset = tar.offset + tarfile.BLOCKSIZE
         tar.addfile(member, opened)
     # Names of files may hold bytes that are not UTF-8.

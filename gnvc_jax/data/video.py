@@ -1,4 +1,9 @@
-"""A video to train on: a file, or an array of its decoded frames."""
+"""A video to train on: a file, or an array of its decoded frames.
+
+`gnvc_jax.data.index.ClipIndex` makes these, `gnvc_jax.data.clips.RandomClip` reads clips from them.
+A `Video` holds paths and sizes only, so it is sent to worker processes at no cost; each process
+opens files by itself. `gnvc_jax.data.shards.ShardVideo` is one that lies in a shard.
+"""
 
 from __future__ import annotations
 

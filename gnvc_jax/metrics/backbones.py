@@ -29,11 +29,12 @@ from gnvc_jax.restricted_pickle import NUMPY_ARRAYS, RestrictedUnpickler
 MIN_SIDE = 32
 
 # What follows each convolution: "tap" returns the activation, "pool" halves its resolution.
+# LPIPS taps after each ReLU of AlexNet, and after the last ReLU of each block of VGG16.
 _ALEX = ("tap pool", "tap pool", "tap", "tap", "tap")
 _VGG = ("", "tap pool", "", "tap pool", "", "", "tap pool", "", "", "tap pool", "", "", "tap")
 _PLANS = {len(_ALEX): _ALEX, len(_VGG): _VGG}
 
-# Index of each convolution within torchvision's `features`.
+# Index of each convolution within torchvision's `features`, where ReLUs and poolings count, too.
 TORCH_INDEX = {
     "alex": (0, 3, 6, 8, 10),
     "vgg": (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
@@ -155,6 +156,7 @@ def _from_package(net: str) -> dict:
         ) from error
     if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError(f"{path}: not the weights of {_PACKAGE} 0.1.0 (SHA-256 differs)")
+    # A Flax checkpoint of the package, pickled: only NumPy arrays may come out of it.
     tree = RestrictedUnpickler(io.BytesIO(data), NUMPY_ARRAYS).load()
     count = len(TORCH_INDEX[net])
     return {

@@ -30,7 +30,7 @@ from gnvc_jax.files import not_weights
 
 _MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)  # of CLIP's training images
 _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
-_EPS = 1e-5
+_EPS = 1e-5  # of the layer norms
 _HEAD = 64  # channels of an attention head in every model of OpenAI
 ACTIVATIONS = ("quick_gelu", "gelu")
 SIGMA, SCALE = 10.0, 1000.0  # of CMMD
@@ -109,6 +109,7 @@ def embed(
         # (b, 1 + patches, channels): the class token comes first, and its output is the embedding.
         first = jnp.broadcast_to(params["embeddings.class_embedding"], (b, 1, x.shape[-1]))
         x = jnp.concatenate([first, x], 1) + params["embeddings.position_embedding.weight"]
+        # (sic: the name is spelt like this in the public weights.)
         x = _norm(params, "pre_layrnorm", x)
         # Layers have equal shapes and are stacked: one compiled body for all of them.
         x, _ = jax.lax.scan(lambda x, layer: (_layer(encoder, layer, x), None), x, encoder.layers)
@@ -129,6 +130,8 @@ def _layer(
     y = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
     x = x + _linear(params, "self_attn.out_proj", y)
     y = _linear(params, "mlp.fc1", _norm(params, "layer_norm2", x))
+    # Weights of OpenAI were trained with the approximation x sigmoid(1.702 x), others with the
+    # exact function.
     y = (
         jax.nn.gelu(y, approximate=False)
         if encoder.activation == "gelu"
@@ -184,7 +187,7 @@ def clip_f(embeddings: np.ndarray) -> float:
         ValueError: If there are fewer than two.
     """
     if len(embeddings) < 2:
-        raise ValueError("clip_f needs 2 frames")
+        raise ValueError(f"clip_f needs at least 2 frames, got {len(embeddings)}")
     x = np.asarray(embeddings, np.float64)
     return float((x[:-1] * x[1:]).sum(-1).mean())
 
@@ -243,6 +246,7 @@ def load_clip(path: Path) -> ClipEncoder:
     if problems:
         raise ValueError(f"{path}: not an image encoder of CLIP: {', '.join(problems)}")
     heads, activation = _settings(path, found["embeddings.class_embedding"].shape[0])
+    # Stacked over the layers, as the scan in `embed` takes them; popped, so that each exists once.
     layers = {
         name: np.stack([found.pop(f"encoder.layers.{i}.{name}") for i in range(depth)])
         for name in _layer_shapes(1, 1)

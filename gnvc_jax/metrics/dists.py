@@ -18,7 +18,7 @@ from gnvc_jax.metrics.backbones import check_images, features, load_weights
 WEIGHTS = Path(__file__).with_name("dists.safetensors")
 _MEAN = np.array([0.485, 0.456, 0.406], np.float32)  # of ImageNet
 _STD = np.array([0.229, 0.224, 0.225], np.float32)
-_EPS = 1e-6
+_EPS = 1e-6  # c1 and c2 of the paper
 
 
 @jax.default_matmul_precision("highest")
@@ -38,6 +38,8 @@ def dists(params: dict, x: Array | np.ndarray, y: Array | np.ndarray) -> Float32
         TypeError: If the images are integers.
     """
     check_images("dists", x, y, "[0, 1]")
+    # Per stage: (b, h, w, c) to statistics (b, c) over all positions, unlike SSIM's local windows,
+    # so that resampled texture still matches.
     structure, texture = [], []
     for a, b in zip(_stages(params["backbone"], x), _stages(params["backbone"], y)):
         mean_a, mean_b = a.mean((1, 2)), b.mean((1, 2))
@@ -47,6 +49,7 @@ def dists(params: dict, x: Array | np.ndarray, y: Array | np.ndarray) -> Float32
         # Texture compares means, structure covariances; both as in SSIM, over whole feature maps.
         texture.append((2 * mean_a * mean_b + _EPS) / (mean_a**2 + mean_b**2 + _EPS))
         structure.append((2 * covariance + _EPS) / (var_a + var_b + _EPS))
+    # Trained weights of texture and structure, (1475,): 3 + 64 + 128 + 256 + 512 + 512 channels.
     alpha, beta = params["alpha"], params["beta"]
     total = alpha.sum() + beta.sum()
     similarity = jnp.concatenate(texture, 1) @ alpha + jnp.concatenate(structure, 1) @ beta
@@ -68,6 +71,7 @@ def _l2_pool(z: Float[Array, "b h w c"], _: int) -> Float[Array, "b h2 w2 c"]:
     """
     z = jnp.square(z)
     for axis in (1, 2):
+        # Every other position with a zero at either end, as in the reference: odd sides round up.
         size = (z.shape[axis] + 1) // 2
         z = jnp.pad(z, [(1, 1) if i == axis else (0, 0) for i in range(4)])
         left, middle, right = (

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Float32
 
 from gnvc_jax.metrics.backbones import check_images, features
 
-# ImageNet mean and standard deviation, moved from [0, 1] to [-1, 1].
+# ImageNet mean and standard deviation, moved from [0, 1] to [-1, 1]: 2 mean - 1 and 2 std, with the
+# digits of the authors' ScalingLayer.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
 _SCALE = np.array([0.458, 0.448, 0.450], np.float32)
 
@@ -49,6 +50,8 @@ def lpips(
     # the other then costs no backward pass and keeps no activations.
     fx = features(params["backbone"], (x - _SHIFT) / _SCALE, dtype, precision=precision)
     fy = features(params["backbone"], (y - _SHIFT) / _SCALE, dtype, precision=precision)
+    # Sum over layers of the mean over positions of the weighted squares over channels (their
+    # equation 1). Weights are not negative, so the distance is not, either.
     distance = jnp.zeros(x.shape[0], jnp.float32)
     for lin, a, b in zip(params["lins"], fx, fy, strict=True):
         squares = jnp.square(_unit(a) - _unit(b))

@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32, Real
 
-WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # exponents by scale, finest first; sum 1
 TAPS = 11
 MIN_SIDE = (TAPS - 1) * 2 ** (len(WEIGHTS) - 1) + 1  # leaves a full window at the last scale
 
+# In float64 until it is applied, so that it sums to 1 after rounding.
 _WINDOW = np.exp(-((np.arange(TAPS) - TAPS // 2) ** 2) / (2 * 1.5**2))
 _WINDOW /= _WINDOW.sum()
 
@@ -79,6 +80,7 @@ def _similarity(
     # All five in one pass, (5, b, c, h, w).
     moments = _blur(jnp.stack([x, y, x * x, y * y, x * y]))
     mx, my, xx, yy, xy = moments
+    # Variances and covariance as E[xy] - E[x] E[y], under the Gaussian window of each position.
     contrast = (2 * (xy - mx * my) + c2) / (xx - mx * mx + yy - my * my + c2)
     full = contrast * (2 * mx * my + c1) / (mx * mx + my * my + c1)
     return jnp.mean(full, axis=(2, 3)), jnp.mean(contrast, axis=(2, 3))

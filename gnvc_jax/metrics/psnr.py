@@ -1,4 +1,8 @@
-"""Peak signal-to-noise ratio on 8-bit values."""
+"""Peak signal-to-noise ratio on 8-bit RGB values, 10 log10(255² / mse) in dB.
+
+A frame has one PSNR, from its mean squared error over all pixels and colours; that of a clip is the
+mean over its frames in dB, as most codec papers report it, not the PSNR of the mean error.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +30,7 @@ def mean_squared_error(x: Array | np.ndarray, y: Array | np.ndarray) -> Float32[
         raise ValueError(f"expected two (b, h, w, c) arrays, got {x.shape} and {y.shape}")
     if x.dtype != jnp.uint8 or y.dtype != jnp.uint8:
         raise TypeError(f"expected uint8 frames, got {x.dtype} and {y.dtype}")
+    # Differences are signed, so uint8 would wrap around.
     # A row of 3 colours sums up to 3 * 255² per pixel, which fits 32 bits for 22,000 pixels.
     difference = jnp.asarray(x, jnp.int32) - jnp.asarray(y, jnp.int32)
     rows = jnp.sum(jnp.square(difference).astype(jnp.uint32), axis=(2, 3))

@@ -26,7 +26,7 @@ from gnvc_jax.metrics.psnr import decibels
 
 BLOCK = 16
 ENDS = 8  # frames at either end that drift compares
-_LUMA = (0.2126, 0.7152, 0.0722)
+_LUMA = (0.2126, 0.7152, 0.0722)  # R, G, B of BT.709
 
 
 def temporal(x: Array | np.ndarray, y: Array | np.ndarray) -> dict[str, jax.Array]:
@@ -61,7 +61,7 @@ def temporal(x: Array | np.ndarray, y: Array | np.ndarray) -> dict[str, jax.Arra
             _pulse(error),
         )
 
-    # One pair of frames at a time, so that memory does not grow with the clip.
+    # One pair of frames at a time, so that memory does not grow with the clip; (t - 1,) each.
     square, source, output, pulse = jax.lax.map(step, jnp.arange(x.shape[0] - 1))
     return {
         "tpsnr": decibels(jnp.mean(square)),

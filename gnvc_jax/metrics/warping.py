@@ -50,6 +50,7 @@ def warping_error(
             f"e_warp needs 2 frames with sides of at least {MIN_SIDE}, got {source.shape}"
         )
     flows = flow_of_dis(source) if flow is None else flow_of_files(flow, source.shape)
+    # Source and output go together, (2, 2, h, w, 3): which clip, which frame of the pair.
     errors = [
         _errors(np.stack([clip[t : t + 2] for clip in (source, output)]), forward, backward)
         for t, (forward, backward) in enumerate(flows)
@@ -132,6 +133,7 @@ def valid(
     inside = (rows >= 0) & (rows <= h - 1) & (columns >= 0) & (columns <= w - 1)
     # Where both flows agree, going there and back ends where it began. Thresholds here and below
     # are those of Sundaram, Brox and Keutzer (ECCV 2010).
+    # The flow back, looked up where the flow there leads.
     back = warp(backward, forward)
     size = jnp.square(forward).sum(-1)
     occluded = jnp.square(forward + back).sum(-1) > 0.01 * (size + jnp.square(back).sum(-1)) + 0.5

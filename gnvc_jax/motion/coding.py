@@ -62,6 +62,8 @@ def median(a: int, b: int, c: int) -> int:
 
 
 # Activity of the neighbourhood -> context, about two contexts per doubling.
+# A table rather than a logarithm per value: floating point must not decide how a stream is parsed,
+# and the entries are far enough from ties to be the same on every machine.
 LEVEL_OF = [0, *(np.round(2.2 * np.log2(np.arange(2, 1025))).astype(int) - 1).tolist()]
 
 

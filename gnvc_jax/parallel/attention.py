@@ -55,6 +55,7 @@ def attention(
         UsageError: If the mesh does not divide tokens or heads.
     """
     mesh = jax.sharding.get_abstract_mesh()
+    # Padding fills the sequence up to a multiple of the mesh; without a mesh it is simply cut off.
     if mesh.empty or mesh.size == 1:
         return local(q, k[:, :length], v[:, :length])
     size, heads = mesh.shape[AXIS], q.shape[2]

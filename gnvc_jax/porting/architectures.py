@@ -249,6 +249,7 @@ def _vae(source: Source) -> Architecture:
     # Channels of the first convolution, of the last one before the decoder, and of the last norm.
     pixel = 3 * plain.patch**2
     base, pixel = _sizes(source, first, (plain.base, pixel, 3, 3, 3))[:2]
+    # The bias of the 1x1x1 convolution before the decoder has one value per latent channel.
     z = _sizes(source, last, (plain.latent_channels,))[0]
     finest = _sizes(source, norm, (plain.decoder_widths[-1], 1, 1, 1))[0]
     multipliers = tuple(facts.get("dim_mult", plain.multipliers))
@@ -337,7 +338,7 @@ def diffusers_config(architecture: Architecture) -> dict:
         "freq_dim": cfg.frequencies,
         "ffn_dim": cfg.ffn_width,
         "num_layers": cfg.layers,
-        # The default of diffusers.
+        # The default of diffusers. Here rotary angles are computed for any length.
         "rope_max_seq_len": 1024,
     }
     if cfg.context_every:

@@ -1,4 +1,9 @@
-"""Checkpoint folders converted back to the model folders of diffusers (`gnvc export`)."""
+"""Checkpoint folders converted back to the model folders of diffusers (`gnvc export`).
+
+`export` inverts `gnvc_jax.porting.port.port`: the same name tables (`gnvc_jax.porting.names`) are
+read from right to left, parameter by parameter, and `Tensor.inverse` restores PyTorch's layout. A
+light decoder is not exported, since diffusers has no such class.
+"""
 
 import json
 from collections.abc import Iterable, Iterator

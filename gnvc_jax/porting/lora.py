@@ -101,6 +101,7 @@ def merge_lora(
         else:
             change(tensor, functools.partial(difference, entry, scale))
 
+    # Pairs last: only now are both halves, which a file may hold in any order, known.
     known_alpha = configured_alpha(file)
     for layer, parts in pairs.items():
         tensor = targets[flat(f"{PREFIX.sub('', layer)}.weight")]

@@ -112,6 +112,7 @@ def dit_tensors(cfg: DiTConfig) -> list[Tensor]:
         ),
         *top("time_embedding.2", condition + "time_embedder.linear_2", "time_out", d, d),
         *top("time_projection.1", condition + "time_proj", "time_modulation", 6 * d, d),
+        # Offsets of shift and scale; blocks have six, with gates for attention and feed-forward.
         Tensor("head.modulation", "scale_shift_table", "head_modulation", (1, 2, d)),
         *top("head.head", "proj_out", "head", PATCH**2 * cfg.channels, d),
     ]
@@ -185,7 +186,7 @@ def vae_tensors(cfg: VAEConfig) -> list[Tensor]:
                 tensors += time_conv(*names, path, outer, outer)
     tensors += middle_and_head(part, widths[-1], 2 * z)
 
-    # Decoder: levels in reverse, with one residual block more.
+    # Decoder: levels in reverse, with one residual block more. `inner` is what a block is given.
     part, widths, temporal = "decoder", cfg.decoder_widths, cfg.temporal_down[::-1]
     tensors += layer("decoder.conv1", "decoder.conv_in", "decoder/conv_in", (widths[0], z, *window))
     inner = widths[0]

@@ -1,4 +1,9 @@
-"""Weights of LPIPS (and, with VGG, of DISTS) from files of torchvision and of the package lpips."""
+"""Weights of LPIPS (and, with VGG, of DISTS) from files of torchvision and of the package lpips.
+
+Unlike the weights of Wan, these stay one small safetensors file with public names, which
+`gnvc_jax.metrics.backbones.load_weights` reads. `port_perceptual` gathers the convolutions and the
+linear weights, which are published in separate files.
+"""
 
 import itertools
 from pathlib import Path

@@ -1,4 +1,10 @@
-"""Public weights converted to checkpoint folders, tensor by tensor (`gnvc port`)."""
+"""Public weights converted to checkpoint folders, tensor by tensor (`gnvc port`).
+
+`port` opens the files (`sources`), recognises what they hold (`architectures`), compares every name
+and shape with what that must have (`names`), and changes entries for a LoRA or an adapter. Only
+then does it read: one of our parameters at a time is gathered, checked, and written (`checkpoint`).
+Nothing is left behind if any of this fails.
+"""
 
 import csv
 import dataclasses
@@ -161,6 +167,7 @@ def port_one(
             entries = [source.entries[t.name(source.scheme)] for t in tensors]
             # One type for all layers of a scanned parameter, which holds each of theirs.
             stored = np.result_type(*(np.dtype(e.dtype) for e in entries))
+            # "bfloat16" is a type of NumPy once ml_dtypes is imported, as JAX does.
             array = np.empty(shapes[path], stored if dtype == "stored" else dtype)
             for tensor, entry in zip(tensors, entries):
                 # A view, so that tensors are converted straight into their rows.

@@ -41,6 +41,7 @@ def join(base: Source, module: Source) -> Source:
     Raises:
         PortError: If both have a tensor of the same name.
     """
+    # A DiT with as many context blocks as the adapter has names them all, whatever its sizes.
     blocks = DiTConfig(layers=count_blocks(module, "vace_blocks"), context_every=1)
     names = {t.name(module.scheme): t.name(base.scheme) for t in dit_tensors(blocks)}
     # A name that is not known stays, and is reported with all that does not fit.

@@ -259,5 +259,6 @@ def refine(
     noise = config.noise * latent_noise(key, decoded.shape)
     # Equation 2 gives the state at t_N, of decoded latents and noise; Euler steps follow the mean
     # velocity from there to 1. The result goes back to the scale of the codec's latents.
+    # With `start` at t_N the noise counts (1 - t_N): 0.3 of a standard deviation for the default.
     state = flow.start_state(decoded, noise, config.start)
     return flow.integrate(mean_velocity, state, flow.step_times(steps, config.start)) / factors

@@ -100,4 +100,5 @@ class VAEConfig:
         return 2 ** sum(self.temporal_down)
 
 
+# Its stride is 16: a patch of 2, and three levels that halve the resolution.
 WAN22 = VAEConfig(base=160, latent_channels=48, patch=2, shortcuts=True, decoder_base=256)

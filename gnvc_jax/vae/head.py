@@ -79,7 +79,8 @@ def fade_at_copies(
     # Rows first: XLA's CPU code is slow at means over two axes at once.
     means = reduce(change, "b t (h i) width c -> b t h width c", "mean", i=side)
     means = reduce(means, "b t h (w j) c -> b t h w c", "mean", j=side)
-    # 1 at an edge between coded and copied blocks, falling to 0 at the centres of both.
+    # 1 at an edge between coded and copied blocks, falling to 0 at the centres of both: there, half
+    # way between the centres, interpolation of `fresh` gives 1/2, hence the factor of two.
     near = 2.0 * jnp.abs(slopes(fresh[:, None]))
     places = {"i": side, "j": side}
     return rearrange(near * slopes(means), "b t h w c (i j) -> b t (h i) (w j) c", **places)

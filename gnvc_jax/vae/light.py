@@ -55,6 +55,8 @@ class MemoryBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t h w c"], first: bool) -> Float[Array, "b t h w c"]:
         c = x.shape[-1]
+        # (b, t + 1, h, w, c) from the frame before x on; without its last frame, it runs one frame
+        # behind x. The reference calls this the memory of the block.
         known, zeros = prepend_history(self, x, 1, first)
         known = jnp.pad(known, ((0, 0), (zeros, 0), (0, 0), (0, 0), (0, 0)))
         y = jnp.concatenate([x, known[:, :-1]], axis=-1)
@@ -99,6 +101,7 @@ class LightDecoder(nn.Module):
                 four.
         """
         cfg = self.config
+        # The reference's `Clamp`, part of what its weights were trained with.
         x = LIMIT * jnp.tanh(jnp.asarray(latents, jnp.float32) / LIMIT)
         x = nn.relu(FrameConv(cfg.widths[0], name="conv_in")(x))
         for level, (width, grows) in enumerate(zip(cfg.widths[1:], cfg.temporal_up)):
