@@ -112,7 +112,7 @@ def plan(
     out: Annotated[str | None, arg(metavar="FILE")] = None,
     settings: Settings = (),
 ) -> int:
-    """Predict what a training step, or coding, costs on a TPU pod, without the pod.
+    """Predict what a training step, or coding, costs on a TPU pod or on GPUs, without them.
 
     Example: gnvc plan --config wan_1_3b/latent --topology v5p:4x4x4 --mesh fsdp=16
     --data.batch 64 --data.latents cache
@@ -122,7 +122,8 @@ def plan(
 
     Args:
         config: Name of a shipped config, or path of a config file.
-        topology: One or more topologies, CHIP:AxB[xC], or SLICESxCHIP:AxB[xC] for several slices.
+        topology: One or more topologies, CHIP:AxB[xC], or SLICESxCHIP:AxB[xC] for several slices;
+            of GPUs, h100:8 for a machine and 4xh100:8 for four.
         hardware: Kind of hardware to choose mesh, micro-batches, dtype and rematerialisation for,
             as for `gnvc train`.
         per_device: Clips per device along the mesh axes data and fsdp, overriding data.batch.
@@ -155,7 +156,7 @@ def plan(
         )
     if find_mesh and meshes:
         raise UsageError("--find-mesh chooses the mesh; leave out --mesh")
-    jax.config.update("jax_platforms", "cpu")  # compiling for TPUs needs none
+    jax.config.update("jax_platforms", "cpu")  # compiling needs no accelerator
     done = []
     for one in topology:
         experiment = load_experiment(config, settings, hardware, device_count(one))
@@ -188,7 +189,7 @@ def scaling(
     axis: Literal["weak", "strong"],
     measure: bool = False,
     steps: int = 10,
-    chip: Literal["v4", "v5e", "v5p", "v6e", "v7x"] = "v5p",
+    chip: Literal["v4", "v5e", "v5p", "v6e", "v7x", "h100", "h200", "b200"] = "v5p",
     hardware: Hardware | None = None,
     out: Annotated[str, arg(metavar="FOLDER")] = "scaling",
     settings: Settings = (),
@@ -229,7 +230,7 @@ def scaling(
     if measure:
         join_processes()
     else:
-        jax.config.update("jax_platforms", "cpu")  # compiling for TPUs needs none
+        jax.config.update("jax_platforms", "cpu")  # compiling needs no accelerator
     counts = sorted(set(chips))
     facts = {"config": config, "settings": [*settings], "axis": axis, "chip": chip}
     facts |= {"least": counts[0], "hardware": hardware}

@@ -55,6 +55,8 @@ def plan_coding(experiment: Experiment, topology: str, command: str, steps: int 
     chip, _, slices = parse_topology(topology)
     if slices > 1:
         raise UsageError(f"topology {topology!r}: a frame is coded within one slice")
+    if chip.is_gpu:
+        raise UsageError(f"topology {topology!r}: coding is planned for TPUs only")
     devices = topology_devices(topology)
     return {"topology": topology} | coding_for(experiment, devices, chip, command, steps)
 

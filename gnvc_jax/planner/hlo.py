@@ -13,6 +13,8 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import cached_property
 
+import numpy as np
+
 # `ENTRY %main.42 (x: f32[8]) -> f32[8] {` begins a computation; its instructions follow, indented:
 # `  ROOT %add.1 = f32[8]{0} add(%x, %y), metadata={...}`.
 COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
@@ -25,6 +27,8 @@ CHAIN = re.compile(r'channel_id=(\d+).*chain_id="(\d+)"')
 # (Megascale) carries out: `send(...) frontend_attributes={..., _xla_megascale_target="{1,2}x{0:7}",
 # _xla_megascale_transfer_type="ALL_REDUCE"}` for slices 1 and 2 of eight devices each.
 TRANSFER = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}.*_transfer_type="(\w+)"')
+# Groups along axes of a mesh, whose devices may be in another order than their numbers.
+MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?)\))? \{([^}]*)\}")
 KIND = re.compile(r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?")
 TRANSFERS = {"ONE_TO_ONE": "collective-permute"}
 BITS = {"pred": 8, "token": 0}
@@ -90,11 +94,69 @@ class Instruction:
             return len(found[1].split(","))
         if found := re.search(r"replica_groups=\[\d+,(\d+)\]", self.rest):
             return int(found[1])
-        if found := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", self.rest):
+        if found := MESH.search(self.rest):
             sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
-            axes = re.findall(r"(\w+)'?(?::\(\d+\)(\d+))?", found[2])  # or `axis:(before)size`
+            axes = re.findall(r"(\w+)'?(?::\(\d+\)(\d+))?", found[3])  # or `axis:(before)size`
             return math.prod(int(part or sizes[axis]) for axis, part in axes)
         return 1
+
+    def members(self, devices: int) -> list[list[int]]:
+        """Numbers of the devices of each group of a collective, or pairs of a permutation.
+
+        Args:
+            devices: Number of devices of the program, which form one group if none is named.
+        """
+        if pairs := re.search(r"source_target_pairs=\{\{([\d,{}]*)\}\}", self.rest):
+            return [[int(x) for x in pair.split(",")] for pair in pairs[1].split("},{")]
+        if found := re.search(r"replica_groups=\{\{([\d,{}]*)\}\}", self.rest):
+            return [[int(x) for x in group.split(",")] for group in found[1].split("},{")]
+        if found := re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\S+\])(T\([\d,]+\))?", self.rest):
+            groups = int(found[1]), int(found[2])
+            return numbered(found[3] + (found[4] or "")).reshape(groups).tolist()
+        if found := MESH.search(self.rest):
+            return mesh_groups(*found.groups())
+        return [list(range(devices))]
+
+
+def numbered(text: str) -> np.ndarray:
+    """Numbers in the order of a text such as `[2,4]T(1,0)`: an array of 2x4, transposed."""
+    dims, *order = re.findall(r"[\d,]+", text)
+    numbers = np.arange(math.prod(map(int, dims.split(",")))).reshape(
+        [int(x) for x in dims.split(",")]
+    )
+    return numbers.transpose([int(x) for x in order[0].split(",")]) if order else numbers
+
+
+def mesh_groups(mesh: str, ids: str | None, axes: str) -> list[list[int]]:
+    """Groups of devices along axes of a mesh.
+
+    Args:
+        mesh: Sizes of the axes, such as `'a'=4,'b'=8`.
+        ids: Numbers of the devices of the mesh, such as `[2,4]T(1,0)` or `0,2,1,3`; by default in
+            order.
+        axes: Axes of a group, such as `'a','b':(2)4`. `(2)4` is the part of size 4 of an axis that
+            follows a part of size 2.
+    """
+    chosen = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
+    shape, along = [], []
+    for name, size in re.findall(r"'(\w+)'=(\d+)", mesh):
+        parts = sorted((int(a or 1), int(b or size)) for one, a, b in chosen if one == name)
+        before = 1
+        for start, length in parts:
+            # What lies between the parts that were chosen belongs to other groups.
+            shape += [start // before, length]
+            along.append(len(shape) - 1)
+            before = start * length
+        shape.append(int(size) // before)
+    if ids is None:
+        numbers = np.arange(math.prod(shape))
+    elif ids.startswith("["):
+        numbers = numbered(ids)
+    else:
+        numbers = np.array([int(x) for x in ids.split(",")])
+    others = [i for i in range(len(shape)) if i not in along]
+    numbers = numbers.reshape(shape).transpose(others + along)
+    return numbers.reshape(-1, math.prod(shape[i] for i in along)).tolist()
 
 
 Computations = dict[str, list[Instruction]]
@@ -166,7 +228,7 @@ class Collective:
     """Communication of one kind in one run of a program, on each device.
 
     Attributes:
-        network: "ici" for links inside of a slice, "dcn" for the network between slices.
+        network: "ici" for links inside of a slice or machine, "dcn" for the network between them.
         kind: Name of the collective, such as "all-gather".
         count: Number of times it executes.
         bytes: Bytes of its operands.
@@ -185,25 +247,52 @@ class Collective:
     hops: float
 
 
-def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
+def share_between(kind: str, members: list[list[int]], per_node: int) -> float:
+    """Share of what a device sends in a collective that goes to other machines.
+
+    NCCL lays several rings over the devices of a group, which leave a machine at another device
+    each. So of n devices, m in each machine, each sends 1 / m of its data to another machine. In an
+    all-to-all, n - m of its n - 1 partners are there.
+
+    Args:
+        kind: Name of the collective.
+        members: Groups, or pairs of a permutation, of which the worst counts.
+        per_node: Devices of one machine.
+    """
+    spread = [(len(group), len({i // per_node for i in group})) for group in members]
+    n, nodes = max(spread, key=lambda one: one[1])
+    if nodes == 1:
+        return 0.0
+    local = n / nodes
+    return {"collective-permute": 1.0, "all-to-all": (n - local) / (n - 1)}.get(kind, 1 / local)
+
+
+def collectives(
+    text: str, trip_count: float = 1.0, per_node: int | None = None
+) -> list[Collective]:
     """Adds up the communication of one run of a compiled program, by network and kind.
 
     Args:
         text: HLO text of the program.
         trip_count: Trip count assumed for loops whose length is not known before they run.
+        per_node: Devices of one machine, for programs whose collectives span machines (GPUs);
+            devices are numbered machine by machine. None for TPUs, where the compiler divides such
+            collectives itself.
     """
     entry, computations = parse(text)
     types = {name: {i.name: i.result for i in body} for name, body in computations.items()}
     totals, seen = defaultdict(lambda: [0.0] * 4), set()
 
-    def count(network: str, kind: str, times: float, given: int, n: int) -> None:
+    def count(
+        network: str, kind: str, times: float, given: int, n: int, part_sent: float = 1.0
+    ) -> None:
         # Of the operand, which is a device's own part for an all-gather and the whole array
         # otherwise; see `Collective.sent`.
         part = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n, "collective-permute": 1}
         sent = given * part.get(kind, (n - 1) / n)
         hops = {"all-reduce": 2 * (n // 2), "collective-permute": 1}.get(kind, n // 2)
         if sent:
-            for i, value in enumerate((1, given, sent, hops)):
+            for i, value in enumerate((1, given, sent * part_sent, hops)):
                 totals[network, kind][i] += times * value
 
     def add(times: float, where: str, one: Instruction) -> None:
@@ -227,7 +316,12 @@ def collectives(text: str, trip_count: float = 1.0) -> list[Collective]:
         if where.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"
         given = sum(size(types[where][x]) for x in one.operands if x in types[where])
-        count("ici", kind, times, given, n)
+        between = 0.0
+        if per_node is not None:
+            between = share_between(kind, one.members(per_node), per_node)
+        for network, share in (("ici", 1 - between), ("dcn", between)):
+            if share > 0:
+                count(network, kind, times, given, n, share)
 
     for times, where, instruction in runs(entry, computations, trip_count):
         add(times, where, instruction)

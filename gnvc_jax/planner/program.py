@@ -54,21 +54,24 @@ def memory(compiled: Any, available: int, arguments: int | None = None) -> dict:
     }
 
 
-def roofline(text: str, operations: float, chip: Chip, trip_count: float = 1.0) -> dict:
+def roofline(
+    text: str, operations: float, chip: Chip, trip_count: float = 1.0, per_node: int | None = None
+) -> dict:
     """Reads a program's communication, and the seconds that each resource takes at its peak.
 
     A collective inside of a slice is taken to run in a ring along one axis of the torus, in both
-    directions, and to take the longer of the times of its bytes and of its hops (summed by kind);
-    one between slices takes that of its bytes over the data center network.
+    directions (on GPUs, over all NVLinks), and to take the longer of the times of its bytes and of
+    its hops (summed by kind); one between slices takes that of its bytes over the network.
 
     Args:
         text: HLO text of the program.
         operations: Operations per device.
         chip: Figures of the chip.
         trip_count: Trip count assumed for loops whose length is not known before they run.
+        per_node: Devices of one machine, see `gnvc_jax.planner.hlo.collectives`.
     """
     # Peak figures are per chip, and the program is that of a device: a chip may have two.
-    sent, moved = hlo.collectives(text, trip_count), hlo.traffic(text, trip_count)
+    sent, moved = hlo.collectives(text, trip_count, per_node), hlo.traffic(text, trip_count)
     seconds = {
         "compute": operations / (chip.flops / chip.devices),
         "hbm": moved / (chip.bandwidth / chip.devices),
@@ -88,9 +91,8 @@ def at_peak(one: hlo.Collective, chip: Chip) -> float:
     """Seconds that communication of one kind takes at the published peak of its network."""
     if one.network == "dcn":
         return one.sent / (chip.network / chip.devices)
-    # Links of one axis, one for each direction of the ring. Small collectives take the time of
-    # their hops.
-    return max(one.sent / (2 * chip.link / chip.devices), one.hops * HOP_S)
+    # Small collectives take the time of their hops.
+    return max(one.sent / (chip.ring / chip.devices), one.hops * HOP_S)
 
 
 def too_large(message: str, text: str, arguments: tuple[Tree, ...]) -> dict:

@@ -17,6 +17,7 @@ from gnvc_jax.arrays import Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.parallel import make_mesh, shardings
 from gnvc_jax.parallel.rules import BATCH
+from gnvc_jax.planner import gpus
 from gnvc_jax.planner.chips import Chip, device_count, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
 from gnvc_jax.refiner.attention import RING, exchanged_heads
@@ -41,7 +42,8 @@ def plan(
             stays the same (strong scaling).
 
     Raises:
-        UsageError: If sizes do not divide, the topology is unknown, or libtpu is not installed.
+        UsageError: If sizes do not divide, the topology is unknown, or libtpu or JAX's CUDA plugin
+            is not installed.
     """
     chip = parse_topology(topology).chip
     if per_device is not None:
@@ -58,6 +60,10 @@ def plan_for(
     experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, clips: int = 1_000_000
 ) -> dict:
     """Does what `plan` does for given devices, with the peak figures of `chip`."""
+    abstract_gpus = devices[0].platform == "gpu" and devices[0] not in jax.devices()
+    if abstract_gpus and experiment.compute.attention is None:
+        compute = dataclasses.replace(experiment.compute, attention=gpus.ATTENTION)
+        experiment = dataclasses.replace(experiment, compute=compute)
     stage = make_stage(experiment)
     mesh = make_mesh(experiment.mesh, devices)
     data = experiment.data
@@ -77,18 +83,24 @@ def plan_for(
         "parameters": parameters(arguments[0], arguments[1]),
         "argument_bytes": sum(map(bytes_per_device, arguments)),
         "hbm_bytes": chip.memory // chip.devices,
+        "networks": chip.networks,
         "flops": {
             "model": operations(stage, devices[0], shape),
             "computed": operations(stage, devices[0], shape, remat=True)
             + operations_on_padding(stage, mesh, shape),
         },
     }
+    if abstract_gpus:
+        # Each machine of a topology counts as a process.
+        found["machines"] = len({one.process_index for one in devices})
+        found["note"] = gpus.NOTE
+    options = gpus.COMPILER_OPTIONS if abstract_gpus else None
     start = time.perf_counter()
     # Lowering traces the very step that training runs, with shapes in place of arrays.
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)
         try:
-            compiled = lowered.compile()
+            compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             return found | {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
     found["compile_s"] = round(time.perf_counter() - start, 1)
@@ -146,13 +158,14 @@ def report(found: dict) -> str:
         f"{found['flops']['computed']:.3g} including rematerialisation",
         *(
             f"  {x['kind']:19}{x['count']:6.0f} times, {x['sent'] / gib:.3f} GiB sent per device "
-            f"over {x['network'].upper()}"
+            f"over {found['networks'][x['network']]}"
             for x in found["collectives"]
         ),
         "  at peak      " + ", ".join(f"{k} {v:.4f} s" for k, v in found["roofline_s"].items()),
         f"  step         {low:.4f} s if everything overlaps, {high:.4f} s if nothing does",
         f"  MFU          at most {found['mfu_bound']:.0%}",
         f"  {found['clips_per_epoch']:,} clips: {epoch[0]:.3g} to {epoch[1]:.3g} chip hours",
+        *([f"  {found['note']}"] if "note" in found else []),
     ]
     return "\n".join(lines)
 
@@ -216,7 +229,8 @@ def cost(found: dict, text: str, stage: Stage, chip: Chip, shape: ClipShape, cli
     # Time follows from all operations, rematerialised ones included; MFU counts only what the model
     # needs.
     per_device = found["flops"]["computed"] / devices
-    resources = roofline(text, per_device, chip, stage.trip_count)
+    per_node = devices // found["machines"] if "machines" in found else None
+    resources = roofline(text, per_device, chip, stage.trip_count, per_node)
     seconds = resources["roofline_s"].values()
     best, worst = max(seconds), sum(seconds)
     rate = {

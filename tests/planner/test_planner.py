@@ -333,6 +333,7 @@ def test_communication_in_a_loop():
         ("mesh['data'=4,'fsdp'=16,'context'=8] {'fsdp'}", 16),
         ("mesh['data'=4,'fsdp'=16,'context'=8] {'data','context':(1)2}", 8),
         ("mesh['data'=4,'fsdp'=16,'context'=8] {'context':(2)4}, channel_id=7", 4),
+        ("mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}, dimensions={1}", 4),
     ],
 )
 def test_group_size_of_a_collective(groups, devices):
