@@ -1,4 +1,8 @@
-"""The clips that a sweep is measured on."""
+"""The clips that a sweep is measured on.
+
+`find_clips` gives each video a name that is unique in the run, `read_clip` reads one whole, as RGB.
+A clip is identified by the SHA-256 of its frames, so moving or renaming a file keeps its records.
+"""
 
 import dataclasses
 import functools

@@ -25,6 +25,7 @@ from gnvc_jax.evaluation.anchors import ENCODERS, Anchor, anchor_identity
 from gnvc_jax.evaluation.clips import Clip, read_clip, write_clip
 from gnvc_jax.pretrained import FOLDER, Codec, load_pretrained
 
+# By the module, not the script `gnvc`: this interpreter, whatever PATH says.
 TOOL = (sys.executable, "-m", "gnvc_jax.cli")
 
 

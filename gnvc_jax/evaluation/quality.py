@@ -150,6 +150,7 @@ class QualityMeter:
                 result.missing[name] = str(error)
                 section = result.temporal if name in TEMPORAL else result.quality
                 section.update(dict.fromkeys(FIELDS[name]))
+        # Slope and change of the PSNR over the frames: whether errors add up along the clip.
         if "psnr" in self.metrics:
             along = drift(result.frames["psnr_rgb"])
             result.temporal.update({k: _finite(v) for k, v in along.items()})
@@ -213,6 +214,7 @@ _ON_HOST = {  # (source, output, weights, flow or colour) -> values by field
 }
 
 
+# One network serves all clips of a process.
 @functools.cache
 def _weights(name: str, path: Path | None) -> Any:
     if name not in WITH_WEIGHTS:
@@ -248,6 +250,7 @@ def _summarise(result: Quality, by_name: dict[str, np.ndarray]) -> None:
             result.quality["apsnr_rgb"] = float(decibels(jnp.asarray(values.mean())))
         elif name == "ms_ssim":
             result.frames["ms_ssim_rgb"] = values.tolist()
+            # In dB because MS-SSIM crowds near 1, where -10 log10(1 - x) spreads it.
             result.quality["ms_ssim_rgb"] = mean = float(values.mean())
             result.quality["ms_ssim_rgb_db"] = -10 * math.log10(max(1 - mean, 1e-10))
         else:

@@ -1,4 +1,9 @@
-"""Rate-distortion sweeps: code real files, decode them, measure them, and keep records."""
+"""Rate-distortion sweeps: code real files, decode them, measure them, and keep records.
+
+`Sweep.run` goes through all clips; `Sweep.measure` gives the record of one point on one clip, from
+disk if nothing that determines it has changed. Failures are records, too: a sweep of days goes on,
+and the tables show what is missing.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -68,6 +73,7 @@ class Sweep:
                 continue
             own = [self.measure(clip, point) for point in points]
             result += own
+            # Points that differ only in refinement have the same file, hence the same anchors.
             like: dict[int, str] = {}  # the first point of each size
             for record in own:
                 size = (record.get("rate") or {}).get("bytes")
@@ -110,6 +116,7 @@ class Sweep:
         coded = point.code(clip)
         if coded.frames.shape != clip.frames.shape:
             raise CodingError(f"{clip.frames.shape} went in, {coded.frames.shape} came out")
+        # The size is that of the file on disk, not an estimate.
         size = None
         if coded.bitstream is not None:
             path = self.records.save_bitstream(clip, point, coded.bitstream)

@@ -1,4 +1,8 @@
-"""Sweeps over several processes."""
+"""Sweeps over several processes: clips are divided, points of a clip stay together.
+
+Points of a clip share its encoding and its anchors, which are kept in the memory of a process. All
+processes write to the same folder of records; no two of them have the same clip.
+"""
 
 import copy
 import itertools
@@ -48,6 +52,7 @@ def run_in_processes(
     with ProcessPoolExecutor(processes, context, _start, (said, silent, points, anchors)) as pool:
         try:
             parts = [pool.submit(_run, name, read) for name, read in clips.items()]
+            # Progress arrives by a queue; this process alone writes to the terminal.
             while not all(part.done() for part in parts) or not said.empty():
                 try:
                     sweep.progress(*said.get(timeout=POLL_SECONDS))
@@ -55,6 +60,7 @@ def run_in_processes(
                     pass
             return list(itertools.chain.from_iterable(part.result() for part in parts))
         except BaseException:
+            # An executor would wait for the clips that are under way, which may take hours.
             pool.shutdown(wait=False, cancel_futures=True)
             ours = set(multiprocessing.active_children()) - before
             for process in ours:

@@ -77,6 +77,7 @@ def read_audio(
         source = cast(AudioStream | None, container.streams.best("audio"))
         if source is None:
             return None
+        # Time 0 of the track is the first frame: a file may begin anywhere on its own clock.
         zero = (pictures.start_time or 0) * time_base(pictures)
         buffer, start = io.BytesIO(), None
         try:
@@ -119,6 +120,7 @@ def _opus_packets(
     for frame in container.decode(source):
         for piece in resampler.resample(frame):
             yield from target.encode(piece)
+    # None flushes: first what the resampler holds back, then what the encoder does.
     for piece in resampler.resample(None):
         yield from target.encode(piece)
     yield from target.encode(None)

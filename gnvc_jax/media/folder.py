@@ -1,4 +1,9 @@
-"""Folders of PNG images as videos."""
+"""Folders of PNG images as videos.
+
+`open_folder` streams the images in natural order as a `VideoReader`, `read_folder_clip` reads a few
+of them. All have the size of the first. PNG is the lossless form in which test sequences are often
+given, in RGB, so no colour conversion takes place.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +47,7 @@ def frame_files(path: str | os.PathLike) -> list[Path]:
 def _read(file: Path, size: tuple[int, int] | None = None) -> np.ndarray:
     try:
         with Image.open(file, formats=["PNG"]) as image:
+            # Pillow would clip these to 8 bits rather than scale them.
             if image.mode.startswith(("I", "F")):
                 raise UnsupportedFormat(file, "16-bit grey images are not supported")
             if size is not None and image.size != size:

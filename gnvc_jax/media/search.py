@@ -1,4 +1,9 @@
-"""Search for videos in a folder, for training, datasets and evaluation."""
+"""Search for videos in a folder, for training, datasets and evaluation.
+
+`find_videos` goes by the suffixes of file names, since opening thousands of files would take
+minutes; what cannot be read shows later. The result is sorted: data order must not depend on the
+file system.
+"""
 
 from __future__ import annotations
 

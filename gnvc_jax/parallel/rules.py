@@ -63,6 +63,7 @@ def spec(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P:
         fitting = [i for i, size in enumerate(shape) if size % mesh.shape["fsdp"] == 0]
         # The last of the largest that divide; if none does, the error names the largest.
         axes[max(fitting or range(len(shape)), key=lambda i: (shape[i], i))] = "fsdp"
+    # In elements of the whole parameter, as SMALL and LARGE are.
     count = math.prod(shape)
     for i, axis in enumerate(axes):
         # Small parameters are not split by fsdp, but always by tensor: `tensor` decides which heads
