@@ -21,6 +21,7 @@ from gnvc_jax.bitstream.errors import LimitExceeded
 from gnvc_jax.bitstream.header import check_picture
 from gnvc_jax.bitstream.tables import QUALITIES, TOTAL
 from gnvc_jax.codec.model import CodecState
+from gnvc_jax.codec.transform import DecodedLatent
 from gnvc_jax.decoder import Decoder, check_columns, latent_symbols
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import HALF_RANGE, check_frame, pad_frames, to_float
@@ -230,19 +231,19 @@ class Coder(Decoder):
         """
         latents, fields, count = [], [], 0
         bucket = levels if isinstance(levels, LeakyBucket) else None
-        # What passes from one latent to the next: the codec's state, and the last frame of the
-        # source and as decoded.
-        state = source = reference = predicted = prediction = None
+        # What passes from one latent to the next: the codec's state, the last frame as decoded, and
+        # what motion is searched from.
+        state = reference = tracked = predicted = prediction = None
         for chunk, given, latent in chunks:
             i = len(latents)
             q_index = levels.level() if isinstance(levels, LeakyBucket) else levels[i]
-            if source is not None and reference is not None:  # with motion, after the first latent
+            if tracked is not None and reference is not None:  # with motion, after the first latent
                 with self.timed("motion"):
-                    # Motion is searched between source frames, where it is true, but predicts from
-                    # the decoded frame, which is all that the decoder has.
+                    # Motion is searched from a sharp stand-in of the decoded frame, but predicts
+                    # from the decoded frame, which is all that the decoder has.
                     field = analysis.field(first + count, q_index)
                     if field is None:
-                        field = self._search(chunk, source, q_index, fields)
+                        field = self._search(chunk, tracked, q_index, fields)
                         analysis.keep_field(first + count, q_index, field)
                     fields.append(field)
                     predicted, prediction = self.functions.predict(reference, expand(field))
@@ -261,11 +262,10 @@ class Coder(Decoder):
                 decoded, state = self.functions.reconstruct(
                     latent_symbols(coded.z, coded.y, coded.index), state, coded.q_index, prediction
                 )
-            # The next latent is predicted from the last frame as decoded, its motion searched from
-            # the last frame of the source.
             if self.motion:
-                shown = self._frames(decoded, prediction, predicted)
-                source, reference = chunk[-1], shown[0, -1]
+                reference = self._frames(decoded, prediction, predicted)[0, -1]
+                with self.timed("motion"):
+                    tracked = self._track(chunk[-1], tracked, fields, decoded)
             latents.append(coded)
             count += given
             progress(given)
@@ -325,10 +325,26 @@ class Coder(Decoder):
     def _search(
         self, frames: np.ndarray, reference: np.ndarray, q_index: int, fields: list[MotionField]
     ) -> MotionField:
-        """Searches the motion of frames (4, h, w, 3) relative to the source frame before them."""
+        """Searches the motion of frames (4, h, w, 3) relative to the tracked frame before them."""
         from gnvc_jax.motion.search import search, search_rate  # needs OpenCV; decoding does not
 
         return search(frames, reference, search_rate(q_index), fields[-1] if fields else None)
+
+    def _track(
+        self,
+        source: np.ndarray,
+        tracked: np.ndarray | None,
+        fields: list[MotionField],
+        decoded: DecodedLatent,
+    ) -> np.ndarray:
+        """Finds what the motion of the next latent is searched from, see `track`."""
+        from gnvc_jax.motion.search import track  # needs OpenCV; decoding does not
+
+        if tracked is None:  # after the first latent, which is coded everywhere
+            return source
+        side = self.model.vae_config.stride
+        coded = np.asarray(decoded.fresh)[0, ..., 0] > 0  # of every latent, (h, w)
+        return track(source, tracked, fields[-1], coded.repeat(side, 0).repeat(side, 1))
 
 
 def check_video_info(info: VideoInfo) -> None:

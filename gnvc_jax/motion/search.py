@@ -54,7 +54,7 @@ def search(
 
     Args:
         frames: Frames of one latent, uint8 (4, h, w, 3); h and w are multiples of 32.
-        reference: Frame before them, uint8 (h, w, 3).
+        reference: Frame before them, uint8 (h, w, 3); encoders pass what `track` makes.
         rate: Grey levels of absolute difference that a bit must save.
         previous: Field of the latent before, whose vectors are among the candidates.
 
@@ -77,6 +77,30 @@ def search(
     field = split_blocks(field, grey[3], reference, half_pels(last, FINE), rate)
     field = add_middle(field, grey, reference, half_pels(second, COARSE), rate)
     return add_shifts(field, grey, reference, rate)
+
+
+def track(
+    source: np.ndarray, tracked: np.ndarray, field: MotionField, coded: np.ndarray
+) -> np.ndarray:
+    """Makes the frame that the motion of the next latent is searched from.
+
+    Vectors are rounded and chosen by their bits, so what is only copied comes to lie beside the
+    place where it is in the source. Searching between source frames would not see this, and the
+    errors would add up from latent to latent. Decoded frames show where everything lies, but are
+    too blurred to search in. The result stands for them: sharp as the source, moved as they are.
+
+    Args:
+        source: Last frame of a latent, uint8 (h, w, 3).
+        tracked: What the motion of this latent was searched from, uint8 (h, w, 3).
+        field: Motion of this latent.
+        coded: Pixels that more arrived for than motion, bool (h, w). They lie where the source has
+            them.
+
+    Returns:
+        The frame, uint8 (h, w, 3).
+    """
+    copied = displaced(tracked, dense(expand(field)[-1]), cv2.INTER_CUBIC)
+    return np.where(coded[..., None], source, copied)
 
 
 def optical_flow(frame: np.ndarray, reference: np.ndarray) -> np.ndarray:
@@ -157,16 +181,18 @@ def differences(
     return block_sums(cv2.absdiff(frame, displaced(reference, displacement)), side)
 
 
-def displaced(reference: np.ndarray, displacement: np.ndarray) -> np.ndarray:
-    """Samples the reference (h, w) at pixel + displacement (h, w, 2) in pels, bilinearly.
+def displaced(
+    reference: np.ndarray, displacement: np.ndarray, kernel: int = cv2.INTER_LINEAR
+) -> np.ndarray:
+    """Samples the reference (h, w) or (h, w, 3) at pixel + displacement (h, w, 2) in pels.
 
     The codec predicts bicubically (`gnvc_jax.motion.warp.warp`); the search needs only the order of
-    the candidates, for which this is good enough and several times faster.
+    the candidates, for which bilinear samples are good enough and several times faster.
     """
-    h, w = reference.shape
+    h, w = reference.shape[:2]
     x = displacement[..., 0] + np.arange(w, dtype=np.float32)
     y = displacement[..., 1] + np.arange(h, dtype=np.float32)[:, None]
-    return cv2.remap(reference, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return cv2.remap(reference, x, y, kernel, borderMode=cv2.BORDER_REPLICATE)
 
 
 def search_coarse(

@@ -4,8 +4,8 @@ import cv2
 import numpy as np
 import pytest
 
-from gnvc_jax.motion import expand
-from gnvc_jax.motion.search import differences, search, search_rate
+from gnvc_jax.motion import expand, no_motion
+from gnvc_jax.motion.search import differences, search, search_rate, track
 
 RNG = np.random.default_rng(0)
 
@@ -44,6 +44,27 @@ def test_search_finds_the_shift_of_exhaustive_search(canvas):
     for t in (1, 2, 3, 4):
         np.testing.assert_allclose(vectors[t - 1], np.broadcast_to([t, -2 * t], vectors[0].shape),
                                    atol=0.26)  # fmt: skip
+
+
+def test_slow_motion_is_followed_when_frames_are_only_copied(canvas):
+    """A pan by a fifth of a pel per latent, which rounds to no motion each time."""
+    tracked = start = view(canvas, 60, 60)
+    nothing = np.zeros(start.shape[:2], bool)
+    for n in range(1, 16):
+        frames = np.stack([view(canvas, 60 + 0.2 * n, 60)] * 4)
+        tracked = track(frames[-1], tracked, search(frames, tracked, 30.0), nothing)
+    inside = slice(16, -16), slice(16, -16)
+    left, before = (cv2.absdiff(frames[-1], x)[inside].mean() for x in (tracked, start))
+    assert left < 0.2 * before  # the pan of three pels
+
+
+def test_tracked_frame_is_the_source_where_it_is_coded(canvas):
+    source, tracked = view(canvas, 60, 60), view(canvas, 70, 64)
+    coded = np.zeros(source.shape[:2], bool)
+    coded[32:48, 16:64] = True
+    found = track(source, tracked, no_motion(4, 4), coded)
+    np.testing.assert_array_equal(found[coded], source[coded])
+    np.testing.assert_array_equal(found[~coded], tracked[~coded])
 
 
 def test_motion_that_reverses_gets_middle_vectors(canvas):

@@ -1,5 +1,6 @@
 """The model that ships with the package."""
 
+import cv2
 import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio
@@ -41,6 +42,17 @@ def test_a_still_scene_keeps_its_quality(codec):
     decoded = codec.decode(codec.encode(video, qp=40))
     psnrs = [peak_signal_noise_ratio(video[0], frame) for frame in decoded]
     assert psnrs[-1] > psnrs[1] - 0.1, psnrs[::4]
+
+
+def test_a_slow_pan_keeps_its_quality(codec):
+    """A quarter of a pel per latent: rounded vectors must not leave the picture behind."""
+    picture = camera_move(1)[0, 64:192, 64:200]
+    moves = [np.float32([[1, 0, -0.06 * t], [0, 1, 0]]) for t in range(41)]
+    flags = {"dsize": (128, 128), "flags": cv2.INTER_CUBIC}
+    video = np.stack([cv2.warpAffine(picture, move, **flags) for move in moves])
+    decoded = codec.decode(codec.encode(video, qp=50))
+    psnrs = [peak_signal_noise_ratio(*pair) for pair in zip(video, decoded)]
+    assert psnrs[-1] > psnrs[1] - 0.5, psnrs[::4]
 
 
 def test_effort_makes_files_smaller(codec):
