@@ -48,8 +48,8 @@ def lpips(
     check_images("lpips", x, y, "[-1, 1]")
     # Two passes rather than one on the concatenation: where only one side is differentiated,
     # the other then costs no backward pass and keeps no activations.
-    fx = features(params["backbone"], (x - _SHIFT) / _SCALE, dtype, precision=precision)
-    fy = features(params["backbone"], (y - _SHIFT) / _SCALE, dtype, precision=precision)
+    fx = lpips_features(params, x, dtype, precision)
+    fy = lpips_features(params, y, dtype, precision)
     # Sum over layers of the mean over positions of the weighted squares over channels (their
     # equation 1). Weights are not negative, so the distance is not, either.
     distance = jnp.zeros(x.shape[0], jnp.float32)
@@ -58,6 +58,16 @@ def lpips(
         weighted = jnp.dot(squares, lin.astype(jnp.float32), precision="highest")
         distance += jnp.mean(weighted, axis=(1, 2))
     return distance
+
+
+def lpips_features(
+    params: dict,
+    x: Array | np.ndarray,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    precision: str = "highest",
+) -> list[Float[Array, "b _h _w _c"]]:
+    """Computes the five activations that LPIPS compares, not scaled; arguments as for `lpips`."""
+    return features(params["backbone"], (x - _SHIFT) / _SCALE, dtype, precision=precision)
 
 
 def _unit(f: Float[Array, "b h w c"]) -> Float32[Array, "b h w c"]:

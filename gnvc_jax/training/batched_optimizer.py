@@ -32,6 +32,11 @@ def is_kernel(path: tuple) -> bool:
     return KERNEL.fullmatch(rules.path_name(path)) is not None
 
 
+def is_adversary(path: tuple) -> bool:
+    """Whether the parameter at a path of a tree is one of the discriminator's."""
+    return rules.path_name(path).startswith("discriminator/")
+
+
 class StackedParameters:
     """Converts trees like the parameters to stacks and back.
 
@@ -45,6 +50,7 @@ class StackedParameters:
 
     Attributes:
         kernels: For each stack, whether it holds kernels (see `is_kernel`) or none.
+        adversary: For each stack, whether it holds parameters of the discriminator or none.
         parts: For each stack, the part of the model that each of its parameters belongs to.
     """
 
@@ -55,10 +61,11 @@ class StackedParameters:
         for i, (path, x) in enumerate(leaves):
             alone = x.size >= rules.SMALL or rules.is_split(path, x.shape)
             # Kernels and others never share a stack, so that weight decay can go by stacks.
-            kind = i if alone else (x.shape, x.dtype, is_kernel(path))
+            kind = i if alone else (x.shape, x.dtype, is_kernel(path), is_adversary(path))
             groups.setdefault(kind, []).append(i)
         self.groups = list(groups.values())
         self.kernels = [is_kernel(leaves[group[0]][0]) for group in self.groups]
+        self.adversary = [is_adversary(leaves[group[0]][0]) for group in self.groups]
         names = [rules.path_name(path).partition("/")[0] for path, _ in leaves]
         self.parts = [[names[i] for i in group] for group in self.groups]
 

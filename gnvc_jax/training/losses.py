@@ -16,7 +16,7 @@ Sources: GNVC-VD (arXiv 2512.05016) equations 1 to 6 and section 6 for the losse
 II; Kingma and Welling (arXiv 1312.6114) appendix B for the divergence.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -225,13 +225,57 @@ def perceptual_of_frames(
         key: Random key of the choice.
         count: Number of frames; all if clips have fewer.
     """
-    b, t = video.shape[:2]
+    # (b, t, h, w, c) -> (b, count, h, w, 3) -> (n, h, w, 3) with n = b * count.
+    pair = frames_of_clips(output, video, key, count)
+    pair = (rearrange(v, "b t h w c -> (b t) h w c") for v in pair)
+    return perceptual(*pair).reshape(len(video), -1).mean(1)
+
+
+def frames_of_clips(output: Array, video: Array, key: Array, count: int) -> tuple[Array, Array]:
+    """Takes `count` random frames of all clips, the same ones of each, as (b, count, h, w, 3).
+
+    Args:
+        output: Decoded frames (b, t, h, w, 3), clipped to [-1, 1] here, as a decoder does.
+        video: Frames of the source, same shape.
+        key: Random key of the choice.
+        count: Number of frames; all if clips have fewer.
+    """
+    t = video.shape[1]
     chosen = jax.random.choice(key, t, (min(t, count),), replace=False)
-    # Output is clipped as a decoder does. (b, t, h, w, 3) -> (b, count, h, w, 3) -> (n, h, w, 3)
-    # with n = b * count.
-    pair = (jnp.clip(output, -1.0, 1.0), video)
-    pair = (rearrange(v[:, chosen], "b t h w c -> (b t) h w c") for v in pair)
-    return perceptual(*pair).reshape(b, -1).mean(1)
+    return jnp.clip(output, -1.0, 1.0)[:, chosen], video[:, chosen]
+
+
+def feature_matching(output: Sequence[Array], source: Sequence[Array]) -> Array:
+    """Mean absolute difference of features of images, (n,), relative to those of the source.
+
+    All layers count alike, however large their activations are. (Wang et al., arXiv 1711.11585,
+    compare the features of a discriminator; those of a fixed network do not change while a model
+    trains.)
+
+    Args:
+        output: Activations (n, h_l, w_l, c_l) of decoded images, such as
+            `gnvc_jax.metrics.lpips.lpips_features` gives.
+        source: Those of the source, which get no gradient.
+    """
+    found = []
+    for a, b in zip(output, source, strict=True):
+        b = jax.lax.stop_gradient(b)
+        size = jnp.maximum(per_clip(jnp.abs(b)), 1e-6)
+        found.append(per_clip(jnp.abs(a - b)) / size)
+    return jnp.stack(found).mean(0)
+
+
+# A discriminator's judgements are numbers of patches, larger for real ones: (b, ...).
+
+
+def hinge_discriminator(real: Array, decoded: Array) -> Array:
+    """Loss (b,) of a discriminator: real patches should get 1 or more, decoded ones -1 or less."""
+    return per_clip(jax.nn.relu(1.0 - real)) + per_clip(jax.nn.relu(1.0 + decoded))
+
+
+def hinge_generator(decoded: Array) -> Array:
+    """Loss (b,) of a generator, whose decoded patches should look real."""
+    return -per_clip(decoded)
 
 
 def kl_divergence(mean: Array, logvar: Array) -> Array:

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import Mesh
 from gnvc_jax.arrays import Tree
 from gnvc_jax.parallel import shardings
 from gnvc_jax.training import stages
-from gnvc_jax.training.batched_optimizer import is_kernel
+from gnvc_jax.training.batched_optimizer import is_adversary, is_kernel
 from gnvc_jax.training.config import OptimConfig
 from gnvc_jax.training.stages import Stage
 
@@ -51,17 +52,25 @@ def learning_rate(config: OptimConfig) -> optax.Schedule:
     )
 
 
-def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformation:
+def optimizer(config: OptimConfig, decayed: Tree, adversary: Tree) -> optax.GradientTransformation:
     """Clipping and AdamW, without the learning rate, which the step applies.
+
+    A discriminator's gradient is clipped by itself, so that neither side of the game slows the
+    other one.
 
     Args:
         config: Settings of the optimizer.
         decayed: Tree of bools like the parameters or their stacks: which of them decay.
+        adversary: The same: which of them are a discriminator's.
     """
+    clip = optax.clip_by_global_norm(config.clip)
+    if any(jax.tree.leaves(adversary)):
+        model = jax.tree.map(operator.not_, adversary)
+        clip = optax.chain(optax.masked(clip, model), optax.masked(clip, adversary))
     # Moments see clipped gradients. Decay comes after them: it is decoupled, as in AdamW
     # (Loshchilov and Hutter, arXiv 1711.05101), and scaled by the learning rate alone.
     return optax.chain(
-        optax.clip_by_global_norm(config.clip),
+        clip,
         optax.scale_by_adam(*config.betas),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
     )
@@ -70,12 +79,15 @@ def optimizer(config: OptimConfig, decayed: Tree) -> optax.GradientTransformatio
 def init_state(config: OptimConfig, params: Tree, key: jax.Array) -> State:
     """Makes the state before the first step."""
     # Moments have the shapes of parameters here; the step stacks both.
-    kernels = jax.tree_util.tree_map_with_path(lambda path, _: is_kernel(path), params)
+    kernels, adversary = (
+        jax.tree_util.tree_map_with_path(lambda path, _, which=which: which(path), params)
+        for which in (is_kernel, is_adversary)
+    )
     return State(
         step=jnp.int32(0),
         params=params,
         ema=jax.tree.map(jnp.copy, params),  # a second buffer: the state is donated
-        opt_state=optimizer(config, kernels).init(params),
+        opt_state=optimizer(config, kernels, adversary).init(params),
         key=key,
     )
 

@@ -90,7 +90,7 @@ def make_step(
         grad_norm = optax.tree.norm(grads)  # before clipping
         # By `state.step`, which counts skipped updates, too. Counters of optax stand still then.
         lr = schedule(state.step)
-        update = optimizer(config, stacks.kernels).update
+        update = optimizer(config, stacks.kernels, stacks.adversary).update
         updates, opt_state = update(grads, opt_state, params)
         updates = jax.tree.map(lambda u: lr * u, updates)
         norms = {

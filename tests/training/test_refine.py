@@ -1,6 +1,7 @@
 """The stage `refine`: what it shows to its losses, and what these are."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import gnvc_jax
 from gnvc_jax.demo import camera_move
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
+from gnvc_jax.training.discriminator import AdversarialConfig, init_discriminator
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.stages.refine import (
     CODEC_METRICS,
@@ -122,16 +124,18 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
     for name in ("lpips", "dists"):
         monkeypatch.setattr(f"gnvc_jax.training.stages.refine.{name}", distance_of_means)
     rng, weights = np.random.default_rng(1), RefineLoss(codec=0.5)
+    adversarial = AdversarialConfig(weight=0.05, warmup=0, width=4, downscale=2)
+    judge = init_discriminator(adversarial, jax.random.key(1))["discriminator"]
     source = np.float32(camera_move(9)[None, :, :64, :64]) / 127.5 - 1
     constants = {"alex": 3.0, "dists": 5.0}
 
-    @jax.jit
-    def loss(refined, error):
+    @functools.partial(jax.jit, static_argnums=2)
+    def loss(refined, error, weights=weights):
         first = refined[:, :1], source[:, :1], source[:, :1]
         codec = jnp.float32(7.0), {name: jnp.ones(()) for name in CODEC_METRICS}
         pair = refined[:, 1:], source[:, 1:], source[:, 1:]
         frames = RefinedFrames(*pair, first, error, codec, jnp.array([20]))
-        return refine_loss(weights, constants, frames, jax.random.key(0))
+        return refine_loss(weights, constants, frames, jax.random.key(0), judge, jnp.int32(0))
 
     # What is left is the loss of the codec.
     assert loss(source, jnp.zeros(1))[0] == pytest.approx(0.5 * 7.0, abs=1e-5)
@@ -153,6 +157,11 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
         + 0.5 * 7.0
     )
     assert float(total) == pytest.approx(float(expected), rel=1e-3)
+    # A discriminator adds its verdict of refined frames.
+    against = dataclasses.replace(weights, adversarial=adversarial)
+    more, found = loss(source + noise, jnp.ones(1), against)
+    assert float(more - total) == pytest.approx(0.05 * float(found["generator"]), rel=1e-2)
+    assert found.keys() - terms.keys() == {"generator", "discriminator"}
     # The only clip is of the second band of levels; the codec's loss is not part of its mean.
     np.testing.assert_array_equal(terms["levels/loss"].count, [0, 1, 0, 0])
     np.testing.assert_allclose(terms["levels/loss"].total, [0, total - 3.5, 0, 0], rtol=1e-5)

