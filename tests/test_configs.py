@@ -12,6 +12,7 @@ from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.planner.program import bytes_per_device
 from gnvc_jax.planner.training import abstract_arguments
 from gnvc_jax.training import config
+from gnvc_jax.training.discriminator import AdversarialConfig
 from gnvc_jax.training.partition import split
 from gnvc_jax.training.stages import make_stage, model_shapes, objective
 from gnvc_jax.training.state import init_state
@@ -58,6 +59,38 @@ def test_what_trains_at_full_size():
     assert count(trained["codec"]) == count(parts["codec"])
     assert count(fixed["refiner"]["dit"]) == 1_418_996_800
     assert "codec" not in fixed
+
+
+def test_successors_differ_from_the_paper_where_they_say_so():
+    """Same networks and trained parts; other levels, numbers of steps, last clips and losses."""
+    paper, plus = (
+        {
+            stage: config.load(CONFIGS / name / f"{stage}.py")
+            for stage in ("codec", "latent", "pixel")
+        }
+        for name in ("wan_1_3b", "wan_1_3b_plus")
+    )
+    for stage, one in plus.items():
+        assert one.refiner == paper[stage].refiner and one.train == paper[stage].train
+        assert one.optim == paper[stage].optim and one.vae == paper[stage].vae
+        assert one.codec.levels(20, 7) == [28, 20, 22, 20, 24, 20, 22]
+        assert paper[stage].codec.levels(20, 7) == [20] * 7
+    starts = [one.init.run for one in plus.values()]
+    assert starts == [None, "runs/wan_1_3b_plus/codec", "runs/wan_1_3b_plus/latent"]
+    pixel = plus["pixel"]
+    assert pixel.data.shapes == ((13, 256, 256), (25, 512, 832))
+    assert pixel.optim.steps - pixel.data.size_schedule[0][0] == 20_000
+    assert [pixel.tokens(shape) for shape in pixel.data.shapes] == [1024, 7 * 32 * 52]
+    assert pixel.loss.mean_steps == 3
+    for name in ("dists", "features", "adversarial"):
+        more = config.load(CONFIGS / "wan_1_3b_plus" / f"pixel_{name}.py")
+        weight = {"dists": 0.0, "features": 0.0, "adversarial": AdversarialConfig()}[name]
+        assert dataclasses.replace(more.loss, **{name: weight}) == pixel.loss != more.loss
+        assert dataclasses.replace(more, loss=pixel.loss, run=pixel.run) == pixel
+    more = config.load(CONFIGS / "wan_1_3b_plus" / "pixel_adversarial.py")
+    parts, model = model_shapes(make_stage(more)), model_shapes(make_stage(pixel))
+    assert count(parts.pop("discriminator")) == 1_711_297
+    assert count(parts) == count(model)
 
 
 def test_larger_small_model_is_the_small_one_but_for_its_sizes():

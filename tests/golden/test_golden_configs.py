@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from gnvc_jax.parallel.rules import path_name, spec
 from gnvc_jax.training.config import load
-from gnvc_jax.training.networks import init_networks, make_networks
+from gnvc_jax.training.stages import make_stage, model_shapes
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -28,7 +28,12 @@ EXPERIMENTS = {
     if path.stem != "models"
 }
 # Experiments with all parts of their models.
-SHARDED = ("small/refiner", "small_gpu/refiner", "wan_1_3b/latent")
+SHARDED = (
+    "small/refiner",
+    "small_gpu/refiner",
+    "wan_1_3b/latent",
+    "wan_1_3b_plus/pixel_adversarial",
+)
 MESH = {"data": 2, "fsdp": 4, "context": 1, "tensor": 2}
 
 
@@ -43,8 +48,7 @@ def sharding_table(path: Path) -> str:
     Parameters that differ in a number only, and lie alike, share a line with * for the number.
     """
     mesh = AbstractMesh(tuple(MESH.values()), tuple(MESH), axis_types=(AxisType.Auto,) * len(MESH))
-    networks = make_networks(load(path))
-    shapes = jax.eval_shape(lambda key: init_networks(networks, key), jax.random.key(0))
+    shapes = model_shapes(make_stage(load(path)))
     split, replicated = collections.Counter(), collections.defaultdict(list)
     for leaf_path, x in jax.tree_util.tree_leaves_with_path(shapes):
         name = path_name(leaf_path)
