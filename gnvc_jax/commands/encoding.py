@@ -125,6 +125,7 @@ def encode(
     check_range("--frames", frames, 1)
     check_range("--effort", effort, 0, 1)
     target = chosen_target(qp, bitrate, bpp, max_size, target_psnr, target_lpips)
+    # Only rates can be steered within one pass; a size or a quality is known at the end.
     rate = target if target is not None and target.kind in ("bitrate", "bpp") else None
     if one_pass and rate is None:
         raise UsageError("--one-pass needs --bitrate or --bpp")
@@ -137,6 +138,7 @@ def encode(
         raise UsageError("--audio and --no-audio exclude each other; give only one of them")
     audio_bitrate = None if audio is None else round(parse_amount("--audio", audio))
     check_range("--audio", audio_bitrate, 6000, 510_000)
+    # The output appears at the end in place of what has its name, with --force the input, too.
     refuse_same_file(input, output)
     options: dict[str, Any] = {
         "size": None if size is None else parse_size(size),
@@ -202,6 +204,7 @@ def encode(
                 count, found = trial.frames, f"qp {trial.qp:g}, "
                 if target.kind in ("psnr", "lpips"):
                     found += f"{target.rule.format(trial.value)}, "
+        # By the file itself: a pipe has no size afterwards.
         written, seconds = file.tell(), time.perf_counter() - start
         notes = list(source.notes)
         if source.has_audio and fps is not None and not no_audio:

@@ -211,7 +211,7 @@ def scaling(
             chips; "strong" keeps data.batch.
         measure: Measure where there are enough devices, by short runs of training; the rest is
             planned.
-        steps: Number of steps to measure, after as many that are not.
+        steps: Number of steps to measure, after as many warm-up steps.
         chip: Kind of chip to plan for.
         hardware: Kind of hardware to choose mesh, micro-batches, dtype and rematerialisation for,
             as for `gnvc train`.

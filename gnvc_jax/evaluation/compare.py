@@ -1,4 +1,9 @@
-"""Comparison of two runs: what both measured, and how much the results differ."""
+"""Comparison of two runs: what both measured, and how much the results differ.
+
+`read_results` reads the results.json of `gnvc eval`; `compare` pairs records by clip and point and
+writes Markdown. What the runs do not share (clips, points, metrics, hardware, versions) is listed
+first, since it may explain a difference.
+"""
 
 import json
 from collections.abc import Iterable, Sequence

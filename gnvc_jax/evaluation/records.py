@@ -1,5 +1,8 @@
 """The records of a sweep on disk, one JSON file for each clip and point.
 
+A record has a key, everything that determines its result. `Records.load` gives it back only if the
+key is still the same, so that a rerun measures what has changed and nothing else.
+
 OUT/records/CLIP__POINT.json     the record: source, codec, rate, quality, temporal, speed, status
 OUT/frames/CLIP__POINT.json      the metrics of every frame
 OUT/bitstreams/CLIP__POINT.*     the file that was measured

@@ -1,4 +1,9 @@
-"""Records as results.json, results.csv, bd.csv and Markdown tables."""
+"""Records as results.json, results.csv, bd.csv and Markdown tables.
+
+`write_results` writes all of them from the same records. results.json has everything, among it the
+command and the environment; `gnvc_jax.evaluation.report` and `gnvc_jax.evaluation.compare` read it.
+The tables have a column for what some record has a value of (`measured_columns`).
+"""
 
 import csv
 import io
@@ -99,6 +104,7 @@ def as_csv(records: Sequence[dict]) -> str:
 def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
     """Tables of means over clips, of every clip, and of failures; paper: see `write_results`."""
     columns = measured_columns(records)
+    # Means say how many clips they are of: a point that failed on some is not comparable.
     mean_rows = [
         [label, str(mean["clips"]), *(cell(mean, *column) for column in columns.values())]
         for label, mean in means(records).items()

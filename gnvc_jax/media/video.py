@@ -1,4 +1,9 @@
-"""Interface of all kinds of video sources: a description, and an iterator of RGB frames."""
+"""Interface of all kinds of video sources: a description, and an iterator of RGB frames.
+
+`gnvc_jax.media.reader.open_video` returns a `VideoReader` whatever the source is. A reader collects
+`Findings` while it reads: what was ignored or decided, in words for the user, and whether frames
+are missing. They are complete only after the last frame, since a file is read once.
+"""
 
 from __future__ import annotations
 
