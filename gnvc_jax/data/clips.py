@@ -9,8 +9,13 @@ worker processes, resuming and the number of hosts change who computes it and no
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import logging
+import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +35,27 @@ Sample = dict[str, np.ndarray | np.int32]  # see `with_motion`
 
 MARGIN = 16  # pixels around a crop that its motion search sees
 RATE_JITTER = 0.3  # standard deviation of the logarithm of the search's rate, for variety
+PARENT_CHECK_S = 1.0  # between looks of a worker at whether the training is still there
 MAX_TRIES = 1000  # then reading has failed, whatever share of failures is accepted
+
+
+@functools.cache  # once in each process
+def end_with_parent() -> None:
+    """Makes a worker process end soon after the process that started it, even if that was killed.
+
+    Does nothing in other processes. Grain ends its workers itself, but not after a SIGKILL.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or not multiprocessing.current_process().daemon:
+        return
+
+    def watch() -> None:
+        # A process whose parent is gone gets another one.
+        while os.getppid() == parent.pid:
+            time.sleep(PARENT_CHECK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="end-with-parent").start()
 
 
 class RandomRead(grain.transforms.RandomMap):
@@ -62,6 +87,7 @@ class RandomRead(grain.transforms.RandomMap):
         Raises:
             TooMuchLeftOut: If too much cannot be read.
         """
+        end_with_parent()
         for _ in range(MAX_TRIES):
             try:
                 return self.read(element, rng)
