@@ -10,14 +10,14 @@ yet: no accelerator was at hand.
 import dataclasses
 
 from configs.wan_1_3b import latent
-from gnvc_jax.refiner import VACE_14B, RefinerConfig
+from gnvc_jax.refiner import VACE_14B
 from gnvc_jax.training.config import RunConfig
 
 base = latent.experiment
 
 experiment = dataclasses.replace(
     base,
-    refiner=RefinerConfig(dit=VACE_14B, features=base.codec.width),
+    refiner=dataclasses.replace(base.refiner, dit=VACE_14B),
     init=dataclasses.replace(base.init, dit="weights/vace-14b"),
     run=RunConfig(out="runs/wan_14b/latent"),
 )

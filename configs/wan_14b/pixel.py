@@ -13,8 +13,7 @@ from gnvc_jax.training.config import RunConfig
 
 experiment = dataclasses.replace(
     pixel.experiment,
-    # This stage trains for as many steps as decoding takes.
-    refiner=dataclasses.replace(latent.experiment.refiner, steps=pixel.experiment.refiner.steps),
+    refiner=latent.experiment.refiner,
     init=dataclasses.replace(latent.experiment.init, run="runs/wan_14b/latent"),
     run=RunConfig(out="runs/wan_14b/pixel"),
 )
