@@ -32,6 +32,7 @@ SHARDED = (
     "small/refiner",
     "small_gpu/refiner",
     "wan_1_3b/latent",
+    "wan_14b/pixel",
     "wan_1_3b_plus/pixel_adversarial",
 )
 MESH = {"data": 2, "fsdp": 4, "context": 1, "tensor": 2}
