@@ -61,14 +61,14 @@ class DecodedGroup(NamedTuple):
     Attributes:
         latents: Normalised latents (1, t, h, w, c), padded as the codec needs them.
         features: Features of the codec after each latent, (1, t, h, w, f).
-        q_index: Quality level, 0 (worst) to 63.
+        q_index: Quality level of each latent, (1, t), 0 (worst) to 63.
         seed: Seed of the refiner's noise: the checksum of the group's symbols, which every decoder
             of the stream has.
     """
 
     latents: Array
     features: Array
-    q_index: int
+    q_index: Array
     seed: int
 
 
@@ -355,8 +355,7 @@ class Decoder:
 def _stack(group: GroupPayload, decoded: list[tuple[Array, Array, Array | None]]) -> DecodedGroup:
     """Stacks the latents and features of a group along a time axis."""
     latents, features = (jnp.stack(part, axis=1) for part in list(zip(*decoded))[:2])
-    # The level of the last latent stands for the group; the first may be coded at a better one.
-    return DecodedGroup(latents, features, group.q_indices[-1], group.crc_symbols)
+    return DecodedGroup(latents, features, jnp.asarray([group.q_indices]), group.crc_symbols)
 
 
 def check_columns(width: int, stride: int) -> None:

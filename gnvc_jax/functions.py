@@ -57,8 +57,8 @@ class CodecPrograms(NamedTuple):
         add_latent: (vae, frames, latent, first) -> uint8 frames with what a latent adds to them.
         analyse: (codec, latent, state, q_index, prediction, worth) -> symbols; worth is optional.
         reconstruct: (codec, symbols, state, q_index, prediction) -> decoded latent, state.
-        velocity: (refiner, state, tau, decoded, features, q_index) -> velocity; None for a model
-            without a refiner.
+        velocity: (refiner, state, tau, decoded, features, q_index) -> velocity, with the level of
+            each latent; None for a model without a refiner.
     """
 
     encode_video: Callable
@@ -325,13 +325,15 @@ class CodecFunctions:
         q = jnp.full((1,), q_index)
         return self.programs.reconstruct(self.codec_params, symbols, state, q, prediction)
 
-    def refine(self, latents: Array, features: Array, q_index: int, seed: int, steps: int) -> Array:
+    def refine(
+        self, latents: Array, features: Array, q_index: Array, seed: int, steps: int
+    ) -> Array:
         """Refines the latents of a group; the same seed gives the same result on one device.
 
         Args:
             latents: Decoded latents (1, t, h, w, c).
             features: Features of the codec after each latent, (1, t, h, w, f).
-            q_index: Quality level.
+            q_index: Quality levels of the latents, (1, t).
             seed: Seed of the noise.
             steps: Steps of the flow; 0 returns the latents as they are.
 
@@ -344,14 +346,13 @@ class CodecFunctions:
         if config is None or program is None:
             raise UsageError(f"model {self.model.name!r} has no refiner; use 0 steps")
 
-        def velocity(state: Array, tau: Array, decoded: Array, features: Array) -> Array:
-            # The sampler knows neither parameters nor batch axes of tau and level.
-            tau, q = jnp.full((1,), tau), jnp.full((1,), q_index)
-            return program(self.refiner_params, state, tau, decoded, features, q)
+        def velocity(state: Array, tau: Array, *conditions: Array) -> Array:
+            # The sampler knows neither parameters nor a batch axis of tau.
+            return program(self.refiner_params, state, jnp.full((1,), tau), *conditions)
 
         # The seed comes from the stream, so every decoding of a group draws the same noise.
         key, white = jax.random.key(seed), self.model.white
-        return refine(velocity, config, latents, features, key, steps, white)
+        return refine(velocity, config, latents, features, q_index, key, steps, white)
 
     def scale_index(
         self,

@@ -71,7 +71,7 @@ class PretrainedRefiner:
         tau: Float[AnyArray, " b"],
         decoded: Float[AnyArray, "b t h w c"],
         features: Float[AnyArray, "b t h w f"],
-        q_index: Int[AnyArray, " b"],
+        q_index: Int[AnyArray, "b t"],
     ) -> Float[Array, "b t h w c"]:
         """Velocity of the flow, data minus noise; see `gnvc_jax.refiner.Refiner`.
 
@@ -80,7 +80,7 @@ class PretrainedRefiner:
             tau: Flow time, 0 for noise and 1 for data.
             decoded: Decoded latents, whitened.
             features: Features of the codec.
-            q_index: Quality levels, 0 (worst) to 63.
+            q_index: Quality levels of the latents, 0 (worst) to 63.
         """
         return self._velocity(self.params, state, tau, decoded, features, q_index)
 
@@ -88,7 +88,7 @@ class PretrainedRefiner:
         self,
         decoded: Float[AnyArray, "b t h w c"],
         features: Float[AnyArray, "b t h w f"] | None = None,
-        q_index: int = 0,
+        q_index: Int[AnyArray, "*t"] | int = 0,
         steps: int | None = None,
         seed: int = 0,
     ) -> Float[Array, "b t h w c"]:
@@ -97,7 +97,8 @@ class PretrainedRefiner:
         Args:
             decoded: Normalised latents as a codec decodes them, h and w even.
             features: Features of the codec; None for zeros.
-            q_index: Quality level that the latents were coded at, 0 (worst) to 63; 63 - qp.
+            q_index: Quality level that the latents were coded at, 0 (worst) to 63, which is
+                63 - qp: one for all, or one for each latent.
             steps: Steps of the flow, None for what the refiner was trained for; with 0, the latents
                 are returned as they are.
             seed: Seed of the noise.
@@ -121,15 +122,14 @@ class PretrainedRefiner:
         elif np.shape(features) != given:
             raise UsageError(f"features are {np.shape(features)}, expected {given}")
 
-        def velocity(state: Array, tau: Array, decoded: Array, features: Array) -> Array:
-            # The sampler has one time and level for all clips, the network takes one for each.
-            b = state.shape[0]
-            conditions = jnp.full((b,), tau), decoded, features, jnp.full((b,), q_index)
-            return self.velocity(state, *conditions)
+        def velocity(state: Array, tau: Array, *conditions: Array) -> Array:
+            # The sampler has one time for all clips, the network takes one for each.
+            return self.velocity(state, jnp.full(len(state), tau), *conditions)
 
         steps = self.config.steps if steps is None else steps
-        inputs = jnp.asarray(decoded), jnp.asarray(features), jax.random.key(seed), steps
-        return refine(velocity, self.config, *inputs, self.white)
+        levels = jnp.broadcast_to(jnp.asarray(q_index), shape[:2])
+        key = jax.random.key(seed)
+        return refine(velocity, self.config, decoded, features, levels, key, steps, self.white)
 
 
 def load_refiner(

@@ -226,7 +226,8 @@ def coding_programs(
     if used.velocity is not None and refiner is not None:
         size = min(latents, refiner.window)
         group, features = (columns(array(1, size, *x.shape[1:])) for x in decoded[:2])
-        inputs = group, whole(array(1)), group, features, q_index
+        levels = whole(array(1, size, dtype=jnp.int32))
+        inputs = group, whole(array(1)), group, features, levels
         programs["velocity"] = used.velocity, (params["refiner"], *inputs)
     return programs
 

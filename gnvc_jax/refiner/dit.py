@@ -63,10 +63,11 @@ def unpatchify(
     return rearrange(tokens, "b (w t h) (p q c) -> b t (h p) (w q) c", **sizes)
 
 
-def shard_tokens(tokens: Float[Array, "b n d"]) -> Float[Array, "b n2 d"]:
+def shard_tokens(tokens: Float[Array, "b n *d"]) -> Float[Array, "b n2 *d"]:
     """Shards tokens over the mesh axis `context`, padded with zeros to a multiple of its size."""
     rest = -tokens.shape[1] % axis_size("context")
-    return constrain(jnp.pad(tokens, ((0, 0), (0, rest), (0, 0))), batch=0, context=1)
+    padding = [(0, 0), (0, rest)] + [(0, 0)] * (tokens.ndim - 2)
+    return constrain(jnp.pad(tokens, padding), batch=0, context=1)
 
 
 def rotary_table(head_width: int, t: int, h: int, w: int) -> RotaryTable:
@@ -103,6 +104,22 @@ def rotate(x: Float[Array, "b n heads d"], table: RotaryTable) -> Float[Array, "
     a, b = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     y = jnp.stack([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
     return y.reshape(x.shape).astype(x.dtype)
+
+
+def per_token(
+    rows: Float[Array, "b t k d"], grid: tuple[int, int, int]
+) -> list[Float[Array, "b n d"]]:
+    """Splits k rows of modulation and gives each token those of its latent.
+
+    Args:
+        rows: Rows of each latent; with t = 1 they are the same for all tokens, and n = 1.
+        grid: (latents, rows, columns) of tokens.
+    """
+    if rows.shape[1] > 1:
+        _, h, w = grid
+        # In the order of `patchify`. Nothing but a broadcast, so XLA keeps no array of this size.
+        rows = shard_tokens(repeat(rows, "b t k d -> b (w t h) k d", h=h, w=w))
+    return list(rearrange(rows, "b n k d -> k b n d"))
 
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
@@ -193,20 +210,21 @@ class DiTBlock(nn.Module):
     """Self-attention and feed-forward, both modulated by time, cross-attention to text between.
 
     Attributes:
-        config, dtype, grid: See `DiTAttention`.
+        config, dtype: See `DiTAttention`.
         attention: Implementation of attention, see `gnvc_jax.refiner.attention.attention`.
+        grid: (latents, rows, columns) of tokens.
     """
 
     config: DiTConfig
     dtype: DTypeLike
     attention: str | None
-    grid: tuple[int, int, int] | None = None
+    grid: tuple[int, int, int]
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "b n d"],
-        time: Float[Array, "b 6 d"],
+        time: Float[Array, "b t 6 d"],
         text: Float[Array, "b m d"] | None,
         table: RotaryTable,
     ) -> Float[Array, "b n d"]:
@@ -214,7 +232,8 @@ class DiTBlock(nn.Module):
 
         Args:
             x: Residual stream, float32.
-            time: Shift, scale and gate of attention, then of the feed-forward.
+            time: Shift, scale and gate of attention, then of the feed-forward, of each latent or of
+                all (t = 1).
             text: Embedded text, None for a model without text.
             table: Table of the rotary embedding.
         """
@@ -222,13 +241,14 @@ class DiTBlock(nn.Module):
         # As in Wan: each block learns an offset to the modulation that all blocks share.
         init = nn.initializers.normal(cfg.width**-0.5)
         time = time + self.param("modulation", init, (6, cfg.width), jnp.float32)
-        # Adaptive layer norm (DiT, Peebles and Xie 2023): each is (b, 1, d) and broadcasts over
-        # tokens.
-        shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(time, 6, axis=1)
+        # Adaptive layer norm (DiT, Peebles and Xie 2023): each is (b, n, d), or (b, 1, d) for all.
+        shift1, scale1, gate1, shift2, scale2, gate2 = per_token(time, self.grid)
 
         # Norm and modulation in float32, the products inside attention in `dtype`.
         y = (layer_norm()(x) * (1 + scale1) + shift1).astype(self.dtype)
-        attend = DiTAttention(cfg, self.dtype, self.attention, self.grid, name="self_attention")
+        # None lets every token attend to all others, as in Wan.
+        grid = self.grid if cfg.window else None
+        attend = DiTAttention(cfg, self.dtype, self.attention, grid, name="self_attention")
         y = attend(y, y, table)
         x = x + gate1 * y
 
@@ -262,14 +282,14 @@ class DiTGroup(nn.Module):
     dtype: DTypeLike
     attention: str | None
     remat: str
-    grid: tuple[int, int, int] | None = None
+    grid: tuple[int, int, int]
 
     @nn.compact
     def __call__(
         self,
         carry: tuple[Array, Array | None],
         scale: Float[Array, ""],
-        time: Float[Array, "b 6 d"],
+        time: Float[Array, "b t 6 d"],
         text: Float[Array, "b m d"] | None,
         table: RotaryTable,
     ) -> tuple[tuple[Array, Array | None], None]:
@@ -328,7 +348,7 @@ class DiT(nn.Module):
         context: Float[AnyArray, "_ _ _ _ context_channels"] | None = None,
         context_scale: Float[AnyArray, "*blocks"] | float = 1.0,
         *,
-        time_extra: Float[AnyArray, "b width"] | float = 0.0,
+        time_extra: Float[AnyArray, "b t width"] | float = 0.0,
         context_extra: Float[AnyArray, "b n width"] | float = 0.0,
     ) -> Float[Array, "b t h w c"]:
         """Computes the velocity, in float32.
@@ -339,7 +359,8 @@ class DiT(nn.Module):
             text: Embedded prompt of at most text_length rows; zero rows are added.
             context: Condition of a model with an adapter.
             context_scale: Weight of the hints, one or one per context block.
-            time_extra, context_extra: Added to the embeddings of time and of the context's tokens.
+            time_extra: Added to the embedding of time, for each latent.
+            context_extra: Added to the embedding of the context's tokens.
 
         Raises:
             UsageError: If the shape of an input does not fit the model.
@@ -352,13 +373,14 @@ class DiT(nn.Module):
         x = shard_tokens(patchify(latents))
         x = dense(cfg.width, self.dtype, "patch_embedding")(x).astype(jnp.float32)
 
-        # (b,) -> (b, frequencies) -> (b, d). `time_extra` carries the quality level, see `Refiner`.
+        # (b,) -> (b, frequencies) -> (b, d) -> (b, t, d), or (b, 1, d) for all latents.
+        # `time_extra` carries quality levels, see `Refiner`.
         time = sinusoid(jnp.asarray(time), cfg.frequencies)
         time = exact_dense(cfg.width, "time_in", SMALL)(time)
-        time = exact_dense(cfg.width, "time_out", SMALL)(nn.silu(time)) + time_extra
+        time = exact_dense(cfg.width, "time_out", SMALL)(nn.silu(time))[:, None] + time_extra
         rows = exact_dense(6 * cfg.width, "time_modulation")(nn.silu(time))
         # Shift, scale and gate of attention and feed-forward, for all blocks.
-        rows = constrain(rearrange(rows, "b (six d) -> b six d", six=6), batch=0)
+        rows = constrain(rearrange(rows, "b t (six d) -> b t six d", six=6), batch=0)
 
         if text is not None:
             # (b, m, text_width) -> (b, text_length, text_width) -> (b, text_length, d).
@@ -374,8 +396,7 @@ class DiT(nn.Module):
             # The context branch starts from the tokens of the latents, as in VACE.
             tokens = first(shard_tokens(tokens + context_extra)) + x
 
-        # None lets every token attend to all others, as in Wan.
-        grid = (t, h // PATCH, w // PATCH) if cfg.window else None
+        grid = t, h // PATCH, w // PATCH
         # One compiled body for all groups, instead of an unrolled network of 30 blocks.
         groups = nn.scan(
             DiTGroup,
@@ -394,7 +415,7 @@ class DiT(nn.Module):
         init = nn.initializers.normal(cfg.width**-0.5)
         modulation = self.param("head_modulation", init, (2, cfg.width), jnp.float32)
         # The head has no gate, hence two rows. It starts at zero: so does the velocity.
-        shift, scale = jnp.split(modulation + time[:, None], 2, axis=1)
+        shift, scale = per_token(modulation + time[:, :, None], grid)
         x = layer_norm()(x) * (1 + scale) + shift
         # (b, n, d) -> (b, n, 4c) -> (b, t, h, w, c).
         x = exact_dense(PATCH**2 * cfg.channels, "head", nn.initializers.zeros)(x)

@@ -54,7 +54,7 @@ class Refiner(nn.Module):
         tau: Float[AnyArray, " b"],
         decoded: Float[AnyArray, "b t h w c"],
         features: Float[AnyArray, "b t h w f"],
-        q_index: Int[AnyArray, " b"],
+        q_index: Int[AnyArray, "b t"],
         text: Float[AnyArray, "b m text_width"] | None = None,
     ) -> Float[Array, "b t h w c"]:
         """Computes the velocity, data minus noise.
@@ -64,7 +64,7 @@ class Refiner(nn.Module):
             tau: Flow time, 0 (noise) to 1 (data).
             decoded: Latents from the codec.
             features: Features from the codec.
-            q_index: Quality levels.
+            q_index: Quality levels of the latents.
             text: Embedded prompt, for a DiT with text.
         """
         cfg, zeros = self.config.dit, nn.initializers.zeros
@@ -77,7 +77,7 @@ class Refiner(nn.Module):
             condition = vace_context(decoded, grey)
         dit = DiT(cfg, self.dtype, self.attention, self.remat, name="dit")
         # The quality level enters where time does, so that it scales and shifts every block. The
-        # (KNOTS, d) parameters become (QUALITIES, d), then (b, d) by the level of each clip.
+        # (KNOTS, d) parameters become (QUALITIES, d), then (b, t, d) by the level of each latent.
         knots = self.param("quality", zeros, (KNOTS, cfg.width), jnp.float32)
         # The TPU kernel of attention takes bfloat16 with the default precision only.
         half = jnp.dtype(self.dtype) == jnp.bfloat16
@@ -114,7 +114,7 @@ def init_refiner(refiner: Refiner, key: Key[Array, ""]) -> Tree:
     latents = jnp.zeros((1, 1, PATCH, PATCH, config.dit.channels))
     features = jnp.zeros((1, 1, PATCH, PATCH, config.features))
     text = jnp.zeros((1, 1, config.dit.text_width)) if config.dit.text_length else None
-    tau, q_index = jnp.zeros((1,)), jnp.zeros((1,), jnp.int32)
+    tau, q_index = jnp.zeros((1,)), jnp.zeros((1, 1), jnp.int32)
     return refiner.init(key, latents, tau, latents, features, q_index, text)["params"]
 
 
@@ -201,10 +201,11 @@ def window_weights(size: int, overlap: int, first: bool, last: bool) -> Float[Ar
 
 
 def refine(
-    velocity: Callable[[Array, Array, Array, Array], Array],
+    velocity: Callable[[Array, Array, Array, Array, Array], Array],
     config: RefinerConfig,
     decoded: Float[AnyArray, "b t h w c"],
     features: Float[AnyArray, "b t h w f"],
+    q_index: Int[AnyArray, "b t"],
     key: Key[Array, ""],
     steps: int,
     white: Float[AnyArray, "2 c"] | None = None,
@@ -216,11 +217,12 @@ def refine(
     window, and of a few copies of the group's latents.
 
     Args:
-        velocity: Called with state, tau (a scalar), decoded and features of one window; all windows
-            have the same size, so one compilation serves them all.
+        velocity: Called with state, tau (a scalar), decoded, features and levels of one window; all
+            windows have the same size, so one compilation serves them all.
         config: Sizes of windows, and where refinement begins.
         decoded: Latents from the codec.
         features: Features from the codec.
+        q_index: Quality levels of the latents.
         key: Key of the noise.
         steps: Number of steps of Euler's method; with 0, the decoded latents are returned.
         white: Factors that whiten the first and the later latents, see `per_latent_factors`; None
@@ -229,7 +231,7 @@ def refine(
     Returns:
         Refined latents, in the scale of those that were given.
     """
-    decoded, features = jnp.asarray(decoded), jnp.asarray(features)
+    decoded, features, q_index = map(jnp.asarray, (decoded, features, q_index))
     if steps == 0:
         return decoded
     # From here on everything is whitened: noise, windows and velocities.
@@ -252,7 +254,8 @@ def refine(
         moves = jnp.zeros_like(state)
         for s, weight in zip(starts, weights):
             part = slice(s, s + size)
-            v = velocity(state[:, part], tau, decoded[:, part], features[:, part])
+            given = decoded[:, part], features[:, part], q_index[:, part]
+            v = velocity(state[:, part], tau, *given)
             moves = moves.at[:, part].add(weight * v)
         return moves / total
 

@@ -74,7 +74,7 @@ def refiner_velocity(
 
     Args:
         refiner: The refiner, `gnvc_jax.refiner.Refiner`.
-        q_index: Quality levels (b,).
+        q_index: Quality levels of the window's latents (b, t).
         text: Text condition (1, rows, width), the same for all clips, or None.
 
     Returns:

@@ -52,7 +52,9 @@ def test_ported_refiner_starts_as_the_reference(name, public, golden, tmp_path):
     text = arrays["encoder_hidden_states"]
     refiner = type(refiner)(refiner.config, refiner.params, text)
     features = np.random.default_rng(0).normal(size=(*state.shape[:-1], 3)).astype(np.float32)
-    got = refiner.velocity(state, tau.astype(np.float32), state, features, np.full(len(state), 20))
+    got = refiner.velocity(
+        state, tau.astype(np.float32), state, features, np.full(state.shape[:2], 20)
+    )
     if name == "dit":
         expected = -last(arrays["output"])
         np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
@@ -68,7 +70,7 @@ def test_ported_dit_refines_without_context_blocks(public, golden, tmp_path):
     refiner = type(refiner)(refiner.config, refiner.params, arrays["encoder_hidden_states"])
     state, tau = last(arrays["hidden_states"]), np.float32(1.0 - arrays["timestep"] / 1000.0)
     features = np.ones((*state.shape[:-1], 3), np.float32)
-    got = refiner.velocity(state, tau, 0 * state, features, np.full(len(state), 20))
+    got = refiner.velocity(state, tau, 0 * state, features, np.full(state.shape[:2], 20))
     expected = -last(arrays["output"])
     np.testing.assert_allclose(got, expected, atol=1e-4 * np.abs(expected).max())
 
@@ -100,11 +102,14 @@ def test_refiner_of_a_model_file_refines_as_the_coder_does(model_file, tiny_mode
     rng = np.random.default_rng(1)
     decoded = rng.normal(size=(1, 3, 8, 8, 4)).astype(np.float32)
     features = rng.normal(size=(1, 3, 8, 8, refiner.config.features)).astype(np.float32)
-    got = refiner.refine(decoded, features, q_index=12, steps=2, seed=5)
+    got = refiner.refine(decoded, features, q_index=[40, 12, 12], steps=2, seed=5)
     functions = CodecFunctions(tiny_model(3, refiner=True))
-    expected = functions.refine(jnp.asarray(decoded), jnp.asarray(features), 12, 5, 2)
+    levels = jnp.asarray([[40, 12, 12]])
+    expected = functions.refine(jnp.asarray(decoded), jnp.asarray(features), levels, 5, 2)
     np.testing.assert_allclose(got, expected, atol=1e-4)
     assert np.abs(got - decoded).max() > 1e-3
+    one = refiner.refine(decoded, features, q_index=12, steps=2, seed=5)
+    assert np.abs(got - one).max() > 1e-3
     np.testing.assert_array_equal(refiner.refine(decoded, steps=0), decoded)
 
 

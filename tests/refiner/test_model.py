@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gnvc_jax.refiner import DiT, DiTConfig, Refiner, RefinerConfig, flow, init_refiner, refine
+from gnvc_jax.refiner.dit import patchify, per_token
 from gnvc_jax.refiner.model import latent_noise, vace_context, window_starts, window_weights
 
 DIT = DiTConfig(
@@ -34,7 +35,7 @@ def inputs(b=2, t=2, h=4, w=4):
     keys = jax.random.split(jax.random.key(0), 3)
     state, decoded = (jax.random.normal(k, (b, t, h, w, 4)) for k in keys[:2])
     features = jax.random.normal(keys[2], (b, t, h, w, 6))
-    return state, jnp.linspace(0.7, 0.9, b), decoded, features, jnp.arange(b) + 5
+    return state, jnp.linspace(0.7, 0.9, b), decoded, features, jnp.arange(b * t).reshape(b, t) + 5
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,15 +78,43 @@ def test_a_small_refiner_gives_the_decoded_latents_at_first(start):
     np.testing.assert_allclose(flow.clean_estimate(state, velocity, 0.7), decoded, atol=1e-5)
 
 
+def test_modulation_of_each_latent_reaches_its_own_tokens():
+    """Against latents that hold their own number: `patchify` says which token is whose."""
+    b, t, h, w = 2, 3, 4, 6
+    number = jnp.arange(b * t, dtype=jnp.float32).reshape(b, t)
+    tokens = patchify(jnp.broadcast_to(number[:, :, None, None, None], (b, t, h, w, 1)))
+    rows = jnp.stack([number, -number], axis=2)[..., None]
+    first, second = per_token(rows, (t, h // 2, w // 2))
+    np.testing.assert_array_equal(first, tokens[..., :1])
+    np.testing.assert_array_equal(second, -tokens[..., :1])
+
+
+def test_levels_of_latents_count_each_for_itself(start):
+    """The level of one latent changes the answer; equal ones give that of a level for all."""
+    state, tau, decoded, features, q_index = inputs()
+    refiner = Refiner(SMALL)
+    params = filled(start(lambda key: init_refiner(refiner, key)))
+    given = state, tau, decoded, features
+    ours = apply(refiner, params, *given, q_index)
+    for latent in range(q_index.shape[1]):
+        other = apply(refiner, params, *given, q_index.at[:, latent].add(20))
+        change = jnp.abs(other - ours).max((0, 2, 3, 4))
+        assert change.argmax() == latent
+    equal = apply(refiner, params, *given, jnp.full_like(q_index, 9))
+    np.testing.assert_allclose(
+        apply(refiner, params, *given, jnp.full((2, 1), 9)), equal, atol=1e-5
+    )
+
+
 def test_refinement_without_noise_is_deterministic():
-    _, _, decoded, features, _ = inputs()
-    config = dataclasses.replace(SMALL, noise=0.0)
+    _, _, *conditions = inputs()
+    config, decoded = dataclasses.replace(SMALL, noise=0.0), conditions[0]
 
     def refined(config, seed):
-        def velocity(state, tau, decoded, features):
+        def velocity(state, tau, decoded, features, q_index):
             return state - 2.0 * decoded
 
-        return refine(velocity, config, decoded, features, jax.random.key(seed), 1)
+        return refine(velocity, config, *conditions, jax.random.key(seed), 1)
 
     np.testing.assert_array_equal(refined(config, 0), refined(config, 1))
     assert float(jnp.abs(refined(SMALL, 0) - refined(SMALL, 1)).max()) > 0.1
@@ -125,19 +154,21 @@ def test_window_weights_are_linear_ramps():
 def test_windows_leave_a_pointwise_flow_as_it_is(t, steps):
     """A velocity that treats latents one by one does not notice windows: any seam would show."""
     config = dataclasses.replace(VACE, window=7, overlap=2)
-    _, _, decoded, features, _ = inputs(1, t)
+    _, _, decoded, features, q_index = inputs(1, t)
     clean = decoded + 0.2 * features[..., :4]
     seen = []
 
-    def velocity(state, tau, decoded, features):
+    def velocity(state, tau, decoded, features, q_index):
         seen.append(state.shape[1])
+        np.testing.assert_array_equal(jnp.diff(q_index), 1)  # as many, of the same latents
         return (decoded + 0.2 * features[..., :4] - state) / (1 - tau)
 
-    refined = refine(velocity, config, decoded, features, jax.random.key(0), steps)
+    conditions = decoded, features, q_index
+    refined = refine(velocity, config, *conditions, jax.random.key(0), steps)
     np.testing.assert_allclose(refined, clean, atol=1e-5)
     assert set(seen) == {min(t, 7)}
     np.testing.assert_array_equal(
-        refine(velocity, config, decoded, features, jax.random.key(0), 0), decoded
+        refine(velocity, config, *conditions, jax.random.key(0), 0), decoded
     )
 
 
@@ -145,13 +176,14 @@ def test_overlapping_windows_are_averaged_without_a_jump():
     """Where two windows disagree, the result goes from one to the other without a jump."""
     config = dataclasses.replace(VACE, window=7, overlap=4)
     decoded = jnp.zeros((1, 10, 2, 2, 4))
-    calls = []
+    q_index, calls = jnp.zeros((1, 10), int), []
 
-    def velocity(state, tau, decoded, features):
+    def velocity(state, tau, decoded, features, q_index):
         calls.append(len(calls))
         return (float(calls[-1]) - state) / (1 - tau)  # the first window wants 0, the second 1
 
-    refined = refine(velocity, config, decoded, decoded, jax.random.key(0), 1)[0, :, 0, 0, 0]
+    conditions = decoded, decoded, q_index
+    refined = refine(velocity, config, *conditions, jax.random.key(0), 1)[0, :, 0, 0, 0]
     np.testing.assert_allclose(refined, [0, 0, 0, 0.2, 0.4, 0.6, 0.8, 1, 1, 1], atol=1e-6)
 
 

@@ -23,7 +23,7 @@ def filtered(x, gain):
     return jnp.fft.ifft2(jnp.fft.fft2(x, axes=axes) * gain[..., None], axes=axes).real
 
 
-def velocity(state, tau, decoded, features):
+def velocity(state, tau, decoded, features, q_index):
     """E[data - noise | state]: for each frequency, a regression on the state."""
     variance = tau**2 * SPECTRUM + (1 - tau) ** 2
     gain = (tau * SPECTRUM - (1 - tau)) / variance
@@ -48,7 +48,8 @@ def test_zero_shot_refinement_follows_the_gaussian_flow(start):
     clean = MEAN + filtered(rng.normal(size=shape).astype(np.float32), np.sqrt(SPECTRUM))
     decoded = clean + BIAS + ERROR * rng.normal(size=shape).astype(np.float32)
     config = RefinerConfig(**{**vars(PRIOR), "start": start})
-    refined = refine(velocity, config, decoded, jnp.zeros((*shape[:-1], 1)), jax.random.key(1), 300)
+    conditions = jnp.zeros((*shape[:-1], 1)), jnp.zeros(shape[:2], int)
+    refined = refine(velocity, config, decoded, *conditions, jax.random.key(1), 300)
     # From start to 1, the flow scales each frequency as its standard deviation changes.
     gain = np.sqrt(SPECTRUM / (start**2 * SPECTRUM + (1 - start) ** 2))
     mean = MEAN + gain[0, 0] * start * BIAS

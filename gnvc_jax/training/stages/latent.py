@@ -59,7 +59,8 @@ def latent_stage(experiment: Experiment) -> Stage:
         count = output.latents.shape[1]
         window = random_window(key_window, constants["white"], count, config.window)
         clean, decoded = window.whitened(output.latents), window.whitened(output.decoded)
-        velocity = refiner_velocity(networks.refiner, output.q_index, constants["text"])
+        levels = window.cut(output.levels)
+        velocity = refiner_velocity(networks.refiner, levels, constants["text"])
         conditions = params["refiner"], decoded, window.cut(output.features)
         # Equations 3 and 4 on the window, and their error at the drawn time.
         noise = config.noise * jax.random.normal(key_noise, clean.shape)

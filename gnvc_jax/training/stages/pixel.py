@@ -165,7 +165,8 @@ def frame_stage(experiment: Experiment, teacher: tuple[str, ...] = ()) -> Stage:
             window = random_window(key_window, constants["white"], latents.shape[1], config.window)
             decoded, features = window.whitened(output.decoded), window.cut(output.features)
             noise = config.noise * jax.random.normal(key_noise, decoded.shape)
-            velocity = refiner_velocity(networks.refiner, output.q_index, constants["text"])
+            levels = window.cut(output.levels)
+            velocity = refiner_velocity(networks.refiner, levels, constants["text"])
 
             def refine(refiner: Tree, steps: Array | int) -> Array:
                 conditions = refiner, decoded, features

@@ -182,7 +182,7 @@ def refined_frames(
     # Both are cut out of the group; features are not whitened.
     decoded, features = window.whitened(coded.decoded), window.cut(coded.features)
     noise = config.noise * jax.random.normal(key_noise, decoded.shape)
-    velocity = refiner_velocity(networks.refiner, batch["q_index"], constants["text"])
+    velocity = refiner_velocity(networks.refiner, window.cut(levels), constants["text"])
     refined = losses.refine_through_last_step(
         velocity, (params["refiner"], decoded, features), decoded, noise, 1, config.start
     )
