@@ -33,6 +33,7 @@ COMMANDS = {
     "train": ("training:train", "Train one stage of the codec."),
     "release": ("training:release", "Write the model file of a training run."),
     "cache-latents": ("datasets:cache_latents", "Encode many videos to latents for training."),
+    "cache-coded": ("datasets:cache_coded", "Code many videos, to train a refiner on them."),
     "make-shards": ("datasets:make_shards", "Pack many videos into shards for training."),
     "plan": ("training:plan", "Predict the cost of training or coding on a TPU pod."),
     "scaling": ("training:scaling", "Measure and plan a training step on many numbers of chips."),

@@ -198,7 +198,7 @@ class Decoder:
         """
         if steps is None:
             steps = self.steps if header.refine else 0
-        decoded = self._decoded(header, group)
+        decoded = self.decode_each_latent(header, group)
         # The refiner sees all latents of a group at once, so frames must wait for the last of them.
         if steps and strength:
             decoded = self._refined(group, list(decoded), steps, strength)
@@ -222,7 +222,7 @@ class Decoder:
             UsageError: If the model has no refiner.
             BitstreamError: If the group is damaged.
         """
-        decoded = list(self._decoded(header, group))
+        decoded = list(self.decode_each_latent(header, group))
         refined = self._refined(group, decoded, steps, strength)
         shown = (self._shown(header, group, latents) for latents in (decoded, refined))
         return zip(*shown, strict=True)
@@ -233,7 +233,7 @@ class Decoder:
         group: GroupPayload,
         decoded: Iterable[tuple[Array, Any, Array | None]],
     ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-        """Turns latents in the form of `_decoded` into the frames that are shown."""
+        """Turns latents in the form of `decode_each_latent` into the frames that are shown."""
         # The codec works on padded latents. Without motion the encoder's VAE saw frames with less
         # padding; its decoder is given latents of that size.
         h, w = (-(-side // self.padding) * self.padding for side in (header.height, header.width))
@@ -253,7 +253,7 @@ class Decoder:
 
     def latents(self, header: Header, group: GroupPayload) -> DecodedGroup:
         """Decodes a group to latents and features of the codec, on which a refiner works."""
-        return _stack(group, list(self._decoded(header, group)))
+        return _stack(group, list(self.decode_each_latent(header, group)))
 
     def _frames(
         self, decoded: DecodedLatent, prediction: Array | None, predicted: Array | None
@@ -272,7 +272,7 @@ class Decoder:
                 return self.functions.decode_latents(None, decoded.latent[:, None])[0]
             return self.functions.compensate(decoded, prediction, predicted)
 
-    def _decoded(
+    def decode_each_latent(
         self, header: Header, group: GroupPayload
     ) -> Iterator[tuple[Array, Array, Array | None]]:
         """Decodes a group latent by latent.
@@ -307,7 +307,7 @@ class Decoder:
         steps: int,
         strength: float,
     ) -> Iterator[tuple[Array, None, Array | None]]:
-        """Refines the latents of a group and yields them in the form of `_decoded`.
+        """Refines the latents of a group and yields them in the form of `decode_each_latent`.
 
         With motion, frames hold detail that latents do not, so they are not decoded again: the
         change of the latents is added to them.

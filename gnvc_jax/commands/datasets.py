@@ -72,6 +72,40 @@ def cache_latents(
     return report_left_out(run(data, to, vae, frames, not no_progress))
 
 
+def cache_coded(
+    *,
+    data: str,
+    to: str,
+    model: str = "small",
+    frames: int = 97,
+    size: int = 256,
+    no_progress: bool = False,
+) -> int:
+    """Code many videos by a model, to train its refiner on what it decodes.
+
+    Example: gnvc cache-coded --data clips --to coded --model runs/small/joint.safetensors
+
+    Videos are divided into clips. Of each, a random part is coded, at a random quality level, and
+    kept with the source: about half a megabyte per frame of 256x256. Training takes the folder as
+    --data.latents. Videos that cannot be read are left out, with exit code 3. Processes that are
+    started together share the work.
+
+    Args:
+        data: Folder of videos, list of videos (.txt), or a single video.
+        to: Output folder; rerun the same command to resume.
+        model: Name of a shipped model with block motion, or path of a model file.
+        frames: Frames per clip, 1 + 4k.
+        size: Largest height and width of the part, a multiple of 64.
+        no_progress: Hide the progress bar.
+    """
+    from gnvc_jax.cache_coded import cache_coded as run
+    from gnvc_jax.runtime import join_processes
+
+    check_range("--frames", frames, 1)
+    join_processes()
+    return report_left_out(run(data, to, model, frames, size, not no_progress))
+
+
 def make_shards(
     *, data: str, to: str, licence: str, shard_mib: int = 256, no_progress: bool = False
 ) -> int:

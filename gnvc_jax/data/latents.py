@@ -1,10 +1,11 @@
 """Latents of a data set, computed once and kept in ArrayRecord files.
 
-Encoding with a frozen VAE costs more than training a codec on its latents. `write_latents` fills a
-cache folder, `latent_dataset` reads it for training. The folder holds `cache.json`, which describes
-the latents, and for each video an ArrayRecord file with a small JSON file beside it. A record is
-one clip: the CRC32 of what follows, and a float16 array (t, h, w, c) in NumPy's format, normalised
-per channel. Nothing here uses JAX.
+Encoding with a frozen VAE costs more than training a codec on its latents, and coding with a frozen
+codec more than training a refiner. `write_latents` fills a cache folder, `latent_dataset` reads it
+for training. The folder holds `cache.json`, which describes the latents, and for each video an
+ArrayRecord file with a small JSON file beside it. A record is one clip: the CRC32 of what follows,
+and in NumPy's format either a float16 array (t, h, w, c), normalised per channel, or what a codec
+made of the clip, see `CODED`. Nothing here uses JAX.
 """
 
 from __future__ import annotations
@@ -34,6 +35,18 @@ from gnvc_jax.media.reader import open_video
 
 HEAD = 4  # bytes of the checksum
 
+# Arrays of a clip that a codec coded, and their types: normalised latents of the source, decoded
+# ones and features of the codec, (t, h, w, c) each; the quality level of each latent, (t,); frames
+# of the source and decoded ones, (frames, H, W, 3).
+CODED = {
+    "latents": np.float16,
+    "decoded": np.float16,
+    "features": np.float16,
+    "levels": np.int32,
+    "video": np.uint8,
+    "frames": np.uint8,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class CacheInfo:
@@ -45,6 +58,7 @@ class CacheInfo:
         mean, std: Statistics of each channel, by which the latents are normalised.
         stride: Pixels per latent in each direction.
         temporal_stride: Frames per latent after the first.
+        codec: Fingerprint of the codec that coded the clips; None for latents of the source alone.
     """
 
     frames: int
@@ -53,13 +67,14 @@ class CacheInfo:
     std: tuple[float, ...]
     stride: int = 8
     temporal_stride: int = 4
+    codec: str | None = None
 
 
 def write_latents(
     source: str | os.PathLike,
     folder: str | os.PathLike,
     info: CacheInfo,
-    encode: Callable[[np.ndarray], np.ndarray],
+    encode: Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]],
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict[str, str]:
@@ -72,7 +87,8 @@ def write_latents(
         source: Folder, list or video, see `for_each_video`.
         folder: Folder of the cache, which may hold latents of the same description.
         info: Description of the latents.
-        encode: Function from uint8 (frames, h, w, 3) to normalised latents, float (t, h2, w2, c).
+        encode: Function from uint8 (frames, h, w, 3) to normalised latents, float (t, h2, w2, c),
+            or to the arrays of `CODED`.
         shard: Number of this process, and number of processes that share the videos.
         progress: Whether to show a progress bar.
 
@@ -104,8 +120,13 @@ def _write_video(video: AnyPath, target: Path, info: CacheInfo, encode: Callable
     with contextlib.closing(writer):
         for clip in _clips(video, info.frames, 2 * info.stride):
             buffer = io.BytesIO()
+            found = encode(clip)
             # Half the size of float32. Normalised latents are around 1, where float16 has 11 bits.
-            np.save(buffer, np.asarray(encode(clip), np.float16))
+            if isinstance(found, dict):
+                typed = {name: np.asarray(x, CODED[name]) for name, x in found.items()}
+                np.savez(buffer, allow_pickle=False, **typed)
+            else:
+                np.save(buffer, np.asarray(found, np.float16))
             data = buffer.getvalue()
             writer.write(zlib.crc32(data).to_bytes(HEAD, "little") + data)
             count += 1
@@ -166,12 +187,15 @@ def read_info(folder: str | os.PathLike) -> CacheInfo:
 class RandomLatents(RandomRead):
     """Draws a random crop, float32 (t, h, w, c), of the first t latents of a record.
 
+    Of what a codec coded, it draws the same part of all arrays of `CODED`.
+
     Attributes:
         paths: Paths of the ArrayRecord files.
         records: Number of records in each file.
         latents: Number t of latents to take.
         size: Height and width of the crop, in latents.
         left_out: Account of data that could not be read.
+        strides: Frames and pixels per latent, where there are frames.
     """
 
     paths: tuple[str, ...]
@@ -179,6 +203,7 @@ class RandomLatents(RandomRead):
     latents: int
     size: tuple[int, int]
     left_out: LeftOut
+    strides: tuple[int, int] = (4, 8)
     _copies: dict[str, Path] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -206,7 +231,7 @@ class RandomLatents(RandomRead):
             copy = self._copies[path] = local_copy(path)
         return copy
 
-    def read(self, element: int, rng: np.random.Generator) -> np.ndarray:
+    def read(self, element: int, rng: np.random.Generator) -> Any:
         """Reads a random crop of a record.
 
         Raises:
@@ -217,15 +242,25 @@ class RandomLatents(RandomRead):
         (record,) = _reader(str(file), stamp(file)).read([number])
         if int.from_bytes(record[:HEAD], "little") != zlib.crc32(record[HEAD:]):
             raise UsageError("damaged record")
+        found = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)
+        arrays = {"latents": found} if isinstance(found, np.ndarray) else dict(found)
+        shape = arrays["latents"].shape[1:3]
+        if any(s > n for s, n in zip(self.size, shape)):
+            raise UsageError(f"latents of {shape} are too small for crops of {self.size}")
+        starts = [int(rng.integers(n - s + 1)) for n, s in zip(shape, self.size)]
+        cropped = {name: self.crop(x, *starts) for name, x in arrays.items()}
+        return cropped["latents"] if isinstance(found, np.ndarray) else cropped
+
+    def crop(self, x: np.ndarray, top: int, left: int) -> np.ndarray:
+        """Crops an array of latents, of frames or of levels; `top` and `left` are in latents."""
         # The first latents of a record, since only its first latent stands for a single frame.
-        latents = np.load(io.BytesIO(record[HEAD:]), allow_pickle=False)[: self.latents]
-        if any(s > n for s, n in zip(self.size, latents.shape[1:3])):
-            raise UsageError(
-                f"latents of {latents.shape[1:3]} are too small for crops of {self.size}"
-            )
-        starts = [int(rng.integers(n - s + 1)) for n, s in zip(latents.shape[1:3], self.size)]
-        (top, left), (h, w) = starts, self.size
-        return latents[:, top : top + h, left : left + w].astype(np.float32)
+        if x.ndim == 1:
+            return x[: self.latents]
+        (h, w), (frames, pixels) = self.size, self.strides
+        if x.dtype != np.uint8:
+            return x[: self.latents, top : top + h, left : left + w].astype(np.float32)
+        rows, columns = (slice(pixels * a, pixels * (a + n)) for a, n in ((top, h), (left, w)))
+        return x[: 1 + frames * (self.latents - 1), rows, columns]
 
 
 @functools.lru_cache(maxsize=256)  # open files
@@ -261,6 +296,9 @@ def latent_dataset(
 ) -> grain.experimental.ElasticIterator:
     """Makes endless batches of normalised latents from a cache, float32 (batch, t, h, w, c).
 
+    Batches of what a codec coded are dictionaries with the names of `CODED`; float16 becomes
+    float32.
+
     Args:
         folder: Folder of the cache.
         frames, size: Size of the clips that the latents stand for, in frames and pixels.
@@ -279,7 +317,8 @@ def latent_dataset(
     # The JSON file is written last, so an array without one is not complete.
     paths = sorted(str(p) for p in folder.glob("*.array_record") if p.with_suffix(".json").exists())
     if not paths:
-        raise FileNotFoundError(f"{folder}: no latents found; create them with gnvc cache-latents")
+        command = "cache-latents" if info.codec is None else "cache-coded"
+        raise FileNotFoundError(f"{folder}: no latents found; create them with gnvc {command}")
     if frames > info.frames:
         raise UsageError(
             f"{folder}: expected clips of at least {frames} frames, found {info.frames}"
@@ -293,7 +332,8 @@ def latent_dataset(
     if not records:
         raise TooMuchLeftOut(f"{folder}: none of {len(paths)} files has a readable record")
     latents = 1 + (frames - 1) // info.temporal_stride
-    draw = RandomLatents(tuple(records), tuple(records.values()), latents, size, left_out)
+    strides = info.temporal_stride, info.stride
+    draw = RandomLatents(tuple(records), tuple(records.values()), latents, size, left_out, strides)
     # Draws once, which fails now, rather than in a worker later, if crops do not fit.
     draw.random_map(0, np.random.default_rng(0))
     return endless_batches(draw.count, draw, batch=batch, seed=seed, **options)

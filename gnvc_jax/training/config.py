@@ -56,7 +56,7 @@ __all__ = [
 STAGE_NEEDS: dict[str, tuple[str, ...]] = {
     "vae": ("frames",),
     "transform": ("codec", "motion", "frames"),
-    "refine": ("codec", "motion", "refiner", "start", "frames"),
+    "refine": ("codec", "motion", "refiner", "start"),
     "codec": ("codec",),
     "latent": ("codec", "refiner", "start", "train"),
     "pixel": ("codec", "start", "train", "frames"),

@@ -1,7 +1,7 @@
 """Training data of the stages: batches of clips or of their latents, and their shapes.
 
-`clips` and `clips_or_latents` make the `Data` of a stage; a run takes its batches from `Clips`, in
-order and with clips that grow.
+`clips`, `clips_or_latents` and `coded_clips` make the `Data` of a stage; a run takes its batches
+from `Clips`, in order and with clips that grow.
 """
 
 import functools
@@ -15,7 +15,7 @@ import numpy as np
 from gnvc_jax.arrays import Tree
 from gnvc_jax.data.clips import clip_dataset
 from gnvc_jax.data.index import ClipIndex
-from gnvc_jax.data.latents import latent_dataset, read_info
+from gnvc_jax.data.latents import CODED, latent_dataset, read_info
 from gnvc_jax.data.left_out import LeftOut
 from gnvc_jax.errors import UsageError
 from gnvc_jax.training.bucket_runs import log_folder
@@ -148,14 +148,71 @@ def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str])
     folder = data.latents
     if folder is None:
         return clips(experiment)
-    unread = functools.cache(lambda: left_out(experiment))
 
-    def batches(clip: ClipShape) -> grain.IterDataset:
-        # Here and not above: the fingerprint needs the VAE's weights, which planning does without.
-        if read_info(folder).vae != vae_fingerprint():
+    def check() -> None:
+        info = read_info(folder)
+        if info.codec is not None:
+            raise UsageError(f"{folder}: expected latents of gnvc cache-latents, found coded clips")
+        if info.vae != vae_fingerprint():
             raise UsageError(
                 f"{folder}: these latents were made by another VAE than that of the experiment"
             )
+
+    def shapes(clip: ClipShape) -> Tree:
+        shape = data.batch, *experiment.latents(clip), vae.latent_channels
+        return jax.ShapeDtypeStruct(shape, np.float32)
+
+    return Data(_cached(experiment, folder, check), shapes)
+
+
+def coded_clips(experiment: Experiment, codec_fingerprint: Callable[[], str]) -> Data:
+    """Data of clips that the experiment's codec coded, see `gnvc_jax.cache_coded`.
+
+    Batches are dictionaries with the names of `gnvc_jax.data.latents.CODED`.
+
+    Args:
+        experiment: Experiment with a codec and a refiner.
+        codec_fingerprint: Function that gives the fingerprint of the experiment's codec. A cache
+            made by another one raises UsageError when it is opened.
+    """
+    data, codec = experiment.data, experiment.codec
+    assert data.latents is not None and codec is not None
+    folder = data.latents
+
+    def check() -> None:
+        if read_info(folder).codec != codec_fingerprint():
+            raise UsageError(
+                f"{folder}: expected clips that the codec of the experiment coded, found others; "
+                "make them with gnvc cache-coded"
+            )
+
+    def shapes(clip: ClipShape) -> Tree:
+        latents = data.batch, *experiment.latents(clip)
+        channels = experiment.vae.latent_channels
+        shape = {name: (*latents, channels) for name in ("latents", "decoded")}
+        shape |= {name: (data.batch, *clip, 3) for name in ("video", "frames")}
+        shape |= {"features": (*latents, codec.width), "levels": latents[:2]}
+        types = {name: np.float32 if t == np.float16 else t for name, t in CODED.items()}
+        return {name: jax.ShapeDtypeStruct(shape[name], t) for name, t in types.items()}
+
+    return Data(_cached(experiment, folder, check), shapes)
+
+
+def _cached(
+    experiment: Experiment, folder: str, check: Callable[[], None]
+) -> Callable[[ClipShape], grain.IterDataset]:
+    """Makes `Data.batches` of a cache.
+
+    Args:
+        experiment: Experiment.
+        folder: Folder of the cache.
+        check: Function that raises if the cache does not fit. It is called when the cache is opened
+            and not before, since it needs weights, which planning does without.
+    """
+    data, unread = experiment.data, functools.cache(lambda: left_out(experiment))
+
+    def batches(clip: ClipShape) -> grain.IterDataset:
+        check()
         return latent_dataset(
             folder,
             frames=clip.frames,
@@ -167,8 +224,4 @@ def clips_or_latents(experiment: Experiment, vae_fingerprint: Callable[[], str])
             shard=(jax.process_index(), jax.process_count()),
         )
 
-    def shapes(clip: ClipShape) -> Tree:
-        shape = data.batch, *experiment.latents(clip), vae.latent_channels
-        return jax.ShapeDtypeStruct(shape, np.float32)
-
-    return Data(batches, shapes)
+    return batches

@@ -87,7 +87,7 @@ class DataConfig:
         decode_cache: Folder to keep decoded frames in.
         downscale_prob: Share of clips that are halved in size before cropping.
         latents: Folder made by `gnvc cache-latents`, read in place of videos by stages that need no
-            frames.
+            frames, or by `gnvc cache-coded`, for the stage `refine`.
         statistics_batches: Number of batches that statistics of latents are measured on at the
             start of a run, unless the VAE brings them.
         max_left_out: Largest share of videos that may be unreadable, wholly or in part.

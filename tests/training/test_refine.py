@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,13 @@ import numpy as np
 import pytest
 
 import gnvc_jax
+from gnvc_jax import cli
+from gnvc_jax.cache_coded import cache_coded
+from gnvc_jax.data.latents import read_info
 from gnvc_jax.demo import camera_move
+from gnvc_jax.errors import UsageError
+from gnvc_jax.media.writer import open_writer
+from gnvc_jax.pretrained import Codec
 from gnvc_jax.refiner import DiTConfig, RefinerConfig
 from gnvc_jax.training.config import DataConfig, Experiment, InitConfig
 from gnvc_jax.training.discriminator import AdversarialConfig, init_discriminator
@@ -18,9 +25,11 @@ from gnvc_jax.training.stages.refine import (
     CODEC_METRICS,
     RefinedFrames,
     RefineLoss,
+    from_cache,
     refine_loss,
     refine_stage,
     refined_frames,
+    rolled_out,
 )
 
 DIT = DiTConfig(24, 24, 2, 1, 8, 96, text_length=0, context_every=1, context_channels=96)
@@ -65,7 +74,8 @@ def test_untrained_refiner_leaves_frames_as_they_are(experiment, rolled):
 
     @jax.jit
     def show(params, batch, key):
-        return refined_frames(networks, experiment.loss, params, constants, batch, key)
+        coded = rolled_out(networks, experiment.loss, params, batch, key)
+        return refined_frames(networks, params, constants, coded, key)
 
     for seed in range(3):
         frames = show(params, batch, jax.random.key(seed))
@@ -98,7 +108,8 @@ def test_codec_gets_gradients_of_refined_frames_only_where_its_loss_has_a_weight
         """Of the error of refined frames alone, without the codec's own loss."""
 
         def error(codec):
-            found = refined_frames(networks, loss, params | {"codec": codec}, constants, batch, key)
+            coded = rolled_out(networks, loss, params | {"codec": codec}, batch, key)
+            found = refined_frames(networks, params, constants, coded, key)
             return jnp.mean((found.refined - found.source) ** 2)
 
         return jax.grad(error)(codec)
@@ -112,6 +123,70 @@ def test_codec_gets_gradients_of_refined_frames_only_where_its_loss_has_a_weight
     found = gradient(params["codec"], batch, jax.random.key(1))
     trained = any(np.any(x) for x in jax.tree.leaves(found))
     assert trained == ("codec/" in trainable) == bool(weight)
+
+
+@pytest.fixture(scope="module")
+def coded_folder(tmp_path_factory):
+    """Two clips of 17 frames that the shipped model coded, in crops of 64x64."""
+    folder = tmp_path_factory.mktemp("coded")
+    with open_writer(folder / "a.mkv", 96, 96, 25) as out:
+        for frame in camera_move(34)[:, 40:136, 40:136]:
+            out.write(frame)
+    arguments = ["--data", folder / "a.mkv", "--to", folder / "cache", "--frames", 17, "--size", 64]
+    assert cli.main(["cache-coded", *map(str, arguments)]) == 0
+    return folder
+
+
+def test_refiner_trains_on_what_the_decoder_shows(experiment, coded_folder):
+    """Frames of a cache, changed by a refiner as the stage does, against `decode` of a stream."""
+    cache, model = coded_folder / "cache", gnvc_jax.load_pretrained("small").model
+    # Windows of latents 0 to 2 and 2 to 4: latents 0 and 1 are in one of them only.
+    refiner = dataclasses.replace(model.refiner_config, window=3, overlap=1)
+    codec = Codec(dataclasses.replace(model, refiner_config=refiner))
+    assert read_info(cache).codec == codec.model.fingerprints[0].hex()
+    data = DataConfig(latents=str(cache), frames=17, size=(64, 64), batch=2)
+    start = InitConfig(model="small")
+    given = dataclasses.replace(experiment, data=data, init=start, refiner=refiner)
+    stage = refine_stage(given)
+    batch = next(iter(stage.data.batches(data.shape_at(0))))
+    for name, shape in stage.data.shapes(data.shape_at(0)).items():
+        assert (batch[name].shape, batch[name].dtype) == (shape.shape, shape.dtype), name
+    video, levels = batch["video"][0], batch["levels"][0]
+    stream = codec.encode(video, qp=63 - int(levels[-1]), gop=17)
+    np.testing.assert_array_equal(codec.decode(stream, steps=0), batch["frames"][0])
+    constants, parts = {"white": model.white, "text": None}, {"vae": model.vae}
+    parts |= {"refiner": model.refiner}
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), parts)
+    networks = make_networks(given)
+    show = jax.jit(lambda key: refined_frames(networks, params, constants, from_cache(batch), key))
+    keys = (jax.random.key(seed) for seed in range(20))
+    found = next(x for x in map(show, keys) if jnp.abs(x.first[0] - x.first[1]).max() > 1e-3)
+    frames = jnp.concatenate([found.first[0], found.refined[:, :4]], axis=1)[0]
+    shown = np.clip((np.asarray(frames) + 1) * 127.5, 0, 255)
+    theirs = codec.decode(stream, steps=1)[:5]
+    assert np.abs(shown - theirs).max() < 1.0  # rounding, half floats
+    assert np.abs(theirs.astype(int) - batch["frames"][0, :5]).max() > 2
+
+
+def test_coded_clips_of_another_model_or_with_a_codec_to_train_are_refused(
+    experiment, coded_folder, tmp_path
+):
+    data = DataConfig(latents=str(coded_folder / "cache"), frames=17, size=(64, 64), batch=1)
+    given = dataclasses.replace(experiment, data=data, init=InitConfig(model="small"))
+    trained = dataclasses.replace(given, loss=RefineLoss(codec=1.0))
+    for wrong in (trained, dataclasses.replace(given, init=InitConfig(run="a run"))):
+        with pytest.raises(UsageError, match=r"loss\.codec = 0, and init\.model"):
+            refine_stage(wrong)
+    facts = json.loads((coded_folder / "cache" / "cache.json").read_text())
+    (tmp_path / "cache.json").write_text(json.dumps(facts | {"codec": "00"}))
+    other = dataclasses.replace(given, data=dataclasses.replace(data, latents=str(tmp_path)))
+    with pytest.raises(UsageError, match="that the codec of the experiment coded, found others"):
+        refine_stage(other).data.batches(data.shape_at(0))
+    longer = dataclasses.replace(data, frames=21)
+    with pytest.raises(UsageError, match="expected clips of at least 21 frames, found 17"):
+        refine_stage(given).data.batches(longer.shape_at(0))
+    with pytest.raises(UsageError, match="multiple of 64, got 96"):
+        cache_coded(coded_folder / "a.mkv", tmp_path / "new", "small", 17, 96)
 
 
 def distance_of_means(weights, x, y):
@@ -146,8 +221,14 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
     assert terms["temporal"] == pytest.approx(temporal, rel=1e-3)
     means = np.abs((np.clip(source + noise, -1, 1) - source).mean((0, 2, 3, 4)))  # of each frame
     assert terms["lpips"] == pytest.approx(3.0 * means.mean(), rel=1e-3)
-    # DISTS sees one of the frames, with values from 0 to 1.
-    assert np.isclose(terms["dists"], 5.0 * means / 2, rtol=1e-3).any()
+    # DISTS sees a quarter of one of the frames, with values from 0 to 1.
+    change = np.clip(source + noise, -1, 1) - source
+    quarters = [
+        np.abs(change[:, :, top : top + 32, left : left + 32].mean((0, 2, 3, 4)))
+        for top in range(33)
+        for left in range(33)
+    ]
+    assert np.isclose(terms["dists"], 5.0 * np.stack(quarters) / 2, rtol=1e-3).any()
     expected = (
         weights.squared * squared
         + weights.lpips * terms["lpips"]

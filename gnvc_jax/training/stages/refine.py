@@ -6,10 +6,15 @@ becomes a change of decoded frames by the VAE's inverse transform, as in decoder
 
 The codec stays as it is, unless `RefineLoss.codec` gives its own loss a weight: then both train
 together, and the codec learns to send what the refiner makes the most of (GNVC-VD, stage II).
+
+A codec that stays as it is need not be rolled out in each step: with `data.latents`, clips come
+from a cache, as the codec's encoder and decoder have made them (`gnvc cache-coded`). That is
+faster, and it is what the refiner meets in use: groups of full length, and motion that the encoder
+searched along what it had decoded.
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +26,7 @@ from gnvc_jax.frames import to_float
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
+from gnvc_jax.pretrained import find_model
 from gnvc_jax.training import inputs, latent_statistics, losses
 from gnvc_jax.training.config import Experiment
 from gnvc_jax.training.discriminator import (
@@ -52,18 +58,20 @@ CODEC_METRICS = (
 class RefineLoss(TransformLoss):
     """Settings of the loss of refined frames, with or without that of the codec.
 
-    The loss is squared * E + lpips * LPIPS + dists * DISTS + temporal * T + latent * L + codec * C
-    + adversarial.weight * A.
+    The loss is squared * E + lpips * LPIPS + vgg * V + dists * DISTS + temporal * T + latent * L
+    + codec * C + adversarial.weight * A.
 
     E is the mean squared error of pixels in [-1, 1], T that of the differences of successive
     frames, which keeps refinement from flickering. LPIPS (AlexNet) sees the frames of two latents
-    of each clip, DISTS one of these frames. L is the mean squared error of all whitened latents of
-    the window, most of which are not seen as frames in a step. C is the loss of the stage
-    `transform`, which has the inherited settings; the other terms are of refined frames.
+    of each clip; DISTS and V, which is LPIPS with VGG16, see a quarter of one of these frames. L is
+    the mean squared error of all whitened latents of the window, most of which are not seen as
+    frames in a step. C is the loss of the stage `transform`, which has the inherited settings; the
+    other terms are of refined frames.
 
     Attributes:
         squared: Weight of E.
         lpips: Weight of LPIPS.
+        vgg: Weight of V.
         dists: Weight of DISTS.
         temporal: Weight of T.
         latent: Weight of L.
@@ -74,11 +82,34 @@ class RefineLoss(TransformLoss):
 
     squared: float = 4.0
     lpips: float = 2.0
+    vgg: float = 0.0
     dists: float = 1.5
     temporal: float = 1.0
     latent: float = 0.05
     codec: float = 0.0
     adversarial: AdversarialConfig = dataclasses.field(default_factory=AdversarialConfig)
+
+
+class CodedClips(NamedTuple):
+    """Clips as a codec decodes them, k latents of each of b clips.
+
+    Attributes:
+        video: Frames of the source, (b, t, h, w, 3) in [-1, 1].
+        frames: Decoded frames, same shape.
+        latents: Latents of the source, (b, k, h, w, c), normalised.
+        decoded: Decoded latents, same shape.
+        features: Features of the codec, (b, k, h, w, f).
+        levels: Quality level of each latent, (b, k).
+        loss: Loss and metrics of the codec, see `gnvc_jax.training.stages.transform.codec_loss`.
+    """
+
+    video: Array
+    frames: Array
+    latents: Array
+    decoded: Array
+    features: Array
+    levels: Array
+    loss: tuple[Array | float, Metrics]
 
 
 class RefinedFrames(NamedTuple):
@@ -88,7 +119,7 @@ class RefinedFrames(NamedTuple):
         refined, decoded, source: Frames (b, t, h, w, 3) of `PAIR` latents.
         first: The same three for the first frame of the group, each (b, 1, h, w, 3).
         latents: Error of the whitened latents of the window, (b,).
-        codec: Loss and metrics of the codec, see `gnvc_jax.training.stages.transform.codec_loss`.
+        codec: Loss and metrics of the codec.
         q_index: Quality levels of the clips, (b,).
     """
 
@@ -97,7 +128,7 @@ class RefinedFrames(NamedTuple):
     source: Array
     first: tuple[Array, Array, Array]
     latents: Array
-    codec: tuple[Array, Metrics]
+    codec: tuple[Array | float, Metrics]
     q_index: Array
 
 
@@ -116,12 +147,27 @@ def refine_stage(experiment: Experiment) -> Stage:
             f"{window} and {experiment.data.frames}"
         )
     perceptual = {"alex": load_weights("alex"), "dists": load_dists()}
+    if weights.vgg:
+        perceptual["vgg"] = load_weights("vgg")
+    cached, model = experiment.data.latents is not None, experiment.init.model
+    if cached and (weights.codec or model is None):
+        raise UsageError(
+            "data.latents: the codec of coded clips stays as it is: set loss.codec = 0, and "
+            "init.model to the model that coded them"
+        )
+
+    def codec_fingerprint() -> str:
+        return find_model(cast(str, model)).fingerprints[0].hex()
 
     def loss(
         params: Tree, constants: Tree, batch: Tree, key: Array, step: Array
     ) -> tuple[Array, Metrics]:
-        key_frames, key_dists = jax.random.split(key)
-        frames = refined_frames(networks, weights, params, constants, batch, key_frames)
+        key_code, key_frames, key_dists = jax.random.split(key, 3)
+        if cached:
+            coded = from_cache(batch)
+        else:
+            coded = rolled_out(networks, weights, params, batch, key_code)
+        frames = refined_frames(networks, params, constants, coded, key_frames)
         discriminator = params.get(NAME, {})
         return refine_loss(weights, constants, frames, key_dists, discriminator, step)
 
@@ -137,7 +183,11 @@ def refine_stage(experiment: Experiment) -> Stage:
             init_networks(networks, key) | init_discriminator(weights.adversarial, key)
         ),
         loss=loss,
-        data=inputs.clips(experiment, motion=True),
+        data=(
+            inputs.coded_clips(experiment, codec_fingerprint)
+            if cached
+            else inputs.clips(experiment, motion=True)
+        ),
         trainable=(
             *(("codec/", "refiner/") if weights.codec else ("refiner/",)),
             *trainable(weights.adversarial),
@@ -148,41 +198,60 @@ def refine_stage(experiment: Experiment) -> Stage:
     )
 
 
-def refined_frames(
-    networks: Networks,
-    weights: RefineLoss,
-    params: Tree,
-    constants: Tree,
-    batch: Tree,
-    key: Array,
-) -> RefinedFrames:
-    """Codes a batch, refines a window of its latents, and decodes a part of it to frames.
+def rolled_out(
+    networks: Networks, weights: RefineLoss, params: Tree, batch: Tree, key: Array
+) -> CodedClips:
+    """Codes a batch in training form.
 
     Args:
-        networks: A linear VAE, a codec with motion, and a refiner.
+        networks: A linear VAE and a codec with motion.
         weights: Settings of the loss. Gradients reach the codec only if its loss has a weight.
         params: Parameters by part.
-        constants: Constants of the refiner.
         batch: Batch of `gnvc_jax.data.clips.with_motion`.
         key: Random key.
     """
-    video, config = to_float(batch["video"]), networks.refiner.config
-    count = 1 + batch["vectors"].shape[1]
-    key_levels, key_window, key_noise, key_pair, key_code = jax.random.split(key, 5)
+    video, vectors = to_float(batch["video"]), batch["vectors"]
+    count = 1 + vectors.shape[1]
+    key_levels, key_code = jax.random.split(key)
     levels = draw_levels(key_levels, weights, batch["q_index"], count)
     keys = jax.random.split(key_code, count)
     # All four frames of each latent go through the head: any of them may be shown.
-    vectors = batch["vectors"]
     coded = roll_out_with_motion(networks, params, video, vectors, levels, keys, cleaned=4)
     if not weights.codec:
         coded = jax.lax.stop_gradient(coded)
+    loss, metrics = codec_loss(weights, coded, levels, batch)
+    found = coded.frames, coded.latents, coded.decoded, coded.features, levels
+    return CodedClips(video, *found, (loss, {name: metrics[name] for name in CODEC_METRICS}))
+
+
+def from_cache(batch: Tree) -> CodedClips:
+    """Makes coded clips of a batch of `gnvc_jax.data.latents.CODED`."""
+    video, frames = (to_float(batch[name]) for name in ("video", "frames"))
+    latents, decoded, features = (batch[name] for name in ("latents", "decoded", "features"))
+    return CodedClips(video, frames, latents, decoded, features, batch["levels"], (0.0, {}))
+
+
+def refined_frames(
+    networks: Networks, params: Tree, constants: Tree, coded: CodedClips, key: Array
+) -> RefinedFrames:
+    """Refines a window of the latents of coded clips, and decodes a part of it to frames.
+
+    Args:
+        networks: A linear VAE, a codec with motion, and a refiner.
+        params: Parameters by part.
+        constants: Constants of the refiner.
+        coded: Coded clips.
+        key: Random key.
+    """
+    video, count, config = coded.video, coded.levels.shape[1], networks.refiner.config
+    key_window, key_noise, key_pair = jax.random.split(key, 3)
 
     # One step of the flow on a window of latents.
     window = random_window(key_window, constants["white"], count, config.window)
     # Both are cut out of the group; features are not whitened.
     decoded, features = window.whitened(coded.decoded), window.cut(coded.features)
     noise = config.noise * jax.random.normal(key_noise, decoded.shape)
-    velocity = refiner_velocity(networks.refiner, window.cut(levels), constants["text"])
+    velocity = refiner_velocity(networks.refiner, window.cut(coded.levels), constants["text"])
     refined = losses.refine_through_last_step(
         velocity, (params["refiner"], decoded, features), decoded, noise, 1, config.start
     )
@@ -208,9 +277,9 @@ def refined_frames(
     intra = jnp.where(window.first == 0, 1.0, 0.0) * change[:, :1]
     first = shown(intra, coded.frames[:, :1], True), coded.frames[:, :1], video[:, :1]
     error = losses.squared_error(refined, window.whitened(coded.latents))
-    codec = codec_loss(weights, coded, levels, batch)
     after = shown(pair, before, False)
-    return RefinedFrames(after, before, source, first, error, codec, batch["q_index"])
+    # The level of the last latent is that of the clip; the first may be coded at a better one.
+    return RefinedFrames(after, before, source, first, error, coded.loss, coded.levels[:, -1])
 
 
 def refine_loss(
@@ -227,7 +296,7 @@ def refine_loss(
         weights: Weights of the terms.
         constants: Weights of the networks "alex" (LPIPS) and "dists".
         frames: Frames to compare.
-        key: Random key of the frame that DISTS sees.
+        key: Random key of what DISTS and LPIPS of VGG16 see.
         discriminator: Parameters of the discriminator, empty if there is none.
         step: Number of steps done.
     """
@@ -240,15 +309,23 @@ def refine_loss(
     def flat(x: Array) -> Array:
         return rearrange(x, "b t h w c -> (b t) h w c")
 
-    # DISTS runs VGG16, which costs far more than the AlexNet of LPIPS, hence one frame for it. Its
-    # images are in [0, 1].
-    one = jax.random.randint(key, (1,), 0, refined.shape[1])
     perceptual = lpips(constants["alex"], flat(refined), flat(source))
     perceptual = rearrange(perceptual, "(b t) -> b t", b=len(source)).mean(1)
+    # VGG16 costs far more than the AlexNet of LPIPS, hence a random quarter of one frame for it.
+    key_frame, key_place = jax.random.split(key)
+    one = jax.random.randint(key_frame, (1,), 0, refined.shape[1])
+    sides = refined.shape[2] // 2, refined.shape[3] // 2
+    place = jax.random.randint(key_place, (2,), 0, 1 + jnp.asarray(sides))
+
+    def quarter(x: Array) -> Array:
+        start, size = (0, place[0], place[1], 0), (len(x), *sides, 3)
+        return jax.lax.dynamic_slice(flat(x[:, one]), start, size)
+
+    small = quarter(refined), quarter(source)
     before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
-    structure = dists(
-        constants["dists"], (flat(refined[:, one]) + 1) / 2, (flat(source[:, one]) + 1) / 2
-    )
+    # Images of DISTS are in [0, 1].
+    structure = dists(constants["dists"], (small[0] + 1) / 2, (small[1] + 1) / 2)
+    vgg = lpips(constants["vgg"], *small) if weights.vgg else jnp.zeros_like(structure)
     squared = losses.squared_error(refined, source)
     # Differences of the pair alone, since the first frame need not come right before it.
     moves = jnp.diff(frames.refined, axis=1) - jnp.diff(frames.source, axis=1)
@@ -256,6 +333,7 @@ def refine_loss(
     costs = (  # (b,)
         weights.squared * squared
         + weights.lpips * perceptual
+        + weights.vgg * vgg
         + weights.dists * structure
         + weights.temporal * temporal
         + weights.latent * frames.latents
@@ -271,8 +349,7 @@ def refine_loss(
         return jnp.mean(10.0 * jnp.log10(4.0 / error))
 
     # The codec's metrics are means over whole clips, the others over the frames compared.
-    codec = {name: frames.codec[1][name] for name in CODEC_METRICS}
-    metrics = {
+    metrics = frames.codec[1] | {
         "lpips": perceptual.mean(),
         "lpips_decoded": before,
         "dists": structure.mean(),
@@ -280,6 +357,8 @@ def refine_loss(
         "psnr_decoded": psnr(losses.squared_error(decoded, source)),
         "temporal": temporal.mean(),
     }
+    if weights.vgg:
+        metrics["vgg"] = vgg.mean()
     # Of refined frames alone, without the loss of the codec.
     levels = by_level(frames.q_index, loss=costs, distortion=squared, lpips=perceptual)
-    return loss, codec | metrics | game_metrics | levels
+    return loss, metrics | game_metrics | levels
