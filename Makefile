@@ -20,14 +20,18 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/gnvc demo $(if $(CLIP),--clip "$(CLIP)")
 
-# Four stages, each from the run of the one before; see docs/training.md.
+# Four stages, each from the run of the one before, then the refiner on clips that the finished
+# codec coded; see docs/training.md.
 SMALL := codec rollout refiner joint
 small: $(VENV)/.installed
 	@test -n "$(DATA)" || { echo "name the folder of clips: make small DATA=CLIPS"; exit 2; }
 	set -e; for stage in $(SMALL); do \
 		$(BIN)/gnvc train --config small/$$stage --data.path "$(DATA)" --data.decode_cache runs/small/decoded; \
 	done
-	$(BIN)/gnvc release runs/small/$(lastword $(SMALL)) runs/small.safetensors --name small
+	$(BIN)/gnvc release runs/small/joint runs/small/joint.safetensors
+	$(BIN)/gnvc cache-coded --data "$(DATA)" --to runs/small/coded_clips --model runs/small/joint.safetensors
+	$(BIN)/gnvc train --config small/coded
+	$(BIN)/gnvc release runs/small/coded runs/small.safetensors --name small
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
