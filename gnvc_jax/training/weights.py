@@ -17,6 +17,7 @@ not name is the one of the run before it. Only what is asked for is read: `load`
 the types and shardings to read them in.
 """
 
+import dataclasses
 import re
 from typing import Any, NamedTuple
 
@@ -40,7 +41,7 @@ from gnvc_jax.porting.checkpoint import (
 from gnvc_jax.pretrained import find_model
 from gnvc_jax.refiner.config import DiTConfig
 from gnvc_jax.training import fixed_parameters, lora
-from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig
+from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig, flatten
 from gnvc_jax.training.partition import join
 from gnvc_jax.training.run_folder import averaged_names, config_of, load_params
 from gnvc_jax.vae import VAE, grey_latents, init_vae
@@ -219,9 +220,8 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
     if known.vae is not None:
         like = {part: shapes for part, shapes in like.items() if part != "vae"}
     for part in ("vae", "codec"):
-        found, expected = getattr(model, f"{part}_config"), getattr(experiment, part)
-        if part in like and found != expected:
-            raise UsageError(f"{name}: holds {found}, but the experiment has {expected}")
+        if part in like:
+            check_same(name, part, getattr(model, f"{part}_config"), getattr(experiment, part))
     parts = {"vae": model.vae, "codec": model.codec}
     if model.refiner is not None and model.refiner_config == experiment.refiner:
         parts["refiner"] = model.refiner
@@ -236,9 +236,29 @@ def check_architecture(folder: str, component: str, expected: object) -> None:
     Raises:
         UsageError: If they are not the expected ones.
     """
-    config = read_architecture(folder, component).config
-    if config != expected:
-        raise UsageError(f"{folder}: holds {config}, but the experiment has {expected}")
+    check_same(folder, component, read_architecture(folder, component).config, expected)
+
+
+def check_same(origin: str, part: str, found: Any, expected: Any) -> None:
+    """Checks the sizes of a part of a model.
+
+    Args:
+        origin: What holds the part.
+        part: Name of the part.
+        found: Sizes there, a dataclass.
+        expected: Sizes in the experiment.
+
+    Raises:
+        UsageError: If they differ; it names the settings that do.
+    """
+    if found == expected:
+        return
+    there, here = (
+        flatten(dataclasses.asdict(x)) if x is not None else {} for x in (found, expected)
+    )
+    names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
+    told = "; ".join(f"{k} is {there.get(k)!r}, not {here.get(k)!r}" for k in names)
+    raise UsageError(f"{origin}: its {part} is not that of the experiment: {told}")
 
 
 def add_run(found: Tree, run: str, like: Tree, rank: int, goes_on: bool) -> tuple[Tree, set[str]]:

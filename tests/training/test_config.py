@@ -271,3 +271,9 @@ def test_stage_is_found_by_name_or_path():
     assert stage.loss is toy_stage.loss
     with pytest.raises(ValueError, match=r"unknown stage 'vea'; there are: vae, "):
         make_stage(Experiment(stage="vea"))
+    for stage, told in (
+        ("no_such_module:stage", "No module named 'no_such_module'"),
+        ("toy_stage:stages", "has no attribute 'stages'"),
+    ):
+        with pytest.raises(UsageError, match=f"stage '{stage}': .*{told}"):
+            make_stage(Experiment(stage=stage))

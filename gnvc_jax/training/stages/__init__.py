@@ -102,7 +102,11 @@ def make_stage(experiment: Experiment) -> Stage:
     module, _, name = STAGES.get(experiment.stage, experiment.stage).partition(":")
     if not name:
         raise UsageError(f"unknown stage {experiment.stage!r}; there are: {', '.join(STAGES)}")
-    return getattr(importlib.import_module(module), name)(experiment)
+    try:
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UsageError(f"stage {experiment.stage!r}: {error}") from error
+    return make(experiment)
 
 
 def model_shapes(stage: Stage) -> Tree:
