@@ -4,9 +4,9 @@ gnvc release runs/small/joint runs/small/joint.safetensors
 gnvc cache-coded --data CLIPS --to runs/small/coded_clips --model runs/small/joint.safetensors
 gnvc train --config small/coded
 
-The codec stays as it is, so it need not be rolled out: three clips take about two seconds on two
-CPU cores, and the refiner sees groups of full length. Squared error hardly counts: who wants the
-most PSNR decodes without refinement.
+The codec stays as it is, so it need not be rolled out, and the refiner sees groups of full length.
+Crops are larger than a window of its attention, which spans 128 pixels. Squared error hardly
+counts: who wants the most PSNR decodes without refinement.
 """
 
 import dataclasses
@@ -17,9 +17,13 @@ from gnvc_jax.training.stages.refine import RefineLoss
 
 experiment = dataclasses.replace(
     joint,
-    loss=RefineLoss(squared=0.5, lpips=1.0, vgg=0.5, dists=2.0, temporal=1.0, latent=0.005),
+    loss=RefineLoss(
+        part=128, squared=0.5, lpips=1.0, vgg=0.5, dists=2.0, temporal=1.0, latent=0.005
+    ),
     init=InitConfig(model="runs/small/joint.safetensors"),
-    data=dataclasses.replace(joint.data, latents="runs/small/coded_clips", frames=97, batch=3),
+    data=dataclasses.replace(
+        joint.data, latents="runs/small/coded_clips", frames=97, size=(192, 192), batch=3
+    ),
     optim=dataclasses.replace(joint.optim, lr=1e-3, steps=3000, ema=0.997),
     run=dataclasses.replace(joint.run, out="runs/small/coded"),
 )

@@ -205,12 +205,12 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
     constants = {"alex": 3.0, "dists": 5.0}
 
     @functools.partial(jax.jit, static_argnums=2)
-    def loss(refined, error, weights=weights):
+    def loss(refined, error, weights=weights, seed=0):
         first = refined[:, :1], source[:, :1], source[:, :1]
         codec = jnp.float32(7.0), {name: jnp.ones(()) for name in CODEC_METRICS}
         pair = refined[:, 1:], source[:, 1:], source[:, 1:]
         frames = RefinedFrames(*pair, first, error, codec, jnp.array([20]))
-        return refine_loss(weights, constants, frames, jax.random.key(0), judge, jnp.int32(0))
+        return refine_loss(weights, constants, frames, jax.random.key(seed), judge, jnp.int32(0))
 
     # What is left is the loss of the codec.
     assert loss(source, jnp.zeros(1))[0] == pytest.approx(0.5 * 7.0, abs=1e-5)
@@ -238,6 +238,13 @@ def test_loss_is_zero_for_perfect_frames_and_the_weighted_sum_of_its_terms_for_o
         + 0.5 * 7.0
     )
     assert float(total) == pytest.approx(float(expected), rel=1e-3)
+    # Losses may see a part of the frames: here, where all of the error is.
+    corner = np.zeros_like(noise)
+    corner[:, :, :40, :40] = noise[:, :, :40, :40]
+    part = dataclasses.replace(weights, part=40)
+    errors = [loss(source + corner, jnp.ones(1), part, seed)[1]["temporal"] for seed in range(30)]
+    whole = np.mean(np.diff(corner[:, 1:, :40, :40], axis=1) ** 2)
+    assert max(errors) <= 1.1 * whole and min(errors) < 0.6 * whole
     # A discriminator adds its verdict of refined frames.
     against = dataclasses.replace(weights, adversarial=adversarial)
     more, found = loss(source + noise, jnp.ones(1), against)

@@ -68,7 +68,11 @@ class RefineLoss(TransformLoss):
     frames in a step. C is the loss of the stage `transform`, which has the inherited settings; the
     other terms are of refined frames.
 
+    A refiner with attention in windows must see more than one window, as it will in use, while
+    losses cost more than it does: with `part`, they see a random part of each frame.
+
     Attributes:
+        part: Height and width in pixels of what losses see of frames; None for all.
         squared: Weight of E.
         lpips: Weight of LPIPS.
         vgg: Weight of V.
@@ -80,6 +84,7 @@ class RefineLoss(TransformLoss):
             as LPIPS. At 0 there is none.
     """
 
+    part: int | None = None
     squared: float = 4.0
     lpips: float = 2.0
     vgg: float = 0.0
@@ -147,6 +152,8 @@ def refine_stage(experiment: Experiment) -> Stage:
             f"{window} and {experiment.data.frames}"
         )
     perceptual = {"alex": load_weights("alex"), "dists": load_dists()}
+    if weights.part and weights.part > min(min(shape.size) for shape in experiment.data.shapes):
+        raise UsageError(f"loss.part: must be at most data.size, got {weights.part}")
     if weights.vgg:
         perceptual["vgg"] = load_weights("vgg")
     cached, model = experiment.data.latents is not None, experiment.init.model
@@ -282,6 +289,17 @@ def refined_frames(
     return RefinedFrames(after, before, source, first, error, coded.loss, coded.levels[:, -1])
 
 
+def cut(frames: Array, side: int | None, key: Array) -> Array:
+    """Cuts the same random square out of all frames (b, t, h, w, 3), the same for equal keys."""
+    if side is None:
+        return frames
+    _, _, h, w, _ = frames.shape
+    top, left = jax.random.randint(key, (2,), 0, jnp.asarray([h, w]) - side + 1)
+    return jax.lax.dynamic_slice(
+        frames, (0, 0, top, left, 0), (*frames.shape[:2], side, side, frames.shape[-1])
+    )
+
+
 def refine_loss(
     weights: RefineLoss,
     constants: Tree,
@@ -300,10 +318,12 @@ def refine_loss(
         discriminator: Parameters of the discriminator, empty if there is none.
         step: Number of steps done.
     """
+    key, key_part = jax.random.split(key)
+    shown = frames.refined, frames.decoded, frames.source
+    pair, first = ([cut(x, weights.part, key_part) for x in xs] for xs in (shown, frames.first))
     # The first frame and those of the pair, (b, 1 + 4 * PAIR, h, w, 3), clipped as by a decoder.
     refined, decoded, source = (
-        jnp.clip(jnp.concatenate([a, b], axis=1), -1.0, 1.0)
-        for a, b in zip(frames.first, (frames.refined, frames.decoded, frames.source))
+        jnp.clip(jnp.concatenate([a, b], axis=1), -1.0, 1.0) for a, b in zip(first, pair)
     )
 
     def flat(x: Array) -> Array:
@@ -314,21 +334,15 @@ def refine_loss(
     # VGG16 costs far more than the AlexNet of LPIPS, hence a random quarter of one frame for it.
     key_frame, key_place = jax.random.split(key)
     one = jax.random.randint(key_frame, (1,), 0, refined.shape[1])
-    sides = refined.shape[2] // 2, refined.shape[3] // 2
-    place = jax.random.randint(key_place, (2,), 0, 1 + jnp.asarray(sides))
-
-    def quarter(x: Array) -> Array:
-        start, size = (0, place[0], place[1], 0), (len(x), *sides, 3)
-        return jax.lax.dynamic_slice(flat(x[:, one]), start, size)
-
-    small = quarter(refined), quarter(source)
+    side = min(refined.shape[2:4]) // 2
+    small = [flat(cut(x[:, one], side, key_place)) for x in (refined, source)]
     before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
     # Images of DISTS are in [0, 1].
     structure = dists(constants["dists"], (small[0] + 1) / 2, (small[1] + 1) / 2)
     vgg = lpips(constants["vgg"], *small) if weights.vgg else jnp.zeros_like(structure)
     squared = losses.squared_error(refined, source)
     # Differences of the pair alone, since the first frame need not come right before it.
-    moves = jnp.diff(frames.refined, axis=1) - jnp.diff(frames.source, axis=1)
+    moves = jnp.diff(pair[0], axis=1) - jnp.diff(pair[2], axis=1)
     temporal = losses.per_clip(moves**2)
     costs = (  # (b,)
         weights.squared * squared
