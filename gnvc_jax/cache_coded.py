@@ -27,11 +27,12 @@ def cache_coded(
     model: str,
     frames: int = 97,
     size: int = 256,
+    parts: int = 1,
     progress: bool = True,
 ) -> dict[str, str]:
     """Codes the clips of videos and writes what a refiner sees of them to a folder.
 
-    A video is divided into consecutive clips; of each, one random part is coded, at a random
+    A video is divided into consecutive clips; of each, random parts are coded, each at a random
     quality level. Processes of one JAX runtime share the videos.
 
     Args:
@@ -39,7 +40,8 @@ def cache_coded(
         folder: Folder to write to.
         model: Name of a shipped model with block motion, or path of a model file.
         frames: Number of frames per clip, 1 + 4k, which are one group.
-        size: Height and width of the part, at most; a multiple of 64.
+        size: Height and width of a part, at most; a multiple of 64.
+        parts: Number of parts of each clip.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -58,12 +60,14 @@ def cache_coded(
     check_gop(frames, info.temporal_stride)
     info = dataclasses.replace(info, codec=codec.model.fingerprints[0].hex())
 
-    def code(clip: np.ndarray) -> dict[str, np.ndarray]:
+    def code(clip: np.ndarray) -> list[dict[str, np.ndarray]]:
         # Seeded by the clip itself: a job that is resumed, or shared, draws the same.
-        rng = np.random.default_rng(zlib.crc32(clip[0].tobytes()))
-        part = random_part(clip, size, codec.padding, rng)
-        coded = code_clip(codec, part, int(rng.integers(QUALITIES)))
-        return coded | {"video": part, "latents": encode(part)}
+        rng, coded = np.random.default_rng(zlib.crc32(clip[0].tobytes())), []
+        for _ in range(parts):
+            part = random_part(clip, size, codec.padding, rng)
+            found = code_clip(codec, part, int(rng.integers(QUALITIES)))
+            coded.append(found | {"video": part, "latents": encode(part)})
+        return coded
 
     shard = jax.process_index(), jax.process_count()
     return write_latents(source, folder, info, code, shard, progress)

@@ -79,13 +79,14 @@ def cache_coded(
     model: str = "small",
     frames: int = 97,
     size: int = 256,
+    parts: int = 1,
     no_progress: bool = False,
 ) -> int:
     """Code many videos by a model, to train its refiner on what it decodes.
 
     Example: gnvc cache-coded --data clips --to coded --model runs/small/joint.safetensors
 
-    Videos are divided into clips. Of each, a random part is coded, at a random quality level, and
+    Videos are divided into clips. Of each, random parts are coded, at random quality levels, and
     kept with the source: about half a megabyte per frame of 256x256. Training takes the folder as
     --data.latents. Videos that cannot be read are left out, with exit code 3. Processes that are
     started together share the work.
@@ -95,15 +96,17 @@ def cache_coded(
         to: Output folder; rerun the same command to resume.
         model: Name of a shipped model with block motion, or path of a model file.
         frames: Frames per clip, 1 + 4k.
-        size: Largest height and width of the part, a multiple of 64.
+        size: Largest height and width of a part, a multiple of 64.
+        parts: Parts of each clip.
         no_progress: Hide the progress bar.
     """
     from gnvc_jax.cache_coded import cache_coded as run
     from gnvc_jax.runtime import join_processes
 
     check_range("--frames", frames, 1)
+    check_range("--parts", parts, 1)
     join_processes()
-    return report_left_out(run(data, to, model, frames, size, not no_progress))
+    return report_left_out(run(data, to, model, frames, size, parts, not no_progress))
 
 
 def make_shards(

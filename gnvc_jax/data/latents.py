@@ -74,7 +74,7 @@ def write_latents(
     source: str | os.PathLike,
     folder: str | os.PathLike,
     info: CacheInfo,
-    encode: Callable[[np.ndarray], np.ndarray | dict[str, np.ndarray]],
+    encode: Callable[[np.ndarray], np.ndarray | list[dict[str, np.ndarray]]],
     shard: tuple[int, int] = (0, 1),
     progress: bool = True,
 ) -> dict[str, str]:
@@ -88,7 +88,7 @@ def write_latents(
         folder: Folder of the cache, which may hold latents of the same description.
         info: Description of the latents.
         encode: Function from uint8 (frames, h, w, 3) to normalised latents, float (t, h2, w2, c),
-            or to the arrays of `CODED`.
+            or to the arrays of `CODED` for some parts of the clip, each of which becomes a record.
         shard: Number of this process, and number of processes that share the videos.
         progress: Whether to show a progress bar.
 
@@ -119,18 +119,24 @@ def _write_video(video: AnyPath, target: Path, info: CacheInfo, encode: Callable
     writer, count = ArrayRecordWriter(str(target), "group_size:1"), 0
     with contextlib.closing(writer):
         for clip in _clips(video, info.frames, 2 * info.stride):
-            buffer = io.BytesIO()
             found = encode(clip)
-            # Half the size of float32. Normalised latents are around 1, where float16 has 11 bits.
-            if isinstance(found, dict):
-                typed = {name: np.asarray(x, CODED[name]) for name, x in found.items()}
-                np.savez(buffer, allow_pickle=False, **typed)
-            else:
-                np.save(buffer, np.asarray(found, np.float16))
-            data = buffer.getvalue()
-            writer.write(zlib.crc32(data).to_bytes(HEAD, "little") + data)
-            count += 1
+            for record in [found] if isinstance(found, np.ndarray) else found:
+                data = _pack(record)
+                writer.write(zlib.crc32(data).to_bytes(HEAD, "little") + data)
+                count += 1
     return count
+
+
+def _pack(record: np.ndarray | dict[str, np.ndarray]) -> bytes:
+    """Latents, or the arrays of `CODED`, in NumPy's format."""
+    buffer = io.BytesIO()
+    if isinstance(record, dict):
+        typed = {name: np.asarray(x, CODED[name]) for name, x in record.items()}
+        np.savez(buffer, allow_pickle=False, **typed)
+    else:
+        # Half the size of float32. Normalised latents are around 1, where float16 has 11 bits.
+        np.save(buffer, np.asarray(record, np.float16))
+    return buffer.getvalue()
 
 
 def _clips(path: AnyPath, frames: int, multiple: int) -> Iterator[np.ndarray]:

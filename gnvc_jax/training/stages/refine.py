@@ -335,11 +335,11 @@ def refine_loss(
     key_frame, key_place = jax.random.split(key)
     one = jax.random.randint(key_frame, (1,), 0, refined.shape[1])
     side = min(refined.shape[2:4]) // 2
-    small = [flat(cut(x[:, one], side, key_place)) for x in (refined, source)]
+    small, true = (flat(cut(x[:, one], side, key_place)) for x in (refined, source))
     before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
     # Images of DISTS are in [0, 1].
-    structure = dists(constants["dists"], (small[0] + 1) / 2, (small[1] + 1) / 2)
-    vgg = lpips(constants["vgg"], *small) if weights.vgg else jnp.zeros_like(structure)
+    structure = dists(constants["dists"], (small + 1) / 2, (true + 1) / 2)
+    vgg = lpips(constants["vgg"], small, true) if weights.vgg else jnp.zeros_like(structure)
     squared = losses.squared_error(refined, source)
     # Differences of the pair alone, since the first frame need not come right before it.
     moves = jnp.diff(pair[0], axis=1) - jnp.diff(pair[2], axis=1)
