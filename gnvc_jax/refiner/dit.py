@@ -63,11 +63,10 @@ def unpatchify(
     return rearrange(tokens, "b (w t h) (p q c) -> b t (h p) (w q) c", **sizes)
 
 
-def shard_tokens(tokens: Float[Array, "b n *d"]) -> Float[Array, "b n2 *d"]:
+def shard_tokens(tokens: Float[Array, "b n d"]) -> Float[Array, "b n2 d"]:
     """Shards tokens over the mesh axis `context`, padded with zeros to a multiple of its size."""
     rest = -tokens.shape[1] % axis_size("context")
-    padding = [(0, 0), (0, rest)] + [(0, 0)] * (tokens.ndim - 2)
-    return constrain(jnp.pad(tokens, padding), batch=0, context=1)
+    return constrain(jnp.pad(tokens, ((0, 0), (0, rest), (0, 0))), batch=0, context=1)
 
 
 def rotary_table(head_width: int, t: int, h: int, w: int) -> RotaryTable:
@@ -115,11 +114,12 @@ def per_token(
         rows: Rows of each latent; with t = 1 they are the same for all tokens, and n = 1.
         grid: (latents, rows, columns) of tokens.
     """
-    if rows.shape[1] > 1:
-        _, h, w = grid
-        # In the order of `patchify`. Nothing but a broadcast, so XLA keeps no array of this size.
-        rows = shard_tokens(repeat(rows, "b t k d -> b (w t h) k d", h=h, w=w))
-    return list(rearrange(rows, "b n k d -> k b n d"))
+    _, h, w = grid
+    found = rearrange(rows, "b t k d -> k b t d")
+    if rows.shape[1] == 1:
+        return list(found)
+    # In the order of `patchify`. One row at a time: broadcasts, which XLA fuses into their users.
+    return [shard_tokens(repeat(x, "b t d -> b (w t h) d", h=h, w=w)) for x in found]
 
 
 def sinusoid(time: Float[Array, " b"], width: int) -> Float[Array, "b {width}"]:
