@@ -253,9 +253,7 @@ def check_same(origin: str, part: str, found: Any, expected: Any) -> None:
     """
     if found == expected:
         return
-    there, here = (
-        flatten(dataclasses.asdict(x)) if x is not None else {} for x in (found, expected)
-    )
+    there, here = (flatten(dataclasses.asdict(x)) for x in (found, expected))
     names = sorted(k for k in there.keys() | here.keys() if there.get(k) != here.get(k))
     told = "; ".join(f"{k} is {there.get(k)!r}, not {here.get(k)!r}" for k in names)
     raise UsageError(f"{origin}: its {part} is not that of the experiment: {told}")

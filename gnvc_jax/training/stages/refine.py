@@ -141,6 +141,10 @@ def refine_stage(experiment: Experiment) -> Stage:
     """Makes the stage, which starts from a run of the stage `transform`, or from one of its own.
 
     The VAE of that run stays as it is.
+
+    Raises:
+        UsageError: If windows or clips are too short, `loss.part` is larger than a crop, or a cache
+            is given to a stage that trains the codec or does not start from a model file.
     """
     # A window with the first latent must have room for a pair beside it, and clips are one latent
     # longer than the window.
@@ -289,7 +293,7 @@ def refined_frames(
     return RefinedFrames(after, before, source, first, error, coded.loss, coded.levels[:, -1])
 
 
-def cut(frames: Array, side: int | None, key: Array) -> Array:
+def random_square(frames: Array, side: int | None, key: Array) -> Array:
     """Cuts the same random square out of all frames (b, t, h, w, 3), the same for equal keys."""
     if side is None:
         return frames
@@ -312,7 +316,7 @@ def refine_loss(
 
     Args:
         weights: Weights of the terms.
-        constants: Weights of the networks "alex" (LPIPS) and "dists".
+        constants: Weights of the networks "alex" and "vgg" (LPIPS) and "dists".
         frames: Frames to compare.
         key: Random key of what DISTS and LPIPS of VGG16 see.
         discriminator: Parameters of the discriminator, empty if there is none.
@@ -320,7 +324,9 @@ def refine_loss(
     """
     key, key_part = jax.random.split(key)
     shown = frames.refined, frames.decoded, frames.source
-    pair, first = ([cut(x, weights.part, key_part) for x in xs] for xs in (shown, frames.first))
+    pair, first = (
+        [random_square(x, weights.part, key_part) for x in xs] for xs in (shown, frames.first)
+    )
     # The first frame and those of the pair, (b, 1 + 4 * PAIR, h, w, 3), clipped as by a decoder.
     refined, decoded, source = (
         jnp.clip(jnp.concatenate([a, b], axis=1), -1.0, 1.0) for a, b in zip(first, pair)
@@ -335,7 +341,7 @@ def refine_loss(
     key_frame, key_place = jax.random.split(key)
     one = jax.random.randint(key_frame, (1,), 0, refined.shape[1])
     side = min(refined.shape[2:4]) // 2
-    small, true = (flat(cut(x[:, one], side, key_place)) for x in (refined, source))
+    small, true = (flat(random_square(x[:, one], side, key_place)) for x in (refined, source))
     before = lpips(constants["alex"], flat(decoded[:, one]), flat(source[:, one])).mean()
     # Images of DISTS are in [0, 1].
     structure = dists(constants["dists"], (small + 1) / 2, (true + 1) / 2)
