@@ -17,36 +17,26 @@ from gnvc_jax.arrays import AnyArray
 from gnvc_jax.motion.field import FINE, PEL
 
 
-def interpolation(size: int, blocks: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Finds the left and the right block of every pixel along one axis, and the right one's weight.
+def interpolation(blocks: int) -> np.ndarray:
+    """Weights (16 * blocks, blocks) of linear interpolation from block centres to pixels on a line.
 
-    Vectors stand at block centres; pixels beyond the outer centres take the outer vector.
-
-    Args:
-        size: Number of pixels.
-        blocks: Number of blocks.
-
-    Returns:
-        Left blocks, right blocks and weights, each (size,).
+    Pixels beyond the outer centres take the value of the outer block.
     """
     # Pixel centres in units of blocks, counted from the centre of the first block.
-    position = (np.arange(size) + 0.5) / FINE - 0.5
-    left = np.floor(position).astype(int)
-    weight = (position - left).astype(np.float32)
-    return np.clip(left, 0, blocks - 1), np.clip(left + 1, 0, blocks - 1), weight
+    position = (np.arange(FINE * blocks) + 0.5) / FINE - 0.5
+    position = np.clip(position, 0, blocks - 1)[:, None]
+    return np.maximum(1.0 - np.abs(position - np.arange(blocks)), 0.0).astype(np.float32)
 
 
 def dense(vectors: Shaped[AnyArray, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2"]:
     """Interpolates block vectors in 1/16 pel to the displacements of all pixels in pels."""
     h, w = vectors.shape[-3:-1]
-    top, bottom, y = interpolation(FINE * h, h)
-    left, right, x = interpolation(FINE * w, w)
-    # (16h, 1, 1) and (16w, 1), to broadcast against rows and columns of vectors.
-    y, x = y[:, None, None], x[:, None]
     vectors = jnp.asarray(vectors, jnp.float32) / PEL
-    # First (..., 16h, w, 2), then (..., 16h, 16w, 2).
-    rows = vectors[..., top, :, :] * (1 - y) + vectors[..., bottom, :, :] * y
-    return rows[..., left, :] * (1 - x) + rows[..., right, :] * x
+    # Products of matrices, mostly of zeros, which compilers keep apart from what follows: XLA fuses
+    # slices and sums into each of the 16 gathers of `warp`, and computes them as often.
+    with jax.default_matmul_precision("highest"):
+        rows = jnp.einsum("yh,...hwc->...ywc", interpolation(h), vectors)
+        return jnp.einsum("xw,...ywc->...yxc", interpolation(w), rows)
 
 
 def catmull_rom(t: Array) -> tuple[Array, ...]:
