@@ -9,7 +9,7 @@ identity. Encoder and decoder run both on reference frames, so they are part of 
 
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, reduce
+from einops import rearrange
 from flax import linen as nn
 from jaxtyping import Array, Float
 
@@ -48,8 +48,8 @@ class DeblockingHead(nn.Module):
 
 
 def fade_at_copies(
-    change: Float[Array, "b t height width 3"], fresh: Float[Array, "b h w 1"]
-) -> Float[Array, "b t height width 3"]:
+    means: Float[Array, "b t h w 3"], fresh: Float[Array, "b h w 1"], side: int
+) -> Float[Array, "b t {side}*h {side}*w 3"]:
     """Computes what makes a change of predicted frames fade where coded blocks meet copied ones.
 
     Coded blocks often get brighter or darker as a whole. A copied neighbour does not, and the step
@@ -57,13 +57,14 @@ def fade_at_copies(
     one block to that of the other; everything else, detail above all, stays.
 
     Args:
-        change: Change of the frames by what was coded; zero in copied blocks.
+        means: Means over blocks of the change by what was coded; zero in copied blocks.
         fresh: 1 in coded blocks, 0 in copied ones.
+        side: Height and width of a block in pixels.
 
     Returns:
         What to add to the frames.
     """
-    (h, w), side = fresh.shape[1:3], change.shape[-2] // fresh.shape[-2]
+    h, w = fresh.shape[1:3]
     # Weights (3, side) of a block and its neighbours before and after in linear interpolation at
     # each pixel of the block; both ways (9, side * side), less the block's own value.
     x = (np.arange(side, dtype=np.float32) + 0.5) / side - 0.5
@@ -76,9 +77,6 @@ def fade_at_copies(
         around = [padded[:, :, i : i + h, j : j + w] for i in range(3) for j in range(3)]
         return jnp.stack(around, axis=-1) @ weights
 
-    # Rows first: XLA's CPU code is slow at means over two axes at once.
-    means = reduce(change, "b t (h i) width c -> b t h width c", "mean", i=side)
-    means = reduce(means, "b t h (w j) c -> b t h w c", "mean", j=side)
     # 1 at an edge between coded and copied blocks, falling to 0 at the centres of both: there, half
     # way between the centres, interpolation of `fresh` gives 1/2, hence the factor of two.
     near = 2.0 * jnp.abs(slopes(fresh[:, None]))

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
@@ -103,19 +103,38 @@ class BlockTransform(nn.Module):
 
         return _by_kind(transform, jnp.asarray(video), first)
 
-    @jax.default_matmul_precision(EXACT)
     def inverse(
         self, latents: Float[AnyArray, "b t2 h2 w2 z"], first: bool
     ) -> Float[Array, "b t h w 3"]:
         """Transforms latents to a video; undoes `forward` but for the components that it drops."""
+        return self._inverse(latents, first, offset=True)
 
+    def change(
+        self, latents: Float[AnyArray, "b t2 h2 w2 z"], first: bool
+    ) -> Float[Array, "b t h w 3"]:
+        """Transforms a change of latents to the change of the video; `inverse` is affine."""
+        return self._inverse(latents, first, offset=False)
+
+    @jax.default_matmul_precision(EXACT)
+    def _inverse(self, latents: AnyArray, first: bool, offset: bool) -> Array:
         def transform(kind: str, part: Array) -> Array:
             # The columns of the basis are orthonormal: its transpose undoes it, but for what they
             # do not span.
-            basis, offset, scale = self.fixed[kind]
-            return from_blocks(part / scale @ basis.T + offset, self.frames[kind], self.stride)
+            basis, mean, scale = self.fixed[kind]
+            blocks = part / scale @ basis.T
+            return from_blocks(blocks + mean if offset else blocks, self.frames[kind], self.stride)
 
         return _by_kind(transform, jnp.asarray(latents), first)
+
+    @jax.default_matmul_precision(EXACT)
+    def mean_change(self, latents: Float[AnyArray, "b h w z"]) -> Float[Array, "b t h w 3"]:
+        """Means over each block and frame of the `change` that later latents make."""
+        basis, _, scale = self.fixed["later"]
+        frames = {"t": self.frames["later"], "c": 3}
+        # Means of the basis, (t * 3, z): much less to compute than frames.
+        means = reduce(basis, "(t ij c) z -> (t c) z", "mean", **frames)
+        blocks = jnp.asarray(latents) / scale @ means.T
+        return rearrange(blocks, "b h w (t c) -> b t h w c", **frames)
 
 
 def _by_kind(transform: Callable[[str, Array], Array], x: Array, first: bool) -> Array:

@@ -234,12 +234,18 @@ class VAE(nn.Module):
             side = self.config.stride
             return repeat(jnp.asarray(weights), "b h w c -> b 1 (h i) (w j) c", i=side, j=side)
 
-        # A predicted latent is never the first of a clip, hence the transform of later blocks.
-        before, after = (self.klt.inverse(x[:, None], False) for x in (prediction, latent))
-        # predicted - before: the part of the predicted frames that no latent can express.
-        video = after + of_pixels(detail) * (predicted - before)
+        latent, prediction, detail = (jnp.asarray(x) for x in (latent, prediction, detail))
+        # A predicted latent is never the first of a clip, hence the transform of later blocks. With
+        # T for its inverse, the frames are T(latent) + detail * (predicted - T(prediction)): the
+        # difference is the part of the predicted frames that no latent can express. T is affine,
+        # and detail the same all over a block, so both transforms are done at once.
+        rest = latent - detail * prediction
+        mean = self.klt.inverse(jnp.zeros_like(rest[:, None, :1, :1]), False)
+        mean = jnp.tile(mean, (1, 1, *rest.shape[1:3], 1))
+        video = self.klt.inverse(rest[:, None], False) + of_pixels(detail) * (predicted - mean)
         if self.config.fade:
-            video = video + fade_at_copies(after - before, jnp.asarray(fresh))
+            means = self.klt.mean_change(latent - prediction)
+            video = video + fade_at_copies(means, jnp.asarray(fresh), self.config.stride)
         start = 0 if cleaned is None else video.shape[1] - cleaned
         part = video[:, start:]
         part = part + of_pixels(fresh) * (self.clean(part) - part)
@@ -259,9 +265,7 @@ class VAE(nn.Module):
             latents: Change of their latents.
             first: Whether the first frame starts a group.
         """
-        # The inverse transform is affine; the difference leaves out its offset.
-        nothing = self.klt.inverse(jnp.zeros_like(latents), first)
-        return jnp.asarray(frames) + self.klt.inverse(latents, first) - nothing
+        return jnp.asarray(frames) + self.klt.change(latents, first)
 
     def __call__(self, video: Float[AnyArray, "b t h w 3"]) -> Float[Array, "b t h w 3"]:
         """Encodes and decodes a video, which initialises all parameters."""

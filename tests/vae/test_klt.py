@@ -1,5 +1,6 @@
 """The linear transform under a small VAE, against its definition."""
 
+import dataclasses
 import functools
 
 import jax
@@ -114,27 +115,47 @@ def test_a_step_at_the_edge_of_a_copy_becomes_a_ramp():
     """A row of blocks of four pixels: two copied ones, two that get brighter by 8."""
     fresh = np.zeros((1, 1, 4, 1), np.float32)
     fresh[:, :, 2:] = 1
-    change = np.zeros((1, 1, 4, 16, 3), np.float32)
-    change[..., 8:, :] = 8
-    detail = np.random.default_rng(7).normal(size=change.shape).astype(np.float32)
-    detail[..., :8, :] = 0
-    detail -= detail.reshape(1, 1, 4, 4, 4, 3).mean((2, 4)).repeat(4, 2)[:, :, None]
-    faded = change + np.asarray(fade_at_copies(jnp.asarray(change), jnp.asarray(fresh)))
+    means = np.broadcast_to(8 * fresh, (1, 1, 1, 4, 3))
+    fade = np.asarray(fade_at_copies(jnp.asarray(means), jnp.asarray(fresh), 4))
+    faded = means.repeat(4, 2).repeat(4, 3) + fade
     # The ramp from 0 at 5.5 to 8 at 9.5 is 1, 3, 5, 7; 1/2 and 3/2 pixels from the edge it counts
     # by 3/4 and 1/4.
     expected = [0] * 6 + [0.25, 2.25, 5.75, 7.75] + [8] * 6
     np.testing.assert_allclose(faded[0, 0, 0, :, 0], expected, atol=1e-5)
     assert np.all(faded == faded[..., :1, :, :1])  # rows and colours are alike
-    # Detail without a mean passes as it is.
-    with_detail = np.asarray(fade_at_copies(jnp.asarray(change + detail), jnp.asarray(fresh)))
-    np.testing.assert_allclose(with_detail, faded - change, atol=1e-5)
 
 
 def test_nothing_fades_where_all_is_coded_or_copied():
-    change = np.random.default_rng(8).normal(size=(1, 2, 8, 8, 3)).astype(np.float32)
+    means = np.random.default_rng(8).normal(size=(1, 2, 2, 2, 3)).astype(np.float32)
     for value in (0.0, 1.0):
         fresh = jnp.full((1, 2, 2, 1), value)
-        assert not np.any(fade_at_copies(jnp.asarray(change), fresh))
+        assert not np.any(fade_at_copies(jnp.asarray(means), fresh, 4))
+
+
+def test_compensation_is_that_of_two_inverse_transforms(fitted):
+    """Detail of any weight, and block means that fade, from the frames of both latents."""
+    rng = np.random.default_rng(9)
+    predicted = rng.normal(0, 0.3, (1, 2, 8, 8, 3)).astype(np.float32)
+    prediction = transform(fitted, "forward", predicted, first=False)[:, 0]
+    side = prediction.shape[1]
+    fresh = (rng.random((1, side, side, 1)) < 0.5).astype(np.float32)
+    detail = rng.random((1, side, side, 1)).astype(np.float32)
+    latent = prediction + rng.normal(size=prediction.shape).astype(np.float32)
+    vae = VAE(dataclasses.replace(CONFIG, fade=True, head=0))
+    arguments = latent, prediction, predicted, fresh, detail
+    got = jax.jit(lambda p, *args: vae.apply({"params": p}, *args, method="compensate"))(
+        {"klt": fitted}, *arguments
+    )
+    after, before = (
+        np.asarray(transform(fitted, "inverse", x[:, None], first=False))
+        for x in (latent, prediction)
+    )
+    pixels = 8 // side
+    weights = detail.repeat(pixels, 1).repeat(pixels, 2)[:, None]
+    blocks = (after - before).reshape(1, 2, side, pixels, side, pixels, 3).mean((3, 5))
+    fade = fade_at_copies(jnp.asarray(blocks), jnp.asarray(fresh), pixels)
+    want = after + weights * (predicted - before) + fade
+    np.testing.assert_allclose(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("first", [True, False])
