@@ -108,7 +108,7 @@ def codec_programs(model: Model) -> CodecPrograms:
     def predict_frames(params: Tree, reference: Array, vectors: Array) -> tuple[Array, Array]:
         # (1, h, w, 3) and (1, 4, h / 16, w / 16, 2) -> frames (1, 4, h, w, 3) -> latent (1, h, w,
         # c).
-        frames = predict(to_float(reference), vectors)
+        frames = predict(to_float(reference), vectors, model.codec_config.motion_kernel)
         # Motion needs a linear VAE, whose cache is empty: {} goes on with a clip, None starts one.
         latents, _ = encode_chunk(vae, params, {}, shard_columns(frames))
         return frames, ((latents - mean) / std)[:, 0]

@@ -113,7 +113,8 @@ def test_training_form_gives_the_symbols_of_the_stream(moving):
             # The frame that the decoder has: rounded here, one pixel in a million may differ by a
             # step, which moves symbols of fine levels.
             reference = to_eight_bits(to_float(decoded[None, 4 * i - 4]))
-            predicted = predict(reference, expand(fields[i - 1])[None])
+            vectors = expand(fields[i - 1])[None]
+            predicted = predict(reference, vectors, model.codec_config.motion_kernel)
             prediction = encode(predicted, False)
         latent = encode(pixels[:, part], first)
         state, coded = code(latent, state, jax.numpy.int32(s.q_index), prediction)

@@ -41,12 +41,16 @@ class CodecConfig:
         inter_context, inter_analysis, inter_synthesis: Residual blocks of the predicted codec.
         motion: "blocks" predicts latents from the last decoded frame by block motion
             (see `gnvc_jax.motion`), None from the last decoded latent, as the paper does.
+        motion_kernel: Sharpness of predictions by motion, the parameter a of
+            `gnvc_jax.motion.warp.cubic_convolution`. Every latent is predicted from a picture that
+            was itself interpolated. At -1/2 squared errors are least, but blur adds up; a smaller
+            one keeps detail.
         intra_offset: Levels that encoders add to the quality level of the first latent of a group.
         level_pattern: Levels that they add for the latents after it; the pattern repeats.
 
     Raises:
-        UsageError: If the integer network or the spatial passes cannot have these sizes, if the
-            kind of motion is unknown, or if `level_pattern` is empty.
+        UsageError: If the integer network or the spatial passes cannot have these sizes, the kind
+            of motion is unknown, `motion_kernel` is not in -1..0, or `level_pattern` is empty.
     """
 
     latent_channels: int = 16
@@ -63,6 +67,7 @@ class CodecConfig:
     inter_analysis: int = 3
     inter_synthesis: int = 5
     motion: Literal["blocks"] | None = None
+    motion_kernel: float = -0.5
     intra_offset: int = 0
     level_pattern: tuple[int, ...] | list[int] = (0,)
 
@@ -77,6 +82,8 @@ class CodecConfig:
             )
         if self.motion not in (None, "blocks"):
             raise UsageError(f"motion must be blocks or None, got {self.motion!r}")
+        if not -1.0 <= self.motion_kernel <= 0.0:
+            raise UsageError(f"motion_kernel must be from -1 to 0, got {self.motion_kernel}")
         # The dataclass is frozen, so this is the way to change a field here.
         object.__setattr__(self, "level_pattern", tuple(self.level_pattern))  # from JSON, a list
         if not self.level_pattern:

@@ -39,27 +39,30 @@ def dense(vectors: Shaped[AnyArray, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2
         return jnp.einsum("xw,...ywc->...yxc", interpolation(w), rows)
 
 
-def catmull_rom(t: Array) -> tuple[Array, ...]:
+def cubic_convolution(t: Array, a: float) -> tuple[Array, ...]:
     """Weights of the four samples around a point, at t in [0, 1) after the second one.
 
-    The cubic convolution kernel with a = -1/2 (Keys, 1981).
+    The cubic convolution kernel (Keys, "Cubic convolution interpolation", 1981, equation 4), in
+    Horner's form: a is its slope at distance 1. With a = -1/2 (Catmull-Rom) it is exact for
+    parabolas; the smaller a, the more it sharpens.
     """
     return (
-        ((-0.5 * t + 1.0) * t - 0.5) * t,
-        (1.5 * t - 2.5) * t * t + 1.0,
-        ((-1.5 * t + 2.0) * t + 0.5) * t,
-        (0.5 * t - 0.5) * t * t,
+        ((a * t - 2 * a) * t + a) * t,
+        ((a + 2) * t - (a + 3)) * t * t + 1.0,
+        ((-(a + 2) * t + (2 * a + 3)) * t - a) * t,
+        (-a * t + a) * t * t,
     )
 
 
 def warp(
-    image: Float[AnyArray, "b h w c"], displacement: Float[AnyArray, "b n h w 2"]
+    image: Float[AnyArray, "b h w c"], displacement: Float[AnyArray, "b n h w 2"], a: float = -0.5
 ) -> Float[Array, "b n h w c"]:
-    """Samples an image at pixel + displacement, by bicubic (Catmull-Rom) interpolation.
+    """Samples an image at pixel + displacement, by bicubic interpolation.
 
     Args:
         image: Image to sample; beyond its edges, the edge pixels repeat.
         displacement: Displacements (dx, dy) in pels, for each of n results.
+        a: Parameter of `cubic_convolution`.
 
     Returns:
         The n displaced images.
@@ -69,7 +72,7 @@ def warp(
     y = jnp.arange(h)[:, None] + displacement[..., 1]
     # Coordinates in the image, (b, n, h, w), split into whole pixels and fractions.
     left, top = jnp.floor(x), jnp.floor(y)
-    weights_x, weights_y = catmull_rom(x - left), catmull_rom(y - top)
+    weights_x, weights_y = cubic_convolution(x - left, a), cubic_convolution(y - top, a)
     left, top = left.astype(jnp.int32), top.astype(jnp.int32)
     columns = [jnp.clip(left + i, 0, w - 1) for i in (-1, 0, 1, 2)]
     # A gather over flattened pixels, 16 times: row by row of the 4x4 neighbourhood. Indices are
@@ -88,16 +91,17 @@ def warp(
 
 
 def predict(
-    reference: Float[AnyArray, "b h w 3"], vectors: Shaped[AnyArray, "b 4 h2 w2 2"]
+    reference: Float[AnyArray, "b h w 3"], vectors: Shaped[AnyArray, "b 4 h2 w2 2"], a: float
 ) -> Float[Array, "b 4 h w 3"]:
     """Predicts four frames from the last decoded frame.
 
     Args:
         reference: Last decoded frame; h and w are multiples of 16.
         vectors: Vectors of every frame and 16x16 block, see `gnvc_jax.motion.field.expand`.
+        a: Parameter of `cubic_convolution`, `CodecConfig.motion_kernel` of the codec.
     """
     # Displacements (b, 4, h, w, 2).
-    return warp(reference, dense(vectors))
+    return warp(reference, dense(vectors), a)
 
 
 def to_eight_bits(frames: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -306,7 +306,8 @@ def roll_out_with_motion(
         # The picture that a decoder has. It passes no gradients on to the past: cells without
         # symbols copy it, so the straight-through gradient of one zero would count once for every
         # latent that copies, and the codec would learn to spend far too many bits.
-        predicted = predict(to_eight_bits(last), vectors)
+        kernel = networks.codec.config.motion_kernel
+        predicted = predict(to_eight_bits(last), vectors, kernel)
         prediction = encode_latent(networks.vae, params["vae"], predicted, False)
         latent = encode_latent(networks.vae, params["vae"], frames, False)
         state, coded = networks.codec.apply(

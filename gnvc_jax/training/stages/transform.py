@@ -181,7 +181,8 @@ def fit_to_clips(
         reference = rearrange(video[:, :-1:4], "b k h w c -> (b k) h w c")
         vectors = rearrange(batch["vectors"], "b k f h w c -> (b k) f h w c")
         later = encode_latent(vae, fitted, groups, False)
-        prediction = encode_latent(vae, fitted, predict(reference, vectors), False)
+        predicted = predict(reference, vectors, config.motion_kernel)
+        prediction = encode_latent(vae, fitted, predicted, False)
         return intra, later, later - prediction
 
     channels = config.latent_channels
