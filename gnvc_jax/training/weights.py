@@ -18,6 +18,7 @@ the types and shardings to read them in.
 """
 
 import dataclasses
+import logging
 import re
 from typing import Any, NamedTuple
 
@@ -45,6 +46,8 @@ from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig, flat
 from gnvc_jax.training.partition import join
 from gnvc_jax.training.run_folder import averaged_names, config_of, load_params
 from gnvc_jax.vae import VAE, grey_latents, init_vae
+
+log = logging.getLogger(__name__)
 
 Statistics = dict[str, np.ndarray]
 
@@ -212,7 +215,7 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
     """Loads parameters from the model file `init.model`.
 
     A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
-    the same codec. The VAE is not, if `init.vae` names one: model files round theirs.
+    the same codec; a warning says so. The VAE is not, if `init.vae` names one: model files round theirs.
     """
     name = known.model
     assert name is not None
@@ -223,8 +226,11 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
         if part in like:
             check_same(name, part, getattr(model, f"{part}_config"), getattr(experiment, part))
     parts = {"vae": model.vae, "codec": model.codec}
-    if model.refiner is not None and model.refiner_config == experiment.refiner:
-        parts["refiner"] = model.refiner
+    if model.refiner is not None and "refiner" in like:
+        if model.refiner_config == experiment.refiner:
+            parts["refiner"] = model.refiner
+        else:
+            log.warning("%s: its refiner has other sizes and is not used; a new one starts", name)
     wanted = flatten_dict(like, sep="/").keys()
     flat = flatten_dict(parts, sep="/")
     return unflatten_dict({path: x for path, x in flat.items() if path in wanted}, sep="/")

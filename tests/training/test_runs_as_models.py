@@ -111,7 +111,7 @@ def test_run_that_lacks_a_part_is_named(runs):
         gnvc_jax.load_pretrained(folder / "vae")
 
 
-def test_training_goes_on_from_a_model_file(runs, tmp_path):
+def test_training_goes_on_from_a_model_file(runs, tmp_path, caplog):
     """Codec and refiner of the file, rounded as it rounds them, also for runs that start later."""
     folder, _ = runs
     released = release(folder / "latent", tmp_path / "model.safetensors")
@@ -139,6 +139,12 @@ def test_training_goes_on_from_a_model_file(runs, tmp_path):
             jax.tree.map(np.testing.assert_array_equal, found[part], getattr(released, part))
     kernel = found["refiner"]["dit"]["head"]["kernel"]
     assert (kernel != released.refiner["dit"]["head"]["kernel"]).any()
+
+    # Another refiner starts anew, and one is told.
+    assert "other sizes" not in caplog.text
+    other = dataclasses.replace(released.refiner_config, window=3)
+    weights.load(dataclasses.replace(start, refiner=other), like, statistics)
+    assert "model.safetensors: its refiner has other sizes" in caplog.text
 
 
 def test_model_of_other_sizes_and_two_starts_are_refused(runs, tmp_path):
