@@ -254,7 +254,8 @@ class InitConfig:
     cannot both be given.
 
     Attributes:
-        vae: Folder made by `gnvc port`, or run folder of the stage `vae`.
+        vae: Folder made by `gnvc port`, run folder of the stage `vae`, or a model, whose VAE to
+            start from.
         dit: Folder made by `gnvc port` with the DiT of the refiner.
         prompt: File of the text condition, see `gnvc_jax.porting.checkpoint.load_prompt`; by
             default the one in the folder `dit`, or zeros.

@@ -3,7 +3,7 @@
 Each parameter of a model comes from the last of these that has it:
 
 1. random initialisation, only where it trains;
-2. the ported VAE `init.vae`, or a run of the stage `vae`;
+2. the ported VAE `init.vae`, or that of a run of the stage `vae` or of a model file;
 3. the ported DiT `init.dit`;
 4. the model file `init.model`, but for its VAE if `init.vae` is given;
 5. what the run `init.run` did not train itself, from its folder, but for VAE or DiT if `init.vae`
@@ -39,7 +39,7 @@ from gnvc_jax.porting.checkpoint import (
     load_weights,
     read_architecture,
 )
-from gnvc_jax.pretrained import find_model
+from gnvc_jax.pretrained import find_model, is_run
 from gnvc_jax.refiner.config import DiTConfig
 from gnvc_jax.training import fixed_parameters, lora
 from gnvc_jax.training.config import ComputeConfig, Experiment, InitConfig, flatten
@@ -196,14 +196,18 @@ def without_replaced(like: Tree, replaced: frozenset[str]) -> Tree:
 
 
 def load_ported(experiment: Experiment, known: Origins, like: Tree) -> Tree:
-    """Loads parameters from the folders `init.vae` and `init.dit`."""
+    """Loads parameters from `init.vae` and `init.dit`."""
     found = {}
     if known.vae is not None and "vae" in like:
         if has_component(known.vae, "vae"):
             check_architecture(known.vae, "vae", experiment.vae)
             found["vae"] = load_weights(known.vae, "vae", wanted=like["vae"])[1]
-        else:
+        elif is_run(known.vae):
             found |= load_params(known.vae, {"vae": like["vae"]}, partial=True)
+        else:
+            model = find_model(known.vae)
+            check_same(known.vae, "vae", model.vae_config, experiment.vae)
+            found["vae"] = model.vae
     refiner = like.get("refiner", {})
     if known.dit is not None and "dit" in refiner and experiment.refiner is not None:
         check_architecture(known.dit, "dit", experiment.refiner.dit)
@@ -215,7 +219,8 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
     """Loads parameters from the model file `init.model`.
 
     A refiner is taken only if it has the experiment's sizes, so that another one may be trained for
-    the same codec; a warning says so. The VAE is not, if `init.vae` names one: model files round theirs.
+    the same codec; a warning says so. The VAE is not taken if `init.vae` names one: model files
+    round theirs.
     """
     name = known.model
     assert name is not None

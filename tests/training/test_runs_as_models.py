@@ -147,6 +147,20 @@ def test_training_goes_on_from_a_model_file(runs, tmp_path, caplog):
     assert "model.safetensors: its refiner has other sizes" in caplog.text
 
 
+def test_a_new_codec_starts_on_the_vae_of_a_model_file(runs, tmp_path):
+    folder, _ = runs
+    path = str(tmp_path / "model.safetensors")
+    released = release(folder / "codec", path)
+    other = dataclasses.replace(released.codec_config, width=24)
+    experiment = Experiment("codec", VAE, other, init=InitConfig(vae=path), loss=CodecLoss())
+    found = weights.load(experiment, stages.model_shapes(make_stage(experiment)))
+    jax.tree.map(np.testing.assert_array_equal, found["vae"], released.vae)
+    larger = dataclasses.replace(VAE, base=2 * VAE.base)
+    experiment = dataclasses.replace(experiment, vae=larger)
+    with pytest.raises(UsageError, match=r"model\.safetensors: its vae is not .*: base is"):
+        weights.load(experiment, stages.model_shapes(make_stage(experiment)))
+
+
 def test_model_of_other_sizes_and_two_starts_are_refused(runs, tmp_path):
     folder, _ = runs
     path = str(tmp_path / "model.safetensors")
