@@ -59,6 +59,7 @@ def write_report(out: Path, results: dict) -> Path:
     Returns:
         The path of the report.
     """
+    # Failed points have no measures; they are listed under `gaps` instead.
     records = results["records"]
     finished = [r for r in records if r["status"] == "ok"]
     clips: dict[str, list[dict]] = {}
@@ -83,6 +84,7 @@ def write_report(out: Path, results: dict) -> Path:
         "min_shown": MIN_SHOWN,
     }
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    # Strict: a name that the template misspells is an error rather than an empty place.
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -153,6 +155,7 @@ def _seams(out: Path, records: Iterable[dict]) -> dict[tuple[str, str], list[int
 
 
 def _title(records: Sequence[dict]) -> str:
+    # A dictionary keeps the order and drops what comes twice.
     models = dict.fromkeys(r["codec"]["model"] for r in records if r["codec"].get("model"))
     return f"Evaluation of {', '.join(models)}" if models else "Evaluation"
 
@@ -185,6 +188,7 @@ def _mean_tables(records: Sequence[dict], paper: dict | None) -> list[Table]:
         for label, mean in means(records).items()
     ]
     tables = [Table("Plain means over the clips", ["point", "clips", *columns], rows)]
+    # One row for each pair of curves and each measure that both have.
     bd_rows = [
         [f"{row['curve']} against {row['against']}", row["measure"], *bd_cells(row)]
         for row in bd_table(records)
@@ -225,6 +229,7 @@ def _clip(
         "view": None,
         "groups": [],
     }
+    # Pictures of another source under the same name must not be shown beside these numbers.
     view = pictures.load_view(clip, source["sha256"])
     shown = [r for r in records if view and pictures.complete(clip, r["point"], view)]
     if not view or not shown:
@@ -239,6 +244,7 @@ def _clip(
         "frame_names": {str(index): str(index) for index in view.frames},
         "middle": view.frames[view.middle],
         "points": captions(shown),
+        # The page opens with a point of middling rate, where differences show.
         "first": shown[len(shown) // 2]["point"],
         "groups": [(group_name(group), captions(group)) for group in rate_groups(shown)],
     }

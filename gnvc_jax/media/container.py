@@ -76,6 +76,7 @@ def frame_colour(frame: av.VideoFrame) -> Colour:
     tags = frame.color_primaries, frame.color_trc
     if _is_rgb(frame):
         return Colour.from_code_points(*tags, _GBR, full_range=True)
+    # yuvj formats are old names of full range, from before the range had a tag.
     full = frame.color_range == _FULL or frame.format.name.startswith("yuvj")
     if len(frame.format.components) < 3 and frame.color_range != _LIMITED:
         full = True
@@ -101,6 +102,8 @@ def _planar_name(frame: av.VideoFrame, name: str) -> str:
         raise UnsupportedFormat(name, f"pixel format {form.name} is not supported")
     if len(parts) < 3:
         return f"gray{suffix}"
+    # By which factors chroma is smaller than luma. 4:1:1 and 4:1:0 have no planar format that
+    # `yuv_to_rgb` takes, so they are enlarged to 4:4:4.
     halves = frame.width > parts[1].width, frame.height > parts[1].height
     quarter = parts[1].width * 2 < frame.width
     layout = {(True, True): "420", (True, False): "422"}.get(halves, "444")
@@ -149,6 +152,8 @@ def frame_to_rgb(
     # The crop is one of the shown frame, so a rotated frame is converted whole and cropped after.
     inner = None if matrix else crop
     form = frame.format
+    # RGB needs no colour conversion, which swscale would round; YUV is converted by `yuv_to_rgb`,
+    # exactly, from its planes.
     if _is_rgb(frame):
         if _PACKED_BIG_ENDIAN.fullmatch(form.name):
             frame = _little_endian(frame)
@@ -161,6 +166,7 @@ def frame_to_rgb(
         depth = form.components[0].bits
         dtype = "u1" if depth <= 8 else ">u2" if form.is_big_endian else "<u2"
         planes = [_array(plane, dtype) for plane in frame.planes[:3]]
+        # Grey has a single plane. A fourth plane, alpha, was left out above.
         y, u, v = planes if len(planes) == 3 else (planes[0], None, None)
         rgb = yuv_to_rgb(y, u, v, colour, depth, inner)
     return crop_frame(_upright(rgb, matrix, name), crop) if matrix else rgb
@@ -248,6 +254,8 @@ def _decode(
             f"damaged: the decoder had to make up parts of {damaged} of {done} frames,"
             f" {lost} more could not be decoded{reason}"
         )
+    # Last, what is missing at the end: by the number of frames if the container states it, else by
+    # the length.
     length = stream_seconds(container, stream)
     if promised is not None and done < promised:
         missing = f"promises {promised} frames, {done} could be read"
@@ -325,6 +333,7 @@ def open_container(
         # With frame threads an error is reported late, and frames decoded before it are lost.
         stream.thread_type = "SLICE" if tolerant else "AUTO"
         try:
+            # By the index, if there is one: a file that was cut off is known before it is decoded.
             promised = promised_frames(name, container, stream, number)
         except TruncatedVideo as error:
             if not tolerant:
@@ -332,6 +341,7 @@ def open_container(
             promised = None
             findings.damage(error.reason)
         frames = _decode(name, container, stream, promised, tolerant, findings)
+        # Size, colour and bit depth are those of the first frame: containers may state others.
         first = _first(name, container, frames)
         rgb = _is_rgb(first)
         shown = frame_colour(first) if colour is None or rgb else colour
@@ -355,6 +365,7 @@ def open_container(
 
     def rgb_frames() -> Iterator[np.ndarray]:
         for place, frame in enumerate(itertools.chain([first], frames)):
+            # A stream may change its size or format on the way; a .gnvc file cannot.
             if (frame.width, frame.height) != (first.width, first.height):
                 raise UnsupportedFormat(
                     name,
@@ -411,6 +422,7 @@ def _seek_frames(path: str, wanted: np.ndarray, keys: np.ndarray) -> list[av.Vid
         key = keys[max(0, np.searchsorted(keys, wanted[0], side="right") - 1)]
         # Lands on the key frame or before it; frames that are not wanted are decoded and dropped.
         container.seek(int(key), stream=stream)
+        # Frames come in display order, so decoding ends at the last one that is wanted.
         times = set(wanted.tolist())
         for frame in container.decode(stream):
             if frame.pts is not None and frame.pts in times and not frame.is_corrupt:

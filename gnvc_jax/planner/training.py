@@ -60,6 +60,7 @@ def plan_for(
     experiment: Experiment, devices: Sequence[jax.Device], chip: Chip, clips: int = 1_000_000
 ) -> dict:
     """Does what `plan` does for given devices, with the peak figures of `chip`."""
+    # Without a GPU, cuDNN's attention cannot be compiled; another kernel stands for it.
     abstract_gpus = devices[0].platform == "gpu" and devices[0] not in jax.devices()
     if abstract_gpus and experiment.compute.attention is None:
         compute = dataclasses.replace(experiment.compute, attention=gpus.ATTENTION)
@@ -67,6 +68,7 @@ def plan_for(
     stage = make_stage(experiment)
     mesh = make_mesh(experiment.mesh, devices)
     data = experiment.data
+    # Every device along data and fsdp gets the same number of clips, in each accumulated piece.
     pieces = mesh.shape["data"] * mesh.shape["fsdp"] * experiment.optim.accumulate
     if data.batch % pieces:
         raise UsageError(f"data.batch must be a multiple of {pieces}, got {data.batch}")
@@ -91,7 +93,7 @@ def plan_for(
         },
     }
     if abstract_gpus:
-        # Each machine of a topology counts as a process.
+        # Each machine of a topology counts as a process: what crosses them goes over InfiniBand.
         found["machines"] = len({one.process_index for one in devices})
         found["note"] = gpus.NOTE
     options = gpus.COMPILER_OPTIONS if abstract_gpus else None
@@ -100,6 +102,7 @@ def plan_for(
     with jax.set_mesh(mesh):
         lowered = step.lower(*arguments)
         try:
+            # The compiler assigns memory, so it is also the one that says what does not fit.
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             return found | {"fits": False} | too_large(str(error), lowered.as_text(), arguments)
@@ -146,6 +149,7 @@ def report(found: dict) -> str:
         f"  arguments    {found['argument_bytes'] / gib:.2f} GiB per device of "
         f"{found['hbm_bytes'] / gib:.0f}",
     ]
+    # The compiler gave up, so there is neither a peak nor a program to take times from.
     if "peak_bytes" not in found:
         lines += [f"  DOES NOT FIT {found['reason']}"]
         return "\n".join(lines + [f"    {x}" for x in found["largest"]])
@@ -206,6 +210,7 @@ def abstract_arguments(stage: Stage, mesh: Mesh, shape: ClipShape) -> tuple[Tree
 
         return jax.tree.map(one, tree, places)
 
+    # Nothing is allocated: a pod's model is planned on a laptop.
     state = abstract_state(stage, mesh)
     frozen = frozen_shapes(stage)
     batch = stage.data.shapes(shape)

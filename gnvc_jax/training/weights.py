@@ -99,10 +99,13 @@ def origins(init: InitConfig, out: str | None = None) -> Origins:
             raise UsageError(f"{runs[-1]}: its init.run leads back to {init.run}")
         runs.append(init.run)
         if (fixed := fixed_parameters.find(init.run)) is not None:
+            # This folder has the whole model, so the search ends here. What later runs replaced
+            # must not be taken from it.
             given = {"vae": named.vae, "dit": named.dit, "prompt": named.prompt}
             replaced = frozenset(name for name, source in given.items() if source is not None)
             init = fixed_parameters.load_sources(fixed)
         else:
+            # A folder of an earlier version: go on with what its own run started from.
             init = InitConfig(**config_of(init.run).get("init") or {})
         named = InitConfig(
             named.vae or init.vae, named.dit or init.dit, named.prompt or init.prompt
@@ -140,6 +143,7 @@ def load(experiment: Experiment, wanted: Tree, statistics: Statistics | None = N
     # From the oldest run to the newest: later ones replace what earlier ones have.
     trained_before: set[str] = set()
     kernels = {name: part for name, part in like.items() if name != "lora"}
+    # Each run with its rank and that of what started from it, the experiment itself at the end.
     for run, rank, next_rank in zip(known.runs, ranks, [*ranks[1:], experiment.lora]):
         shapes = like if run == known.runs[-1] else kernels
         found, parts = add_run(found, run, shapes, rank, rank == next_rank)
@@ -227,6 +231,7 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
     model = find_model(name)
     if known.vae is not None:
         like = {part: shapes for part, shapes in like.items() if part != "vae"}
+    # Other sizes of VAE or codec are a mistake: symbols and latents would mean something else.
     for part in ("vae", "codec"):
         if part in like:
             check_same(name, part, getattr(model, f"{part}_config"), getattr(experiment, part))
@@ -236,6 +241,7 @@ def load_model_weights(experiment: Experiment, known: Origins, like: Tree) -> Tr
             parts["refiner"] = model.refiner
         else:
             log.warning("%s: its refiner has other sizes and is not used; a new one starts", name)
+    # A stage may want a part of the file only, such as the codec without the refiner.
     wanted = flatten_dict(like, sep="/").keys()
     flat = flatten_dict(parts, sep="/")
     return unflatten_dict({path: x for path, x in flat.items() if path in wanted}, sep="/")
@@ -325,6 +331,7 @@ def load_text(experiment: Experiment) -> np.ndarray | None:
         text = fixed_parameters.load_text(known.fixed)
         if text is not None:
             return text
+    # A prompt that is named goes before one that lies beside the DiT.
     path = known.prompt
     if path is None and known.dit and (kept := as_path(known.dit) / PROMPT).is_file():
         path = kept
