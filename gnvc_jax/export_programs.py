@@ -36,8 +36,8 @@ from gnvc_jax.codec.model import CodecState, pad_latents
 from gnvc_jax.codec.transform import DecodedLatent
 from gnvc_jax.errors import UsageError
 from gnvc_jax.files import atomic_output
-from gnvc_jax.functions import codec_programs
 from gnvc_jax.model import KINDS, Model, to_arrays
+from gnvc_jax.programs import codec_programs
 
 FORMAT = "gnvc-programs/1"
 PLATFORMS = ("cpu", "cuda", "tpu")

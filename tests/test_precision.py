@@ -10,10 +10,10 @@ import pytest
 from jax.lax import Precision
 
 from gnvc_jax.codec.model import LatentCodec
-from gnvc_jax.functions import codec_programs
 from gnvc_jax.metrics.backbones import load_weights
 from gnvc_jax.metrics.dists import dists, load_dists
 from gnvc_jax.metrics.lpips import lpips
+from gnvc_jax.programs import codec_programs
 from gnvc_jax.refiner import Refiner
 from gnvc_jax.vae import VAE, VAEConfig
 

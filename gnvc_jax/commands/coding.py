@@ -227,7 +227,7 @@ def frames_over(devices: int) -> contextlib.AbstractContextManager:
     from gnvc_jax.parallel import MeshConfig, make_mesh
 
     # `context` is the axis along which the columns of a frame are sharded, see
-    # `gnvc_jax.functions.shard_columns`.
+    # `gnvc_jax.programs.shard_columns`.
     return jax.set_mesh(make_mesh(MeshConfig(data=1, context=devices)))
 
 

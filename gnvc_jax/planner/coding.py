@@ -19,13 +19,13 @@ from gnvc_jax.bitstream.tables import Tables
 from gnvc_jax.codec.entropy import LatentSymbols
 from gnvc_jax.decoder import check_columns
 from gnvc_jax.errors import UsageError
-from gnvc_jax.functions import codec_programs
 from gnvc_jax.model import Model, stored_dtype
 from gnvc_jax.parallel import MeshConfig, make_mesh
 from gnvc_jax.parallel.rules import activation_spec
 from gnvc_jax.planner import flops
 from gnvc_jax.planner.chips import Chip, parse_topology, topology_devices
 from gnvc_jax.planner.program import bytes_per_device, memory, mesh_text, roofline, too_large
+from gnvc_jax.programs import codec_programs
 from gnvc_jax.refiner.attention import exchanged_heads
 from gnvc_jax.refiner.model import window_starts
 from gnvc_jax.training.config import Experiment
@@ -153,7 +153,7 @@ def stored_shapes(experiment: Experiment) -> Tree:
 def coding_programs(
     experiment: Experiment, params: Tree, latents: int
 ) -> dict[str, tuple[Callable, tuple[Tree, ...]]]:
-    """Programs of a model by name, see `gnvc_jax.functions.CodecPrograms`, and their arguments.
+    """Programs of a model by name, see `gnvc_jax.programs.CodecPrograms`, and their arguments.
 
     Arguments are shapes with shardings on the current mesh.
 
