@@ -38,10 +38,12 @@ def camera_move(frames: int) -> np.ndarray:
     photo = gaussian_filter(photo.astype(np.float32), (0.7, 0.7, 0))  # against aliasing
     out = []
     for t in np.linspace(0.0, 1.0, frames):
+        # Photograph pixels per pixel of the frame, and the corner of the frame in it.
         scale = 1.5 - 0.1 * t
         top, left = (h - scale * SIDE) * (0.2 + 0.1 * t), (w - scale * SIDE) * (0.4 + 0.1 * t)
         rows = top + scale * np.arange(SIDE)[:, None] + np.zeros((1, SIDE))
         columns = left + scale * np.arange(SIDE)[None, :] + np.zeros((SIDE, 1))
+        # Linear interpolation, so that motion is smooth below one pixel.
         planes = [map_coordinates(photo[..., c], [rows, columns], order=1) for c in range(3)]
         out.append(np.clip(np.round(np.stack(planes, -1)), 0, 255).astype(np.uint8))
     return np.stack(out)
@@ -114,10 +116,12 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     source, fps = (camera_move(frames), FPS) if clip is None else read_all(clip, frames)
     write_all(out / "source.mkv", source, fps)
+    # Encoder and decoders are commands, as a user runs them: nothing but the file passes between.
     stream = out / "clip.gnvc"
     common = "--model", model, "--force"
     seconds = {"encode": gnvc("encode", out / "source.mkv", stream, "--qp", qp, *common)}
     size, (t, h, w, _) = stream.stat().st_size, source.shape
+    # With and without refinement, from the same stream.
     steps = {"decoded": 0}
     if trained := load_pretrained(model).steps:
         steps["refined"] = trained
@@ -132,9 +136,11 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
         videos["x265"] = match.result.frames
         sizes["x265 veryslow" + " (its smallest)" * match.at_floor] = match.result.size
 
+    # A white strip of eight pixels between neighbours, not before the first.
     gap = np.full((*source.shape[:2], 8, 3), 255, np.uint8)
     columns = [part for video in videos.values() for part in (gap, video)][1:]
     write_all(out / "side_by_side.mp4", np.concatenate(columns, axis=2), fps)
+    # The contact sheet: four frames in a row, one row for each video.
     picks = np.linspace(0, len(source) - 1, 4).round().astype(int)
     rows = [np.concatenate(list(video[picks]), axis=1) for video in videos.values()]
     imageio.imwrite(out / "contact_sheet.png", np.concatenate(rows, axis=0))
@@ -143,6 +149,7 @@ def run(clip: str | None, qp: int, frames: int, model: str, out: Path) -> None:
     header = "".join(f"{title:>9}" for title in ("bytes", *COLUMNS.values()))
     print(" " * 32 + header)
     meter = QualityMeter(("psnr", "ms_ssim", "lpips_alex", "dists"))
+    # The source comes first among the videos and has no quality of its own.
     for (title, count), video in zip(sizes.items(), list(videos.values())[1:]):
         quality = meter(source, video).quality
         values = [quality[field] for field in COLUMNS]

@@ -124,6 +124,7 @@ def encode(
     output = output or f"{input.rstrip('/')}.gnvc"
     check_range("--frames", frames, 1)
     check_range("--effort", effort, 0, 1)
+    # None stands for a fixed level: nothing has to be searched for.
     target = chosen_target(qp, bitrate, bpp, max_size, target_psnr, target_lpips)
     # Only rates can be steered within one pass; a size or a quality is known at the end.
     rate = target if target is not None and target.kind in ("bitrate", "bpp") else None
@@ -167,6 +168,7 @@ def encode(
         if video.has_audio and not no_audio and fps is None:
             seconds = None if frames is None else frames / video.fps
             track = audio_track(input, stream, audio_bitrate, seconds)
+        # What the container states and what was asked for; either may be unknown.
         total = min(filter(None, (video.frame_count, frames)), default=None)
         start = time.perf_counter()
         with contextlib.ExitStack() as bars:
@@ -213,6 +215,7 @@ def encode(
             print(f"gnvc: {input}: {note}", file=sys.stderr)
     if track:
         found += f"{len(track)} bytes of audio, "
+    # Rates are those of the pictures, as targets are; the audio is told apart.
     rate_of_frames = rate_text(written - len(track), count, header)
     print(
         f"{output}: {count} frames, {written} bytes, {rate_of_frames}, {found}"

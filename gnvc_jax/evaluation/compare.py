@@ -46,6 +46,7 @@ def compare(a: dict, b: dict, names: Sequence[str]) -> tuple[str, bool]:
     Returns:
         Markdown, and whether they have any clip and point in common.
     """
+    # By clip and point: sweeps may list them in any order, and may have been stopped.
     runs = [_finished(a), _finished(b)]
     both = [key for key in runs[0] if key in runs[1]]
     # Clips of one name may be different videos; only their content counts.
@@ -65,6 +66,7 @@ def compare(a: dict, b: dict, names: Sequence[str]) -> tuple[str, bool]:
     columns = {heading: c for heading, c in measured[0].items() if heading in measured[1]}
     headings = [f"{heading}, A → B" for heading in columns]
     mean_rows = []
+    # One row for each point, over the clips that both runs have at it.
     for point in dict.fromkeys(point for _, point in same):
         own = [pair for pair in pairs if pair[0]["point"] == point]
         changes = [_change(own, *column) for column in columns.values()]
@@ -95,6 +97,7 @@ def _differences(
 ) -> list[str]:
     """Paragraphs on what only one run has, and on how the two were made differently."""
     lines = []
+    # Same name, other content: said first, since it is most often a mistake.
     for clip in dict.fromkeys(clip for clip, _ in changed):
         first, second = (next(r for (c, _), r in run.items() if c == clip) for run in runs)
         lines.append(
@@ -123,6 +126,7 @@ def _differences(
         failed = [f"{r['clip']} {r['point']}" for r in result["records"] if r["status"] != "ok"]
         if failed:
             lines.append(f"Failed in {letter}: {', '.join(_plain(f.strip()) for f in failed)}.")
+    # Last, how the runs were made: another model, machine or version may explain everything.
     facts = [_facts(run.values(), result["env"]) for run, result in zip(runs, results)]
     for name in dict.fromkeys([*facts[0], *facts[1]]):
         first, second = (fact.get(name) or "none" for fact in facts)
@@ -164,6 +168,7 @@ def _change(pairs: Sequence[tuple[dict, dict]], section: str, field: str, spec: 
     if not values:
         return "–"
     a, b = (sum(column) / len(values) for column in zip(*values))
+    # Quality differs by so many dB or points, rates by a share.
     if field not in _RELATIVE:
         difference = format(b - a, f"+{spec}")
     else:

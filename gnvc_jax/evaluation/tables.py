@@ -62,6 +62,7 @@ def write_results(
     Returns:
         The tables in Markdown.
     """
+    # Rendered first: a record that cannot be shown leaves the files of the run before as they are.
     table = markdown(records, paper)
     write_json(
         out / "results.json",
@@ -112,6 +113,7 @@ def markdown(records: Sequence[dict], paper: dict | None = None) -> str:
     rows = [
         [
             record["clip"],
+            # The star is explained below the tables.
             record["point"] + ("*" if record["codec"].get("at_floor") else ""),
             *(cell(record, *column) for column in columns.values()),
         ]
