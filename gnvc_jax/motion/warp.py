@@ -42,8 +42,8 @@ def dense(vectors: Shaped[AnyArray, "*b h w 2"]) -> Float[Array, "*b 16*h 16*w 2
 def cubic_convolution(t: Array, a: float) -> tuple[Array, ...]:
     """Weights of the four samples around a point, at t in [0, 1) after the second one.
 
-    The cubic convolution kernel (Keys, "Cubic convolution interpolation", 1981, equation 4), in
-    Horner's form: a is its slope at distance 1. With a = -1/2 (Catmull-Rom) it is exact for
+    The kernel of Keys ("Cubic convolution interpolation for digital image processing", 1981), in
+    Horner's form; a is its slope at distance 1. With a = -1/2 (Catmull-Rom) it is exact for
     parabolas; the smaller a, the more it sharpens.
     """
     return (
