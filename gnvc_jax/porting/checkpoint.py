@@ -70,6 +70,7 @@ def write_component(
     with in_chunks():
         batch: dict[str, np.ndarray] = {}
         for path, array in arrays:
+            # Orbax writes a batch at a time, so memory holds one batch and not the whole model.
             batch[path] = array
             del array  # otherwise it stays in memory while the next one is made
             if sum(a.nbytes for a in batch.values()) > BATCH_BYTES:
@@ -147,6 +148,7 @@ def load_weights(
     """
     architecture = read_architecture(folder, component)
     saved, like = open_weights(folder, component, architecture)
+    # `like` says how each parameter is to be read: its type, and where it is to lie.
     if wanted is not None:
         return architecture, load_tree(saved, wanted)
     if dtype is not None:

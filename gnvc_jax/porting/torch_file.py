@@ -110,6 +110,7 @@ def read_descriptions(path: Path) -> dict[str, TensorLocation]:
     Raises:
         PortError: If it is not a plain dictionary of tensors.
     """
+    # Whatever a hostile or damaged file makes the parsers raise becomes one kind of error.
     try:
         return (read_zip if zipfile.is_zipfile(path) else read_old)(path)
     except zipfile.BadZipFile as error:
@@ -123,6 +124,7 @@ def read_descriptions(path: Path) -> dict[str, TensorLocation]:
 def read_zip(path: Path) -> dict[str, TensorLocation]:
     """Lists the tensors of a zip archive."""
     with zipfile.ZipFile(path) as archive:
+        # One pickle describes all tensors; their bytes are members of their own.
         with archive.open(member(archive, "data.pkl")) as file:
             found = named_tensors(load_pickle(file))
         for name, tensor in found.items():
@@ -135,6 +137,7 @@ def read_zip(path: Path) -> dict[str, TensorLocation]:
 def read_old(path: Path) -> dict[str, TensorLocation]:
     """Lists the tensors of a file in the format before PyTorch 1.6."""
     with open(path, "rb") as file:
+        # Every pickle of protocol 2 and later begins so; anything else need not be parsed.
         if file.read(1) != b"\x80":
             raise pickle.UnpicklingError("it is not a PyTorch file")
         file.seek(0)
@@ -142,6 +145,8 @@ def read_old(path: Path) -> dict[str, TensorLocation]:
             raise pickle.UnpicklingError("it is not a PyTorch file")
         _ = load_pickle(file), load_pickle(file)  # version of the format, machine
         found = named_tensors(load_pickle(file))
+        # Tensors may share a storage. After their descriptions come the keys of the storages, in
+        # the order in which their bytes follow.
         storages = {tensor.key: tensor for tensor in found.values()}
         places = {key: skip_storage(file, storages[key]) for key in load_pickle(file)}
     return {k: dataclasses.replace(x, place=places[x.key]) for k, x in found.items()}
@@ -188,6 +193,7 @@ def read_tensor(path: Path, tensor: TensorLocation) -> np.ndarray:
                 data = file.read(tensor.count * tensor.dtype.itemsize)
     except (zipfile.BadZipFile, KeyError) as error:
         raise PortError(f"{path}: damaged PyTorch file ({error})") from error
+    # `TensorLocation` has checked that the tensor lies within its storage.
     flat = np.frombuffer(data, tensor.dtype)[tensor.offset :]
     # Strides of torch are in elements, those of NumPy in bytes.
     strides = [s * tensor.dtype.itemsize for s in tensor.strides]
