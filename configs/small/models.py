@@ -19,7 +19,7 @@ CODEC = CodecConfig(
     inter_context=3,
     inter_synthesis=3,
     motion="blocks",
-    motion_kernel=-0.75,
+    motion_kernel=-0.7,
     # More than training draws (`TransformLoss.intra_offset`): a good first frame gains in LPIPS and
     # DISTS what is worth a little PSNR, see the model's card.
     intra_offset=36,
