@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from gnvc_jax import buckets
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "training")]
 
 NEEDED = {
@@ -86,6 +88,8 @@ def bucket(request, tmp_path, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Copies stay, however full the disk of this machine is.
+    monkeypatch.setattr(buckets, "FREE_SHARE", 0.0)
     yield f"{scheme}://tests/{tmp_path.name}"
     fsspec.get_filesystem_class(scheme).clear_instance_cache()
     assert not [p for p in Path(os.getcwd()).iterdir() if p.name.startswith(f"{scheme}:")]
