@@ -55,7 +55,7 @@ def cubic_convolution(t: Array, a: float) -> tuple[Array, ...]:
 
 
 def warp(
-    image: Float[AnyArray, "b h w c"], displacement: Float[AnyArray, "b n h w 2"], a: float = -0.5
+    image: Float[AnyArray, "b h w c"], displacement: Float[AnyArray, "b n h w 2"], a: float
 ) -> Float[Array, "b n h w c"]:
     """Samples an image at pixel + displacement, by bicubic interpolation.
 

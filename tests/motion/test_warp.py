@@ -25,7 +25,7 @@ def test_whole_pels_shift_the_picture():
     image = smooth(1, 32, 48)
     displacement = np.zeros((1, 1, 32, 48, 2), np.float32)
     displacement[..., 0], displacement[..., 1] = 3, -2
-    got = np.asarray(jax.jit(warp)(image[None], displacement))[0, 0]
+    got = np.asarray(jax.jit(warp)(image[None], displacement, -0.5))[0, 0]
     rows, columns = np.clip(np.arange(32) - 2, 0, 31), np.clip(np.arange(48) + 3, 0, 47)
     np.testing.assert_allclose(got, image[rows][:, columns], atol=1e-6)
 
@@ -52,7 +52,7 @@ def test_at_a_half_the_kernel_is_exact_for_parabolas():
     displacement[..., 1] = np.linspace(0.05, 0.95, 24)
     y = x[:, None] + displacement[0, 0, :, :, 1]
     inner = slice(2, -3)  # beyond the edges the picture is no parabola
-    got = np.asarray(jax.jit(warp)(image[None], displacement))[0, 0, inner, :, 0]
+    got = np.asarray(jax.jit(warp)(image[None], displacement, -0.5))[0, 0, inner, :, 0]
     np.testing.assert_allclose(got, (0.02 * y**2 - 0.3 * y + 1)[inner], atol=1e-4)
 
 

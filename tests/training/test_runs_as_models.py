@@ -147,12 +147,18 @@ def test_training_goes_on_from_a_model_file(runs, tmp_path, caplog):
     assert "model.safetensors: its refiner has other sizes" in caplog.text
 
 
-def test_a_new_codec_starts_on_the_vae_of_a_model_file(runs, tmp_path):
-    folder, _ = runs
-    path = str(tmp_path / "model.safetensors")
-    released = release(folder / "codec", path)
+@pytest.fixture
+def wider(runs, tmp_path):
+    """A model file, and an experiment with a wider codec."""
+    released = release(runs[0] / "codec", tmp_path / "model.safetensors")
     other = dataclasses.replace(released.codec_config, width=24)
-    experiment = Experiment("codec", VAE, other, init=InitConfig(vae=path), loss=CodecLoss())
+    return released, Experiment("codec", VAE, other, loss=CodecLoss())
+
+
+def test_a_new_codec_starts_on_the_vae_of_a_model_file(wider, tmp_path):
+    released, experiment = wider
+    init = InitConfig(vae=str(tmp_path / "model.safetensors"))
+    experiment = dataclasses.replace(experiment, init=init)
     found = weights.load(experiment, stages.model_shapes(make_stage(experiment)))
     jax.tree.map(np.testing.assert_array_equal, found["vae"], released.vae)
     larger = dataclasses.replace(VAE, base=2 * VAE.base)
@@ -161,12 +167,9 @@ def test_a_new_codec_starts_on_the_vae_of_a_model_file(runs, tmp_path):
         weights.load(experiment, stages.model_shapes(make_stage(experiment)))
 
 
-def test_model_of_other_sizes_and_two_starts_are_refused(runs, tmp_path):
-    folder, _ = runs
-    path = str(tmp_path / "model.safetensors")
-    released = release(folder / "codec", path)
-    other = dataclasses.replace(released.codec_config, width=24)
-    experiment = Experiment("codec", VAE, other, init=InitConfig(model=path), loss=CodecLoss())
+def test_model_of_other_sizes_and_two_starts_are_refused(wider, tmp_path):
+    init = InitConfig(model=str(tmp_path / "model.safetensors"))
+    experiment = dataclasses.replace(wider[1], init=init)
     with pytest.raises(
         UsageError, match=r"model\.safetensors: its codec is not .*: width is 8, not 24$"
     ):
